@@ -1,0 +1,222 @@
+"""Sliding, compressed sparse (CSA) and heavily compressed (HCA) attention (report, section 2.3).
+
+One key/value head serves all query heads, and keys are values. A query sees the window of tokens
+that ends with itself and compressed entries: all complete ones (HCA) or the indexer's top k (CSA).
+
+Axis letters: L layers of a stack, B batch, T tokens, D hidden, H heads, K head dim, R q_lora rank,
+G output groups, O rank per group, I index heads, J index head dim, S pool entries, X window keys.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dense_attention, indexer_topk, sparse_attention
+from v4jax import cache, compress, layers
+from v4jax.cache import LayerCache
+from v4jax.compress import Compressor
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.context import Context
+from v4jax.params import Declare
+
+# Up to this many entries per selected one, a masked pass over all beats gathering the selected.
+_DENSE_PER_SELECTED = 64
+
+
+class Indexer(nnx.Module):
+    """The lightning indexer: scores entries for each query (report, eqs. 13-17)."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
+        width = cfg.index_n_heads * cfg.index_head_dim
+        self.q_b_PR = weight((width, cfg.q_lora_rank), ("index_heads", "q_lora"), "fp8")
+        self.weights_ID = weight((cfg.index_n_heads, cfg.hidden_size), ("index_heads", "embed"))
+        self.compressor = Compressor(cfg, kind, cfg.index_head_dim, weight)
+
+
+class Attention(nnx.Module):
+    """Weights of one attention layer; `compressor` and `indexer` where its kind has them."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
+        width = cfg.num_attention_heads * cfg.head_dim
+        ranks = cfg.o_groups * cfg.o_lora_rank
+        self.q_a_RD = weight((cfg.q_lora_rank, cfg.hidden_size), ("q_lora", "embed"), "fp8")
+        self.q_norm_R = weight((cfg.q_lora_rank,), (None,), constant=1.0)
+        self.q_b_PR = weight((width, cfg.q_lora_rank), ("heads", "q_lora"), "fp8")
+        self.kv_KD = weight((cfg.head_dim, cfg.hidden_size), (None, "embed"), "fp8")
+        self.kv_norm_K = weight((cfg.head_dim,), (None,), constant=1.0)
+        self.sink_H = weight((cfg.num_attention_heads,), ("heads",), "f32", constant=0.0)
+        self.o_a_QP = weight((ranks, width // cfg.o_groups), ("heads", None), "fp8")
+        self.o_b_DQ = weight((cfg.hidden_size, ranks), ("embed", "heads"), "fp8")
+        if kind.attention != "sliding":
+            self.compressor = Compressor(cfg, kind, cfg.head_dim, weight)
+        if kind.attention == "csa":
+            self.indexer = Indexer(cfg, kind, weight)
+
+
+def attend(
+    p: Attention,
+    x_BTD: Float[Array, "B T D"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> tuple[Float[Array, "B T D"], LayerCache]:
+    """One attention layer over a chunk; returns its output and the cache with the chunk in it."""
+    cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
+    latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
+    q_BTHK = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.num_attention_heads)
+    q_BTHK = layers.rotate(layers.head_norm(q_BTHK, cfg.rms_norm_eps, numerics), table)
+    kv_BTK = layers.rms_norm(layers.linear(x_BTD, p.kv_KD), p.kv_norm_K, cfg.rms_norm_eps)
+    kv_BTK = layers.rotate(kv_BTK, table)
+    if numerics.rounded_cache:
+        kv_BTK = layers.round_kv(kv_BTK, cfg.qk_rope_head_dim)
+
+    state = _compress(p, x_BTD, state, layer, kind, context)
+    window = _window(kv_BTK, state, layer, context)
+    ring_LBRK = cache.ring_write(state.window_LBRK, layer, kv_BTK, context.start_B, context.count_B)
+    state = dataclasses.replace(state, window_LBRK=ring_LBRK)
+    if window is None:
+        mixed_BTHK = _decode(p, x_BTD, latent_BTR, q_BTHK, state, layer, kind, context)
+    else:
+        mixed_BTHK = _prefill(p, x_BTD, latent_BTR, q_BTHK, window, state, layer, kind, context)
+    return _output(p, layers.rotate(mixed_BTHK, table, inverse=True), cfg), state
+
+
+def _heads(x_BTP: Float[Array, "B T P"], heads: int) -> Float[Array, "B T H K"]:
+    return x_BTP.reshape(*x_BTP.shape[:2], heads, -1)
+
+
+def _output(p: Attention, mixed_BTHK: Float[Array, "B T H K"], cfg: ModelConfig) -> Float[Array, "B T D"]:
+    """Each group of heads to its own low rank, all ranks to the hidden size."""
+    grouped_BTGP = mixed_BTHK.reshape(*mixed_BTHK.shape[:2], cfg.o_groups, -1)
+    ranks_BTQ = layers.grouped_linear(grouped_BTGP, p.o_a_QP)
+    return layers.linear(ranks_BTQ, p.o_b_DQ)
+
+
+def _compress(
+    p: Attention,
+    x_BTD: Float[Array, "B T D"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> LayerCache:
+    """Bring the compressed pools of the layer, if it has any, up to the end of the chunk."""
+    if kind.attention == "sliding":
+        return state
+    round_kv = lambda entries: layers.round_kv(entries, context.cfg.qk_rope_head_dim)
+    tail_LBRK, pool_LBSK = compress.update(
+        p.compressor, state.tail_LBRK, state.pool_LBSK, layer, x_BTD, kind, context, round_kv
+    )
+    state = dataclasses.replace(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
+    if kind.attention == "hca":
+        return state
+    index_tail_LBRK, index_LBSK = compress.update(
+        p.indexer.compressor,
+        state.index_tail_LBRK,
+        state.index_LBSK,
+        layer,
+        x_BTD,
+        kind,
+        context,
+        layers.round_index,
+    )
+    return dataclasses.replace(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
+
+
+def _window(
+    kv_BTK: Float[Array, "B T K"], state: LayerCache, layer: Int[Array, ""], context: Context
+) -> Float[Array, "B X K"] | None:
+    """Keys of positions start - window .. start + T - 1; None for chunks that the ring can hold."""
+    if kv_BTK.shape[1] <= cache.SPARE:
+        return None
+    before_W = jnp.arange(-context.cfg.sliding_window, 0, dtype=jnp.int32)
+    position_BW = context.start_B[:, None] + before_W[None]
+    earlier_BWK = cache.ring_read(state.window_LBRK, layer, position_BW)
+    return jnp.concatenate([earlier_BWK, kv_BTK.astype(earlier_BWK.dtype)], axis=1)
+
+
+def _query(
+    p: Indexer, x_BTD: Float[Array, "B T D"], latent_BTR: Float[Array, "B T R"], context: Context
+) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
+    """The indexer's queries, and its weight for each head with all scales in it."""
+    cfg = context.cfg
+    q_BTIJ = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.index_n_heads)
+    q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed)
+    if context.numerics.rounded_cache:
+        q_BTIJ = layers.round_index(q_BTIJ)
+    scale = cfg.index_head_dim**-0.5 * cfg.index_n_heads**-0.5
+    return q_BTIJ, layers.linear(x_BTD, p.weights_ID).astype(jnp.float32) * scale
+
+
+def _visible(kind: LayerKind, context: Context) -> Int[Array, "B T"]:
+    """Complete entries at each query's position, its own window's included; none for padding."""
+    return jnp.where(context.real_BT, (context.position_BT + 1) // kind.ratio, 0)
+
+
+def _decode(
+    p: Attention,
+    x_BTD: Float[Array, "B T D"],
+    latent_BTR: Float[Array, "B T R"],
+    q_BTHK: Float[Array, "B T H K"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> Float[Array, "B T H K"]:
+    """Attention of a few tokens, all of whose window is in the ring."""
+    cfg, sink_H = context.cfg, layers.value(p.sink_H)
+    ring_LBRK = state.window_LBRK
+    ring_BRK = cache.layer_of(ring_LBRK, layer)
+    mask_BTR = cache.ring_mask(
+        context.end_B, ring_LBRK.shape[2], context.position_BT, cfg.sliding_window
+    )
+    scale = cfg.head_dim**-0.5
+    if kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk:
+        query = _query(p.indexer, x_BTD, latent_BTR, context)
+        indices_BTk = indexer_topk.select(
+            *query, state.index_LBSK, layer, _visible(kind, context), k=cfg.index_topk
+        )
+        return sparse_attention.decode(
+            q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, indices_BTk, sink_H, scale=scale
+        )
+    visible_BT = jnp.zeros_like(context.position_BT)
+    if kind.attention != "sliding":
+        visible_BT = _visible(kind, context)
+    return dense_attention.decode(
+        q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, visible_BT, sink_H, scale=scale
+    )
+
+
+def _prefill(
+    p: Attention,
+    x_BTD: Float[Array, "B T D"],
+    latent_BTR: Float[Array, "B T R"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> Float[Array, "B T H K"]:
+    """Attention of a long chunk."""
+    cfg, sink_H = context.cfg, layers.value(p.sink_H)
+    settings: dict[str, Any] = {"window": cfg.sliding_window, "scale": cfg.head_dim**-0.5}
+    keys = (q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer)
+    if kind.attention == "sliding":
+        visible_BT = jnp.zeros_like(context.position_BT)
+        return dense_attention.prefill(*keys, visible_BT, None, sink_H, **settings)
+    visible_BT = _visible(kind, context)
+    entries = state.pool_LBSK.shape[2]
+    if kind.attention == "hca" or entries <= cfg.index_topk:
+        return dense_attention.prefill(*keys, visible_BT, None, sink_H, **settings)
+    query = _query(p.indexer, x_BTD, latent_BTR, context)
+    select = (*query, state.index_LBSK, layer, visible_BT)
+    if entries <= _DENSE_PER_SELECTED * cfg.index_topk:
+        mask_BTS = indexer_topk.mask(*select, k=cfg.index_topk)
+        return dense_attention.prefill(*keys, visible_BT, mask_BTS, sink_H, **settings)
+    indices_BTk = indexer_topk.select(*select, k=cfg.index_topk)
+    return sparse_attention.prefill(*keys, indices_BTk, sink_H, **settings)

@@ -1,0 +1,87 @@
+"""One layer, and a segment of layers as a scan.
+
+Axis letters: L layers of a stack, B batch, T tokens, M streams side by side.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax import attention, hyper, moe
+from v4jax.cache import LayerCache
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.context import Context
+from v4jax.params import Declare
+
+
+class Block(nnx.Module):
+    """A layer's weights, without its routed experts."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
+        self.attention_hyper = hyper.HyperConnection(cfg, weight)
+        self.attention_norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
+        self.attention = attention.Attention(cfg, kind, weight)
+        self.ffn_hyper = hyper.HyperConnection(cfg, weight)
+        self.ffn_norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
+        self.router = moe.Router(cfg, kind, weight)
+        self.shared = moe.SharedExpert(cfg, weight)
+
+
+class Stack(nnx.Module):
+    """A segment's weights: one Block and one Experts per position of its pattern, L times each.
+
+    A scan slices blocks layer by layer. Experts stay whole, because slicing would copy every
+    expert of the layer to read the few that were chosen.
+    """
+
+    def __init__(self, cfg: ModelConfig, pattern: tuple[LayerKind, ...], repeats: int) -> None:
+        weight = Declare(repeats, cfg.initializer_range)
+        self.blocks = nnx.List([Block(cfg, kind, weight) for kind in pattern])
+        self.experts = nnx.List([moe.Experts(cfg, weight) for _ in pattern])
+
+
+def run_block(
+    p: Block,
+    experts: moe.Experts,
+    x_BTM: Float[Array, "B T M"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> tuple[Float[Array, "B T M"], LayerCache]:
+    """Attention, then the experts, each inside its hyper-connection."""
+    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, layer, kind, context)
+    x_BTM, state = hyper.around(
+        p.attention_hyper, x_BTM, p.attention_norm_D, context, attend
+    )
+    mix = lambda x_BTD: (moe.mixture(p.router, p.shared, experts, x_BTD, layer, context), None)
+    x_BTM, _ = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
+    return x_BTM, state
+
+
+def run_stack(
+    p: Stack,
+    x_BTM: Float[Array, "B T M"],
+    states: tuple[LayerCache, ...],
+    pattern: tuple[LayerKind, ...],
+    repeats: int,
+    context: Context,
+) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
+    """All layers of a segment. Its caches are carried whole, so that they are updated in place."""
+
+    def one_repeat(carry, step):
+        x_BTM, states = carry
+        layer, blocks = step
+        updated = []
+        for position, kind in enumerate(pattern):
+            experts = p.experts[position]
+            x_BTM, state = run_block(
+                blocks[position], experts, x_BTM, states[position], layer, kind, context
+            )
+            updated.append(state)
+        return (x_BTM, tuple(updated)), None
+
+    steps = (jnp.arange(repeats, dtype=jnp.int32), p.blocks)
+    (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
+    return x_BTM, states

@@ -1,0 +1,72 @@
+"""What every layer of one forward pass shares: settings, positions and rotary tables.
+
+Axis letters: B batch, T tokens, P rotary pairs.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from v4jax import layers
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.numerics import Numerics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """The tokens of one call: `count` of T are real, the first at position `start`, per row."""
+
+    cfg: ModelConfig
+    numerics: Numerics
+    tokens_BT: Int[Array, "B T"]
+    start_B: Int[Array, " B"]
+    count_B: Int[Array, " B"]
+    rope_sliding: tuple[Any, Any]
+    rope_compressed: tuple[Any, Any]
+
+    @property
+    def end_B(self) -> Int[Array, " B"]:
+        return self.start_B + self.count_B
+
+    @property
+    def position_BT(self) -> Int[Array, "B T"]:
+        return positions(self.start_B, self.tokens_BT.shape[1])
+
+    @property
+    def real_BT(self) -> Bool[Array, "B T"]:
+        """False for padding, which comes after the real tokens of a row."""
+        return jnp.arange(self.tokens_BT.shape[1])[None] < self.count_B[:, None]
+
+    def rope(self, kind: LayerKind) -> tuple[Any, Any]:
+        return self.rope_sliding if kind.attention == "sliding" else self.rope_compressed
+
+
+def positions(start_B: Int[Array, " B"], tokens: int) -> Int[Array, "B T"]:
+    """start, start + 1, ... for each row."""
+    return start_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+
+
+def make(
+    cfg: ModelConfig,
+    numerics: Numerics,
+    tokens_BT: Int[Array, "B T"],
+    start_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    dtype: Any,
+) -> Context:
+    """The context of a pass over `tokens_BT`, with activations in `dtype`."""
+    position_BT = positions(start_B, tokens_BT.shape[1])
+    table = lambda compressed: layers.rope_table(
+        position_BT, cfg, numerics, dtype, compressed=compressed
+    )
+    return Context(
+        cfg=cfg,
+        numerics=numerics,
+        tokens_BT=tokens_BT,
+        start_B=start_B,
+        count_B=count_B,
+        rope_sliding=table(False),
+        rope_compressed=table(True),
+    )

@@ -1,0 +1,128 @@
+"""Norms, rotary embedding and linear maps.
+
+Axis letters: B batch, T tokens, D channels of the value at hand, P rotary pairs.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import quantize
+from v4jax.config import ModelConfig, Yarn
+from v4jax.numerics import Numerics
+
+
+def value(weight: Any) -> Any:
+    """The array or quantised weight inside an `nnx.Param`."""
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
+
+
+def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
+    """x times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+    return quantize.linear(x, value(weight))
+
+
+def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
+    """The same in float32 throughout, at full precision on every device."""
+    return jnp.einsum(
+        "...k,nk->...n",
+        x.astype(jnp.float32),
+        value(weight).astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def grouped_linear(
+    x_BTGP: Float[Array, "B T G P"], weight_QP: Any
+) -> Float[Array, "B T Q"]:
+    """Each group's own map: the weight's rows are the groups' outputs one after another."""
+    groups = x_BTGP.shape[2]
+    dense_QP = quantize.dense(value(weight_QP), x_BTGP.dtype)
+    dense_GOP = dense_QP.reshape(groups, -1, dense_QP.shape[-1])
+    out_BTGO = jnp.einsum(
+        "btgp,gop->btgo", x_BTGP, dense_GOP, preferred_element_type=jnp.float32
+    )
+    return out_BTGO.reshape(*x_BTGP.shape[:2], -1).astype(x_BTGP.dtype)
+
+
+def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:
+    """Root-mean-square norm in float32, the weight included, cast once to x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = jnp.expand_dims(value(scale_D).astype(jnp.float32), tuple(range(x.ndim - 1)))
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+def head_norm(
+    x: Float[Array, "*rows D"], eps: float, numerics: Numerics
+) -> Float[Array, "*rows D"]:
+    """Norm without weight; DeepSeek's runtime squares and averages in the model's dtype."""
+    squared = jnp.square(x if numerics.float32_islands else x.astype(jnp.float32))
+    mean = jnp.mean(squared, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean + jnp.asarray(eps, mean.dtype)).astype(x.dtype)
+
+
+@functools.lru_cache
+def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
+    """Radians per position of each rotary pair, rounded to float32 step by step as the references do."""
+    exponents = np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim)
+    frequencies = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    if yarn is None:
+        return tuple(frequencies.tolist())
+    turns = lambda beta: math.log(yarn.original_max_position_embeddings / (beta * 2 * math.pi))
+    bound = lambda beta: rope_dim * turns(beta) / (2 * math.log(theta))
+    low = max(math.floor(bound(yarn.beta_fast)), 0)
+    high = min(math.ceil(bound(yarn.beta_slow)), rope_dim - 1)
+    width = np.float32(high - low if high != low else 0.001)
+    ramp = np.clip((np.arange(rope_dim // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
+    keep = np.float32(1.0) - ramp
+    stretched = frequencies / np.float32(yarn.factor)
+    return tuple((stretched * (np.float32(1.0) - keep) + frequencies * keep).tolist())
+
+
+def rope_table(
+    position_BT: Int[Array, "B T"], cfg: ModelConfig, numerics: Numerics, dtype: Any, *, compressed: bool
+) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
+    """Cosine and sine at each position, for sliding layers or for compressed ones (YaRN)."""
+    theta, yarn = (cfg.compress_rope_theta, cfg.yarn) if compressed else (cfg.rope_theta, None)
+    frequency_P = jnp.asarray(inverse_frequencies(cfg.qk_rope_head_dim, theta, yarn), jnp.float32)
+    angle_BTP = position_BT[..., None].astype(jnp.float32) * frequency_P[None, None]
+    kept = jnp.float32 if numerics.float32_islands else dtype
+    return jnp.cos(angle_BTP).astype(kept), jnp.sin(angle_BTP).astype(kept)
+
+
+def rotate(
+    x: Float[Array, "B T *heads D"],
+    table: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
+    *,
+    inverse: bool = False,
+) -> Float[Array, "B T *heads D"]:
+    """RoPE on the last 2P channels, neighbouring channels paired; `inverse` turns back."""
+    middle = tuple(range(2, x.ndim - 1))
+    cos, sin = (jnp.expand_dims(part.astype(jnp.float32), middle) for part in table)
+    if inverse:
+        sin = -sin
+    rope_dim = 2 * cos.shape[-1]
+    plain, turned = x[..., :-rope_dim], x[..., -rope_dim:].astype(jnp.float32)
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], axis=-1)
+
+
+def round_kv(x: Float[Array, "*rows D"], rope_dim: int) -> Float[Array, "*rows D"]:
+    """FP8 rounding of all but the rotary channels, in blocks of 64 (report, section 3.10)."""
+    plain, turned = x[..., :-rope_dim], x[..., -rope_dim:]
+    if plain.shape[-1] == 0:
+        return x
+    return jnp.concatenate([quantize.fake_quant_fp8(plain, block=64), turned], axis=-1)
+
+
+def round_index(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Hadamard transform, then FP4 rounding in blocks of 32: the indexer's queries and keys."""
+    return quantize.fake_quant_fp4(quantize.hadamard(x).astype(x.dtype), block=32)

@@ -1,0 +1,110 @@
+"""The model: embedding, segments of scanned layers, final collapse and head.
+
+Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from v4jax import context, hyper, layers, mtp, sharding
+from v4jax.block import Stack, run_stack
+from v4jax.cache import Cache
+from v4jax.config import ModelConfig
+from v4jax.numerics import Numerics
+from v4jax.params import Declare
+from v4jax.plan import segments
+
+
+class Model(nnx.Module):
+    """All weights. `Model(cfg)` holds declarations; `params.init` and `checkpoint.load` fill them."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        weight = Declare(std=cfg.initializer_range)
+        self.embed_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        plan = segments(cfg.layers)
+        self.stacks = nnx.List([Stack(cfg, part.pattern, part.repeats) for part in plan])
+        self.hyper_head = hyper.HyperHead(cfg, weight)
+        self.norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
+        self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        self.mtp = nnx.List([mtp.Mtp(cfg) for _ in range(cfg.num_nextn_predict_layers)])
+
+
+def forward(
+    model: Model,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    count_B: Int[Array, " B"],
+) -> tuple[Float[Array, "B T M"], Cache]:
+    """Run the backbone over a chunk that follows what the cache holds.
+
+    Args:
+      model: the weights.
+      cfg: the configuration that they are of.
+      numerics: where rounding happens.
+      tokens_BT: token ids; beyond `count_B` they are padding, any valid id.
+      cache: the state, with room for T more tokens.
+      count_B: real tokens of each row.
+    Returns:
+      The residual streams before their final collapse, and the cache with the chunk in it.
+    """
+    embedded_BTD = embed(model, tokens_BT)
+    shared = context.make(cfg, numerics, tokens_BT, cache.length_B, count_B, embedded_BTD.dtype)
+    x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
+    updated = []
+    for stack, part, states in zip(model.stacks, segments(cfg.layers), cache.segments, strict=True):
+        x_BTM, states = run_stack(stack, x_BTM, states, part.pattern, part.repeats, shared)
+        updated.append(states)
+    return x_BTM, dataclasses.replace(cache, length_B=shared.end_B, segments=tuple(updated))
+
+
+def draft(
+    model: Model,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    streams_BTM: Float[Array, "B T M"],
+    next_tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    start_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    *,
+    index: int = 0,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"], Cache]:
+    """Run one MTP block at positions start, start + 1, ... whose backbone streams are given.
+
+    Returns:
+      Hidden states for `head`, the block's streams, and the cache with the block's own state.
+    """
+    embedded_BTD = embed(model, next_tokens_BT)
+    shared = context.make(cfg, numerics, next_tokens_BT, start_B, count_B, embedded_BTD.dtype)
+    states = list(cache.mtp)
+    hidden_BTD, x_BTM, states[index] = mtp.run(
+        model.mtp[index], streams_BTM, embedded_BTD, states[index], shared
+    )
+    return hidden_BTD, x_BTM, dataclasses.replace(cache, mtp=tuple(states))
+
+
+def embed(model: Model, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Token embeddings, unscaled."""
+    return layers.value(model.embed_VD)[tokens_BT]
+
+
+def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T D"]:
+    """Collapse the streams and apply the final norm."""
+    return layers.rms_norm(hyper.collapse(model.hyper_head, x_BTM, cfg), model.norm_D, cfg.rms_norm_eps)
+
+
+def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+    """Logits in float32."""
+    weight_VD: Any = layers.value(model.head_VD)
+    return jnp.einsum(
+        "btd,vd->btv",
+        hidden_BTD.astype(weight_VD.dtype),
+        weight_VD,
+        preferred_element_type=jnp.float32,
+    )

@@ -33,11 +33,8 @@ def tool(content: Any, call_id: Any = "a"):
 
 
 def call(arguments: Any = "{}", call_id: Any = "a", name: Any = "f"):
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def result(text):
@@ -54,14 +51,12 @@ def parameter(key, value, is_string):
     return f'<{DSML}parameter name="{key}" string="{is_string}">{value}</{DSML}parameter>'
 
 
-@pytest.mark.parametrize(
-    "vector",
-    VECTORS["encode"],
-    ids=lambda v: (
-        "-".join(str(v[k]) for k in ("name", "revision", "thinking_mode", "reasoning_effort"))
-        + ("" if v["drop_thinking"] else "-keep")
-    ),
-)
+def vector_name(vector):
+    fields = ("name", "revision", "thinking_mode", "reasoning_effort", "drop_thinking")
+    return "-".join(str(vector[field]) for field in fields)
+
+
+@pytest.mark.parametrize("vector", VECTORS["encode"], ids=vector_name)
 def test_vectors_of_the_reference_are_met_byte_for_byte(vector):
     text = encode(
         vector["messages"],
@@ -283,7 +278,6 @@ BAD = [
     (None, "messages[1] is missing or null; a message is an object"),
     ({"role": "developer"}, "messages[1].content is missing or null; give a string"),
     ({"role": "developer", "content": ""}, "messages[1].content is empty"),
-    ({"role": "developer", "content": []}, "messages[1].content is empty"),
     ({"role": "latest_reminder"}, "messages[1].content is missing or null"),
     (user(None), "messages[1].content is missing or null"),
     (user(3), "messages[1].content is int; give a string"),
@@ -306,7 +300,6 @@ BAD = [
     ),
     (assistant("a", tool_calls=[call({})]), "function.arguments is dict; give a string: use json."),
     (assistant("a", tool_calls=[call("[1]")]), "function.arguments is '[1]'; give a JSON object"),
-    (assistant("a", tool_calls=[call("null")]), "function.arguments is 'null'; give a JSON object"),
     ({"role": "system", "tools": "f"}, "messages[1].tools is str; give a list"),
     ({"role": "system", "tools": [{"name": "f"}]}, "messages[1].tools[0] has no function object"),
     ({"role": "system", "response_format": {1, 2}}, "messages[1].response_format is no JSON value"),
@@ -401,12 +394,3 @@ def test_with_a_context_the_rest_of_the_whole_text_is_written(context, messages,
     assert whole.endswith(rest)
     written = [m["content"] for m in messages if m["role"] in ("assistant", "system")]
     assert all(text in rest for text in written)
-
-
-@settings(deadline=None, max_examples=150)
-@given(MESSAGES, SETTINGS)
-def test_in_chat_mode_nothing_thinks(messages, arguments):
-    text = encode(messages, **{**arguments, "thinking_mode": "chat"})
-    quoted = "\n\n## Tools" in text  # the tools section speaks of <think>
-    assert quoted or THINK not in text
-    assert "Reasoning Effort" not in text

@@ -1,8 +1,8 @@
 """The chat encoding of DeepSeek-V4: a list of messages becomes the text of the prompt.
 
-The checkpoints carry no chat template. Their reference encoder defines the text and the rules below
-follow it: first every message is read into a `_Turn` (all that can be wrong is refused there), then
-turns are merged, sorted, thinned out and written.
+The checkpoints carry no chat template. Their reference encoder (`encoding_dsv4.py`) defines the
+text and the rules below follow it: first every message is read into a `_Turn` (all that can be
+wrong is refused there), then turns are merged, sorted, thinned out and written.
 """
 
 import dataclasses
@@ -81,6 +81,8 @@ def encode_chat(
     drop = drop_thinking and not any(turn.has_tools for turn in turns)
     start = len(before)
     if thinking and drop:
+        # The reference subtracts lengths instead, and so loses messages after a context that ends
+        # in a developer message; here it is always the rest of the whole conversation.
         survives = _survivors(turns)
         start = sum(survives[:start])
         turns = [turn for turn, kept in zip(turns, survives, strict=True) if kept]
@@ -187,21 +189,25 @@ def _read(message: Any, where: str) -> _Turn:
         _refuse(f"{where}.role", f"is {role!r}; use one of {', '.join(ROLES)}.")
     content = _content(message, role, where)
     turn = _Turn(role=role, task=_task(message, where))
-    if role == "user":
-        turn.blocks = [_Block(content)]
-    elif role == "tool":
-        call_id = _optional_string(message, "tool_call_id", where)
-        turn.blocks = [_Block(f"<tool_result>{content}</tool_result>", call_id)]
-    elif role == "assistant":
-        calls = _calls(message, where)
-        order = {call_id: i for i, (call_id, _) in enumerate(calls) if call_id}
-        turn.call_order = order if calls else None
-        turn.reasoning = _optional_string(message, "reasoning_content", where)
-        turn.text = content + _calls_block([text for _, text in calls])
-        turn.text += "" if message.get("wo_eos") else EOS
-    else:
-        lead = {"developer": USER, "latest_reminder": LATEST_REMINDER}.get(role, "")
-        turn.text = lead + content + ("" if lead == LATEST_REMINDER else _sections(message, where))
+    match role:
+        case "user":
+            turn.blocks = [_Block(content)]
+        case "tool":
+            call_id = _optional_string(message, "tool_call_id", where)
+            turn.blocks = [_Block(f"<tool_result>{content}</tool_result>", call_id)]
+        case "assistant":
+            calls = _calls(message, where)
+            order = {call_id: i for i, (call_id, _) in enumerate(calls) if call_id}
+            turn.call_order = order if calls else None
+            turn.reasoning = _optional_string(message, "reasoning_content", where)
+            end = "" if message.get("wo_eos") else EOS
+            turn.text = content + _calls_block([text for _, text in calls]) + end
+        case "system":
+            turn.text = content + _sections(message, where)
+        case "developer":
+            turn.text = USER + content + _sections(message, where)
+        case "latest_reminder":
+            turn.text = LATEST_REMINDER + content
     if role not in ("user", "tool"):
         turn.has_tools = bool(_tools(message, where))
     return turn

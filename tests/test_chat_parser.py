@@ -1,0 +1,357 @@
+"""Reading model output: the reference's vectors, any cutting of the text, and malformed output."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from v4jax.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_chat
+from v4jax.chat_parser import (
+    ArgumentsDelta,
+    ChatParser,
+    ContentDelta,
+    Done,
+    Event,
+    ReasoningDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    parse_chat,
+)
+
+VECTORS = json.loads((Path(__file__).parent / "data" / "chat_vectors.json").read_text("utf-8"))
+OPEN, CLOSE = f"\n\n<{DSML}tool_calls>\n", f"\n</{DSML}tool_calls>"
+END_INVOKE = f"\n</{DSML}invoke>"
+
+
+def invoke(name: str, *parameters: str) -> str:
+    return f'<{DSML}invoke name="{name}">\n' + "\n".join(parameters) + END_INVOKE
+
+
+def parameter(key: str, value: str, is_string: bool = True) -> str:
+    opening = f'<{DSML}parameter name="{key}" string="{str(is_string).lower()}">'
+    return f"{opening}{value}</{DSML}parameter>"
+
+
+def called(name: str, arguments: str, **extra: bool) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **extra}
+
+
+def events(pieces, mode: str = "chat") -> list[Event]:
+    """All events of a text in pieces; neighbouring deltas of one kind are put together."""
+    parser = ChatParser(mode, new_id=map(str, itertools.count()).__next__)
+    joined: list[Event] = []
+    for event in [*itertools.chain(*map(parser.feed, pieces)), *parser.finish()]:
+        match joined[-1:], event:
+            case [ContentDelta(a)], ContentDelta(b):
+                joined[-1] = ContentDelta(a + b)
+            case [ReasoningDelta(a)], ReasoningDelta(b):
+                joined[-1] = ReasoningDelta(a + b)
+            case [ArgumentsDelta(i, a)], ArgumentsDelta(j, b) if i == j:
+                joined[-1] = ArgumentsDelta(i, a + b)
+            case _:
+                joined.append(event)
+    return joined
+
+
+@pytest.mark.parametrize("vector", VECTORS["parse"], ids=lambda v: v["name"])
+def test_vectors_of_the_reference_are_read_and_its_errors_are_not_ours(vector):
+    message = parse_chat(vector["text"], vector["thinking_mode"])
+    if vector["reference_error"] is None:
+        assert message == vector["message"]
+    else:
+        assert message["content"] == message["reasoning_content"] == ""
+        assert [call["incomplete"] for call in message["tool_calls"]] == [True]
+
+
+def test_a_call_is_reported_step_by_step():
+    text = f"Hm.{OPEN}{invoke('f', parameter('a', 'x'), parameter('b', '[1]', False))}\n"
+    assert events([text + invoke("g") + CLOSE + EOS + "never read"]) == [
+        ContentDelta("Hm."),
+        ToolCallStart(0, "0", "f"),
+        ArgumentsDelta(0, '{"a": "x", "b": [1]}'),
+        ToolCallEnd(0, complete=True),
+        ToolCallStart(1, "1", "g"),
+        ArgumentsDelta(1, "{}"),
+        ToolCallEnd(1, complete=True),
+        Done(truncated=False),
+    ]
+
+
+def test_ids_differ_from_call_to_call_and_from_parser_to_parser():
+    text = OPEN + invoke("f") + "\n" + invoke("f") + CLOSE
+    starts = [e for _ in range(2) for e in ChatParser().feed(text) if isinstance(e, ToolCallStart)]
+    assert len({event.id for event in starts}) == 4
+
+
+def test_text_is_passed_on_at_once_and_string_values_as_they_come():
+    parser = ChatParser("thinking")
+    assert parser.feed("Let") == [ReasoningDelta("Let")]
+    assert parser.feed(" me</th") == [ReasoningDelta(" me")]
+    assert parser.feed("ink>So\n") == [ContentDelta("So")]
+    assert parser.feed(f'\n<{DSML}tool_calls><{DSML}invoke name="f"') == []
+    assert [type(e) for e in parser.feed(">")] == [ToolCallStart]
+    opening = parser.feed(f'\n<{DSML}parameter name="a" string="true">')
+    assert opening == [ArgumentsDelta(0, '{"a": "')]
+    assert parser.feed('say "hi"\n</') == [ArgumentsDelta(0, 'say \\"hi\\"\\n')]
+    assert parser.feed("b>") == [ArgumentsDelta(0, "</b>")]
+    assert parser.feed(f"</{DSML}parameter>") == [ArgumentsDelta(0, '"')]
+
+
+def test_nothing_comes_after_done():
+    parser = ChatParser()
+    assert parser.feed(EOS) == [Done(truncated=False)]
+    assert parser.feed("more") == parser.finish() == []
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="thinking_mode is 'both'; use one of chat, thinking"):
+        ChatParser("both")
+
+
+READ = {
+    "less-than signs are text": ("chat", "a < b </b> <thin", ("a < b </b> <thin", "", [])),
+    "line ends are text": ("chat", "a\n\nb\n\n\n", ("a\n\nb\n\n\n", "", [])),
+    "only the empty line before a call belongs to it": (
+        "chat",
+        f"a\n{OPEN}{invoke('f')}{CLOSE}",
+        ("a\n", "", [called("f", "{}")]),
+    ),
+    "a call needs neither an empty line nor line ends": (
+        "chat",
+        (f"a{OPEN}{invoke('f', parameter('k', 'v'))}{CLOSE}").replace("\n", ""),
+        ("a", "", [called("f", '{"k": "v"}')]),
+    ),
+    "an empty block is no call": ("chat", f"a{OPEN}{CLOSE[1:]}", ("a", "", [])),
+    "a call needs no block": ("chat", f"a{invoke('f')}b", ("ab", "", [called("f", "{}")])),
+    "text after calls is content": (
+        "thinking",
+        f"r</think>{OPEN}{invoke('f')}{CLOSE}b",
+        ("b", "r", [called("f", "{}")]),
+    ),
+    "a call in unclosed reasoning is a call": (
+        "thinking",
+        f"r{OPEN}{invoke('f', parameter('k', '1', False))}{CLOSE}s</think>a",
+        ("a", "rs", [called("f", '{"k": 1}')]),
+    ),
+    "reasoning may be opened by the model": ("chat", "<think>r</think>a", ("a", "r", [])),
+    "a second opening of the reasoning is text": ("thinking", "r<think>", ("", "r<think>", [])),
+    "a stray end of reasoning is dropped": ("chat", "a</think>b", ("ab", "", [])),
+    "stray tags are text": (
+        "chat",
+        f"a{END_INVOKE}{CLOSE}{parameter('k', 'v')}",
+        (f"a{END_INVOKE}{CLOSE}{parameter('k', 'v')}", "", []),
+    ),
+    "a block without a call is text": ("chat", f"a{OPEN}hello", (f"a{OPEN}hello", "", [])),
+    "a malformed call is text": (
+        "chat",
+        f'a{OPEN}<{DSML}invoke name="f\n{CLOSE}',
+        (f'a{OPEN}<{DSML}invoke name="f\n{CLOSE}', "", []),
+    ),
+    "a call in a malformed call is a call": (
+        "chat",
+        f'<{DSML}invoke name="{invoke("f")}',
+        (f'<{DSML}invoke name="', "", [called("f", "{}")]),
+    ),
+    "text in a call ends it": (
+        "chat",
+        f'{OPEN}<{DSML}invoke name="f">{parameter("k", "v")}\nhello{END_INVOKE}{CLOSE}',
+        (f"\nhello{END_INVOKE}{CLOSE}", "", [called("f", '{"k": "v"}', incomplete=True)]),
+    ),
+    "a malformed parameter ends the call": (
+        "chat",
+        f'<{DSML}invoke name="f"><{DSML}parameter name="k">v</{DSML}parameter>',
+        (
+            f'<{DSML}parameter name="k">v</{DSML}parameter>',
+            "",
+            [called("f", "{}", incomplete=True)],
+        ),
+    ),
+    "a call that is not closed ends where the next begins": (
+        "chat",
+        f'{OPEN}<{DSML}invoke name="f">{parameter("k", "v")}{invoke("g")}{CLOSE}',
+        ("", "", [called("f", '{"k": "v"}', incomplete=True), called("g", "{}")]),
+    ),
+    "a call that is not closed ends with the block": (
+        "chat",
+        f'{OPEN}<{DSML}invoke name="f">{CLOSE}a',
+        ("a", "", [called("f", "{}", incomplete=True)]),
+    ),
+    "a block that is not closed is read": (
+        "chat",
+        f"{OPEN}{invoke('f')}\n{EOS}",
+        ("", "", [called("f", "{}")]),
+    ),
+    "a repeated parameter keeps its first value": (
+        "chat",
+        invoke("f", parameter("k", "v"), parameter("k", "w"), parameter("l", "1", False)),
+        ("", "", [called("f", '{"k": "v", "l": 1}', incomplete=True)]),
+    ),
+    "values may speak of tags": (
+        "chat",
+        invoke("f", parameter("k", f"{OPEN}{END_INVOKE}</think><{DSML}parameter")),
+        ("", "", [called("f", json.dumps({"k": f"{OPEN}{END_INVOKE}</think><{DSML}parameter"},
+                                         ensure_ascii=False))]),
+    ),
+    "values that are not strings stand as they are": (
+        "chat",
+        invoke("f", parameter("k", " {'a': 1} ", False), parameter('"q"', "", True)),
+        ("", "", [called("f", '{"k":  {\'a\': 1} , "\\"q\\"": ""}')]),
+    ),
+    "the end of the sentence ends a value": (
+        "chat",
+        f"{OPEN}{invoke('f', parameter('k', f'v{EOS}w'))}",
+        ("", "", [called("f", '{"k": "v"}', incomplete=True)]),
+    ),
+    "the end of the sentence ends a call": (
+        "chat",
+        f'<{DSML}invoke name="f">{EOS}',
+        ("", "", [called("f", "{}", incomplete=True)]),
+    ),
+    "nothing is nothing": ("thinking", "", ("", "", [])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "text", "expected"), READ.values(), ids=READ.keys())
+def test_what_is_read(mode, text, expected):
+    message = parse_chat(text, mode)
+    got = (message["content"], message["reasoning_content"], message["tool_calls"])
+    assert got == expected
+
+
+CALL = f"Hm.{OPEN}{invoke('f', parameter('s', 'ab'), parameter('j', '[10]', False))}{CLOSE}"
+
+
+@pytest.mark.parametrize(
+    ("cut_before", "arguments"),
+    [
+        ("tool_calls", None),
+        (f'<{DSML}invoke', None),
+        (' name="f"', None),
+        ('">', None),
+        (f'<{DSML}parameter name="s"', "{}"),
+        ('" string="true"', "{}"),
+        ("b</", '{"s": "a"}'),
+        (f"</{DSML}parameter>", '{"s": "ab"}'),
+        ("parameter>", '{"s": "ab"}'),
+        ('" string="false"', '{"s": "ab"}'),
+        ("0]", '{"s": "ab"}'),
+        (f"</{DSML}invoke>", '{"s": "ab", "j": [10]}'),
+        ("invoke>", '{"s": "ab", "j": [10]}'),
+    ],
+)  # fmt: skip
+def test_output_cut_off_in_a_call_leaks_no_tag_and_keeps_the_arguments_json(cut_before, arguments):
+    text = CALL[: CALL.index(cut_before)]
+    *before, done = events([text])
+    assert done == Done(truncated=True)
+    assert before[0] == ContentDelta("Hm.")
+    message = parse_chat(text)
+    expected = [] if arguments is None else [called("f", arguments, incomplete=True)]
+    assert (message["content"], message["tool_calls"]) == ("Hm.", expected)
+
+
+@pytest.mark.parametrize("cut_before", ["tool_calls>", ">"])
+def test_output_cut_off_after_the_calls_loses_nothing_and_leaks_no_tag(cut_before):
+    text = CALL[: CALL.rindex(cut_before)]
+    message = parse_chat(text)
+    assert message == parse_chat(CALL)
+    assert events([text])[-1] == Done(truncated=True)
+    assert events([CALL])[-1] == Done(truncated=False)
+
+
+SNIPPETS = st.sampled_from(
+    [
+        *("a", "\n", "\n\n", "<", "</", '"', '">', "3", '{"k": 1}', "\u65e5", "\U0001f30d"),
+        *(THINK, END_THINK, EOS, BOS, USER, ASSISTANT, DSML, f"<{DSML}", f"</{DSML}"),
+        *(
+            OPEN,
+            CLOSE,
+            invoke("f"),
+            END_INVOKE,
+            f'<{DSML}invoke name="',
+            f'<{DSML}invoke name="f">',
+        ),
+        *(parameter("k", "v"), parameter("j", "1", False), f'<{DSML}parameter name="'),
+        *(
+            f'<{DSML}parameter name="k" string="true">',
+            f'<{DSML}parameter name="j" string="false">',
+        ),
+        *(f"</{DSML}parameter>", f"<{DSML}tool_calls>", 'string="true">'),
+    ]
+)
+OUTPUTS = st.lists(SNIPPETS, max_size=12).map("".join)
+MODES = st.sampled_from(["chat", "thinking"])
+
+
+@settings(deadline=None, max_examples=500)
+@given(OUTPUTS, MODES, st.lists(st.integers(0, 300), max_size=6))
+def test_how_the_text_is_cut_never_changes_what_is_reported(text, mode, cuts):
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert events(pieces, mode) == events([text], mode) == events(text, mode)
+
+
+@settings(deadline=None, max_examples=500)
+@given(OUTPUTS, MODES)
+def test_events_of_any_text_are_in_order(text, mode):
+    got = events([text], mode)
+    assert sum(isinstance(e, Done) for e in got) == 1
+    assert isinstance(got[-1], Done)
+    open_call, calls = None, 0
+    for event in got[:-1]:
+        match event:
+            case ToolCallStart(index, _, _):
+                assert (open_call, index) == (None, calls)
+                open_call = index
+            case ArgumentsDelta(index, _):
+                assert open_call == index
+            case ToolCallEnd(index, _):
+                assert open_call == index
+                open_call, calls = None, calls + 1
+            case _:
+                assert open_call is None
+    assert open_call is None
+    arguments = [json.loads(c["function"]["arguments"]) for c in valid_calls(text, mode)]
+    assert all(isinstance(value, dict) for value in arguments)
+
+
+def valid_calls(text: str, mode: str) -> list[dict]:
+    """The calls of a text whose only values that are not strings are JSON."""
+    values = (part.split(f"</{DSML}parameter>")[0] for part in text.split('string="false">')[1:])
+    return parse_chat(text, mode)["tool_calls"] if all(v in ("1", "3") for v in values) else []
+
+
+PLAIN = st.text(max_size=12).filter(lambda s: DSML not in s and "<" not in s)
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN, inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.dictionaries(PLAIN, JSONS, max_size=4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(PLAIN, PLAIN, st.lists(st.tuples(st.sampled_from("fg"), ARGUMENTS), max_size=3))
+def test_what_is_encoded_is_read_back(reasoning, content, calls):
+    turn = {
+        "role": "assistant",
+        "content": content,
+        "reasoning_content": reasoning,
+        "tool_calls": [called(f, json.dumps(a, ensure_ascii=False)) for f, a in calls],
+    }
+    user = {"role": "user", "content": "u"}
+    prompt = encode_chat([user], "thinking")
+    assert parse_chat(encode_chat([user, turn], "thinking")[len(prompt) :], "thinking") == turn
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, len(CALL)), MODES)
+def test_every_beginning_of_an_output_reads_as_a_beginning_of_it(cut, mode):
+    """Up to the marks that begin in ordinary text: line ends and the first character of a tag."""
+    whole, part = parse_chat(CALL, mode), parse_chat(CALL[:cut], mode)
+    for field in ("content", "reasoning_content"):
+        text = part[field].split("<")[0].rstrip("\n")
+        assert whole[field].startswith(text)
+    assert len(part["tool_calls"]) <= 1

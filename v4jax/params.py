@@ -18,7 +18,6 @@ from pallas_kernels import quantize
 from v4jax.config import ExpertDtype
 
 Stored = Literal["bf16", "f32", "fp8", "expert", "i64"]
-Weights = Literal["keep", "bfloat16", "float32"]
 Tree = TypeVar("Tree")
 
 
@@ -44,6 +43,11 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), f"{self.shape} has axes {self.axes}"
+
+    @property
+    def stack_dims(self) -> int:
+        """Leading dims that the checkpoint stores as separate tensors."""
+        return sum(axis in ("layers", "experts") for axis in self.axes)
 
     @property
     def size(self) -> int:
@@ -103,23 +107,22 @@ def map_leaves(function: Callable[[str, ParamSpec], Any], declared: Tree, *other
     )
 
 
-def leaf_struct(spec: ParamSpec, weights: Weights, expert_dtype: ExpertDtype | None) -> Any:
+def leaf_struct(spec: ParamSpec, dtype: Any, kept: ExpertDtype | None = None) -> Any:
     """The leaf that holds this weight, as ShapeDtypeStructs.
 
     Args:
       spec: the declaration.
-      weights: 'keep' holds FP8 and FP4 as they are and the rest in bfloat16; else one dtype.
-      expert_dtype: the checkpoint's format of experts; None where it is not quantised.
+      dtype: of everything that need not be float32 or integer.
+      kept: leave FP8 weights and experts quantised, experts in this format; None: nothing is.
     """
-    dtype = jnp.bfloat16 if weights == "keep" else jnp.dtype(weights)
-    if spec.stored == "f32":
-        dtype = jnp.float32
     if spec.stored == "i64":
-        dtype = jnp.int32
-    stored = expert_dtype if spec.stored == "expert" else spec.stored
-    if weights == "keep" and expert_dtype is not None and stored in ("fp8", "fp4"):
+        return jax.ShapeDtypeStruct(spec.shape, jnp.int32)
+    if spec.stored == "f32":
+        return jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+    stored = kept if spec.stored == "expert" else spec.stored
+    if kept is not None and stored in ("fp8", "fp4"):
         return _quantized_struct(spec.shape, stored)
-    return jax.ShapeDtypeStruct(spec.shape, dtype)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
 
 
 def _quantized_struct(shape: tuple[int, ...], stored: str) -> Any:
@@ -132,16 +135,16 @@ def _quantized_struct(shape: tuple[int, ...], stored: str) -> Any:
     return quantize.Fp8Weight(codes=codes, scale=scale(-(-k // 128), -(-n // 128)))
 
 
-def abstract(declared: Tree, weights: Weights, expert_dtype: ExpertDtype | None) -> Tree:
+def abstract(declared: Tree, dtype: Any, kept: ExpertDtype | None = None) -> Tree:
     """The tree with ShapeDtypeStructs: enough to trace, lower and compile without memory."""
-    return map_leaves(lambda _, spec: leaf_struct(spec, weights, expert_dtype), declared)
+    return map_leaves(lambda _, spec: leaf_struct(spec, dtype, kept), declared)
 
 
-def init(declared: Tree, key: jax.Array, dtype: Weights) -> Tree:
+def init(declared: Tree, key: jax.Array, dtype: Any) -> Tree:
     """Random weights in one dtype. A weight's values depend on the key and its name only."""
 
     def fill(name: str, spec: ParamSpec) -> jax.Array:
-        struct = leaf_struct(spec, dtype, None)
+        struct = leaf_struct(spec, dtype)
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         if spec.init == "constant":
             return jnp.full(struct.shape, spec.scale, struct.dtype)

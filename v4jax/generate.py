@@ -1,0 +1,157 @@
+"""Generation over a loaded model: prefill in chunks, then a compiled loop of decode steps.
+
+Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from v4jax import cache as caches
+from v4jax import sampling, steps
+from v4jax.config import ModelConfig
+from v4jax.model import Model
+from v4jax.numerics import Numerics
+from v4jax.sampling import SamplingParams
+from v4jax.stopping import StopStrings
+
+FinishReason = Literal["stop", "length"]
+# Prefill runs in chunks of these sizes, the last one padded: few programs serve every prompt.
+CHUNKS = (64, 512, 2048)
+# Seconds between two looks at the decode loop from the host.
+_LOOK_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of wall time.
+
+    Attributes:
+      prefill_seconds: from the call to the first token, compilation included.
+      decode_seconds: from the first token to the last.
+      tokens_per_second: of the tokens after the first; 0 where there are none.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+      id: the token.
+      logprob: of the token under the raw logits.
+      top: the most probable alternatives and their logprobs, as many as were asked for.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """The compiled loop for one model.
+
+    Attributes:
+      model, cfg, numerics: the weights and how they are run.
+      dtype: of activations and cache.
+    """
+
+    model: Model
+    cfg: ModelConfig
+    numerics: Numerics
+    dtype: Any
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Any]:
+        """Logits [B, V] after each prompt, and the cache that holds the prompts."""
+        cache = caches.make(self.cfg, len(prompts), capacity, self.dtype)
+        lengths_B = np.array([len(prompt) for prompt in prompts])
+        logits_BV = None
+        start = 0
+        for size in chunk_sizes(int(lengths_B.max())):
+            tokens_BT = pad([prompt[start : start + size] for prompt in prompts], size)
+            count_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
+            new_BV, cache = steps.prefill(
+                self.model, tokens_BT, cache, count_B, cfg=self.cfg, numerics=self.numerics
+            )
+            # A row that ended in an earlier chunk keeps the logits of that one.
+            logits_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+            start += size
+        return logits_BV, cache
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        max_tokens: Sequence[int],
+        *,
+        top_logprobs: int = 0,
+    ) -> Iterator[list[list[Token]]]:
+        """Generate; yields each row's new tokens, an end-of-sequence token included, as they come.
+
+        The program is compiled once for each number of rows and bucket of capacity.
+        """
+        longest = max(len(prompt) + new for prompt, new in zip(prompts, max_tokens, strict=True))
+        capacity = caches.bucket(longest, self.cfg.max_position_embeddings)
+        logits_BV, cache = self.prefill(prompts, capacity)
+        width = max(len(prompt) for prompt in prompts)
+        state = sampling.init(
+            params,
+            self.cfg.vocab_size,
+            pad(prompts, caches.bucket(width, self.cfg.max_position_embeddings)),
+            np.array([len(prompt) for prompt in prompts], np.int32),
+        )
+        settings = {"cfg": self.cfg, "numerics": self.numerics, "top_logprobs": top_logprobs}
+        limit_B = np.array(max_tokens, np.int32)
+        loop, first = steps.begin(logits_BV, cache, state, limit_B, **settings)
+        yield _tokens(first)
+        look = 1
+        while not bool(np.all(loop.done_B)):
+            began = time.perf_counter()
+            loop, block = steps.advance(self.model, loop, np.int32(look), **settings)
+            yield _tokens(block)
+            per_step = (time.perf_counter() - began) / look
+            look = int(np.clip(_LOOK_SECONDS / per_step, 1, min(2 * look, steps.LOOP)))
+
+
+def chunk_sizes(tokens: int) -> list[int]:
+    """The chunks to prefill so many tokens in: large ones, then the smallest that holds the rest."""
+    sizes = [CHUNKS[-1]] * (tokens // CHUNKS[-1])
+    if rest := tokens - sum(sizes):
+        sizes.append(next(size for size in CHUNKS if size >= rest))
+    return sizes
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
+    """Rows of tokens as one array, zeros behind each."""
+    out_BT = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        out_BT[i, : len(row)] = row
+    return out_BT
+
+
+def _tokens(block: steps.Block) -> list[list[Token]]:
+    """Each row's tokens in a block of loop output."""
+    block = jax.device_get(block)
+    return [
+        [
+            Token(
+                int(block.token_BT[b, t]),
+                float(block.logprob_BT[b, t]),
+                tuple(zip(block.top_id_BTN[b, t].tolist(), block.top_logprob_BTN[b, t].tolist(), strict=True)),
+            )
+            for t in range(block.token_BT.shape[1])
+            if block.real_BT[b, t]
+        ]
+        for b in range(block.token_BT.shape[0])
+    ]

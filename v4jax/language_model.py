@@ -1,0 +1,237 @@
+"""What `v4jax.load` returns: a checkpoint's model with its tokenizer, for notebooks and servers.
+
+Axis letters: B batch, T tokens, V vocabulary.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int
+
+from v4jax import cache as caches
+from v4jax import generate, steps
+from v4jax.config import ModelConfig
+from v4jax.generate import Engine, FinishReason, Timings, Token
+from v4jax.sampling import SamplingParams
+from v4jax.stopping import StopStrings
+from v4jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+      text: the new text, without stop strings and special tokens at its end.
+      tokens: the new tokens, an end-of-sequence token included.
+      logprobs: of each token under the raw logits.
+      top_logprobs: for each token the most probable ones, as many as were asked for.
+      finish_reason: 'stop' at an end-of-sequence token or stop string, else 'length'.
+      timings: wall times.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[tuple[tuple[int, float], ...]]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model that is ready to run.
+
+    Attributes:
+      engine: weights, configuration and compiled steps.
+      tokenizer: text to tokens and back; None where the checkpoint has none.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.cfg
+
+    def logits(self, tokens: Any) -> Float32[np.ndarray, "B T V"]:
+        """Logits at every position.
+
+        Args:
+          tokens: token ids [B, T], T of 1 or more.
+        Raises:
+          ValueError: not two dims, empty, or an id outside the vocabulary.
+        """
+        tokens_BT = np.asarray(tokens)
+        if tokens_BT.ndim != 2 or tokens_BT.size == 0:
+            raise ValueError(f"tokens must be [batch, length], neither 0; got shape {tokens_BT.shape}.")
+        for row in tokens_BT:
+            self._check_tokens(row.tolist())
+        engine, (batch, length) = self.engine, tokens_BT.shape
+        self._check_length(length, 0)
+        sizes = generate.chunk_sizes(length)
+        cache = caches.make(engine.cfg, batch, sum(sizes), engine.dtype)
+        parts, start = [], 0
+        for size in sizes:
+            chunk = tokens_BT[:, start : start + size]
+            count_B = np.full(batch, chunk.shape[1], np.int32)
+            logits_BTV, cache = steps.logits(
+                engine.model,
+                generate.pad(chunk.tolist(), size),
+                cache,
+                count_B,
+                cfg=engine.cfg,
+                numerics=engine.numerics,
+            )
+            parts.append(np.asarray(logits_BTV)[:, : chunk.shape[1]])
+            start += size
+        return np.concatenate(parts, axis=1)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        top_logprobs: int = 0,
+        **sampling: Any,
+    ) -> Generation:
+        """Continue a prompt.
+
+        Args:
+          prompt: text, or token ids. Text is encoded as it stands: see `encode_chat`.
+          max_tokens: most new tokens.
+          stop: strings that end the text and are left out of it.
+          top_logprobs: alternatives to report for each token.
+          sampling: fields of `SamplingParams`: temperature, top_k, top_p, min_p, seed, penalties.
+        Raises:
+          ValueError: an argument out of range, a prompt too long for the model, or text without a
+            tokenizer.
+        """
+        return self._run(prompt, max_tokens, stop, top_logprobs, sampling).finish()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The same text piece by piece: whole characters, never a part of a stop string."""
+        if self.tokenizer is None:
+            raise ValueError("This checkpoint has no tokenizer.json, so there is no text to stream.")
+        return self._run(prompt, max_tokens, stop, 0, sampling).pieces()
+
+    def _run(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        stop: str | Sequence[str],
+        top_logprobs: int,
+        sampling: dict[str, Any],
+    ) -> "_Run":
+        tokens = self._encode(prompt)
+        self._check_tokens(tokens)
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number, 1 or more.")
+        if not 0 <= top_logprobs <= self.config.vocab_size:
+            raise ValueError(f"top_logprobs is {top_logprobs}; it must be 0 to the vocabulary's size.")
+        room = self._check_length(len(tokens), 1)
+        stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
+        params = SamplingParams(**sampling)
+        return _Run(self, tokens, min(max_tokens, room), stops, top_logprobs, params)
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("This checkpoint has no tokenizer.json; give the prompt as token ids.")
+        return self.tokenizer.encode(prompt)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ValueError("The prompt is empty; give at least one token.")
+        for at, token in enumerate(tokens):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"Token {token} at position {at} is outside the vocabulary of "
+                    f"{self.config.vocab_size}."
+                )
+
+    def _check_length(self, length: int, new: int) -> int:
+        """Tokens that there is room for; an error where there is less than `new`."""
+        limit = self.config.max_position_embeddings
+        if length + new > limit:
+            raise ValueError(
+                f"The prompt has {length} tokens; the model's context holds {limit}, "
+                "the answer included. Shorten the prompt."
+            )
+        return limit - length
+
+
+class _Run:
+    """One generation under way: tokens from the engine, text from the tokenizer."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: list[int],
+        max_tokens: int,
+        stops: StopStrings,
+        top_logprobs: int,
+        params: SamplingParams,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._model, self._stops = model, stops
+        self._decoder = model.tokenizer and model.tokenizer.stream_decoder()
+        self._blocks = model.engine.run([prompt], [params], [max_tokens], top_logprobs=top_logprobs)
+        self.tokens: list[Token] = []
+        self.finish_reason: FinishReason = "length"
+        self._first = 0.0
+
+    def pieces(self) -> Iterator[str]:
+        """Text as it comes."""
+        for (tokens,) in self._blocks:
+            self._first = self._first or time.perf_counter()
+            for token in tokens:
+                self.tokens.append(token)
+                if token.id in self._model.config.eos_token_ids:
+                    self.finish_reason = "stop"
+                    break
+                piece, stopped = self._stops.push(self._decoder.push(token.id) if self._decoder else "")
+                if piece:
+                    yield piece
+                if stopped:
+                    self.finish_reason = "stop"
+                    return
+        piece, stopped = self._stops.push(self._decoder.flush() if self._decoder else "")
+        if stopped:
+            self.finish_reason = "stop"
+        else:
+            piece += self._stops.flush()
+        if piece:
+            yield piece
+
+    def finish(self) -> Generation:
+        """Run to the end."""
+        text = "".join(self.pieces())
+        ended = time.perf_counter()
+        decode_seconds = ended - self._first
+        later = len(self.tokens) - 1
+        return Generation(
+            text=text,
+            tokens=[token.id for token in self.tokens],
+            logprobs=[token.logprob for token in self.tokens],
+            top_logprobs=[token.top for token in self.tokens],
+            finish_reason=self.finish_reason,
+            timings=Timings(
+                prefill_seconds=self._first - self._began,
+                decode_seconds=decode_seconds,
+                tokens_per_second=later / decode_seconds if later else 0.0,
+            ),
+        )

@@ -1,1 +1,57 @@
-"""DeepSeek-V4 in JAX: the model, its checkpoints and a compiled decode loop."""
+"""DeepSeek-V4 in JAX: the model, its checkpoints and a compiled decode loop.
+
+    import v4jax
+    model = v4jax.load("path/to/checkpoint")
+    print(model.generate("Once upon a time", max_tokens=64).text)
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from v4jax.chat import encode_chat
+from v4jax.chat_parser import parse_chat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax.sharding import Mesh
+
+    from v4jax import numerics as _numerics
+    from v4jax.language_model import LanguageModel
+
+__all__ = ["encode_chat", "load", "parse_chat"]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    numerics: "_numerics.Name" = "official",
+    keep: bool = False,
+    mesh: "Mesh | None" = None,
+    progress: "Callable[[str, int, int], None] | None" = None,
+) -> "LanguageModel":
+    """Load a checkpoint, ready to run.
+
+    Args:
+      path: a Hugging Face directory, a native checkpoint, or a Hub id.
+      dtype: of weights, activations and cache: 'bfloat16' or 'float32'.
+      numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
+      keep: hold FP8 and FP4 weights as they are instead of dequantising them.
+      mesh: devices to spread the weights over (`v4jax.sharding.make_mesh`); one device without.
+      progress: called with what is being done, how much is done, and of how much.
+    Raises:
+      ValueError: the checkpoint is damaged or not DeepSeek-V4, or an argument has no such value.
+    """
+    # JAX and Flax are heavy: they are imported when there is something to load.
+    from v4jax import open_model
+
+    return open_model.load(path, dtype, numerics, keep=keep, mesh=mesh, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LanguageModel":
+        from v4jax.language_model import LanguageModel
+
+        return LanguageModel
+    raise AttributeError(f"module 'v4jax' has no attribute {name!r}")

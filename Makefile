@@ -1,0 +1,36 @@
+# Every target sets up its own virtual environment. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/run
+	$(BIN)/v4jax demo
+
+test: $(VENV)/test check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.compare
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The exact torch first: a range would fetch the build for CUDA, several gigabytes.
+$(VENV)/test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	touch $@ $(VENV)/run
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,97 @@
+"""Quantised formats: rounding, weights kept in the checkpoint's bits, matmuls with them.
+
+Axis letters: K input channels, N output channels.
+"""
+
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight
+
+__all__ = [
+    "Fp4Weight",
+    "Fp8Weight",
+    "Weight",
+    "dense",
+    "fake_quant_fp4",
+    "fake_quant_fp8",
+    "hadamard",
+    "linear",
+]
+
+Impl = Literal["auto", "xla", "reference"]
+
+
+def fake_quant_fp8(
+    x: Float[Array, "*rows K"], *, block: int, amax_floor: float = 1e-4
+) -> Float[Array, "*rows K"]:
+    """The values that x has after a trip through FP8 E4M3.
+
+    Each block of the last axis gets the scale 2^ceil(log2(amax / 448)); values are rounded to
+    nearest, ties to even. The gradient passes straight through.
+
+    Args:
+      x: any float dtype; rounded in float32.
+      block: channels per scale; the last block may be shorter.
+      amax_floor: least amax of a block, so that zeros have a scale.
+
+    Returns:
+      The shape and dtype of x.
+    """
+    return reference.fake_quant_fp8(x, block, amax_floor)
+
+
+def fake_quant_fp4(x: Float[Array, "*rows K"], *, block: int = 32) -> Float[Array, "*rows K"]:
+    """The values that x has after a trip through FP4 E2M1, scale 2^ceil(log2(amax / 6)) per block.
+
+    Otherwise as `fake_quant_fp8`.
+    """
+    return reference.fake_quant_fp4(x, block)
+
+
+def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+    """Orthonormal Walsh-Hadamard transform of the last axis, in float32, returned in x's dtype.
+
+    Raises:
+      ValueError: K is not a power of two.
+    """
+    channels = x.shape[-1]
+    if channels < 1 or channels & (channels - 1):
+        raise ValueError(
+            f"The Hadamard transform of {channels} channels is not defined: use a power of two."
+        )
+    return reference.hadamard(x)
+
+
+def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
+    """The matrix [..., N, K] that a weight in any format stands for, as an array in `dtype`."""
+    return reference.dense(w, dtype)
+
+
+def linear(
+    x: Float[Array, "*rows K"],
+    w: Weight,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    impl: Impl = "auto",
+) -> Float[Array, "*rows N"]:
+    """Multiply x by the transpose of w, a matrix [N, K] in any format.
+
+    Args:
+      x: rows of input channels.
+      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
+      precision: of the matmul, as in `jnp.einsum`.
+      impl: 'reference' dequantises the whole weight first.
+
+    Returns:
+      Accumulated in float32 (or wider, if x is), in x's dtype.
+
+    Raises:
+      NotImplementedError: no such implementation.
+    """
+    if impl not in ("auto", "xla", "reference"):
+        raise NotImplementedError(f"linear has no '{impl}' form; use 'auto', 'xla' or 'reference'.")
+    return reference.linear(x, w, precision=precision)

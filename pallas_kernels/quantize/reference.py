@@ -1,0 +1,138 @@
+"""Rounding to E4M3 and E2M1, the Hadamard transform and dequantised matmuls in plain maths.
+
+Axis letters: K input channels, N output channels, B blocks, C channels of a block.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
+
+MANTISSA = 23  # bits of a float32's mantissa
+BIAS = 127
+
+
+def _bits(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _power_of_two(exponent: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    return jax.lax.bitcast_convert_type((exponent + BIAS) << MANTISSA, jnp.float32)
+
+
+def _scale_exponent(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
+    """ceil(log2(amax / largest)), exactly: a bit pattern is a logarithm, linear within an octave."""
+    distance = _bits(amax) - int(np.float32(largest).view(np.int32))
+    return (distance + (1 << MANTISSA) - 1) >> MANTISSA
+
+
+def _nearest(
+    x: Float32[Array, "*dims"], mantissa: int, least_exponent: int
+) -> Float32[Array, "*dims"]:
+    """The nearest float with so many mantissa bits, ties to even, subnormal below 2^least."""
+    exponent = ((_bits(x) >> MANTISSA) & 0xFF) - BIAS
+    step_exponent = jnp.maximum(exponent, least_exponent) - mantissa
+    return jnp.round(x * _power_of_two(-step_exponent)) * _power_of_two(step_exponent)
+
+
+def _fake_quant(
+    x: Float[Array, "*rows K"],
+    *,
+    block: int,
+    floor: float,
+    largest: float,
+    mantissa: int,
+    least_exponent: int,
+) -> Float[Array, "*rows K"]:
+    channels = x.shape[-1]
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, -channels % block)]
+    x_BC = jnp.pad(x.astype(jnp.float32), padding).reshape(*x.shape[:-1], -1, block)
+    amax_B1 = jnp.maximum(jnp.max(jnp.abs(x_BC), axis=-1, keepdims=True), floor)
+    exponent_B1 = _scale_exponent(amax_B1, largest)
+    scaled_BC = jnp.clip(x_BC * _power_of_two(-exponent_B1), -largest, largest)
+    rounded_BC = _nearest(scaled_BC, mantissa, least_exponent) * _power_of_two(exponent_B1)
+    return rounded_BC.reshape(*x.shape[:-1], -1)[..., :channels].astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def fake_quant_fp8(
+    x: Float[Array, "*rows K"], block: int, amax_floor: float
+) -> Float[Array, "*rows K"]:
+    """Round to E4M3 times a power of two per block (DeepSeek's runtime, act_quant)."""
+    return _fake_quant(
+        x, block=block, floor=amax_floor, largest=448.0, mantissa=3, least_exponent=-6
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def fake_quant_fp4(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*rows K"]:
+    """Round to E2M1 times a power of two per block (DeepSeek's runtime, fp4_act_quant)."""
+    floor = 6 * 2.0**-126
+    return _fake_quant(x, block=block, floor=floor, largest=6.0, mantissa=1, least_exponent=0)
+
+
+@fake_quant_fp8.defjvp
+def _(block: int, amax_floor: float, primals: Any, tangents: Any) -> Any:
+    return fake_quant_fp8(*primals, block, amax_floor), tangents[0]
+
+
+@fake_quant_fp4.defjvp
+def _(block: int, primals: Any, tangents: Any) -> Any:
+    return fake_quant_fp4(*primals, block), tangents[0]
+
+
+@functools.lru_cache
+def _signs(n: int) -> np.ndarray:
+    index = np.arange(n)
+    odd = np.bitwise_count(index[:, None] & index[None, :]) & 1
+    return 1 - 2 * odd.astype(np.int8)
+
+
+def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+    """A matmul with the matrix of signs, at full precision, times K^-0.5."""
+    n = x.shape[-1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    signs_KK = jnp.asarray(_signs(n), wide)
+    summed = jnp.matmul(x.astype(wide), signs_KK, precision=jax.lax.Precision.HIGHEST)
+    return (summed * n**-0.5).astype(x.dtype)
+
+
+def decode_e2m1(code: UInt8[Array, "*dims"], dtype: Any) -> Float[Array, "*dims"]:
+    """Values of 4-bit codes times 2^-6: the same bits read as E4M3, whose bias is greater by 6."""
+    e4m3 = (code & 8) << 4 | (code & 7) << 2
+    return jax.lax.bitcast_convert_type(e4m3, jnp.float8_e4m3fn).astype(dtype)
+
+
+def dense_transposed(w: Fp8Weight | Fp4Weight, dtype: Any) -> Float[Array, "*stack K N"]:
+    """The matrix a quantised weight stands for, transposed, multiplied out in float32."""
+    stack, scale = w.codes.shape[:-2], w.scale.astype(jnp.float32)
+    if isinstance(w, Fp4Weight):
+        packed_BCN = w.codes.reshape(*stack, -1, FP4_BLOCK // 2, w.codes.shape[-1])
+        code_BCN = jnp.concatenate([packed_BCN & 15, packed_BCN >> 4], axis=-2)
+        dense_BCN = decode_e2m1(code_BCN, jnp.float32) * (64 * scale[..., None, :])
+        return dense_BCN.reshape(*stack, -1, w.codes.shape[-1]).astype(dtype)
+    K, N = w.codes.shape[-2:]
+    scale_KN = jnp.repeat(jnp.repeat(scale, FP8_BLOCK, axis=-2), FP8_BLOCK, axis=-1)[..., :K, :N]
+    return (w.codes.astype(jnp.float32) * scale_KN).astype(dtype)
+
+
+def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
+    """The matrix as an array in `dtype`."""
+    if isinstance(w, Fp8Weight | Fp4Weight):
+        return jnp.swapaxes(dense_transposed(w, dtype), -1, -2)
+    return w.astype(dtype)
+
+
+def linear(
+    x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
+) -> Float[Array, "*rows N"]:
+    """Dequantise, then multiply; accumulate in float32 or wider, return x's dtype."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    w_NK = dense(w, x.dtype) if isinstance(w, Fp8Weight | Fp4Weight) else w
+    y = jnp.einsum("...k,nk->...n", x, w_NK, precision=precision, preferred_element_type=wide)
+    return y.astype(x.dtype)

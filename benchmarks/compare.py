@@ -23,23 +23,28 @@ DECODE_STEPS = 48
 
 def main() -> int:
     """Run everything, or one measurement in this process (`--worker`)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.worker:
         side, model, length = args.worker
         print(json.dumps(_worker(side, Path(model), int(length))))
         return 0
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run([sys.executable, "-c", f"import benchmarks.compare as c; c.make({directory!r})"], check=True)
+        subprocess.run(
+            [sys.executable, "-c", f"import benchmarks.compare as c; c.make({directory!r})"],
+            check=True,
+        )
         bandwidth = _spawn("bandwidth", directory, 0)["gb_per_second"]
         print(f"memory read bandwidth: {bandwidth:.1f} GB/s")
-        rows = [
-            _spawn(side, directory, length) for length in args.lengths for side in args.sides
-        ]
+        rows = [_spawn(side, directory, length) for length in args.lengths for side in args.sides]
         for side in args.sides:
             rows.append(_spawn(f"cold-{side}", directory, 16))
     _report(rows, bandwidth)
@@ -146,13 +151,17 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
     logits, cache = jax.block_until_ready(engine.prefill(prompt, capacity))
     prefill = time.perf_counter() - began
     greedy = [sampling.SamplingParams(temperature=0.0)]
-    state = sampling.init(greedy, engine.cfg.vocab_size, np.zeros((1, 1), np.int32), np.zeros(1, np.int32))
+    state = sampling.init(
+        greedy, engine.cfg.vocab_size, np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+    )
     settings = {"cfg": engine.cfg, "numerics": engine.numerics}
     loop, _ = steps.begin(logits, cache, state, np.array([10_000], np.int32), **settings)
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        loop, _ = jax.block_until_ready(steps.advance(engine.model, loop, np.int32(DECODE_STEPS), **settings))
+        loop, _ = jax.block_until_ready(
+            steps.advance(engine.model, loop, np.int32(DECODE_STEPS), **settings)
+        )
         times.append((time.perf_counter() - began) / DECODE_STEPS)
     return {
         "prefill_s": prefill,
@@ -199,7 +208,9 @@ def _report(rows: list[dict[str, Any]], bandwidth: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("side", "tokens", "prefill s", "decode ms", "peak GB", "of bandwidth", "cold start s")
+    table = Table(
+        "side", "tokens", "prefill s", "decode ms", "peak GB", "of bandwidth", "cold start s"
+    )
     cell = lambda row, key, form: format(row[key], form) if key in row else ""
     for row in rows:
         share = ""

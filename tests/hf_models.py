@@ -37,7 +37,9 @@ SIZES = {
 
 def make(ratios: list[int] | None, seed: int, **changes: Any) -> DeepseekV4ForCausalLM:
     """A float32 model with weights spread enough that routing and retrieval are not degenerate."""
-    schedule = {} if ratios is None else {"compress_ratios": ratios, "num_hidden_layers": len(ratios)}
+    schedule = (
+        {} if ratios is None else {"compress_ratios": ratios, "num_hidden_layers": len(ratios)}
+    )
     config = DeepseekV4Config(**(SIZES | schedule | changes))
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(config).float().eval()
@@ -73,5 +75,7 @@ def greedy(model: DeepseekV4ForCausalLM, prompt: list[int], new: int) -> list[in
         tokens = []
         for _ in range(new):
             tokens.append(int(out.logits[0, -1].argmax()))
-            out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(
+                torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True
+            )
     return tokens

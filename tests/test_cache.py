@@ -26,8 +26,14 @@ def ring_after(chunks: list[int], rejected: list[int]) -> tuple[np.ndarray, int]
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.sampled_from([1, 3, 8, 9, 20]), st.integers(0, 8)), min_size=1, max_size=6))
-def test_a_ring_holds_the_window_before_its_end_whatever_was_rejected(steps: list[tuple[int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 3, 8, 9, 20]), st.integers(0, 8)), min_size=1, max_size=6
+    )
+)
+def test_a_ring_holds_the_window_before_its_end_whatever_was_rejected(
+    steps: list[tuple[int, int]],
+) -> None:
     ring, length = ring_after([tokens for tokens, _ in steps], [back for _, back in steps])
     assert np.all(ring[0] == -1), "another layer was written"
     for position in range(max(0, length - (ROWS - caches.SPARE)), length):
@@ -67,7 +73,8 @@ def test_pool_write_touches_only_the_entries_it_completes(first: int) -> None:
     expected = np.full(6, -1.0)
     expected[first : first + count] = np.arange(count)
     assert np.asarray(got[1, 0, :, 0]).tolist() == expected.tolist()
-    assert np.all(np.asarray(got[1, 1]) == -1) and np.all(np.asarray(got[0]) == -1)
+    assert np.all(np.asarray(got[1, 1]) == -1)
+    assert np.all(np.asarray(got[0]) == -1)
 
 
 def test_capacities_are_few_and_hold_the_text() -> None:
@@ -84,7 +91,12 @@ def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
         cache = caches.make(cfg, 1, capacity, jnp.float32)
         sizes.append(
             {
-                name: sum(getattr(layer, name).size for part in cache.segments for layer in part if getattr(layer, name) is not None)
+                name: sum(
+                    getattr(layer, name).size
+                    for part in cache.segments
+                    for layer in part
+                    if getattr(layer, name) is not None
+                )
                 for name in ("window_LBRK", "tail_LBRK", "pool_LBSK", "index_LBSK")
             }
         )

@@ -34,7 +34,8 @@ def test_flash_frequencies_are_stretched_between_pairs_15_and_25() -> None:
     scaled = np.array(layers.inverse_frequencies(64, FLASH.compress_rope_theta, FLASH.yarn))
     np.testing.assert_array_equal(scaled[:16], plain[:16])
     np.testing.assert_allclose(scaled[25:], plain[25:] / 16, rtol=1e-7)
-    assert np.all((scaled < plain)[16:]) and np.all((scaled > plain / 16)[16:25])
+    assert np.all((scaled < plain)[16:])
+    assert np.all((scaled > plain / 16)[16:25])
 
 
 def test_rotation_turns_the_last_pairs_and_turns_back() -> None:
@@ -45,7 +46,9 @@ def test_rotation_turns_the_last_pairs_and_turns_back() -> None:
     frequency = np.array(layers.inverse_frequencies(64, 10000.0, None), np.float32)
     angle = np.asarray(position_BT)[..., None].astype(np.float32) * frequency
     pairs = np.asarray(x, np.float64)[..., 448:].reshape(1, 3, 4, 32, 2)
-    expected = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle.astype(np.float64))[:, :, None]
+    expected = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle.astype(np.float64))[
+        :, :, None
+    ]
     got = np.asarray(turned)[..., 448:].reshape(1, 3, 4, 32, 2)
     np.testing.assert_allclose(got[..., 0] + 1j * got[..., 1], expected, rtol=1e-5, atol=2e-6)
     np.testing.assert_array_equal(turned[..., :448], x[..., :448])
@@ -119,7 +122,9 @@ def plain_entry(kv: np.ndarray, gate: np.ndarray) -> np.ndarray:
     return (weights / weights.sum(0) * kv).sum(0)
 
 
-@pytest.mark.parametrize(("ratio", "overlap", "first"), [(4, 2, 0), (4, 2, 3), (8, 1, 0), (3, 2, 0)])
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "first"), [(4, 2, 0), (4, 2, 3), (8, 1, 0), (3, 2, 0)]
+)
 def test_an_entry_pools_its_window_and_the_first_half_of_the_one_before(
     ratio: int, overlap: int, first: int
 ) -> None:

@@ -1,8 +1,8 @@
 """DeepSeek-V4 in JAX: the model, its checkpoints and a compiled decode loop.
 
-    import v4jax
-    model = v4jax.load("path/to/checkpoint")
-    print(model.generate("Once upon a time", max_tokens=64).text)
+import v4jax
+model = v4jax.load("path/to/checkpoint")
+print(model.generate("Once upon a time", max_tokens=64).text)
 """
 
 from pathlib import Path
@@ -40,6 +40,7 @@ def load(
       keep: hold FP8 and FP4 weights as they are instead of dequantising them.
       mesh: devices to spread the weights over (`v4jax.sharding.make_mesh`); one device without.
       progress: called with what is being done, how much is done, and of how much.
+
     Raises:
       ValueError: the checkpoint is damaged or not DeepSeek-V4, or an argument has no such value.
     """

@@ -89,7 +89,9 @@ def _heads(x_BTP: Float[Array, "B T P"], heads: int) -> Float[Array, "B T H K"]:
     return x_BTP.reshape(*x_BTP.shape[:2], heads, -1)
 
 
-def _output(p: Attention, mixed_BTHK: Float[Array, "B T H K"], cfg: ModelConfig) -> Float[Array, "B T D"]:
+def _output(
+    p: Attention, mixed_BTHK: Float[Array, "B T H K"], cfg: ModelConfig
+) -> Float[Array, "B T D"]:
     """Each group of heads to its own low rank, all ranks to the hidden size."""
     grouped_BTGP = mixed_BTHK.reshape(*mixed_BTHK.shape[:2], cfg.o_groups, -1)
     ranks_BTQ = layers.grouped_linear(grouped_BTGP, p.o_a_QP)

@@ -52,9 +52,7 @@ def run_block(
 ) -> tuple[Float[Array, "B T M"], LayerCache]:
     """Attention, then the experts, each inside its hyper-connection."""
     attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, layer, kind, context)
-    x_BTM, state = hyper.around(
-        p.attention_hyper, x_BTM, p.attention_norm_D, context, attend
-    )
+    x_BTM, state = hyper.around(p.attention_hyper, x_BTM, p.attention_norm_D, context, attend)
     mix = lambda x_BTD: (moe.mixture(p.router, p.shared, experts, x_BTD, layer, context), None)
     x_BTM, _ = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
     return x_BTM, state

@@ -73,7 +73,10 @@ def bucket(tokens: int, limit: int) -> int:
 def make(cfg: ModelConfig, batch: int, capacity: int, dtype: Any, *, mtp: bool = False) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
     caches = tuple(
-        tuple(_layer_cache(cfg, kind, segment.repeats, batch, capacity, dtype) for kind in segment.pattern)
+        tuple(
+            _layer_cache(cfg, kind, segment.repeats, batch, capacity, dtype)
+            for kind in segment.pattern
+        )
         for segment in segments(cfg.layers)
     )
     drafters = range(cfg.num_nextn_predict_layers if mtp else 0)
@@ -121,7 +124,7 @@ def ring_positions(end_B: Int[Array, " B"], rows: int) -> Int[Array, "B R"]:
     return last_B1 - jnp.mod(last_B1 - row_R[None], rows)
 
 
-def layer_of(stack: Float[Array, "L *rest"], layer: Int[Array, ""]) -> Float[Array, "*rest"]:
+def layer_of(stack: Float[Array, "L ..."], layer: Int[Array, ""]) -> Float[Array, "..."]:
     """One layer's state out of the stack: for rings, which are small."""
     return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
 

@@ -1,4 +1,4 @@
-"""The model's configuration: frozen, hashable, complete; it refuses what the model does not define."""
+"""The configuration: frozen, hashable, complete; it refuses what the model does not define."""
 
 import dataclasses
 import math
@@ -128,7 +128,9 @@ class ModelConfig:
                     f"{whole} {getattr(self, whole)}: RoPE turns each head's last dims."
                 )
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE pairs need it even.")
+            raise ValueError(
+                f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE pairs need it even."
+            )
         if self.num_attention_heads % self.o_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -108,7 +108,9 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": cfg.num_hidden_layers,
         "num_nextn_predict_layers": 1 if cfg.dspark else cfg.num_nextn_predict_layers,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_ids[0] if len(cfg.eos_token_ids) == 1 else list(cfg.eos_token_ids),
+        "eos_token_id": cfg.eos_token_ids[0]
+        if len(cfg.eos_token_ids) == 1
+        else list(cfg.eos_token_ids),
         "initializer_range": cfg.initializer_range,
         "torch_dtype": "bfloat16",
     }
@@ -191,7 +193,9 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
     for label, theta in (("main", "rope_theta"), ("compress", "compress_rope_theta")):
         told = nested.get(label, {}).get("rope_theta", raw[theta])
         if told != raw[theta]:
-            raise ValueError(f"{where}: rope_parameters.{label} says theta {told}, {theta} {raw[theta]}.")
+            raise ValueError(
+                f"{where}: rope_parameters.{label} says theta {told}, {theta} {raw[theta]}."
+            )
     main_type = nested.get("main", {}).get("rope_type", "default")
     if main_type != "default":
         raise ValueError(f"{where}: sliding layers use plain RoPE, not '{main_type}'.")
@@ -206,7 +210,9 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
     if extra := sorted(scaling.keys() - known):
         raise ValueError(f"{where}: RoPE scaling has unknown keys {extra}; remove them.")
     if scaling.get("attention_factor", 1.0) != 1.0 or scaling.get("truncate", True) is not True:
-        raise ValueError(f"{where}: DeepSeek-V4's YaRN has attention_factor 1 and truncated bounds.")
+        raise ValueError(
+            f"{where}: DeepSeek-V4's YaRN has attention_factor 1 and truncated bounds."
+        )
     return Yarn(
         factor=float(_need(scaling, "factor", where)),
         original_max_position_embeddings=_need(scaling, "original_max_position_embeddings", where),
@@ -220,9 +226,7 @@ def _layers(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
     _check_number("num_hidden_layers", count, where)
     ffn = _ffn_kinds(raw, count, where)
     attention = _attention_kinds(raw, count, where)
-    return tuple(
-        LayerKind(kind, ratio, f) for (kind, ratio), f in zip(attention, ffn, strict=True)
-    )
+    return tuple(LayerKind(kind, ratio, f) for (kind, ratio), f in zip(attention, ffn, strict=True))
 
 
 def _ffn_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any]:
@@ -244,7 +248,9 @@ def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any
                 f"(MTP layers last); it is {ratios}."
             )
         if any(ratios[count:]):
-            raise ValueError(f"{where}: MTP layers are sliding; compress_ratios ends {ratios[count:]}.")
+            raise ValueError(
+                f"{where}: MTP layers are sliding; compress_ratios ends {ratios[count:]}."
+            )
         kinds = {0: "sliding", _CSA_RATIO: "csa"}
         by_number = [(kinds.get(ratio, "hca"), ratio) for ratio in ratios[:count]]
     names = _named_kinds(raw, "layer_types", _LAYER_TYPES, count, where)
@@ -260,7 +266,9 @@ def _compress_rates(raw: Mapping[str, Any], where: str) -> dict[str, int]:
     rates["hca"] = raw.get("compress_rate_hca", _HCA_RATIO)
     for name, rate in raw.get("compress_rates", {}).items():
         if name not in _LAYER_TYPES:
-            raise ValueError(f"{where}: compress_rates names '{name}'; known: {list(_LAYER_TYPES)}.")
+            raise ValueError(
+                f"{where}: compress_rates names '{name}'; known: {list(_LAYER_TYPES)}."
+            )
         rates[_LAYER_TYPES[name]] = rate
     return rates
 
@@ -313,7 +321,9 @@ def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype | None:
     expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     for key, value in expected.items():
         if quantization.get(key, value) != value:
-            raise ValueError(f"{where}: quantization_config.{key} is {quantization[key]!r}, not {value!r}.")
+            raise ValueError(
+                f"{where}: quantization_config.{key} is {quantization[key]!r}, not {value!r}."
+            )
     # The first release of April 2026 has FP4 experts and no key that says so.
     dtype = raw.get("expert_dtype", quantization.get("expert_dtype", "fp4"))
     if dtype not in ("fp4", "fp8"):
@@ -340,7 +350,9 @@ def _layers_json(cfg: ModelConfig) -> dict[str, Any]:
         rates: dict[str, int] = {}
         for kind, ratio in attention:
             if ratio and rates.setdefault(names[kind], ratio) != ratio:
-                raise ValueError(f"config.json cannot tell two {kind} ratios with a CSA ratio not 4.")
+                raise ValueError(
+                    f"config.json cannot tell two {kind} ratios with a CSA ratio not 4."
+                )
         out["compress_rates"] = rates
     if ffn[:hashed] == ["hash"] * hashed:
         out["num_hash_layers"] = hashed

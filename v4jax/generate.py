@@ -19,7 +19,6 @@ from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.numerics import Numerics
 from v4jax.sampling import SamplingParams
-from v4jax.stopping import StopStrings
 
 FinishReason = Literal["stop", "length"]
 # Prefill runs in chunks of these sizes, the last one padded: few programs serve every prompt.
@@ -85,7 +84,9 @@ class Engine:
                 self.model, tokens_BT, cache, count_B, cfg=self.cfg, numerics=self.numerics
             )
             # A row that ended in an earlier chunk keeps the logits of that one.
-            logits_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+            logits_BV = (
+                new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+            )
             start += size
         return logits_BV, cache
 
@@ -125,7 +126,7 @@ class Engine:
 
 
 def chunk_sizes(tokens: int) -> list[int]:
-    """The chunks to prefill so many tokens in: large ones, then the smallest that holds the rest."""
+    """The chunks to prefill so many tokens in: large ones, then the smallest that fits the rest."""
     sizes = [CHUNKS[-1]] * (tokens // CHUNKS[-1])
     if rest := tokens - sum(sizes):
         sizes.append(next(size for size in CHUNKS if size >= rest))
@@ -148,7 +149,13 @@ def _tokens(block: steps.Block) -> list[list[Token]]:
             Token(
                 int(block.token_BT[b, t]),
                 float(block.logprob_BT[b, t]),
-                tuple(zip(block.top_id_BTN[b, t].tolist(), block.top_logprob_BTN[b, t].tolist(), strict=True)),
+                tuple(
+                    zip(
+                        block.top_id_BTN[b, t].tolist(),
+                        block.top_logprob_BTN[b, t].tolist(),
+                        strict=True,
+                    )
+                ),
             )
             for t in range(block.token_BT.shape[1])
             if block.real_BT[b, t]

@@ -84,6 +84,7 @@ def release_names(leaf: str, cfg: ModelConfig) -> list[str] | list[list[str]] | 
     Args:
       leaf: a name as `params.leaves` gives it, 'stacks.2.blocks.0.attention.q_a_RD'.
       cfg: the configuration.
+
     Returns:
       One name; or one per layer of the stack; or, for experts, one per layer and expert.
     """

@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from v4jax import cache as caches
 from v4jax import generate, steps
@@ -18,7 +17,7 @@ from v4jax.config import ModelConfig
 from v4jax.generate import Engine, FinishReason, Timings, Token
 from v4jax.sampling import SamplingParams
 from v4jax.stopping import StopStrings
-from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +62,15 @@ class LanguageModel:
 
         Args:
           tokens: token ids [B, T], T of 1 or more.
+
         Raises:
           ValueError: not two dims, empty, or an id outside the vocabulary.
         """
         tokens_BT = np.asarray(tokens)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0:
-            raise ValueError(f"tokens must be [batch, length], neither 0; got shape {tokens_BT.shape}.")
+            raise ValueError(
+                f"tokens must be [batch, length], neither 0; got shape {tokens_BT.shape}."
+            )
         for row in tokens_BT:
             self._check_tokens(row.tolist())
         engine, (batch, length) = self.engine, tokens_BT.shape
@@ -108,6 +110,7 @@ class LanguageModel:
           stop: strings that end the text and are left out of it.
           top_logprobs: alternatives to report for each token.
           sampling: fields of `SamplingParams`: temperature, top_k, top_p, min_p, seed, penalties.
+
         Raises:
           ValueError: an argument out of range, a prompt too long for the model, or text without a
             tokenizer.
@@ -124,7 +127,9 @@ class LanguageModel:
     ) -> Iterator[str]:
         """The same text piece by piece: whole characters, never a part of a stop string."""
         if self.tokenizer is None:
-            raise ValueError("This checkpoint has no tokenizer.json, so there is no text to stream.")
+            raise ValueError(
+                "This checkpoint has no tokenizer.json, so there is no text to stream."
+            )
         return self._run(prompt, max_tokens, stop, 0, sampling).pieces()
 
     def _run(
@@ -140,7 +145,9 @@ class LanguageModel:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number, 1 or more.")
         if not 0 <= top_logprobs <= self.config.vocab_size:
-            raise ValueError(f"top_logprobs is {top_logprobs}; it must be 0 to the vocabulary's size.")
+            raise ValueError(
+                f"top_logprobs is {top_logprobs}; it must be 0 to the vocabulary's size."
+            )
         room = self._check_length(len(tokens), 1)
         stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
         params = SamplingParams(**sampling)
@@ -188,7 +195,7 @@ class _Run:
     ) -> None:
         self._began = time.perf_counter()
         self._model, self._stops = model, stops
-        self._decoder = model.tokenizer and model.tokenizer.stream_decoder()
+        self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
         self._blocks = model.engine.run([prompt], [params], [max_tokens], top_logprobs=top_logprobs)
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason = "length"
@@ -203,7 +210,9 @@ class _Run:
                 if token.id in self._model.config.eos_token_ids:
                     self.finish_reason = "stop"
                     break
-                piece, stopped = self._stops.push(self._decoder.push(token.id) if self._decoder else "")
+                piece, stopped = self._stops.push(
+                    self._decoder.push(token.id) if self._decoder else ""
+                )
                 if piece:
                     yield piece
                 if stopped:

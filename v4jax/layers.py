@@ -24,7 +24,7 @@ def value(weight: Any) -> Any:
 
 
 def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
-    """x times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
     return quantize.linear(x, value(weight))
 
 
@@ -38,16 +38,12 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
     )
 
 
-def grouped_linear(
-    x_BTGP: Float[Array, "B T G P"], weight_QP: Any
-) -> Float[Array, "B T Q"]:
+def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
     groups = x_BTGP.shape[2]
     dense_QP = quantize.dense(value(weight_QP), x_BTGP.dtype)
     dense_GOP = dense_QP.reshape(groups, -1, dense_QP.shape[-1])
-    out_BTGO = jnp.einsum(
-        "btgp,gop->btgo", x_BTGP, dense_GOP, preferred_element_type=jnp.float32
-    )
+    out_BTGO = jnp.einsum("btgp,gop->btgo", x_BTGP, dense_GOP, preferred_element_type=jnp.float32)
     return out_BTGO.reshape(*x_BTGP.shape[:2], -1).astype(x_BTGP.dtype)
 
 
@@ -70,7 +66,7 @@ def head_norm(
 
 @functools.lru_cache
 def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
-    """Radians per position of each rotary pair, rounded to float32 step by step as the references do."""
+    """Radians per position of each rotary pair, rounded to float32 step by step as published."""
     exponents = np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim)
     frequencies = np.float32(1.0) / np.power(np.float32(theta), exponents)
     if yarn is None:
@@ -87,7 +83,12 @@ def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> tuple
 
 
 def rope_table(
-    position_BT: Int[Array, "B T"], cfg: ModelConfig, numerics: Numerics, dtype: Any, *, compressed: bool
+    position_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    numerics: Numerics,
+    dtype: Any,
+    *,
+    compressed: bool,
 ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
     """Cosine and sine at each position, for sliding layers or for compressed ones (YaRN)."""
     theta, yarn = (cfg.compress_rope_theta, cfg.yarn) if compressed else (cfg.rope_theta, None)

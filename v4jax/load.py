@@ -109,7 +109,9 @@ def _make_leaf(
 
 def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> np.ndarray:
     """The part `index` of an array stacked from many tensors."""
-    lengths = [len(range(*part.indices(size))) for part, size in zip(index, struct.shape, strict=True)]
+    lengths = [
+        len(range(*part.indices(size))) for part, size in zip(index, struct.shape, strict=True)
+    ]
     out = np.empty(lengths, struct.dtype)
 
     def fill(names: Any, index: tuple[slice, ...], into: np.ndarray) -> None:

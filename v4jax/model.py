@@ -20,7 +20,7 @@ from v4jax.plan import segments
 
 
 class Model(nnx.Module):
-    """All weights. `Model(cfg)` holds declarations; `params.init` and `checkpoint.load` fill them."""
+    """All weights. `Model(cfg)` holds declarations; `params.init` and `load.load` fill them."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         weight = Declare(std=cfg.initializer_range)
@@ -50,6 +50,7 @@ def forward(
       tokens_BT: token ids; beyond `count_B` they are padding, any valid id.
       cache: the state, with room for T more tokens.
       count_B: real tokens of each row.
+
     Returns:
       The residual streams before their final collapse, and the cache with the chunk in it.
     """
@@ -96,7 +97,9 @@ def embed(model: Model, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 
 def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T D"]:
     """Collapse the streams and apply the final norm."""
-    return layers.rms_norm(hyper.collapse(model.hyper_head, x_BTM, cfg), model.norm_D, cfg.rms_norm_eps)
+    return layers.rms_norm(
+        hyper.collapse(model.hyper_head, x_BTM, cfg), model.norm_D, cfg.rms_norm_eps
+    )
 
 
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:

@@ -68,7 +68,9 @@ def route(
     return expert_BTA, weight_BTA / total_BT1 * cfg.routed_scaling_factor
 
 
-def shared_mlp(p: SharedExpert, x_BTD: Float[Array, "B T D"], limit: float) -> Float[Array, "B T D"]:
+def shared_mlp(
+    p: SharedExpert, x_BTD: Float[Array, "B T D"], limit: float
+) -> Float[Array, "B T D"]:
     """Clamped SwiGLU."""
     gate_BTF = jnp.minimum(layers.linear(x_BTD, p.gate_FD).astype(jnp.float32), limit)
     up_BTF = jnp.clip(layers.linear(x_BTD, p.up_FD).astype(jnp.float32), -limit, limit)

@@ -72,7 +72,9 @@ class Declare:
         kind, scale = ("normal", self._std) if constant is None else ("constant", constant)
         return self._param(ParamSpec(shape, axes, stored, kind, scale))
 
-    def expert_ids(self, shape: tuple[int, int], axes: tuple[str | None, ...], experts: int) -> nnx.Param:
+    def expert_ids(
+        self, shape: tuple[int, int], axes: tuple[str | None, ...], experts: int
+    ) -> nnx.Param:
         """A table whose rows are distinct expert ids."""
         return self._param(ParamSpec(shape, axes, "i64", "experts", experts))
 
@@ -93,7 +95,9 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """'segments.0.blocks.1.attention.q_a_RD' from a key path of the module tree."""
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    parts = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    ]
     return ".".join(part for part in parts if part != "value")
 
 
@@ -150,7 +154,9 @@ def init(declared: Tree, key: jax.Array, dtype: Any) -> Tree:
             return jnp.full(struct.shape, spec.scale, struct.dtype)
         if spec.init == "experts":
             return _distinct_ids(leaf_key, struct.shape, int(spec.scale))
-        return (jax.random.normal(leaf_key, struct.shape, jnp.float32) * spec.scale).astype(struct.dtype)
+        return (jax.random.normal(leaf_key, struct.shape, jnp.float32) * spec.scale).astype(
+            struct.dtype
+        )
 
     return map_leaves(fill, declared)
 

@@ -77,7 +77,11 @@ def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
             row = slice(i * height, (i + 1) * height)
             read = lambda e=e, row=row: files.read(theirs, slice(e, e + 1))[0, row]
             yield Tensor(
-                f"{fused[1]}{e}.{matrix}.weight", info.dtype, (height, columns), str(info.file), read
+                f"{fused[1]}{e}.{matrix}.weight",
+                info.dtype,
+                (height, columns),
+                str(info.file),
+                read,
             )
 
 
@@ -113,8 +117,8 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         found = {_check_one(release, name, spec) for name in names}
         if len(found) > 1:
             raise CheckpointError(
-                f"{release[names[0]].file}: '{names[0]}' and its like in other layers are stored in "
-                f"different formats ({', '.join(sorted(found))}); convert them to one first."
+                f"{release[names[0]].file}: '{names[0]}' and its like in other layers are stored "
+                f"in different formats ({', '.join(sorted(found))}); convert them to one first."
             )
         formats[leaf] = found.pop()
         known.update(names)
@@ -124,7 +128,7 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         name = unexpected[0]
         raise CheckpointError(
             f"{release[name].file}: unexpected tensor '{name}' and {len(unexpected) - 1} more; "
-            "the configuration defines no such weight. Check that config.json belongs to these files."
+            "config.json defines no such weight. Check that it belongs to these files."
         )
     return formats
 
@@ -168,7 +172,9 @@ def _format(tensor: Tensor, spec: ParamSpec) -> Format:
     if spec.stored == "expert" and dtype in _PACKED:
         return "fp4"
     allowed = [*_DENSE] + (["F8_E4M3"] if spec.stored in ("fp8", "expert") else [])
-    raise CheckpointError(_bad_dtype(tensor, allowed + [*(_PACKED if spec.stored == "expert" else ())]))
+    raise CheckpointError(
+        _bad_dtype(tensor, [*allowed, *(_PACKED if spec.stored == "expert" else ())])
+    )
 
 
 def _bad_dtype(tensor: Tensor, allowed: Any) -> str:

@@ -45,7 +45,9 @@ def make_mesh(
     shape = (data, fsdp, expert, tensor)
     if math.prod(shape) != devices.size:
         sizes = ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
-        raise ValueError(f"A mesh of {sizes} needs {math.prod(shape)} devices; there are {devices.size}.")
+        raise ValueError(
+            f"A mesh of {sizes} needs {math.prod(shape)} devices; there are {devices.size}."
+        )
     return Mesh(devices.reshape(shape), AXES)
 
 
@@ -108,7 +110,8 @@ def over_experts(
     Args:
       run: maps tokens to the sum over their experts; ignores ids that are not 0 .. E - 1.
       x_TD: tokens.
-      expert_TA, weight_TA: each token's experts and routing weights.
+      expert_TA: each token's experts.
+      weight_TA: their routing weights.
       weights: stacks [L, E, ...], arrays or quantised.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -167,9 +167,7 @@ def advance(
         at, loop, block = carry
         count_B = jnp.where(loop.done_B, 0, 1).astype(jnp.int32)
         logits_BV, cache = _decode(model, cfg, numerics, loop.token_B, loop.cache, count_B)
-        loop, chosen = _choose(
-            logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs
-        )
+        loop, chosen = _choose(logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs)
         put = lambda column, new: jax.lax.dynamic_update_index_in_dim(column, new, at, 1)
         return at + 1, loop, jax.tree.map(put, block, Block(*chosen))
 

@@ -23,11 +23,12 @@ def pool(
     """Softmax-gated sums of windows first, first + 1, ...
 
     Args:
-      kv_BXC: the tokens of windows first - overlap + 1 .. first + n - 1, so X = (n + overlap - 1) * M.
+      kv_BXC: tokens of the windows first - overlap + 1 .. first + n - 1: (n + overlap - 1) * M.
       gate_BXC: their gate logits, without the positional bias.
       bias_MC: added to the gate by position in the window (the checkpoint's `ape`).
       first_B: index of the first entry wanted; windows of negative index count for nothing.
       overlap: 1 or 2 windows per entry.
+
     Returns:
       One row per entry, in float32. What a window's tokens beyond the text hold is the caller's
       affair: such entries are not visible yet.

@@ -24,13 +24,16 @@ def mixes(
     return jnp.einsum("btm,qm->btq", x32_BTM, fn32_QM, precision=highest) * inverse_BT1
 
 
-def sinkhorn(logits_BTNN: Float32[Array, "B T N N"], *, steps: int, eps: float) -> Float32[Array, "B T N N"]:
+def sinkhorn(
+    logits_BTNN: Float32[Array, "B T N N"], *, steps: int, eps: float
+) -> Float32[Array, "B T N N"]:
     """Alternately normalise rows and columns.
 
     Args:
       logits_BTNN: one N x N matrix per token, any range.
       steps: row/column passes; the checkpoint's `hc_sinkhorn_iters`.
       eps: added to the softmax and to every divisor.
+
     Returns:
       Non-negative matrices whose columns (summed over the first N) are 1 within eps, and rows
       nearly so.
@@ -94,7 +97,9 @@ def post(
     return jnp.concatenate(news_BTD, axis=-1).astype(x_BTM.dtype)
 
 
-def collapse(x_BTM: Float[Array, "B T M"], weight_BTN: Float32[Array, "B T N"]) -> Float[Array, "B T D"]:
+def collapse(
+    x_BTM: Float[Array, "B T M"], weight_BTN: Float32[Array, "B T N"]
+) -> Float[Array, "B T D"]:
     """The weighted sum of the streams, in float32, returned in x's dtype."""
     parts = jnp.split(x_BTM.astype(jnp.float32), weight_BTN.shape[-1], axis=-1)
     total = functools.reduce(

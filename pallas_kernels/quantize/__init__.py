@@ -9,15 +9,33 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.checkpoint import (
+    decode_fp4_blocks,
+    decode_fp8_blocks,
+    encode_fp4_blocks,
+    encode_fp8_blocks,
+    fp4_from_checkpoint,
+    fp4_to_checkpoint,
+    fp8_from_checkpoint,
+    fp8_to_checkpoint,
+)
 from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight
 
 __all__ = [
     "Fp4Weight",
     "Fp8Weight",
     "Weight",
+    "decode_fp4_blocks",
+    "decode_fp8_blocks",
     "dense",
+    "encode_fp4_blocks",
+    "encode_fp8_blocks",
     "fake_quant_fp4",
     "fake_quant_fp8",
+    "fp4_from_checkpoint",
+    "fp4_to_checkpoint",
+    "fp8_from_checkpoint",
+    "fp8_to_checkpoint",
     "hadamard",
     "linear",
 ]

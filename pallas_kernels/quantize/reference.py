@@ -26,7 +26,7 @@ def _power_of_two(exponent: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 
 def _scale_exponent(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
-    """ceil(log2(amax / largest)), exactly: a bit pattern is a logarithm, linear within an octave."""
+    """ceil(log2(amax / largest)) exactly: a bit pattern is a logarithm, linear within an octave."""
     distance = _bits(amax) - int(np.float32(largest).view(np.int32))
     return (distance + (1 << MANTISSA) - 1) >> MANTISSA
 

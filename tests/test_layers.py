@@ -1,6 +1,7 @@
 """Norms, rotary embedding, hyper-connections and compression against plain formulas."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from v4jax.numerics import HF, OFFICIAL
 
 FLASH = config.preset("flash")
 # Rounding of a sum of a few hundred float32 terms.
-CLOSE = {"rtol": 2e-6, "atol": 2e-6}
+CLOSE: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-6}
 
 
 def test_rms_norm_multiplies_by_its_weight_before_the_cast() -> None:
@@ -132,11 +133,8 @@ def test_an_entry_pools_its_window_and_the_first_half_of_the_one_before(
     count, dim = 3, 5
     kv, gate = rng.normal(size=(2, 1, (count + overlap - 1) * ratio, overlap * dim))
     bias = rng.normal(size=(ratio, overlap * dim))
-    got = compress.pool(
-        *(jnp.asarray(a, jnp.float32) for a in (kv, gate, bias)),
-        jnp.array([first], jnp.int32),
-        overlap=overlap,
-    )
+    kv_BXC, gate_BXC, bias_MC = (jnp.asarray(a, jnp.float32) for a in (kv, gate, bias))
+    got = compress.pool(kv_BXC, gate_BXC, bias_MC, jnp.array([first], jnp.int32), overlap=overlap)
     for i in range(count):
         parts = []
         for series in range(overlap):

@@ -7,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from v4jax import hub, native, numerics
-from v4jax import load as huggingface
+from v4jax import hub, huggingface, native, numerics
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.tokenizer import Tokenizer

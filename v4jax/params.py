@@ -101,7 +101,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(part for part in parts if part != "value")
 
 
-def map_leaves(function: Callable[[str, ParamSpec], Any], declared: Tree, *others: Any) -> Tree:
+def map_leaves(function: Callable[..., Any], declared: Tree, *others: Any) -> Tree:
     """Replace each ParamSpec of `declared` by `function(name, spec, *values in others)`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, spec, *values: function(path_name(path), spec, *values),

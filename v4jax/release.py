@@ -114,7 +114,7 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         names = list(hf_names.flatten(hf_names.release_names(leaf, cfg)))
         if missing := [name for name in names if name not in release]:
             raise CheckpointError(_missing(missing, release))
-        found = {_check_one(release, name, spec) for name in names}
+        found: set[Format] = {_check_one(release, name, spec) for name in names}
         if len(found) > 1:
             raise CheckpointError(
                 f"{release[names[0]].file}: '{names[0]}' and its like in other layers are stored "

@@ -49,7 +49,7 @@ def load(
     """The model's weights in `dtype`; with `keep`, FP8 and FP4 stay as they are."""
     tensors, cfg, formats = open_release(path)
     declared = Model(cfg)
-    held = {name: form if keep else "dense" for name, form in formats.items()}
+    held: dict[str, Format] = formats if keep else dict.fromkeys(formats, "dense")
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )

@@ -1,0 +1,395 @@
+"""safetensors files: a reader that maps them into memory and a writer that streams.
+
+The format: eight bytes with the header's length (little-endian), the header (JSON: tensor name to
+dtype, shape and offsets), then the tensors' bytes, without holes. The safetensors package reads
+neither F8_E4M3 nor F8_E8M0 nor F4 into numpy arrays; V4's weights are just those.
+"""
+
+import collections
+import dataclasses
+import difflib
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "BOOL": np.dtype("?"),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F4": np.dtype("u1"),  # two elements a byte
+}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors package's limit
+_MAX_RANK = 32
+_MAX_BYTES = 2**62
+# A map's pages stay resident until dropped: so often, in bytes of views handed out, they are.
+_DROP_AFTER_BYTES = 256 * 2**20
+_DAMAGED = "The file is damaged; download it again."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files cannot be used; the message says which, why, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's declaration, and where it lies once it is in a file.
+
+    Attributes:
+      dtype: the format's name for it, a key of `DTYPES`.
+      shape: in elements, also for F4.
+      file: the file that holds it; None for a tensor yet to be written.
+      start: of its first byte, counted from the end of the file's header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path | None = None
+    start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in a file."""
+        return math.prod(self.array_shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """The shape it is read in: the last dim of F4 is halved, two elements being one uint8."""
+        if self.dtype == "F4":
+            return (*self.shape[:-1], self.shape[-1] // 2)
+        return self.shape
+
+
+class SafetensorsFile:
+    """One file's tensors as views on a memory map; `names` are in the order of the bytes."""
+
+    def __init__(
+        self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str], data_start: int
+    ) -> None:
+        self.path = path
+        self.names = tuple(tensors)
+        self.metadata = metadata
+        self._tensors = tensors
+        self._data_start = data_start
+        self._size = data_start + sum(info.nbytes for info in tensors.values())
+        self._map: mmap.mmap | None = None
+        self._handed_out = 0
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's dtype, shape and place."""
+        return lookup(self._tensors, name, self.path)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A read-only view of a tensor, or of some of its rows; nothing is copied.
+
+        The view stays valid after `close`. Later reads may drop its pages, which come back from the
+        file when touched: so resident memory stays bounded while streaming.
+
+        Args:
+          name: one of `names`.
+          rows: a slice of the first dim.
+
+        Returns:
+          An array of the dtype in `DTYPES`; F4 is uint8, its last dim halved.
+        """
+        info = self.info(name)
+        start = self._data_start + info.start
+        view = np.ndarray(info.array_shape, DTYPES[info.dtype], self._mapped(), start)
+        if rows is not None:
+            view = view[rows]
+        self._count(view.nbytes)
+        return view
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            try:
+                with self.path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError: the file is now empty
+                raise CheckpointError(f"{self.path}: cannot be mapped ({error}).") from error
+            if len(self._map) != self._size:
+                self._map = None
+                raise CheckpointError(f"{self.path}: changed while it was in use; open it again.")
+        return self._map
+
+    def _count(self, nbytes: int) -> None:
+        self._handed_out += nbytes
+        if self._handed_out > _DROP_AFTER_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped().madvise(mmap.MADV_DONTNEED)
+            self._handed_out = nbytes
+
+    def close(self) -> None:
+        """Give up the map; the next read makes a new one, and views keep theirs."""
+        self._map = None
+        self._handed_out = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_safetensors(path: str | Path) -> SafetensorsFile:
+    """Read and check a file's header; a CheckpointError says what is wrong with it."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = _read_header(path, file, size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    entries, metadata = _parse_header(path, header)
+    data_start = 8 + len(header)
+    return SafetensorsFile(
+        path, check_entries(path, entries, size - data_start), metadata, data_start
+    )
+
+
+def lookup(tensors: Mapping[str, Any], name: str, where: Path | str) -> Any:
+    """`tensors[name]`, or a CheckpointError with the nearest name there is."""
+    if name in tensors:
+        return tensors[name]
+    near = difflib.get_close_matches(name, tensors, n=1)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    raise CheckpointError(f"{where}: has no tensor {name!r}{hint}.")
+
+
+def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(
+            f"{path}: has {size} bytes; a safetensors file has 8 or more. {_DAMAGED}"
+        )
+    if prefix == b"version ":
+        raise CheckpointError(
+            f"{path}: looks like a Git LFS pointer, not the file it stands for; run 'git lfs pull'."
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: declares a header of {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}. "
+            "It is damaged or no safetensors file; download it again."
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: ends inside its header, {8 + length - size:,} bytes early. {_DAMAGED}"
+        )
+    return file.read(length)
+
+
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        entries = parse_json(header)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the header is not valid JSON: {error}. {_DAMAGED}"
+        ) from error
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{path}: __metadata__ in the header does not map strings to strings."
+        )
+    return entries, metadata
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8; ValueError for anything else, or for a key that occurs twice."""
+    parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not an object")
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return unique
+
+
+def check_entries(
+    file: Path, entries: Mapping[str, Any], data_bytes: int | None = None
+) -> dict[str, TensorInfo]:
+    """A header's entries, checked, in the order of their bytes.
+
+    Args:
+      file: named in errors and in the result.
+      entries: tensor name to a mapping with dtype, shape and data_offsets.
+      data_bytes: what the file has after its header, if known.
+    """
+    infos = sorted(
+        ((name, _tensor_info(file, name, entry)) for name, entry in entries.items()),
+        key=lambda item: (item[1].start, item[1].nbytes),
+    )
+    end = 0
+    for name, info in infos:
+        if info.start != end:
+            fault = "overlaps the tensor before it" if info.start < end else "has a hole before it"
+            raise CheckpointError(
+                f"{file}: tensor {name!r} begins at byte {info.start:,} where {end:,} was due: "
+                f"it {fault}. {_DAMAGED}"
+            )
+        end += info.nbytes
+    if data_bytes is not None and end > data_bytes:
+        name = next(name for name, info in infos if info.start + info.nbytes > data_bytes)
+        raise CheckpointError(
+            f"{file}: the file is cut off: {end - data_bytes:,} of {end:,} bytes of tensors are "
+            f"missing, from {name!r} on. Download it again."
+        )
+    if data_bytes is not None and end < data_bytes:
+        raise CheckpointError(
+            f"{file}: {data_bytes - end:,} bytes follow the last tensor. {_DAMAGED}"
+        )
+    return dict(infos)
+
+
+def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, Mapping) or any(field not in entry for field in fields):
+        raise CheckpointError(f"{file}: tensor {name!r} lacks dtype, shape or offsets. {_DAMAGED}")
+    dtype, shape, offsets = (entry[field] for field in fields)
+    if fault := _fault(dtype, shape):
+        raise CheckpointError(f"{file}: tensor {name!r} has {fault}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{file}: tensor {name!r} has offsets {offsets!r:.100}. {_DAMAGED}")
+    info = TensorInfo(dtype, tuple(shape), file, offsets[0])
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} ({dtype} {list(shape)}) takes {info.nbytes:,} bytes, but its "
+            f"offsets span {offsets[1] - offsets[0]:,}. {_DAMAGED}"
+        )
+    return info
+
+
+def _fault(dtype: Any, shape: Any) -> str | None:
+    """What is wrong with a declaration, as the end of a sentence."""
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {dtype!r:.100}; convert it to one of {', '.join(DTYPES)}."
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        return (
+            f"shape {shape!r:.100}; a shape is up to {_MAX_RANK} sizes, none negative. {_DAMAGED}"
+        )
+    if dtype == "F4" and (not shape or shape[-1] % 2):
+        return f"shape {list(shape)} in F4; two elements make a byte, so the last dim must be even."
+    # A dim of 0 does not excuse the others: numpy refuses such arrays too.
+    if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize > _MAX_BYTES:
+        return f"shape {list(shape)!r:.100}, which is too large to be real. {_DAMAGED}"
+    return None
+
+
+def _are_sizes(values: Any) -> bool:
+    # Not isinstance: JSON's true is an int to Python.
+    return isinstance(values, list | tuple) and all(type(v) is int and v >= 0 for v in values)
+
+
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file of declared tensors, holding one of them at a time.
+
+    The file appears under its name when it is complete and on the disk; until then it is called
+    `path` + '.part'. After an exception neither is there, unless `path` was before.
+
+    Args:
+      path: the file to make or replace.
+      tensors: declarations, in the order of the file. As in the safetensors package, larger
+        dtypes first keep every tensor aligned.
+      read: called once for each name, in order; returns an array just as
+        `SafetensorsFile.read` would return it.
+      metadata: free strings for the header.
+
+    Raises:
+      CheckpointError: a declaration is invalid, an array differs from its declaration, or the disk
+        is too full; the last is checked before any work is done.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a directory; give the name of a file.")
+    header = _encode_header(path, tensors, metadata or {})
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    require_space(path.parent, len(header) + sum(info.nbytes for info in tensors.values()))
+    try:
+        with part.open("wb") as file:
+            file.write(header)
+            for name, info in tensors.items():
+                file.write(_array_bytes(path, name, info, read(name)))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _encode_header(
+    path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in tensors.items():
+        if name == "__metadata__":
+            raise CheckpointError(f"{path}: no tensor can be called __metadata__; rename it.")
+        if fault := _fault(info.dtype, info.shape):
+            raise CheckpointError(f"{path}: tensor {name!r} has {fault}")
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _array_bytes(path: Path, name: str, info: TensorInfo, value: Any) -> memoryview:
+    array = np.asarray(value)
+    if (array.dtype, array.shape) != (DTYPES[info.dtype], info.array_shape):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} was declared {info.dtype} {list(info.shape)}, but "
+            f"{array.dtype} {list(array.shape)} came."
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise a CheckpointError unless the folder's disk has `nbytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{folder}: {nbytes:,} bytes are needed and {free:,} are free; make room, or choose "
+            "another disk."
+        )
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames in a folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

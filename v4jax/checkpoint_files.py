@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Checkpoint:
         self._mapped: SafetensorsFile | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path) -> "Checkpoint":
         """Open a directory.
 
         Raises:
@@ -110,7 +110,7 @@ class Checkpoint:
             self._mapped.close()
             self._mapped = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +133,9 @@ class HubCheckpoint:
         self._held: tuple[str, SafetensorsFile] | None = None
 
     @classmethod
-    def open(cls, repo_id: str, scratch: str | Path, *, revision: str | None = None) -> Self:
+    def open(
+        cls, repo_id: str, scratch: str | Path, *, revision: str | None = None
+    ) -> "HubCheckpoint":
         """Fetch configuration, index and headers.
 
         Args:
@@ -220,7 +222,7 @@ class HubCheckpoint:
         if self._folder.exists():
             shutil.rmtree(self._folder)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "HubCheckpoint":
         return self
 
     def __exit__(self, *_: object) -> None:

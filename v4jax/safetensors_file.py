@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -143,7 +143,7 @@ class SafetensorsFile:
         self._map = None
         self._handed_out = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SafetensorsFile":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -76,7 +76,7 @@ class Declare:
         self, shape: tuple[int, int], axes: tuple[str | None, ...], experts: int
     ) -> nnx.Param:
         """A table whose rows are distinct expert ids."""
-        return self._param(ParamSpec(shape, axes, "i64", "experts", experts))
+        return self._param(ParamSpec(shape, axes, "i64", "experts", float(experts)))
 
     def _param(self, spec: ParamSpec) -> nnx.Param:
         if self._repeats is not None:

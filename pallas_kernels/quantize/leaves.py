@@ -56,4 +56,4 @@ class Fp4Weight:
         return (*stack, n, 2 * half_k)
 
 
-Weight: TypeAlias = Float[Array, "*stack N K"] | Fp8Weight | Fp4Weight
+Weight: TypeAlias = Float[Array, "..."] | Fp8Weight | Fp4Weight

@@ -1,0 +1,100 @@
+"""Attention to the window and to all visible entries: HCA, sliding, and CSA under a mask.
+
+One key head serves all query heads and keys are values. One softmax runs over window and entries,
+with a sink logit per head that takes its share of probability and gives no value. Logits and
+softmax are float32; probabilities are rounded to the keys' dtype before they meet the values.
+Rows that see nothing give 0. What is not visible may be garbage. Only the reference form is
+differentiable: the loops of the other run as long as something is visible.
+
+Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
+ring, X = window + T keys of a chunk's window, S entries there is room for.
+"""
+
+from typing import Literal
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.dense_attention import reference, xla
+from pallas_kernels.implementations import require
+
+Impl = Literal["auto", "xla", "reference"]
+_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+
+
+def decode(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+    impl: Impl = "auto",
+) -> Float[Array, "B T H K"]:
+    """A few queries per row, whose window is a ring.
+
+    Args:
+      q_BTHK: queries.
+      window_BRK: keys of the newest tokens, in any order.
+      window_mask_BTR: those that each query sees.
+      pool_LBSK: entries of all layers of a stack; None where there are none.
+      layer: the layer to read.
+      visible_BT: entries below this are seen, 0 to S.
+      sink_H: a logit per head.
+      scale: multiplies q . key.
+      impl: 'auto' takes the best form for the compile target.
+    Raises:
+      NotImplementedError: no such form.
+    """
+    require("dense_attention.decode", impl, _FORMS)
+    return _FORMS[impl].decode(
+        q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, visible_BT, sink_H, scale=scale
+    )
+
+
+def prefill(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    mask_BTS: Bool[Array, "B T S"] | None,
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+    impl: Impl = "auto",
+) -> Float[Array, "B T H K"]:
+    """A chunk of queries at positions start, start + 1, ...
+
+    Args:
+      q_BTHK: queries.
+      window_BXK: keys of positions start - window .. start + T - 1; those below 0 are not seen.
+      start_B: position of each row's first query.
+      pool_LBSK: as for `decode`.
+      layer: as for `decode`.
+      visible_BT: as for `decode`.
+      mask_BTS: entries that are seen among the visible ones; None: all.
+      sink_H: a logit per head.
+      window: tokens that a query sees, itself included.
+      scale: multiplies q . key.
+      impl: as for `decode`.
+    Raises:
+      NotImplementedError: no such form.
+    """
+    require("dense_attention.prefill", impl, _FORMS)
+    return _FORMS[impl].prefill(
+        q_BTHK,
+        window_BXK,
+        start_B,
+        pool_LBSK,
+        layer,
+        visible_BT,
+        mask_BTS,
+        sink_H,
+        window=window,
+        scale=scale,
+    )

@@ -1,0 +1,85 @@
+"""Attention in plain maths: all logits of window and entries at once. See the package."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def decode(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    keys, masks = [window_BRK], [window_mask_BTR]
+    if pool_LBSK is not None:
+        keys.append(pool_LBSK[layer])
+        masks.append(jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None])
+    return attend(q_BTHK, keys, masks, sink_H, scale)
+
+
+def prefill(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    mask_BTS: Bool[Array, "B T S"] | None,
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    keys, masks = [window_BXK], [band(start_B, q_BTHK.shape[1], window)]
+    if pool_LBSK is not None:
+        seen_BTS = jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None]
+        keys.append(pool_LBSK[layer])
+        masks.append(seen_BTS if mask_BTS is None else seen_BTS & mask_BTS)
+    return attend(q_BTHK, keys, masks, sink_H, scale)
+
+
+def band(start_B: Int[Array, " B"], queries: int, window: int) -> Bool[Array, "B T X"]:
+    """Row e of a window is at start - window + e; query j sees the rows j < e <= j + window."""
+    e_X, j_T = jnp.arange(window + queries), jnp.arange(queries)
+    near_TX = (e_X[None] > j_T[:, None]) & (e_X[None] <= j_T[:, None] + window)
+    exists_BX = start_B[:, None] - window + e_X[None] >= 0
+    return near_TX[None] & exists_BX[:, None]
+
+
+def attend(
+    q_BTHK: Float[Array, "B T H K"],
+    keys: list[Float[Array, "B _ K"]],
+    masks: list[Bool[Array, "B T _"]],
+    sink_H: Float[Array, " H"],
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """One softmax over several sets of keys and a sink."""
+    keys = [_zero_unseen(part, mask) for part, mask in zip(keys, masks, strict=True)]
+    logits = [
+        jnp.where(
+            mask[:, :, None],
+            jnp.einsum("bthk,bxk->bthx", q_BTHK, part, preferred_element_type=jnp.float32) * scale,
+            -jnp.inf,
+        )
+        for part, mask in zip(keys, masks, strict=True)
+    ]
+    shape = (*q_BTHK.shape[:3], 1)
+    logits.append(jnp.broadcast_to(sink_H.astype(jnp.float32)[None, None, :, None], shape))
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+    total_BTHK, at = jnp.zeros(q_BTHK.shape, jnp.float32), 0
+    for part in keys:
+        share = weights[..., at : at + part.shape[1]].astype(part.dtype)
+        total_BTHK += jnp.einsum("bthx,bxk->bthk", share, part, preferred_element_type=jnp.float32)
+        at += part.shape[1]
+    return total_BTHK.astype(q_BTHK.dtype)
+
+
+def _zero_unseen(keys: Float[Array, "B X K"], mask: Bool[Array, "B T X"]) -> Float[Array, "B X K"]:
+    """Garbage that no query sees must not reach a product: 0 * NaN is NaN."""
+    return jnp.where(jnp.any(mask, axis=1)[..., None], keys, jnp.zeros((), keys.dtype))

@@ -1,0 +1,69 @@
+"""Attention in parts: each part's running softmax, their merge, and the sink at the end.
+
+Axis letters: R rows (a query of one head each), X keys, K head dim.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Softmax over some keys: largest logit (-inf for none), sum of weights, weighted values."""
+
+    largest_R: Any
+    total_R: Any
+    value_RK: Any
+
+
+def part(
+    q_RK: Float[Array, "R K"],
+    keys_XK: Float[Array, "X K"],
+    mask_RX: Bool[Array, "R X"],
+    scale: float,
+) -> Part:
+    """The part of these keys, which are also the values.
+
+    Masked keys must be finite where another row sees them; the caller zeroes the others.
+    """
+    contract_last = (((1,), (1,)), ((), ()))
+    logits_RX = jax.lax.dot_general(
+        q_RK, keys_XK, contract_last, preferred_element_type=jnp.float32
+    )
+    logits_RX = jnp.where(mask_RX, logits_RX * scale, -jnp.inf)
+    largest_R = jnp.max(logits_RX, axis=1)
+    weights_RX = jnp.exp(logits_RX - _finite(largest_R)[:, None])
+    value_RK = jnp.matmul(
+        weights_RX.astype(keys_XK.dtype), keys_XK, preferred_element_type=jnp.float32
+    )
+    return Part(largest_R, jnp.sum(weights_RX, axis=1), value_RK)
+
+
+def merge(a: Part, b: Part) -> Part:
+    """The part of both parts' keys."""
+    largest_R = jnp.maximum(a.largest_R, b.largest_R)
+    a_R = jnp.exp(a.largest_R - _finite(largest_R))
+    b_R = jnp.exp(b.largest_R - _finite(largest_R))
+    return Part(
+        largest_R,
+        a.total_R * a_R + b.total_R * b_R,
+        a.value_RK * a_R[:, None] + b.value_RK * b_R[:, None],
+    )
+
+
+def finish(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
+    """Weighted mean of the values; the sink takes its share and gives nothing."""
+    largest_R = jnp.maximum(whole.largest_R, sink_R)
+    keys_R = jnp.exp(whole.largest_R - largest_R)
+    total_R = whole.total_R * keys_R + jnp.exp(sink_R - largest_R)
+    return whole.value_RK * (keys_R / total_R)[:, None]
+
+
+def _finite(largest_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
+    """0 for rows without a key, so that -inf - -inf does not arise."""
+    return jnp.where(largest_R == -jnp.inf, 0.0, largest_R)

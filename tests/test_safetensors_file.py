@@ -102,7 +102,7 @@ def test_round_trip_is_exact_and_the_package_reads_the_same(
 def package_file(path: Path) -> dict[str, np.ndarray]:
     """A file that the package wrote, with each dtype that it can write."""
     dtypes = [d for d in DTYPES if d != "F4"]
-    arrays = {f"é {d}": random_array(TensorInfo(d, (3, 5)), i) for i, d in enumerate(dtypes)}
+    arrays = {f"\u00e9 {d}": random_array(TensorInfo(d, (3, 5)), i) for i, d in enumerate(dtypes)}
     arrays["scalar"] = np.array(7.0, np.float32)
     arrays["empty"] = np.zeros((0, 3), ml_dtypes.bfloat16)
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
@@ -132,10 +132,10 @@ def test_copying_a_file_of_the_package_gives_the_same_bytes(tmp_path: Path):
 def test_views_are_read_only_and_survive_closing(tmp_path: Path):
     arrays = package_file(tmp_path / "f")
     with open_safetensors(tmp_path / "f") as file:
-        view = file.read("é BF16", slice(1, 3))
+        view = file.read("\u00e9 BF16", slice(1, 3))
     assert not view.flags.writeable
     assert view.base is not None  # a view, not a copy
-    assert view.tobytes() == arrays["é BF16"][1:3].tobytes()
+    assert view.tobytes() == arrays["\u00e9 BF16"][1:3].tobytes()
     assert file.read("scalar") == 7.0  # reading again opens again
 
 

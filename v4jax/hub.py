@@ -74,8 +74,7 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     match error:
         case errors.GatedRepoError():
@@ -89,7 +88,7 @@ def _reason(error: Exception, revision: str | None) -> str:
             return f"the Hub's repository has no revision {revision!r}; its page there lists them."
         case errors.RemoteEntryNotFoundError():
             return "the Hub's repository lacks a file that a checkpoint has; see its page there."
-        case _ if huggingface_hub.is_offline_mode():
+        case _ if constants.HF_HUB_OFFLINE:
             return (
                 "no such directory here, and the Hub's cache does not hold all of it while "
                 "HF_HUB_OFFLINE is set. Unset it to download."

@@ -8,7 +8,7 @@ import pytest
 
 from tests import models, oracle
 from v4jax import cache as caches
-from v4jax import config_json
+from v4jax import config_json, steps
 from v4jax import model as m
 from v4jax.config import ModelConfig
 from v4jax.model import Model
@@ -17,7 +17,9 @@ from v4jax.numerics import HF, OFFICIAL, Numerics
 LENGTH = 260
 
 
-def make(ratios: list[int], seed: int, **changes: Any) -> tuple[dict[str, Any], dict[str, Any], ModelConfig, Model]:
+def make(
+    ratios: list[int], seed: int, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Any], ModelConfig, Model]:
     raw = oracle.tiny_config(compress_ratios=[*ratios, 0], num_hidden_layers=len(ratios), **changes)
     release = oracle.random_weights(raw, seed)
     cfg = config_json.from_json(raw)
@@ -30,7 +32,9 @@ def run(
     batch, length = tokens_BT.shape
     cache = caches.make(cfg, batch, length, jnp.float32, mtp=True)
     count_B = jnp.full(batch, length, jnp.int32)
-    streams, cache = m.forward(model, cfg, numerics, jnp.asarray(tokens_BT, jnp.int32), cache, count_B)
+    streams, cache = m.forward(
+        model, cfg, numerics, jnp.asarray(tokens_BT, jnp.int32), cache, count_B
+    )
     return np.asarray(m.head(model, m.hidden(model, cfg, streams))), (streams, cache)
 
 
@@ -77,33 +81,42 @@ def test_hf_numerics_equal_the_oracle(ratios: list[int]) -> None:
 
 
 def draft(
-    model: Model, cfg: ModelConfig, numerics: Numerics, state: Any, next_BT: np.ndarray, sizes: list[int]
+    model: Model,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    state: Any,
+    next_BT: np.ndarray,
+    sizes: list[int],
 ) -> np.ndarray:
     """MTP logits with the tokens fed in chunks of the given sizes."""
     streams, cache = state
     batch, at, parts = len(next_BT), 0, []
     for size in sizes:
-        hidden, _, cache = m.draft(
+        logits_BTV, _, cache = steps.draft(
             model,
-            cfg,
-            numerics,
             streams[:, at : at + size],
             jnp.asarray(next_BT[:, at : at + size], jnp.int32),
             cache,
             jnp.full(batch, at, jnp.int32),
             jnp.full(batch, size, jnp.int32),
+            cfg=cfg,
+            numerics=numerics,
         )
-        parts.append(np.asarray(m.head(model, hidden)))
+        parts.append(np.asarray(logits_BTV))
         at += size
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize("sizes", [[40], [9, 1, 3, 27], [1] * 40], ids=["whole", "chunks", "one by one"])
+@pytest.mark.parametrize(
+    "sizes", [[40], [9, 1, 3, 27], [1] * 40], ids=["whole", "chunks", "one by one"]
+)
 def test_mtp_equals_the_oracle(sizes: list[int]) -> None:
     raw, release, cfg, model = make([0, 4], 7)
     tokens_BT = models.tokens(cfg, 2, 41)
     whole = oracle.forward(release, raw, tokens_BT[:, :40], numerics="hf")
-    expected = oracle.mtp_forward(release, raw, whole.streams, tokens_BT[:, 1:], numerics="hf").logits
+    expected = oracle.mtp_forward(
+        release, raw, whole.streams, tokens_BT[:, 1:], numerics="hf"
+    ).logits
     _, state = run(model, cfg, HF, tokens_BT[:, :40])
     got = draft(model, cfg, HF, state, tokens_BT[:, 1:], sizes)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -113,7 +126,9 @@ def test_mtp_rounds_its_keys_in_official_numerics() -> None:
     raw, release, cfg, model = make([0], 8)
     tokens_BT = models.tokens(cfg, 2, 41)
     streams = oracle.forward(release, raw, tokens_BT[:, :40], numerics="hf").streams
-    expected = oracle.mtp_forward(release, raw, streams, tokens_BT[:, 1:], numerics="official").logits
+    expected = oracle.mtp_forward(
+        release, raw, streams, tokens_BT[:, 1:], numerics="official"
+    ).logits
     given = jnp.asarray(streams.reshape(2, 40, -1), jnp.float32)
     cache = caches.make(cfg, 2, 40, jnp.float32, mtp=True)
     got = draft(model, cfg, OFFICIAL, (given, cache), tokens_BT[:, 1:], [40])

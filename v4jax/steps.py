@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from v4jax import model as m
 from v4jax import sampling
@@ -77,6 +77,26 @@ def decode(
 ) -> tuple[Float32[Array, "B V"], Cache]:
     """Advance every row by one token."""
     return _decode(model, cfg, numerics, token_B, cache, jnp.ones_like(token_B))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "numerics", "index"), donate_argnames="cache")
+def draft(
+    model: Model,
+    streams_BTM: Float[Array, "B T M"],
+    next_tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    start_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    index: int = 0,
+) -> tuple[Float32[Array, "B T V"], Float[Array, "B T M"], Cache]:
+    """Run an MTP block: logits after `next_tokens_BT`, the block's streams, the cache."""
+    hidden_BTD, x_BTM, cache = m.draft(
+        model, cfg, numerics, streams_BTM, next_tokens_BT, cache, start_B, count_B, index=index
+    )
+    return m.head(model, hidden_BTD), x_BTM, cache
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels import quantize
-from v4jax import checkpoint_files, config_json, hf_names, params, release, sharding
+from v4jax import checkpoint_files, config_json, hf_names, params, release, sharding, unfinished
 from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.params import ParamSpec, map_leaves
@@ -31,6 +31,7 @@ def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
     Raises:
       CheckpointError: the directory is not a DeepSeek-V4 checkpoint, or is damaged.
     """
+    unfinished.refuse_unfinished(path)
     files = checkpoint_files.Checkpoint.open(path)
     tensors = Release(files)
     where = str(path / "config.json")
@@ -53,7 +54,7 @@ def load(
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )
-    places = _placements(declared, structs, mesh)
+    places = placements(declared, structs, mesh)
     total, done = len(formats), 0
 
     def fill(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
@@ -81,7 +82,8 @@ def leaf_struct(
     return struct
 
 
-def _placements(declared: Model, structs: Any, mesh: Mesh | None) -> Any:
+def placements(declared: Model, structs: Any, mesh: Mesh | None) -> Any:
+    """Where each array of the model goes: as `sharding.RULES` say, or onto the first device."""
     if mesh is not None:
         return sharding.shardings(declared, mesh, structs)
     here = SingleDeviceSharding(jax.devices()[0])
@@ -127,7 +129,7 @@ def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> n
 
 def quantized(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
     """A matrix's codes and scales in the layout of the kernels."""
-    codes, scale = _stored(tensors, name)
+    codes, scale = _stored(tensors, name, stored)
     convert = quantize.fp8_from_checkpoint if stored == "fp8" else quantize.fp4_from_checkpoint
     return convert(codes, scale)
 
@@ -136,13 +138,14 @@ def dense(tensors: Release, name: str, stored: Format, dtype: Any) -> np.ndarray
     """A tensor dequantised, in `dtype`."""
     if stored == "dense":
         return tensors[name].read().astype(dtype)
-    codes, scale = _stored(tensors, name)
+    codes, scale = _stored(tensors, name, stored)
     decode = quantize.decode_fp8_blocks if stored == "fp8" else quantize.decode_fp4_blocks
     return decode(codes, scale).astype(dtype)
 
 
-def _stored(tensors: Release, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _stored(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
     scale_name = hf_names.scale_name(name)
     scale = tensors[scale_name].read()
     checkpoint_files.check_scales(scale_name, scale)
-    return tensors[name].read(), scale
+    codes = tensors[name].read()
+    return codes.view(np.int8) if stored == "fp4" else codes, scale

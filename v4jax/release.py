@@ -6,7 +6,7 @@ Axis letters: E experts, F expert hidden, N rows, K columns.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -26,13 +26,13 @@ _INTEGERS = ("I64", "I32")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A release tensor: where it lies, its dtype and shape, and how to read it."""
+    """A release tensor: where it lies, its dtype and shape, how to read it or some of its rows."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 class Release:
@@ -62,7 +62,7 @@ def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
     info = files.info(theirs)
     fused = hf_names.FUSED.match(name)
     if fused is None:
-        read = lambda: files.read(theirs)
+        read = lambda rows=None: files.read(theirs, rows)
         yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read)
         return
     if len(info.shape) != 3:
@@ -75,7 +75,9 @@ def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
     for e in range(experts):
         for i, matrix in enumerate(matrices):
             row = slice(i * height, (i + 1) * height)
-            read = lambda e=e, row=row: files.read(theirs, slice(e, e + 1))[0, row]
+            read = lambda rows=slice(None), e=e, row=row: files.read(theirs, slice(e, e + 1))[
+                0, row
+            ][rows]
             yield Tensor(
                 f"{fused[1]}{e}.{matrix}.weight",
                 info.dtype,
@@ -115,15 +117,13 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         if missing := [name for name in names if name not in release]:
             raise CheckpointError(_missing(missing, release))
         found: set[Format] = {_check_one(release, name, spec) for name in names}
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{release[names[0]].file}: '{names[0]}' and its like in other layers are stored "
-                f"in different formats ({', '.join(sorted(found))}); convert them to one first."
-            )
+        _check_alike(release, names[0], found)
         formats[leaf] = found.pop()
         known.update(names)
         if formats[leaf] != "dense":
-            known.update(hf_names.scale_name(name) for name in names)
+            scales = [hf_names.scale_name(name) for name in names]
+            _check_alike(release, scales[0], {release[name].dtype for name in scales})
+            known.update(scales)
     if unexpected := sorted(release.tensors.keys() - known):
         name = unexpected[0]
         raise CheckpointError(
@@ -131,6 +131,14 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
             "config.json defines no such weight. Check that it belongs to these files."
         )
     return formats
+
+
+def _check_alike(release: Release, name: str, found: Collection[str]) -> None:
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{release[name].file}: '{name}' and its like in other layers are stored in different "
+            f"formats ({', '.join(sorted(found))}); convert them to one first."
+        )
 
 
 def _missing(missing: list[str], release: Release) -> str:

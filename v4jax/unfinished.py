@@ -1,0 +1,137 @@
+"""Directories that appear when they are complete, and resume where an interrupted run stopped.
+
+`target` is made as `target.unfinished/result`, beside a journal of the parts that are done. Nothing
+that looks finished exists before the last step, which is a rename.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from v4jax.safetensors_file import CheckpointError, sync_directory
+
+_SUFFIX = ".unfinished"
+_JOURNAL = "journal.jsonl"
+# A part is on the disk before its line is written, so a lost line costs only doing it again.
+_SYNC_EVERY = 64
+
+
+class Work:
+    """A directory in the making.
+
+    Attributes:
+      directory: write here; `finish` renames it to the target.
+      done: the names given to `add`, by this run or those before it.
+    """
+
+    def __init__(self, target: Path, journal: IO[bytes], done: set[str]) -> None:
+        self.directory = scratch(target) / "result"
+        self.done = done
+        self._target, self._journal = target, journal
+
+    def add(self, name: str) -> None:
+        """Note that a part is finished and on the disk."""
+        self._journal.write(json.dumps(name).encode() + b"\n")
+        self._journal.flush()
+        self.done.add(name)
+        if len(self.done) % _SYNC_EVERY == 0:
+            os.fsync(self._journal.fileno())
+
+    def finish(self) -> None:
+        """Make the directory appear under its name."""
+        for folder in (
+            self.directory,
+            *(path for path in self.directory.iterdir() if path.is_dir()),
+        ):
+            sync_directory(folder)
+        self.directory.replace(self._target)
+        sync_directory(self._target.parent)
+        shutil.rmtree(scratch(self._target))
+
+
+def scratch(target: Path) -> Path:
+    """Where all that belongs to an unfinished `target` lies."""
+    return target.with_name(target.name + _SUFFIX)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise if there is something under the name already."""
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists; choose another place, or remove it first.")
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """Raise if the directory is what an interrupted run left."""
+    for folder in (directory, directory.parent):
+        if folder.name.endswith(_SUFFIX) and (folder / _JOURNAL).is_file():
+            raise CheckpointError(
+                f"{directory}: is unfinished; run the command that was making "
+                f"{folder.name.removesuffix(_SUFFIX)} again to complete it."
+            )
+
+
+@contextlib.contextmanager
+def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
+    """Start making `target`, or go on where an interrupted run of the same kind stopped.
+
+    Args:
+      target: an absolute path, to be made; an empty directory may be there.
+      what: the command, for messages and so that commands do not take up each other's work.
+      identity: a digest of everything that the result depends on.
+
+    Raises:
+      CheckpointError: the target exists, another process is at work on it, or what is there was
+        begun from other files or with other settings.
+    """
+    refuse_existing(target)
+    folder = scratch(target)
+    journal = folder / _JOURNAL
+    if folder.exists() and not journal.is_file() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: is in the way and not from {what}; move it elsewhere.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with journal.open("a+b") as file:
+        _lock(file, folder)
+        done = _resume(file, folder, {"v4jax": what, "identity": identity})
+        work = Work(target, file, done)
+        work.directory.mkdir(exist_ok=True)
+        yield work
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"{folder}: another process is at work there; wait for it."
+        ) from error
+
+
+def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
+    file.seek(0)
+    # A line that was cut off has no end; what it was about is done again.
+    lines = [line for line in file if line.endswith(b"\n")]
+    file.truncate(sum(map(len, lines)))
+    if not lines:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        sync_directory(folder)
+        return set()
+    try:
+        found, *done = map(json.loads, lines)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / _JOURNAL}: is damaged; remove {folder}.") from error
+    if found != header:
+        raise CheckpointError(
+            f"{folder}: was begun from other files or with other settings. Give the same source "
+            "and options to go on there, or remove it to start anew."
+        )
+    return set(done)

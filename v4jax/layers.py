@@ -30,12 +30,8 @@ def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
     """The same in float32 throughout, at full precision on every device."""
-    return jnp.einsum(
-        "...k,nk->...n",
-        x.astype(jnp.float32),
-        value(weight).astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    weight_NK = value(weight).astype(jnp.float32)
+    return quantize.linear(x.astype(jnp.float32), weight_NK, precision=jax.lax.Precision.HIGHEST)
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:

@@ -30,7 +30,7 @@ def select(
     k: int,
     impl: Impl = "auto",
 ) -> Int32[Array, "B T k"]:
-    """Indices of the best entries, ascending; -1, at the end, where there are fewer than k.
+    """Indices of the best entries in any order, -1 for each that is missing to k.
 
     Args:
       q_BTIJ: index queries.

@@ -25,15 +25,11 @@ def select(
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    score_BTS = scores(q_BTIJ, weights_BTI, keys_LBSJ[layer])
-    entries = score_BTS.shape[-1]
+    entries = keys_LBSJ.shape[2]
+    score_BTS = comparable(scores(q_BTIJ, weights_BTI, keys_LBSJ[layer]))
     exists_BTS = jnp.arange(entries)[None, None] < visible_BT[..., None]
-    order_BTS = jnp.where(exists_BTS, ordered(score_BTS), jnp.iinfo(jnp.int32).min)
-    best_BTk = jax.lax.top_k(order_BTS, min(k, entries))[1].astype(jnp.int32)
-    best_BTk = jnp.pad(
-        best_BTk, ((0, 0), (0, 0), (0, k - best_BTk.shape[-1])), constant_values=entries
-    )
-    return ascending(jnp.where(best_BTk < visible_BT[..., None], best_BTk, entries), entries)
+    score_BTS = jnp.where(exists_BTS, score_BTS, -jnp.inf)
+    return best(score_BTS, visible_BT, k)
 
 
 def mask(
@@ -50,14 +46,17 @@ def mask(
     return jnp.any(chosen_BTk[..., None] == entry_S[None, None, None], axis=2)
 
 
-def ordered(score: Float32[Array, "*rows S"]) -> Int32[Array, "*rows S"]:
-    """Integers in the scores' order: equal for both zeros, largest for NaN, never the smallest."""
-    score = jnp.where(jnp.isnan(score), jnp.nan, jnp.where(score == 0, 0.0, score))
-    bits = jax.lax.bitcast_convert_type(score, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+def comparable(score: Float32[Array, "*rows S"]) -> Float32[Array, "*rows S"]:
+    """Scores without a negative zero or a NaN that sorts below numbers."""
+    return jnp.where(jnp.isnan(score), jnp.nan, jnp.where(score == 0, 0.0, score))
 
 
-def ascending(chosen: Int32[Array, "*rows k"], entries: int) -> Int32[Array, "*rows k"]:
-    """Sorted, with `entries` (no entry) turned to -1."""
-    chosen = jnp.sort(chosen, axis=-1)
-    return jnp.where(chosen < entries, chosen, -1)
+def best(
+    score: Float32[Array, "*rows S"], visible: Int[Array, "*rows"], k: int
+) -> Int32[Array, "*rows k"]:
+    """The k largest by a stable sort; -1 for what is not visible or not there."""
+    entries = score.shape[-1]
+    chosen = jax.lax.top_k(score, min(k, entries))[1].astype(jnp.int32)
+    chosen = jnp.where(chosen < visible[..., None], chosen, -1)
+    missing = [(0, 0)] * (score.ndim - 1) + [(0, k - chosen.shape[-1])]
+    return jnp.pad(chosen, missing, constant_values=-1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.indexer_topk.reference import ascending, ordered
+from pallas_kernels.indexer_topk.reference import best, comparable
 
 _KEYS = 1024
 # Bytes of scores at a time.
@@ -31,14 +31,7 @@ def select(
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    entries = keys_LBSJ.shape[2]
-
-    def choose(order_QS: Any, visible_Q: Any) -> Any:
-        best_Qk = jax.lax.top_k(order_QS, min(k, entries))[1].astype(jnp.int32)
-        best_Qk = jnp.where(best_Qk < visible_Q[:, None], best_Qk, entries)
-        padding = ((0, 0), (0, k - best_Qk.shape[1]))
-        return ascending(jnp.pad(best_Qk, padding, constant_values=entries), entries)
-
+    choose = lambda score_QS, visible_Q: best(score_QS, visible_Q, k)
     return _by_block(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, choose)
 
 
@@ -55,8 +48,8 @@ def mask(
     if keys_LBSJ.shape[2] <= k:
         return entry_S[None, None] < visible_BT[..., None]
 
-    def choose(order_QS: Any, visible_Q: Any) -> Any:
-        return members(order_QS, k) & (entry_S[None] < visible_Q[:, None])
+    def choose(score_QS: Any, visible_Q: Any) -> Any:
+        return members(_ordered(score_QS), k) & (entry_S[None] < visible_Q[:, None])
 
     return _by_block(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, choose)
 
@@ -78,10 +71,8 @@ def _by_block(
     def one(index: Any) -> Any:
         b, start = index // blocks, index % blocks * block
         take = lambda x: jax.lax.dynamic_slice_in_dim(x[b], start, block)
-        order_QS = _ordered_scores(
-            take(q_BTIJ), take(weights_BTI), keys_LBSJ, layer, b, take(visible_BT)
-        )
-        return choose(order_QS, take(visible_BT))
+        score_QS = _scores(take(q_BTIJ), take(weights_BTI), keys_LBSJ, layer, b, take(visible_BT))
+        return choose(score_QS, take(visible_BT))
 
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)))
     q_BTIJ, weights_BTI, visible_BT = pad(q_BTIJ), pad(weights_BTI), pad(visible_BT)
@@ -89,15 +80,15 @@ def _by_block(
     return chosen.reshape(batch, blocks * block, -1)[:, :queries]
 
 
-def _ordered_scores(
+def _scores(
     q_QIJ: Float[Array, "Q I J"],
     weights_QI: Float[Array, "Q I"],
     keys_LBSJ: Float[Array, "L B S J"],
     layer: Int[Array, ""],
     row: Int[Array, ""],
     visible_Q: Int[Array, " Q"],
-) -> Int32[Array, "Q S"]:
-    """Scores as ordered integers, the smallest where nothing is visible."""
+) -> Float32[Array, "Q S"]:
+    """Comparable scores, -inf where nothing is visible."""
     queries, heads, dim = q_QIJ.shape
     entries = keys_LBSJ.shape[2]
     width = min(_KEYS, entries)
@@ -105,7 +96,7 @@ def _ordered_scores(
     q_RJ = q_QIJ.swapaxes(0, 1).reshape(heads * queries, dim)
     weights_IQ1 = weights_QI.astype(jnp.float32).T[..., None]
 
-    def score(block: Any, order_QS: Any) -> Any:
+    def score(block: Any, score_QS: Any) -> Any:
         start = jnp.minimum(block * width, entries - width)
         zero = jnp.zeros_like(start)
         keys_XJ = jax.lax.dynamic_slice(keys_LBSJ, (layer, row, start, zero), (1, 1, width, dim))[
@@ -117,11 +108,18 @@ def _ordered_scores(
         dots_IQX = jax.nn.relu(dots_RX).reshape(heads, queries, width)
         score_QX = jnp.sum(dots_IQX * weights_IQ1, axis=0)
         exists_QX = start + jnp.arange(width, dtype=jnp.int32)[None] < visible_Q[:, None]
-        order_QX = jnp.where(exists_QX, ordered(score_QX), _LEAST)
-        return jax.lax.dynamic_update_slice(order_QS, order_QX, (zero, start))
+        score_QX = jnp.where(exists_QX, comparable(score_QX), -jnp.inf)
+        return jax.lax.dynamic_update_slice(score_QS, score_QX, (zero, start))
 
     blocks = (jnp.max(visible_Q) + width - 1) // width
-    return jax.lax.fori_loop(0, blocks, score, jnp.full((queries, entries), _LEAST, jnp.int32))
+    return jax.lax.fori_loop(0, blocks, score, jnp.full((queries, entries), -jnp.inf))
+
+
+def _ordered(score_QS: Float32[Array, "Q S"]) -> Int32[Array, "Q S"]:
+    """Integers in the scores' order, NaN largest; the smallest integer for -inf."""
+    bits = jax.lax.bitcast_convert_type(score_QS, jnp.int32)
+    order_QS = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    return jnp.where(score_QS == -jnp.inf, _LEAST, order_QS)
 
 
 def members(order_QS: Int32[Array, "Q S"], k: int) -> Bool[Array, "Q S"]:

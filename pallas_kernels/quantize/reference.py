@@ -1,6 +1,6 @@
 """Rounding to E4M3 and E2M1, the Hadamard transform and dequantised matmuls in plain maths.
 
-Axis letters: K input channels, N output channels, B blocks, C channels of a block.
+Axis letters: K input channels, N output channels, R rows, B blocks, C channels of a block.
 """
 
 import functools
@@ -134,5 +134,8 @@ def linear(
     """Dequantise, then multiply; accumulate in float32 or wider, return x's dtype."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w_NK = dense(w, x.dtype) if isinstance(w, Fp8Weight | Fp4Weight) else w
-    y = jnp.einsum("...k,nk->...n", x, w_NK, precision=precision, preferred_element_type=wide)
-    return y.astype(x.dtype)
+    # Two dims and an explicit transpose: for one row XLA then reads a weight sliced from a stack in
+    # place, at 1.5 times the speed of the copy that it makes for an einsum.
+    x_RK = x.reshape(-1, x.shape[-1])
+    y_RN = jnp.matmul(x_RK, w_NK.T, precision=precision, preferred_element_type=wide)
+    return y_RN.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize
+from pallas_kernels.dtypes import accumulator
 
 
 def expert_mlp(
@@ -25,7 +26,7 @@ def expert_mlp(
     weight_first: bool,
 ) -> Float[Array, "T D"]:
     """Sum over experts of (the token's weight for it) * (its output)."""
-    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    wide = accumulator(x_TD.dtype)
     of_layer = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False)
     weights = jax.tree.map(of_layer, (w1_LEFD, w3_LEFD, w2_LEDF))
     experts = jax.tree.leaves(weights)[0].shape[0]

@@ -84,15 +84,18 @@ def post(
     post_BTN: Float[Array, "B T N"],
     comb_BTNN: Float[Array, "B T N N"],
 ) -> Float[Array, "B T M"]:
-    """New streams: post[k] * output + sum over j of comb[j, k] * x[j]; in x's dtype."""
-    wide = jnp.promote_types(post_BTN.dtype, x_BTM.dtype)
+    """New streams: post[k] * output + sum over j of comb[j, k] * x[j].
+
+    Computed in the weights' dtype, returned in x's.
+    """
+    wide = post_BTN.dtype
     output_BTD = output_BTD.astype(wide)
     olds_BTD = jnp.split(x_BTM.astype(wide), post_BTN.shape[-1], axis=-1)
     news_BTD = []
     for k in range(len(olds_BTD)):
-        new_BTD = post_BTN[..., k, None].astype(wide) * output_BTD
+        new_BTD = post_BTN[..., k, None] * output_BTD
         for j, old_BTD in enumerate(olds_BTD):
-            new_BTD = new_BTD + comb_BTNN[..., j, k, None].astype(wide) * old_BTD
+            new_BTD = new_BTD + comb_BTNN[..., j, k, None] * old_BTD
         news_BTD.append(new_BTD)
     return jnp.concatenate(news_BTD, axis=-1).astype(x_BTM.dtype)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
+from pallas_kernels.dtypes import accumulator
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
 
 MANTISSA = 23  # bits of a float32's mantissa
@@ -96,7 +97,7 @@ def _signs(n: int) -> np.ndarray:
 def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
     """A matmul with the matrix of signs, at full precision, times K^-0.5."""
     n = x.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulator(x.dtype)
     signs_KK = jnp.asarray(_signs(n), wide)
     summed = jnp.matmul(x.astype(wide), signs_KK, precision=jax.lax.Precision.HIGHEST)
     return (summed * n**-0.5).astype(x.dtype)
@@ -132,7 +133,7 @@ def linear(
     x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
 ) -> Float[Array, "*rows N"]:
     """Dequantise, then multiply; accumulate in float32 or wider, return x's dtype."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulator(x.dtype)
     w_NK = dense(w, x.dtype) if isinstance(w, Fp8Weight | Fp4Weight) else w
     # Two dims and an explicit transpose: for one row XLA then reads a weight sliced from a stack in
     # place, at 1.5 times the speed of the copy that it makes for an einsum.

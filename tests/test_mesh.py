@@ -1,0 +1,128 @@
+"""Sharding: the same program gives the same logits on one device and on eight simulated ones."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import quantize
+from tests import models
+from v4jax import cache as caches
+from v4jax import config, params, sharding, steps
+from v4jax.model import Model
+from v4jax.numerics import HF
+
+CFG = models.config(models.SLIDING, models.CSA, models.HCA, models.CSA)
+TOKENS = models.tokens(CFG, 8, 24)
+MESHES: dict[str, dict[str, int]] = {
+    "expert 8": {"expert": 8},
+    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
+    "data 2, tensor 4": {"data": 2, "tensor": 4},
+    "all": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+}
+
+
+def place(mesh: Any) -> Any:
+    """The model's weights where the table puts them."""
+    model = models.weights(CFG)
+    return jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
+
+
+def run(model: Any, place_rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A prefill and a decode step."""
+    cache = caches.make(CFG, 8, 32, jnp.float32)
+    count_B = jnp.full(8, 23, jnp.int32)
+    settings = {"cfg": CFG, "numerics": HF}
+    tokens_BT = place_rows(jnp.asarray(TOKENS[:, :23]))
+    first, cache = steps.prefill(model, tokens_BT, cache, count_B, **settings)
+    second, _ = steps.decode(model, place_rows(jnp.asarray(TOKENS[:, 23])), cache, **settings)
+    return np.asarray(first), np.asarray(second)
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[np.ndarray, np.ndarray]:
+    return run(models.weights(CFG), lambda x: x)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+def test_sharded_equals_one_device(
+    sizes: dict[str, int], expected: tuple[np.ndarray, np.ndarray]
+) -> None:
+    mesh = sharding.make_mesh(**sizes)
+    rows = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
+    with jax.set_mesh(mesh):
+        got = run(place(mesh), lambda x: jax.device_put(x, rows))
+    for ours, theirs in zip(got, expected, strict=True):
+        # Sums over devices round in another order: 1e-5 of the largest logit.
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_experts_are_never_gathered() -> None:
+    mesh = sharding.make_mesh(fsdp=2, expert=4)
+    with jax.set_mesh(mesh):
+        model = place(mesh)
+        cache = caches.make(CFG, 8, 32, jnp.float32)
+        tokens_B = jnp.zeros(8, jnp.int32)
+        program = steps.decode.lower(model, tokens_B, cache, cfg=CFG, numerics=HF).compile()
+    F, D = CFG.moe_intermediate_size, CFG.hidden_size
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", program.as_text())
+    assert gathered, "the tokens are gathered"
+    # Experts are stacked; the shared expert, which is split over hidden dims, is a plain matrix.
+    assert not [dims for dims in gathered if re.fullmatch(rf"(\d+,)+({F},{D}|{D},{F})", dims)]
+
+
+def test_each_device_holds_its_own_experts() -> None:
+    mesh = sharding.make_mesh(fsdp=2, expert=4)
+    for name, value in params.leaves(place(mesh)):
+        if ".experts." in name:
+            assert value.addressable_shards[0].data.shape[1] == 1
+            held = {shard.index[1].start for shard in value.addressable_shards}
+            assert held == set(range(8))
+
+
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_placed(
+    name: str,
+) -> None:
+    cfg = config.preset(name)
+    mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
+    declared = Model(cfg)
+    abstract = params.abstract(declared, jnp.bfloat16, cfg.expert_dtype)
+    placed = sharding.shardings(declared, mesh, abstract)
+    held = sum(
+        np.prod(place.shard_shape(struct.shape)) * struct.dtype.itemsize
+        for place, struct in zip(jax.tree.leaves(placed), jax.tree.leaves(abstract), strict=True)
+    )
+    total = sum(struct.size * struct.dtype.itemsize for struct in jax.tree.leaves(abstract))
+    # Experts are nine tenths of the bytes and split four ways; the rest two ways or not at all.
+    assert held < 0.3 * total
+
+
+def test_an_unknown_axis_is_named() -> None:
+    with pytest.raises(KeyError, match="headz"):
+        sharding.partition_spec(("headz",))
+
+
+def test_a_mesh_of_the_wrong_size_says_how_many_devices_there_are() -> None:
+    with pytest.raises(ValueError, match="there are 8"):
+        sharding.make_mesh(expert=3)
+
+
+def test_constrain_does_nothing_without_a_mesh() -> None:
+    x = jnp.ones((3, 2))
+    assert sharding.constrain(x, "batch", None) is x
+
+
+def test_quantised_experts_shard_like_dense_ones() -> None:
+    mesh = sharding.make_mesh(fsdp=2, expert=4)
+    cfg = dataclasses.replace(CFG, quantized=True, expert_dtype="fp4")
+    declared = Model(cfg)
+    placed = sharding.shardings(declared, mesh, params.abstract(declared, jnp.bfloat16, "fp4"))
+    gate = placed.stacks[0].experts[0].gate_EFD.get_value()
+    assert isinstance(gate, quantize.Fp4Weight)
+    assert gate.codes.spec[1] == gate.scale.spec[1] == ("expert", "fsdp")

@@ -43,11 +43,9 @@ class Work:
 
     def finish(self) -> None:
         """Make the directory appear under its name."""
-        for folder in (
-            self.directory,
-            *(path for path in self.directory.iterdir() if path.is_dir()),
-        ):
-            sync_directory(folder)
+        # It takes files as well.
+        for path in (self.directory, *self.directory.iterdir()):
+            sync_directory(path)
         self.directory.replace(self._target)
         sync_directory(self._target.parent)
         shutil.rmtree(scratch(self._target))
@@ -98,7 +96,12 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
         done = _resume(file, folder, {"v4jax": what, "identity": identity})
         work = Work(target, file, done)
         work.directory.mkdir(exist_ok=True)
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if not work.done:
+                shutil.rmtree(folder)
+            raise
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:

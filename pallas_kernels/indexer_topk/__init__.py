@@ -11,7 +11,7 @@ S entries there is room for, k entries chosen.
 
 from typing import Literal
 
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.implementations import require
 from pallas_kernels.indexer_topk import reference, xla
@@ -30,7 +30,7 @@ def select(
     k: int,
     impl: Impl = "auto",
 ) -> Int32[Array, "B T k"]:
-    """Indices of the best entries in any order, -1 for each that is missing to k.
+    """Indices of the best entries, ascending; -1, at the end, where there are fewer than k.
 
     Args:
       q_BTIJ: index queries.
@@ -45,18 +45,3 @@ def select(
     """
     require("indexer_topk.select", impl, _FORMS)
     return _FORMS[impl].select(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, k=k)
-
-
-def mask(
-    q_BTIJ: Float[Array, "B T I J"],
-    weights_BTI: Float[Array, "B T I"],
-    keys_LBSJ: Float[Array, "L B S J"],
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    *,
-    k: int,
-    impl: Impl = "auto",
-) -> Bool[Array, "B T S"]:
-    """The same choice as membership of each entry. Arguments and errors as for `select`."""
-    require("indexer_topk.mask", impl, _FORMS)
-    return _FORMS[impl].mask(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, k=k)

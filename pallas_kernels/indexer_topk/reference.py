@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 
 def scores(
@@ -32,20 +32,6 @@ def select(
     return best(score_BTS, visible_BT, k)
 
 
-def mask(
-    q_BTIJ: Float[Array, "B T I J"],
-    weights_BTI: Float[Array, "B T I"],
-    keys_LBSJ: Float[Array, "L B S J"],
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    *,
-    k: int,
-) -> Bool[Array, "B T S"]:
-    chosen_BTk = select(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, k=k)
-    entry_S = jnp.arange(keys_LBSJ.shape[2])
-    return jnp.any(chosen_BTk[..., None] == entry_S[None, None, None], axis=2)
-
-
 def comparable(score: Float32[Array, "*rows S"]) -> Float32[Array, "*rows S"]:
     """Scores without a negative zero or a NaN that sorts below numbers."""
     return jnp.where(jnp.isnan(score), jnp.nan, jnp.where(score == 0, 0.0, score))
@@ -54,9 +40,13 @@ def comparable(score: Float32[Array, "*rows S"]) -> Float32[Array, "*rows S"]:
 def best(
     score: Float32[Array, "*rows S"], visible: Int[Array, "*rows"], k: int
 ) -> Int32[Array, "*rows k"]:
-    """The k largest by a stable sort; -1 for what is not visible or not there."""
+    """The k largest, of equal ones the first, ascending; then -1 for each that is missing.
+
+    On CPU the ascending order is free, while `top_k` of integers would take many times as long.
+    """
     entries = score.shape[-1]
     chosen = jax.lax.top_k(score, min(k, entries))[1].astype(jnp.int32)
-    chosen = jnp.where(chosen < visible[..., None], chosen, -1)
+    chosen = jnp.sort(jnp.where(chosen < visible[..., None], chosen, entries), axis=-1)
+    chosen = jnp.where(chosen < entries, chosen, -1)
     missing = [(0, 0)] * (score.ndim - 1) + [(0, k - chosen.shape[-1])]
     return jnp.pad(chosen, missing, constant_values=-1)

@@ -22,9 +22,6 @@ from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.params import Declare
 
-# Up to this many entries per selected one, a masked pass over all beats gathering the selected.
-_DENSE_PER_SELECTED = 64
-
 
 class Indexer(nnx.Module):
     """The lightning indexer: scores entries for each query (report, eqs. 13-17)."""
@@ -156,7 +153,14 @@ def _query(
 
 def _visible(kind: LayerKind, context: Context) -> Int[Array, "B T"]:
     """Complete entries at each query's position, its own window's included; none for padding."""
+    if kind.attention == "sliding":
+        return jnp.zeros_like(context.position_BT)
     return jnp.where(context.real_BT, (context.position_BT + 1) // kind.ratio, 0)
+
+
+def _chooses(kind: LayerKind, state: LayerCache, cfg: ModelConfig) -> bool:
+    """Whether there is room for more entries than CSA takes: else it takes all there are."""
+    return kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk
 
 
 def _decode(
@@ -177,7 +181,7 @@ def _decode(
         context.end_B, ring_LBRK.shape[2], context.position_BT, cfg.sliding_window
     )
     scale = cfg.head_dim**-0.5
-    if kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk:
+    if _chooses(kind, state, cfg):
         query = _query(p.indexer, x_BTD, latent_BTR, context)
         indices_BTk = indexer_topk.select(
             *query, state.index_LBSK, layer, _visible(kind, context), k=cfg.index_topk
@@ -185,9 +189,7 @@ def _decode(
         return sparse_attention.decode(
             q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, indices_BTk, sink_H, scale=scale
         )
-    visible_BT = jnp.zeros_like(context.position_BT)
-    if kind.attention != "sliding":
-        visible_BT = _visible(kind, context)
+    visible_BT = _visible(kind, context)
     return dense_attention.decode(
         q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, visible_BT, sink_H, scale=scale
     )
@@ -208,17 +210,11 @@ def _prefill(
     cfg, sink_H = context.cfg, layers.value(p.sink_H)
     settings: dict[str, Any] = {"window": cfg.sliding_window, "scale": cfg.head_dim**-0.5}
     keys = (q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer)
-    if kind.attention == "sliding":
-        visible_BT = jnp.zeros_like(context.position_BT)
-        return dense_attention.prefill(*keys, visible_BT, None, sink_H, **settings)
-    visible_BT = _visible(kind, context)
-    entries = state.pool_LBSK.shape[2]
-    if kind.attention == "hca" or entries <= cfg.index_topk:
-        return dense_attention.prefill(*keys, visible_BT, None, sink_H, **settings)
-    query = _query(p.indexer, x_BTD, latent_BTR, context)
-    select = (*query, state.index_LBSK, layer, visible_BT)
-    if entries <= _DENSE_PER_SELECTED * cfg.index_topk:
-        mask_BTS = indexer_topk.mask(*select, k=cfg.index_topk)
-        return dense_attention.prefill(*keys, visible_BT, mask_BTS, sink_H, **settings)
-    indices_BTk = indexer_topk.select(*select, k=cfg.index_topk)
-    return sparse_attention.prefill(*keys, indices_BTk, sink_H, **settings)
+    if _chooses(kind, state, cfg):
+        query = _query(p.indexer, x_BTD, latent_BTR, context)
+        visible_BT = _visible(kind, context)
+        indices_BTk = indexer_topk.select(
+            *query, state.index_LBSK, layer, visible_BT, k=cfg.index_topk
+        )
+        return sparse_attention.prefill(*keys, indices_BTk, sink_H, **settings)
+    return dense_attention.prefill(*keys, _visible(kind, context), sink_H, **settings)

@@ -1,4 +1,4 @@
-"""Attention to the window and to all visible entries: HCA, sliding, and CSA under a mask.
+"""Attention to the window and to all visible entries: HCA and sliding.
 
 One key head serves all query heads and keys are values. One softmax runs over window and entries,
 with a sink logit per head that takes its share of probability and gives no value. Logits and
@@ -61,7 +61,6 @@ def prefill(
     pool_LBSK: Float[Array, "L B S K"] | None,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
-    mask_BTS: Bool[Array, "B T S"] | None,
     sink_H: Float[Array, " H"],
     *,
     window: int,
@@ -77,7 +76,6 @@ def prefill(
       pool_LBSK: as for `decode`.
       layer: as for `decode`.
       visible_BT: as for `decode`.
-      mask_BTS: entries that are seen among the visible ones; None: all.
       sink_H: a logit per head.
       window: tokens that a query sees, itself included.
       scale: multiplies q . key.
@@ -93,7 +91,6 @@ def prefill(
         pool_LBSK,
         layer,
         visible_BT,
-        mask_BTS,
         sink_H,
         window=window,
         scale=scale,

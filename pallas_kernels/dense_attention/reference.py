@@ -30,7 +30,6 @@ def prefill(
     pool_LBSK: Float[Array, "L B S K"] | None,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
-    mask_BTS: Bool[Array, "B T S"] | None,
     sink_H: Float[Array, " H"],
     *,
     window: int,
@@ -38,9 +37,8 @@ def prefill(
 ) -> Float[Array, "B T H K"]:
     keys, masks = [window_BXK], [band(start_B, q_BTHK.shape[1], window)]
     if pool_LBSK is not None:
-        seen_BTS = jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None]
         keys.append(pool_LBSK[layer])
-        masks.append(seen_BTS if mask_BTS is None else seen_BTS & mask_BTS)
+        masks.append(jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None])
     return attend(q_BTHK, keys, masks, sink_H, scale)
 
 

@@ -38,7 +38,6 @@ def decode(
             layer,
             row,
             visible_BT[row],
-            None,
             sink_H,
             scale,
         )
@@ -53,7 +52,6 @@ def prefill(
     pool_LBSK: Float[Array, "L B S K"] | None,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
-    mask_BTS: Bool[Array, "B T S"] | None,
     sink_H: Float[Array, " H"],
     *,
     window: int,
@@ -64,7 +62,6 @@ def prefill(
     blocks = -(-queries // block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)))
     padded_q, padded_visible, padded_window = pad(q_BTHK), pad(visible_BT), pad(window_BXK)
-    padded_mask = None if mask_BTS is None else pad(mask_BTS)
 
     def one(index: Any) -> Any:
         row, first = index // blocks, index % blocks * block
@@ -78,7 +75,6 @@ def prefill(
             layer,
             row,
             take(padded_visible),
-            None if padded_mask is None else take(padded_mask),
             sink_H,
             scale,
         )
@@ -108,7 +104,6 @@ def _attend(
     layer: Int[Array, ""],
     row: Int[Array, ""],
     visible_Q: Int[Array, " Q"],
-    mask_QS: Bool[Array, "Q S"] | None,
     sink_H: Float[Array, " H"],
     scale: float,
 ) -> Float[Array, "Q H K"]:
@@ -130,8 +125,6 @@ def _attend(
             keys_SK = jax.lax.dynamic_slice(pool_LBSK, at, (1, 1, width, dim))[0, 0]
             index_S = start + jnp.arange(width, dtype=jnp.int32)
             seen_QS = (index_S[None] < visible_Q[:, None]) & (index_S >= block * width)[None]
-            if mask_QS is not None:
-                seen_QS &= jax.lax.dynamic_slice(mask_QS, (zero, start), (queries, width))
             keys_SK = _where_seen(keys_SK, index_S < most)
             return softmax.merge(whole, softmax.part(q_RK, keys_SK, per_head(seen_QS), scale))
 

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, xla
 
 __all__ = ["expert_mlp"]
 
@@ -52,18 +52,15 @@ def expert_mlp(
     Raises:
       NotImplementedError: no such implementation.
     """
-    if impl not in ("auto", "xla", "reference"):
-        raise NotImplementedError(
-            f"expert_mlp has no '{impl}' form; use 'auto', 'xla' or 'reference'."
-        )
-    return reference.expert_mlp(
-        x_TD,
-        expert_TA,
-        weight_TA,
-        w1_LEFD,
-        w3_LEFD,
-        w2_LEDF,
-        layer,
-        limit=limit,
-        weight_first=weight_first,
-    )
+    match impl:
+        case "auto" | "xla":
+            form = xla.expert_mlp
+        case "reference":
+            form = reference.expert_mlp
+        case _:
+            raise NotImplementedError(
+                f"No '{impl}' form of expert_mlp; there are 'xla' and 'reference'."
+            )
+    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
+    settings = {"limit": limit, "weight_first": weight_first}
+    return form(x_TD, expert_TA, weight_TA, *weights, layer, **settings)

@@ -1,0 +1,149 @@
+"""The routed experts by plain XLA: a loop over rows, or over tiles of rows sorted by expert.
+
+Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
+P = T * A rows (one per token and choice), R rows of a tile.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels import quantize
+from pallas_kernels.dtypes import accumulator
+from pallas_kernels.grouped_matmul import reference
+
+# One expert's layer on rows that share it: (rows, their weights, expert) -> weighted outputs.
+_Expert = Callable[[Array, Array, Array], Array]
+
+
+def expert_mlp(
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    w1_LEFD: quantize.Weight,
+    w3_LEFD: quantize.Weight,
+    w2_LEDF: quantize.Weight,
+    layer: Int[Array, ""],
+    *,
+    limit: float,
+    weight_first: bool,
+) -> Float[Array, "T D"]:
+    """Read each chosen expert's matrices once or a few times, and no other's."""
+    wide = accumulator(x_TD.dtype)
+    rows, experts = expert_TA.size, w1_LEFD.shape[1]
+
+    def run_expert(x_RD: Array, weight_R: Array, expert: Array) -> Array:
+        w1_FD, w3_FD, w2_DF = (take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF))
+        gate_RF, up_RF = (quantize.linear(x_RD, w).astype(wide) for w in (w1_FD, w3_FD))
+        hidden_RF = reference.activate(gate_RF, up_RF, limit)
+        if weight_first:
+            hidden_RF = hidden_RF * weight_R[:, None]
+        out_RD = quantize.linear(hidden_RF.astype(x_TD.dtype), w2_DF).astype(wide)
+        return out_RD if weight_first else out_RD * weight_R[:, None]
+
+    weight_TA = weight_TA.astype(wide)
+    if rows <= 2 * experts:
+        return one_by_one(run_expert, x_TD, expert_TA, weight_TA, experts)
+    sizes = (16,) if rows <= 16 * experts else (32, 64, 128, 192, 256)
+    return by_tiles(run_expert, x_TD, expert_TA, weight_TA, experts, sizes)
+
+
+def one_by_one(
+    run_expert: _Expert,
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    experts: int,
+) -> Float[Array, "T D"]:
+    """A loop over tokens and choices: for few rows, which seldom share an expert."""
+    A = expert_TA.shape[1]
+
+    def add_choice(p: Array, total_TD: Array) -> Array:
+        t, expert = p // A, expert_TA[p // A, p % A]
+        row = lambda x_TD: jax.lax.dynamic_slice_in_dim(x_TD, t, 1)
+
+        def add() -> Array:
+            out_1D = run_expert(row(x_TD), weight_TA[t, p % A][None], expert)
+            return row(total_TD) + out_1D
+
+        real = (expert >= 0) & (expert < experts)
+        new_1D = jax.lax.cond(real, add, lambda: row(total_TD))
+        return jax.lax.dynamic_update_slice_in_dim(total_TD, new_1D, t, 0)
+
+    return jax.lax.fori_loop(0, expert_TA.size, add_choice, jnp.zeros(x_TD.shape, weight_TA.dtype))
+
+
+def by_tiles(
+    run_expert: _Expert,
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    experts: int,
+    sizes: tuple[int, ...],
+) -> Float[Array, "T D"]:
+    """A loop over tiles of one expert's rows, each of the size that fits what is left of them."""
+    (T, A), largest = expert_TA.shape, sizes[-1]
+    key_P, order_P = sort_by_expert(expert_TA.reshape(-1), experts)
+    end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
+    pad = lambda x_P: jnp.pad(x_P, (0, largest))
+    token_P, weight_P = pad(order_P // A), pad(weight_TA.reshape(-1)[order_P])
+
+    def run_tile(R: int, row: Array, expert: Array) -> Array:
+        token_R, weight_R = (jax.lax.dynamic_slice(x, (row,), (R,)) for x in (token_P, weight_P))
+        out_RD = run_expert(x_TD[token_R], weight_R, expert)
+        return jnp.pad(out_RD, ((0, largest - R), (0, 0)))
+
+    def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, out_PD = carry
+        rest = end_E[key_P[row]] - row
+        fits = jnp.sum(rest > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+        tiles = [functools.partial(run_tile, R) for R in sizes]
+        out_RD = jax.lax.switch(fits, tiles, row, key_P[row])
+        # Rows beyond the expert's own are written anew by the experts that come later.
+        out_PD = jax.lax.dynamic_update_slice_in_dim(out_PD, out_RD, row, 0)
+        return row + jnp.minimum(rest, largest), out_PD
+
+    out_PD = jnp.zeros((T * A + largest, x_TD.shape[1]), weight_TA.dtype)
+    more = lambda carry: carry[0] < end_E[-1]
+    _, out_PD = jax.lax.while_loop(more, step, (jnp.int32(0), out_PD))
+    return sum_choices(out_PD, order_P, end_E[-1], A)
+
+
+def sum_choices(
+    out_PD: Float[Array, "P_padded D"], order_P: Int32[Array, " P"], real: Array, choices: int
+) -> Float[Array, "T D"]:
+    """Each token's rows, wherever they were sorted to; only the first `real` rows count."""
+    place_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(order_P.size, dtype=jnp.int32))
+    place_TA = place_P.reshape(-1, choices)
+    picked = [
+        jnp.where((place_TA[:, a] < real)[:, None], out_PD[place_TA[:, a]], 0)
+        for a in range(choices)
+    ]
+    return functools.reduce(jnp.add, picked)
+
+
+def sort_by_expert(
+    expert_P: Int[Array, " P"], experts: int
+) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
+    """Experts in ascending order, and where each stood; ids out of range come last."""
+    rows = expert_P.size
+    assert rows * (experts + 1) < 2**31, "expert and row do not fit into one int32"
+    real = (expert_P >= 0) & (expert_P < experts)
+    key_P = jnp.where(real, expert_P, experts).astype(jnp.int32)
+    # On a CPU one array of unique keys sorts 5 times as fast as keys with indices beside them.
+    both_P = jnp.sort(key_P * rows + jnp.arange(rows, dtype=jnp.int32))
+    return both_P // rows, both_P % rows
+
+
+def take(w_LE: quantize.Weight, layer: Array, expert: Array) -> Any:
+    """One expert of one layer; nothing else of the stack is copied."""
+
+    def slice_one(x_LE: Array) -> Array:
+        start = (layer, expert, *[jnp.zeros_like(layer)] * (x_LE.ndim - 2))
+        return jax.lax.dynamic_slice(x_LE, start, (1, 1, *x_LE.shape[2:]))[0, 0]
+
+    return jax.tree.map(slice_one, w_LE)

@@ -66,11 +66,11 @@ def prefill(
     def one(index: Any) -> Any:
         row, first = index // blocks, index % blocks * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        near_QY, exists_Y = _band(start_B[row] - window + first, block, window)
+        mask_QY = _band(start_B[row] - window + first, block, window)
         return _attend(
             take(padded_q),
-            _where_seen(take(padded_window, block + window), exists_Y),
-            near_QY & exists_Y[None],
+            _where_seen(take(padded_window, block + window), jnp.any(mask_QY, axis=0)),
+            mask_QY,
             pool_LBSK,
             layer,
             row,
@@ -83,12 +83,11 @@ def prefill(
     return out.reshape(batch, blocks * block, *q_BTHK.shape[2:])[:, :queries]
 
 
-def _band(
-    position: Int[Array, ""], queries: int, window: int
-) -> tuple[Bool[Array, "Q Y"], Bool[Array, " Y"]]:
-    """Which keys of a block's window a query is near to, and which keys exist at all."""
+def _band(position: Int[Array, ""], queries: int, window: int) -> Bool[Array, "Q Y"]:
+    """Which keys a query sees of a block's window, whose first key is at the position."""
     e_Y, j_Q1 = jnp.arange(queries + window), jnp.arange(queries)[:, None]
-    return (e_Y[None] > j_Q1) & (e_Y[None] <= j_Q1 + window), position + e_Y >= 0
+    near_QY = (e_Y[None] > j_Q1) & (e_Y[None] <= j_Q1 + window)
+    return near_QY & (position + e_Y >= 0)[None]
 
 
 def _where_seen(keys_XK: Float[Array, "X K"], seen_X: Bool[Array, " X"]) -> Float[Array, "X K"]:

@@ -1,0 +1,190 @@
+"""Generation: the compiled loop, where it ends, what it reports, and bad arguments."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import models
+from v4jax import generate, steps
+from v4jax.generate import Engine
+from v4jax.language_model import LanguageModel
+from v4jax.numerics import HF
+from v4jax.sampling import SamplingParams
+from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
+
+VOCAB = 300
+CFG = models.config(
+    models.SLIDING, models.CSA, models.HCA, vocab_size=VOCAB, max_position_embeddings=512
+)
+PROMPT = models.tokens(CFG, 1, 40)[0].tolist()
+
+
+def language_model(**changes: Any) -> LanguageModel:
+    cfg = models.config(
+        models.SLIDING,
+        models.CSA,
+        models.HCA,
+        **({"vocab_size": VOCAB, "max_position_embeddings": 512} | changes),
+    )
+    engine = Engine(models.weights(cfg), cfg, HF, jnp.dtype("float32"))
+    return LanguageModel(engine, Tokenizer(build_demo_tokenizer(VOCAB)))
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return language_model()
+
+
+def test_greedy_text_is_the_argmax_of_the_logits_of_the_whole_text(model: LanguageModel) -> None:
+    out = model.generate(PROMPT, max_tokens=70, temperature=0.0)
+    logits_TV = model.logits([PROMPT + out.tokens])[0]
+    assert out.tokens == logits_TV[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+    assert len(out.tokens) == 70
+    assert out.finish_reason == "length"
+
+
+def test_logprobs_are_those_of_the_raw_logits(model: LanguageModel) -> None:
+    out = model.generate(PROMPT, max_tokens=12, temperature=0.7, top_p=0.9, seed=3, top_logprobs=4)
+    logits_TV = model.logits([PROMPT + out.tokens])[0, len(PROMPT) - 1 : -1].astype(np.float64)
+    logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    expected = logprobs_TV[np.arange(12), out.tokens]
+    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+    for row, top in zip(logprobs_TV, out.top_logprobs, strict=True):
+        assert [token for token, _ in top] == np.argsort(-row)[:4].tolist()
+        np.testing.assert_allclose(
+            [logprob for _, logprob in top], np.sort(row)[::-1][:4], atol=1e-4
+        )
+
+
+def test_an_end_of_sequence_token_ends_the_text_and_is_not_in_it(model: LanguageModel) -> None:
+    free = model.generate(PROMPT, max_tokens=30, temperature=0.0)
+    stop = free.tokens[9]
+    first = free.tokens.index(stop)
+    out = language_model(eos_token_ids=(stop,)).generate(PROMPT, max_tokens=30, temperature=0.0)
+    assert out.tokens == free.tokens[: first + 1]
+    assert out.finish_reason == "stop"
+    assert model.tokenizer is not None
+    assert out.text == model.tokenizer.decode(free.tokens[:first])
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(model: LanguageModel) -> None:
+    free = model.generate(PROMPT, max_tokens=40, temperature=0.0).text
+    stop = free[7:10]
+    out = model.generate(PROMPT, max_tokens=40, temperature=0.0, stop=[stop])
+    assert out.text == free[: free.index(stop)]
+    assert out.finish_reason == "stop"
+
+
+def test_the_context_limit_ends_the_text(model: LanguageModel) -> None:
+    out = model.generate(PROMPT * 12, max_tokens=1000, temperature=0.0)
+    assert len(out.tokens) == 512 - 480
+    assert out.finish_reason == "length"
+
+
+def test_streamed_pieces_are_the_text(model: LanguageModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 50, "temperature": 1.0, "seed": 11}
+    pieces = list(model.stream(PROMPT, **settings))
+    assert "".join(pieces) == model.generate(PROMPT, **settings).text
+    assert len(pieces) > 1
+
+
+def test_a_seed_settles_the_text(model: LanguageModel) -> None:
+    text = lambda seed: model.generate(PROMPT, max_tokens=20, seed=seed).tokens
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_rows_of_a_batch_are_generated_as_if_alone(model: LanguageModel) -> None:
+    prompts = [PROMPT, PROMPT[:7], PROMPT[3:30]]
+    params = [
+        SamplingParams(seed=1),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=5, top_k=9),
+    ]
+    rows: list[list[int]] = [[], [], []]
+    for block in model.engine.run(prompts, params, [15, 9, 12]):
+        for row, tokens in zip(rows, block, strict=True):
+            row += [token.id for token in tokens]
+    assert [len(row) for row in rows] == [15, 9, 12]
+    for prompt, param, limit, row in zip(prompts, params, (15, 9, 12), rows, strict=True):
+        blocks = model.engine.run([prompt], [param], [limit])
+        assert [token.id for (tokens,) in blocks for token in tokens] == row
+
+
+def test_one_program_serves_every_length_and_setting_of_a_bucket(model: LanguageModel) -> None:
+    model.generate(PROMPT, max_tokens=60, seed=0)
+    programs = lambda: (steps.advance._cache_size(), steps.prefill._cache_size())
+    before = programs()
+    for length, new, temperature in ((5, 3, 0.0), (40, 80, 0.5), (63, 60, 1.3)):
+        model.generate(
+            (PROMPT * 2)[:length],
+            max_tokens=new,
+            temperature=temperature,
+            top_k=length,
+            seed=length,
+        )
+    assert programs() == before
+
+
+def test_text_is_encoded_and_decoded(model: LanguageModel) -> None:
+    assert isinstance(model.generate("Hello", max_tokens=3, temperature=0.0).text, str)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "named"),
+    [
+        ([], {}, "empty"),
+        ("", {}, "empty"),
+        ([VOCAB], {}, "vocabulary"),
+        ([-1], {}, "vocabulary"),
+        ([1] * 512, {}, "context"),
+        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"temperature": -1.0}, "temperature"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"stop": [""]}, "stop"),
+        ([1], {"top_logprobs": -1}, "top_logprobs"),
+    ],
+)
+def test_bad_arguments_are_named(
+    model: LanguageModel, prompt: Any, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        model.generate(prompt, **settings)
+    if named != "top_logprobs":
+        with pytest.raises(ValueError, match=named):
+            model.stream(prompt, **settings)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[]], np.zeros((0, 3), np.int32)])
+def test_logits_of_no_tokens_are_refused(model: LanguageModel, tokens: Any) -> None:
+    with pytest.raises(ValueError, match="tokens must be"):
+        model.logits(tokens)
+
+
+def test_without_a_tokenizer_tokens_still_work(model: LanguageModel) -> None:
+    bare = LanguageModel(model.engine)
+    out = bare.generate(PROMPT, max_tokens=4, temperature=0.0)
+    assert out.tokens == model.generate(PROMPT, max_tokens=4, temperature=0.0).tokens
+    assert out.text == ""
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        bare.generate("text")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        bare.stream(PROMPT)
+
+
+def test_chunks_hold_the_prompt_and_little_more() -> None:
+    for tokens in (1, 64, 65, 512, 513, 2048, 2049, 5000):
+        sizes = generate.chunk_sizes(tokens)
+        assert sum(sizes) >= tokens > sum(sizes) - sizes[-1]
+
+
+def test_a_model_loads_with_the_tokenizer_beside_it(tmp_path: Path) -> None:
+    from v4jax import open_model
+
+    build_demo_tokenizer(VOCAB).save(str(tmp_path / "tokenizer.json"))
+    found = open_model.tokenizer(tmp_path)
+    assert found is not None
+    assert found.vocab_size == VOCAB

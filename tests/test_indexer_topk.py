@@ -212,7 +212,7 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
     memory = SELECT.lower(*arrays, k=shape.k, impl="xla").compile().memory_analysis()
     assert memory is not None
     # A block of scores and its copies.
-    assert memory.temp_size_in_bytes <= 64 * 2**20
+    assert memory.temp_size_in_bytes <= 24 * 2**20
 
 
 def test_a_form_that_does_not_exist_is_refused_by_name() -> None:

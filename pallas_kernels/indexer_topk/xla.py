@@ -15,10 +15,11 @@ from pallas_kernels.indexer_topk.reference import best, comparable
 
 # Keys of a block: with so few query rows a CPU runs short products in place, 2.5 times as fast as
 # long ones, which it splits over threads.
-_KEYS, _KEYS_OF_FEW, _FEW_ROWS = 1024, 256, 64
-# Bytes of scores at a time.
-_SCORE_BYTES = 32 * 2**20
-_MOST_QUERIES = 128
+_KEYS, _KEYS_OF_FEW, _FEW_ROWS = 512, 256, 64
+# Bytes of scores at a time: with 32 MiB, blank rows cost twice as much where little is visible.
+_SCORE_BYTES = 8 * 2**20
+# Rows (heads x queries) of a block: enough for fast products, whose result stays in the cache.
+_ROWS = 1024
 
 
 def select(
@@ -32,7 +33,7 @@ def select(
 ) -> Int32[Array, "B T k"]:
     batch, queries = visible_BT.shape
     fits = max(1, _SCORE_BYTES // (4 * keys_LBSJ.shape[2]))
-    block = min(queries, _MOST_QUERIES, fits)
+    block = min(queries, max(1, _ROWS // q_BTIJ.shape[2]), fits)
     blocks = -(-queries // block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)))
     inputs = pad(q_BTIJ), pad(weights_BTI), pad(visible_BT)
@@ -73,7 +74,7 @@ def _scores(
     queries, heads, dim = q_QIJ.shape
     entries = keys_LBSJ.shape[2]
     width = min(_KEYS_OF_FEW if heads * queries <= _FEW_ROWS else _KEYS, entries)
-    # Heads first, so that their sum adds whole planes.
+    # Heads first, so that their products are planes.
     q_RJ = q_QIJ.swapaxes(0, 1).reshape(heads * queries, dim)
     weights_IQ1 = weights_QI.astype(jnp.float32).T[..., None]
 
@@ -86,7 +87,10 @@ def _scores(
             q_RJ, keys_XJ, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         dots_IQX = jax.nn.relu(dots_RX).reshape(heads, queries, width)
-        score_QX = jnp.sum(dots_IQX * weights_IQ1, axis=0)
+        # Plane by plane: XLA makes one pass of it, where a sum over heads takes half as long again.
+        score_QX = dots_IQX[0] * weights_IQ1[0]
+        for i in range(1, heads):
+            score_QX += dots_IQX[i] * weights_IQ1[i]
         exists_QX = start + jnp.arange(width, dtype=jnp.int32)[None] < visible_Q[:, None]
         score_QX = jnp.where(exists_QX, comparable(score_QX), -jnp.inf)
         return jax.lax.dynamic_update_slice(score_QS, score_QX, (zero, start))

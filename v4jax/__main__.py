@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,35 +11,97 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from v4jax.config import ModelConfig
-    from v4jax.language_model import LanguageModel
 
 # JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
 
 _EPILOG = """\
-exit status: 0 done, 1 failed, 2 misuse.
+exit status: 0 done, 1 failed, 2 misuse. Results go to standard output, all else to standard error.
 
 examples:
+  v4jax demo
   v4jax inspect flash
-  v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights keep
+  v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native
   v4jax generate flash-native --chat -p "Why is the sky blue?" --thinking high
   v4jax export flash-native flash-hf
-  v4jax demo
 """
-_SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id such as deepseek-ai/DeepSeek-V4-Flash"
+_INSPECT = """\
+A directory's headers are read and checked, its weights are not. Of a Hub id only config.json is
+downloaded. A config.json or a preset says what its release would hold.
+
+presets: {presets}
+
+examples:
+  v4jax inspect pro
+  v4jax inspect path/to/checkpoint
+  v4jax inspect deepseek-ai/DeepSeek-V4-Pro
+"""
+_CONVERT = """\
+A native checkpoint holds the arrays as the model has them in memory: it loads faster, and on many
+hosts each reads its own part. The source is checked before anything is written. TARGET appears when
+it is complete; until then all lies in TARGET.unfinished, and the same command goes on there after
+an interruption. Of a Hub id one shard at a time is on the disk.
+
+examples:
+  v4jax convert path/to/DeepSeek-V4-Flash flash-native
+  v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights bfloat16
+"""
+_EXPORT = """\
+The files are those that were converted, byte for byte. TARGET appears when it is complete; the same
+command goes on after an interruption.
+
+example:
+  v4jax export flash-native flash-hf
+"""
+_GENERATE = """\
+Text is given to the model as it stands; with --chat it is one message of a conversation, in the
+checkpoint's own format. The first run of a length compiles, which takes a while. The text ends at
+the model's end-of-sequence token or after --max-tokens.
+
+examples:
+  v4jax generate path/to/checkpoint -p "Once upon a time" --temperature 0
+  v4jax generate path/to/checkpoint --chat -p - --thinking max --max-tokens 4096 < question.txt
+"""
+_DEMO = """\
+The checkpoint has DeepSeek's tensor names, FP8 matrices, FP4 experts, an index with two files and
+a tokenizer, in 5 MB. Its weights are random. A directory that has a demo checkpoint is used again.
+
+example:
+  v4jax demo --directory demo-checkpoint
+"""
+_SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Run one command.
+
+    Returns:
+      The exit status: 0 done, 1 failed. Misuse raises SystemExit with 2, as argparse does.
+    """
+    args = _parser().parse_args(argv)
     try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"v4jax {args.command}: {error}", file=sys.stderr)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has gone. Python would flush at exit, and complain, if there were a pipe left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print(f"v4jax {args.command}: interrupted", file=sys.stderr)
-        return 1
+        return _failed(args, "interrupted.")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(args, f"{where}{error.strerror or error}.")
+    except ValueError as error:
+        return _failed(args, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(args, "out of memory; 'v4jax inspect' says what the model needs.")
+
+
+def _failed(args: argparse.Namespace, why: str) -> int:
+    print(f"v4jax {args.command}: {' '.join(why.split())}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,103 +110,166 @@ def _parser() -> argparse.ArgumentParser:
         description="DeepSeek-V4 in JAX: look at, convert and run its checkpoints.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    version = f"v4jax {importlib.metadata.version('v4jax')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
     _add_inspect(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_generate(commands)
-    _add_demo(commands)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _command(
+    commands: Any, name: str, run: Callable[..., int], text: str, more: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=run)
     return parser
 
 
-def _add_inspect(commands: Any) -> None:
-    parser = _command(
-        commands, "inspect", _inspect, "say what a checkpoint is: layers, parameters, bytes, cache, fit"
+def _add_demo(commands: Any) -> None:
+    text = "make a small random checkpoint in the release format and generate from it"
+    parser = _command(commands, "demo", _demo, text, _DEMO)
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="keep it here (default: a temporary place)"
     )
-    parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset's name")
+
+
+def _add_inspect(commands: Any) -> None:
+    from v4jax.config import preset_names
+
+    text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
+    more = _INSPECT.format(presets=", ".join(preset_names()))
+    parser = _command(commands, "inspect", _inspect, text, more)
+    parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
 
 
 def _add_convert(commands: Any) -> None:
-    parser = _command(
-        commands, "convert", _convert, "turn a Hugging Face checkpoint into a native one"
-    )
+    text = "turn a Hugging Face checkpoint into a native one"
+    parser = _command(commands, "convert", _convert, text, _CONVERT)
     parser.add_argument("source", help="a Hugging Face directory or a Hub id")
-    parser.add_argument("target", type=Path, help="directory to make; an interrupted run resumes")
+    parser.add_argument("target", type=Path, help="the directory to make")
     parser.add_argument(
         "--weights",
         choices=("keep", "bfloat16", "float32"),
         default="keep",
-        help="keep FP8 and FP4 as they are (default), or dequantise to one dtype",
+        help="keep FP8 and FP4 as they are (default), or decode everything to one dtype",
     )
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
-        commands, "export", _export, "turn a native checkpoint back into a Hugging Face one"
-    )
+    text = "turn a native checkpoint back into a Hugging Face one"
+    parser = _command(commands, "export", _export, text, _EXPORT)
     parser.add_argument("source", type=Path, help="a native checkpoint made with --weights keep")
-    parser.add_argument("target", type=Path, help="directory to make")
+    parser.add_argument("target", type=Path, help="the directory to make")
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _command(commands, "generate", _generate, "continue a text, or answer in a chat")
-    parser.add_argument("path", help=_SOURCE)
-    parser.add_argument("-p", "--prompt", required=True, help="the text; - reads standard input")
-    chat = parser.add_argument_group("chat")
-    chat.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    chat.add_argument("--system", help="a system message before it (implies --chat)")
-    chat.add_argument(
+    text = "continue a text, or answer in a chat"
+    parser = _command(commands, "generate", _generate, text, _GENERATE)
+    add = parser.add_argument
+    add("path", help=_SOURCE)
+    add(
+        *("-p", "--prompt"),
+        required=True,
+        metavar="TEXT",
+        help="the text; - reads standard input, without the line break at its end",
+    )
+    add("--max-tokens", type=_whole(1), default=256, metavar="N", help="most new tokens (256)")
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text as it comes (default: on a terminal)",
+    )
+    _add_chat_options(parser.add_argument_group("chat"))
+    _add_sampling_options(parser.add_argument_group("sampling"))
+    _add_running_options(parser.add_argument_group("running"))
+
+
+def _add_chat_options(group: Any) -> None:
+    group.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    group.add_argument("--system", metavar="TEXT", help="a system message before it; means --chat")
+    group.add_argument(
         "--thinking",
         choices=("off", "low", "high", "max"),
         default="off",
-        help="reason before answering, and how hard (implies --chat unless off)",
+        help="reason before answering, and how hard (default: off); unless off it means --chat; "
+        "checkpoints before 0731 know no level below high",
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=_at_least(int, 1), default=256, metavar="N")
-    sampling.add_argument("--temperature", type=_at_least(float, 0), default=1.0, metavar="X", help="0 is greedy; default 1")
-    sampling.add_argument("--top-p", type=_at_least(float, 0), default=1.0, metavar="X")
-    sampling.add_argument("--top-k", type=_at_least(int, 0), default=0, metavar="N", help="0 is off")
-    sampling.add_argument("--seed", type=_at_least(int, 0), metavar="N", help="the same seed, the same text")
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the text as it comes (default on a terminal)",
+
+
+def _add_sampling_options(group: Any) -> None:
+    add = group.add_argument
+    positive = _number("above 0, at most 1", lambda x: 0 < x <= 1)
+    temperature = _number("0 or more", lambda x: 0 <= x < 1e38)
+    add("--temperature", type=temperature, default=1.0, metavar="X", help="0 is greedy (1)")
+    add("--top-p", type=positive, default=1.0, metavar="X", help="least likely tokens go (1: none)")
+    add("--top-k", type=_whole(0), default=0, metavar="N", help="choose among N tokens (0: all)")
+    add("--seed", type=_whole(0), metavar="N", help="the same seed, the same text")
+
+
+def _add_running_options(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of weights, activations and cache (default: bfloat16)",
     )
-    run.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
-    run.add_argument("--numerics", choices=("official", "hf"), default="official", help="DeepSeek's rounding, or transformers'")
-    run.add_argument("--keep", action="store_true", help="hold FP8 and FP4 weights as they are")
-
-
-def _add_demo(commands: Any) -> None:
-    parser = _command(
-        commands, "demo", _demo, "make a small random checkpoint in the release format and run it"
+    add(
+        "--numerics",
+        choices=("official", "hf"),
+        default="official",
+        help="round where DeepSeek's runtime does (default) or where transformers does",
     )
-    parser.add_argument("--directory", type=Path, help="where to make it (default: a temporary one)")
+    add("--keep", action="store_true", help="hold FP8 and FP4 weights as they are: less memory")
 
 
-def _at_least(kind: type, least: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else -1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number, {least} or more")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"
     return parse
+
+
+def _number(says: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is no number {says}")
+        return value
+
+    return parse
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from v4jax import demo
+
+    return demo.main(args.directory)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from v4jax import inspect
 
-    inspect.show(inspect.config_of(args.path))
+    subject = inspect.find(args.path)
+    inspect.show(subject.config, what=subject.what, held=subject.held)
     return 0
 
 
@@ -166,13 +293,21 @@ def _export(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
+    from v4jax import hub
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    chat = args.chat or args.system is not None or args.thinking != "off"
+    prompt = _read_prompt() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise ValueError("the prompt is empty; give a text.")
+    directory = hub.resolve(args.path)
+    # Loading takes minutes: what can be told before is told before.
+    if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     with _progress() as progress:
         model = v4jax.load(
-            args.path, dtype=args.dtype, numerics=args.numerics, keep=args.keep, progress=progress
+            directory, dtype=args.dtype, numerics=args.numerics, keep=args.keep, progress=progress
         )
-    if args.chat or args.system or args.thinking != "off":
+    if chat:
         prompt = _chat_prompt(prompt, args, model.config)
     settings = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed")}
     if sys.stdout.isatty() if args.stream is None else args.stream:
@@ -182,6 +317,13 @@ def _generate(args: argparse.Namespace) -> int:
     else:
         print(model.generate(prompt, max_tokens=args.max_tokens, **settings).text)
     return 0
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is no text in {error.encoding}.") from error
 
 
 def _chat_prompt(text: str, args: argparse.Namespace, cfg: "ModelConfig") -> str:
@@ -198,20 +340,21 @@ def _chat_prompt(text: str, args: argparse.Namespace, cfg: "ModelConfig") -> str
     return encode_chat(messages, "thinking", reasoning_effort=effort, revision="april")
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from v4jax import demo
-
-    return demo.main(args.directory)
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on standard error: the callback takes what is done, how much, and of how much."""
+    """Progress bars on a terminal: the callback takes what is done, how much, and of how much."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:

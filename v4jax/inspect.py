@@ -1,165 +1,204 @@
-"""What a configuration amounts to: layers, parameters, bytes, cache, and what it fits on.
-
-Nothing is allocated: everything follows from the declarations.
-"""
+"""`v4jax inspect`: find out what a path or name stands for, and print what it amounts to."""
 
 import collections
 import dataclasses
+import difflib
 import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
-from v4jax import params
-from v4jax.config import ModelConfig
-from v4jax.block import Stack
-from v4jax.hyper import HyperHead
-from v4jax.model import Model
-from v4jax.params import ParamSpec
+from rich.console import Console
+from rich.table import Table
 
-# Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
-DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}
-_GIB = 2**30
-_DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8, "I8": 1}
+from v4jax import checkpoint_files, config_json, hub, huggingface, native
+from v4jax.config import ModelConfig, preset, preset_names
+from v4jax.facts import DEVICES, GIB, Report, devices, report
+from v4jax.plan import segments
+from v4jax.safetensors_file import DTYPES, CheckpointError, open_safetensors
+
+_CONTEXTS = {"128K": 2**17, "1M": 2**20}
+_FP4 = "FP4, two in a byte"
+_DTYPE_NOTES = {"I8": f"I8 ({_FP4})", "U8": f"U8 ({_FP4})", "F8_E8M0": "F8_E8M0 (scales)"}
+_CACHE_NOTES = {"fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
+_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """Facts of a configuration.
+class Subject:
+    """What was asked about.
 
     Attributes:
-      variant, revision: the release that it is, 'custom' where it is none.
-      layers: number of layers of each kind.
-      total, mtp, active: parameters of the backbone with embedding and head, of the drafter, and
-        of the backbone for one token (the embedding's row aside).
-      bytes_by_dtype: of the release's tensors, MTP included.
-      cache_bytes: per token, by cache format.
-      state_bytes: per sequence, whatever its length, in bfloat16 (compressor tails in float32).
-      devices: the least number of each device that holds the release's bytes.
+      what: one line that says what it is.
+      config: its configuration.
+      held: bytes by dtype that its files hold; None where there is only a configuration.
     """
 
-    variant: str
-    revision: str
-    layers: dict[str, int]
-    total: int
-    mtp: int
-    active: int
-    bytes_by_dtype: dict[str, int]
-    cache_bytes: dict[str, float]
-    state_bytes: int
-    devices: dict[str, int]
+    what: str
+    config: ModelConfig
+    held: dict[str, int] | None = None
 
 
-def report(cfg: ModelConfig) -> Report:
-    """Everything `v4jax inspect` prints about a configuration."""
-    kinds = collections.Counter(f"{layer.attention} + {layer.ffn}" for layer in cfg.layers)
-    sizes = release_bytes(cfg)
-    total_bytes = sum(sizes.values())
-    return Report(
-        variant=_variant(cfg),
-        revision="0731" if cfg.dspark else "april",
-        layers=dict(kinds),
-        total=params.count(Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))),
-        mtp=sum(spec.size for spec in _drafter(cfg) if spec.stored != "i64"),
-        active=_active(cfg),
-        bytes_by_dtype=sizes,
-        cache_bytes=cache_bytes(cfg),
-        state_bytes=_state_bytes(cfg),
-        devices={name: math.ceil(total_bytes / (gib * _GIB)) for name, gib in DEVICES.items()},
-    )
+def find(name: str) -> Subject:
+    """What exists as a path is that path; else a preset has this name; else it is a Hub id.
 
+    Of a checkpoint the headers are read and checked, of the Hub only `config.json`.
 
-def _variant(cfg: ModelConfig) -> str:
-    from v4jax.config import preset, preset_names
-
-    for name in preset_names():
-        if preset(name) == cfg:
-            return name
-    return "custom"
-
-
-def _drafter(cfg: ModelConfig) -> list[ParamSpec]:
-    """Weights of the MTP blocks, or of the DSpark drafter (facts, section 2), which is not run."""
-    if cfg.dspark is None:
-        return [spec for name, spec in params.leaves(Model(cfg)) if name.startswith("mtp.")]
-    D, spark = cfg.hidden_size, cfg.dspark
-    stage = [spec for _, spec in params.leaves(Stack(cfg, (cfg.mtp_kind,), 1))]
-    one = lambda stored, *shape: ParamSpec(shape, (None,) * len(shape), stored)
-    targets = len(spark.target_layer_ids)
-    head = [spec for _, spec in params.leaves(HyperHead(cfg, params.Declare()))]
-    markov = [one("bf16", cfg.vocab_size, spark.markov_rank)] * 2
-    confidence = one("bf16", 1, D + spark.markov_rank)
-    main = [one("fp8", D, targets * D), one("bf16", D), one("bf16", D)]
-    return stage * spark.stages + head + markov + [confidence, *main]
-
-
-def _active(cfg: ModelConfig) -> int:
-    """Parameters that one token meets in the backbone and the head."""
-    inactive = 1 - cfg.num_experts_per_tok / cfg.n_routed_experts
-    total = 0
-    for name, spec in params.leaves(Model(cfg)):
-        if name.startswith("mtp.") or name == "embed_VD" or spec.stored == "i64":
-            continue
-        total += spec.size - int(spec.size * inactive) if spec.stored == "expert" else spec.size
-    return total
-
-
-def release_bytes(cfg: ModelConfig) -> dict[str, int]:
-    """Bytes of the release's tensors by dtype; FP4 codes are stored as I8, two in a byte."""
-    sizes: collections.Counter[str] = collections.Counter()
-    backbone = Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))
-    for spec in [*(spec for _, spec in params.leaves(backbone)), *_drafter(cfg)]:
-        for dtype, elements in _stored(spec, cfg):
-            sizes[dtype] += elements * _DTYPE_BYTES[dtype]
-    return dict(sorted(sizes.items()))
-
-
-def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
-    stored = cfg.expert_dtype if spec.stored == "expert" else spec.stored
-    if not cfg.quantized and stored in ("fp8", "fp4", None):
-        return [("BF16", spec.size)]
-    blocks = lambda rows, columns: (
-        spec.size
-        // (spec.shape[-2] * spec.shape[-1])
-        * math.ceil(spec.shape[-2] / rows)
-        * math.ceil(spec.shape[-1] / columns)
-    )
-    match stored:
-        case "fp8":
-            return [("F8_E4M3", spec.size), ("F8_E8M0", blocks(128, 128))]
-        case "fp4":
-            return [("I8", spec.size // 2), ("F8_E8M0", blocks(1, 32))]
-        case "f32":
-            return [("F32", spec.size)]
-        case "i64":
-            return [("I64", spec.size)]
-    return [("BF16", spec.size)]
-
-
-def cache_bytes(cfg: ModelConfig) -> dict[str, float]:
-    """Bytes per token of the compressed pools, which grow with the text.
-
-    bfloat16 is what v4jax keeps; float32 what it keeps in float32; fp8 + fp4 is DeepSeek's
-    deployment layout: rotary dims in BF16, the rest in FP8 with a scale for each 64, index keys
-    in FP4 with a scale for each 32 (facts, section 3.10).
+    Raises:
+      ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
     """
-    rope, index = cfg.qk_rope_head_dim, cfg.index_head_dim
-    plain = cfg.head_dim - rope
-    packed_entry = plain + 2 * rope + math.ceil(plain / 64) + 1
-    packed_index = index // 2 + math.ceil(index / 32)
-    totals = {"bfloat16": 0.0, "float32": 0.0, "fp8 + fp4": 0.0}
-    for layer in cfg.layers:
-        if not layer.ratio:
-            continue
-        width = cfg.head_dim + (index if layer.attention == "csa" else 0)
-        totals["bfloat16"] += 2 * width / layer.ratio
-        totals["float32"] += 4 * width / layer.ratio
-        packed = packed_entry + (packed_index if layer.attention == "csa" else 0)
-        totals["fp8 + fp4"] += packed / layer.ratio
-    return totals
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return _directory(path)
+    if path.exists():
+        return Subject(f"{path}", _read_config(path))
+    if name in preset_names():
+        return Subject(f"preset {name}", preset(name))
+    try:
+        folder = hub.resolve(name, allow_patterns=[checkpoint_files.CONFIG])
+    except CheckpointError as error:
+        near = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        presets = ", ".join(preset_names())
+        raise ValueError(f"{error} It is no preset either: those are {presets}.{hint}") from error
+    return Subject(f"{name} on the Hub", _read_config(folder / checkpoint_files.CONFIG))
 
 
-def _state_bytes(cfg: ModelConfig) -> int:
-    total = 0
-    for layer in cfg.layers:
-        total += 2 * cfg.sliding_window * cfg.head_dim
-        width = cfg.head_dim + (cfg.index_head_dim if layer.attention == "csa" else 0)
-        total += 4 * layer.overlap * layer.ratio * 2 * layer.overlap * width if layer.ratio else 0
-    return total
+def config_of(name: str) -> ModelConfig:
+    """The configuration of a directory, a `config.json`, a preset or a Hub id; see `find`."""
+    return find(name).config
+
+
+def _read_config(path: Path) -> ModelConfig:
+    return config_json.from_json(checkpoint_files.read_json(path), where=str(path))
+
+
+def _directory(path: Path) -> Subject:
+    if native.is_native(path):
+        return _native(path)
+    config = path / checkpoint_files.CONFIG
+    weights = (path / checkpoint_files.SINGLE, path / checkpoint_files.INDEX)
+    if config.is_file() and not any(file.is_file() for file in weights):
+        return Subject(f"{config}, without weights beside it", _read_config(config))
+    tensors, cfg, _ = huggingface.open_release(path)
+    with checkpoint_files.Checkpoint.open(path) as files:
+        held = _count((files.info(name).dtype, files.info(name).nbytes) for name in files.names)
+    return Subject(f"{path}: Hugging Face checkpoint, {len(tensors.tensors):,} tensors", cfg, held)
+
+
+def _native(path: Path) -> Subject:
+    opened = native.Native(path)
+    arrays = [
+        opened.arrays[array]
+        for leaf, form in opened.manifest.leaves.items()
+        for array in native.array_names(leaf, form)
+    ]
+    sizes = [(a.dtype.numpy_dtype, math.prod(a.shape)) for a in arrays]
+    held = [(_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
+    for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
+        extra = open_safetensors(file)
+        held += [(extra.info(name).dtype, extra.info(name).nbytes) for name in extra.names]
+    what = f"{path}: native checkpoint, made with --weights {opened.manifest.weights}"
+    return Subject(what, opened.config, _count(held))
+
+
+def _count(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter()
+    for dtype, nbytes in sizes:
+        total[dtype] += nbytes
+    return dict(sorted(total.items()))
+
+
+def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None) -> None:
+    """Print what a configuration amounts to.
+
+    Args:
+      cfg: the configuration.
+      what: a line about where it comes from.
+      held: bytes by dtype in files at hand; without, those that a release would hold.
+    """
+    facts = report(cfg)
+    console = Console(highlight=False, soft_wrap=True)
+    if what:
+        console.print(what, markup=False)
+    console.print(f"DeepSeek-V4 {facts.variant}; chat format '{facts.revision}'")
+    for table in (
+        _layers(cfg, facts),
+        _segments(cfg),
+        _parameters(cfg, facts),
+        _bytes(facts.bytes_by_dtype if held is None else held, held is None),
+        _cache(cfg, facts),
+        _fit(facts, held),
+    ):
+        console.print()
+        console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    """The first column is text and as wide as the widest of all tables; the rest are numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column(columns[0], min_width=26)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", min_width=10)
+    return table
+
+
+def _layers(cfg: ModelConfig, facts: Report) -> Table:
+    table = _table("Layers: attention + experts", "")
+    for kind, count in facts.layers.items():
+        table.add_row(kind, str(count))
+    table.add_row("in all", str(cfg.num_hidden_layers))
+    return table
+
+
+def _segments(cfg: ModelConfig) -> Table:
+    table = _table("Layers of one compiled loop", "repeats")
+    for part in segments(cfg.layers):
+        kinds = "\n".join(f"{kind.attention} + {kind.ffn}" for kind in part.pattern)
+        table.add_row(kinds, str(part.repeats))
+    return table
+
+
+def _parameters(cfg: ModelConfig, facts: Report) -> Table:
+    table = _table("Parameters", "")
+    table.add_row("backbone", f"{facts.total:,}")
+    table.add_row("  active for a token", f"{facts.active:,}")
+    if facts.mtp:
+        table.add_row("DSpark drafter" if cfg.dspark else "MTP", f"{facts.mtp:,}")
+    return table
+
+
+def _bytes(sizes: dict[str, int], computed: bool) -> Table:
+    table = _table("Bytes of the release" if computed else "Bytes in the files", "")
+    for dtype, nbytes in sizes.items():
+        table.add_row(_DTYPE_NOTES.get(dtype, dtype), f"{nbytes:,}")
+    table.add_row("in all", f"{sum(sizes.values()):,}")
+    return table
+
+
+def _cache(cfg: ModelConfig, facts: Report) -> Table:
+    longest = cfg.max_position_embeddings
+    contexts = {name: n for name, n in _CONTEXTS.items() if n <= longest} or {
+        f"{longest:,}": longest
+    }
+    table = _table("Cache", "B/token", *(f"at {name}" for name in contexts))
+    for form, rate in facts.cache_bytes.items():
+        table.add_row(
+            _CACHE_NOTES.get(form, form), f"{rate:,}", *(_size(rate * n) for n in contexts.values())
+        )
+    table.add_row("and for each sequence", "", *[_size(facts.state_bytes)] * len(contexts))
+    return table
+
+
+def _fit(facts: Report, held: dict[str, int] | None) -> Table:
+    """Devices that hold the weights; what is left of them is for the cache."""
+    sizes = facts.bytes_by_dtype if held is None else held
+    table = _table("Devices that hold the weights", "", "left for cache")
+    for name, count in devices(sum(sizes.values())).items():
+        left = count * DEVICES[name] * GIB - sum(sizes.values())
+        table.add_row(f"{name}, {DEVICES[name]:g} GiB", str(count), _size(left))
+    return table
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,167 @@
+"""What a configuration amounts to: layers, parameters, bytes, cache, and what it fits on.
+
+Nothing is allocated: everything follows from the declarations.
+"""
+
+import collections
+import dataclasses
+import math
+
+from v4jax import params
+from v4jax.block import Stack
+from v4jax.config import ModelConfig, preset, preset_names
+from v4jax.hyper import HyperHead
+from v4jax.model import Model
+from v4jax.params import ParamSpec
+
+# Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
+DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}
+GIB = 2**30
+_DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8, "I8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Facts of a configuration.
+
+    Attributes:
+      variant, revision: the release that it is, 'custom' where it is none.
+      layers: number of layers of each kind.
+      total, mtp, active: parameters of the backbone with embedding and head, of the drafter, and
+        of the backbone for one token (the embedding's row aside).
+      bytes_by_dtype: of the release's tensors, MTP included.
+      cache_bytes: per token, by cache format.
+      state_bytes: per sequence, whatever its length, in bfloat16 (compressor tails in float32).
+      devices: the least number of each device that holds the release's bytes.
+    """
+
+    variant: str
+    revision: str
+    layers: dict[str, int]
+    total: int
+    mtp: int
+    active: int
+    bytes_by_dtype: dict[str, int]
+    cache_bytes: dict[str, float]
+    state_bytes: int
+    devices: dict[str, int]
+
+
+def report(cfg: ModelConfig) -> Report:
+    """Everything `v4jax inspect` prints about a configuration."""
+    kinds = collections.Counter(f"{layer.attention} + {layer.ffn}" for layer in cfg.layers)
+    sizes = release_bytes(cfg)
+    return Report(
+        variant=_variant(cfg),
+        revision="0731" if cfg.dspark else "april",
+        layers=dict(kinds),
+        total=params.count(Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))),
+        mtp=sum(spec.size for spec in _drafter(cfg) if spec.stored != "i64"),
+        active=_active(cfg),
+        bytes_by_dtype=sizes,
+        cache_bytes=cache_bytes(cfg),
+        state_bytes=_state_bytes(cfg),
+        devices=devices(sum(sizes.values())),
+    )
+
+
+def devices(nbytes: int) -> dict[str, int]:
+    """The least number of each device that holds so many bytes."""
+    return {name: math.ceil(nbytes / (gib * GIB)) for name, gib in DEVICES.items()}
+
+
+def _variant(cfg: ModelConfig) -> str:
+    for name in preset_names():
+        if preset(name) == cfg:
+            return name
+    return "custom"
+
+
+def _drafter(cfg: ModelConfig) -> list[ParamSpec]:
+    """Weights of the MTP blocks, or of the DSpark drafter (facts, section 2), which is not run."""
+    if cfg.dspark is None:
+        return [spec for name, spec in params.leaves(Model(cfg)) if name.startswith("mtp.")]
+    D, spark = cfg.hidden_size, cfg.dspark
+    stage = [spec for _, spec in params.leaves(Stack(cfg, (cfg.mtp_kind,), 1))]
+    one = lambda stored, *shape: ParamSpec(shape, (None,) * len(shape), stored)
+    targets = len(spark.target_layer_ids)
+    head = [spec for _, spec in params.leaves(HyperHead(cfg, params.Declare()))]
+    markov = [one("bf16", cfg.vocab_size, spark.markov_rank)] * 2
+    confidence = one("bf16", 1, D + spark.markov_rank)
+    main = [one("fp8", D, targets * D), one("bf16", D), one("bf16", D)]
+    return stage * spark.stages + head + markov + [confidence, *main]
+
+
+def _active(cfg: ModelConfig) -> int:
+    """Parameters that one token meets in the backbone and the head."""
+    inactive = 1 - cfg.num_experts_per_tok / cfg.n_routed_experts
+    total = 0
+    for name, spec in params.leaves(Model(cfg)):
+        if name.startswith("mtp.") or name == "embed_VD" or spec.stored == "i64":
+            continue
+        total += spec.size - int(spec.size * inactive) if spec.stored == "expert" else spec.size
+    return total
+
+
+def release_bytes(cfg: ModelConfig) -> dict[str, int]:
+    """Bytes of the release's tensors by dtype; FP4 codes are stored as I8, two in a byte."""
+    sizes: collections.Counter[str] = collections.Counter()
+    backbone = Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))
+    for spec in [*(spec for _, spec in params.leaves(backbone)), *_drafter(cfg)]:
+        for dtype, elements in _stored(spec, cfg):
+            sizes[dtype] += elements * _DTYPE_BYTES[dtype]
+    return dict(sorted(sizes.items()))
+
+
+def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
+    stored = cfg.expert_dtype if spec.stored == "expert" else spec.stored
+    if not cfg.quantized and stored in ("fp8", "fp4", None):
+        return [("BF16", spec.size)]
+    blocks = lambda rows, columns: (
+        spec.size
+        // (spec.shape[-2] * spec.shape[-1])
+        * math.ceil(spec.shape[-2] / rows)
+        * math.ceil(spec.shape[-1] / columns)
+    )
+    match stored:
+        case "fp8":
+            return [("F8_E4M3", spec.size), ("F8_E8M0", blocks(128, 128))]
+        case "fp4":
+            return [("I8", spec.size // 2), ("F8_E8M0", blocks(1, 32))]
+        case "f32":
+            return [("F32", spec.size)]
+        case "i64":
+            return [("I64", spec.size)]
+    return [("BF16", spec.size)]
+
+
+def cache_bytes(cfg: ModelConfig) -> dict[str, float]:
+    """Bytes per token of the compressed pools, which grow with the text.
+
+    bfloat16 is what v4jax keeps; float32 what it keeps in float32; fp8 + fp4 is DeepSeek's
+    deployment layout: rotary dims in BF16, the rest in FP8 with a scale for each 64, index keys
+    in FP4 with a scale for each 32 (facts, section 3.10).
+    """
+    rope, index = cfg.qk_rope_head_dim, cfg.index_head_dim
+    plain = cfg.head_dim - rope
+    packed_entry = plain + 2 * rope + math.ceil(plain / 64) + 1
+    packed_index = index // 2 + math.ceil(index / 32)
+    totals = {"bfloat16": 0.0, "float32": 0.0, "fp8 + fp4": 0.0}
+    for layer in cfg.layers:
+        if not layer.ratio:
+            continue
+        width = cfg.head_dim + (index if layer.attention == "csa" else 0)
+        totals["bfloat16"] += 2 * width / layer.ratio
+        totals["float32"] += 4 * width / layer.ratio
+        packed = packed_entry + (packed_index if layer.attention == "csa" else 0)
+        totals["fp8 + fp4"] += packed / layer.ratio
+    return totals
+
+
+def _state_bytes(cfg: ModelConfig) -> int:
+    total = 0
+    for layer in cfg.layers:
+        total += 2 * cfg.sliding_window * cfg.head_dim
+        width = cfg.head_dim + (cfg.index_head_dim if layer.attention == "csa" else 0)
+        total += 4 * layer.overlap * layer.ratio * 2 * layer.overlap * width if layer.ratio else 0
+    return total

@@ -107,3 +107,8 @@ def from_release(release: dict[str, np.ndarray], cfg: ModelConfig) -> Model:
         return jnp.asarray(stack(hf_names.release_names(name, cfg)), dtype)
 
     return params.map_leaves(fill, Model(cfg))
+
+
+def programs(step: Any) -> int:
+    """Programs compiled so far for one of the steps."""
+    return step._cache_size()

@@ -46,4 +46,6 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     cfg = config.preset("tiny")
     mesh = aot.topology_mesh(topology)
     lowered = aot.lower(cfg, step, mesh, batch=8, capacity=1024, tokens=64, kept="fp4")
-    assert lowered.compile().memory_analysis().argument_size_in_bytes > 0
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.argument_size_in_bytes > 0

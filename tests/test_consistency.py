@@ -147,7 +147,7 @@ def test_text_grows_without_a_new_program() -> None:
     runner.feed(TOKENS[:, :9])
     step = lambda at: runner.feed(TOKENS[:, at : at + 1])
     step(9)
-    before = steps.logits._cache_size()
+    before = models.programs(steps.logits)
     for at in range(10, LENGTH):
         step(at)
-    assert steps.logits._cache_size() == before
+    assert models.programs(steps.logits) == before

@@ -116,7 +116,7 @@ def test_rows_of_a_batch_are_generated_as_if_alone(model: LanguageModel) -> None
 
 def test_one_program_serves_every_length_and_setting_of_a_bucket(model: LanguageModel) -> None:
     model.generate(PROMPT, max_tokens=60, seed=0)
-    programs = lambda: (steps.advance._cache_size(), steps.prefill._cache_size())
+    programs = lambda: [models.programs(step) for step in (steps.advance, steps.prefill)]
     before = programs()
     for length, new, temperature in ((5, 3, 0.0), (40, 80, 0.5), (63, 60, 1.3)):
         model.generate(

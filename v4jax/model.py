@@ -20,7 +20,7 @@ from v4jax.plan import segments
 
 
 class Model(nnx.Module):
-    """All weights. `Model(cfg)` holds declarations; `params.init` and `huggingface.load` fill them."""
+    """All weights. `Model(cfg)` holds declarations; `params.init` or a loader fills them."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         weight = Declare(std=cfg.initializer_range)

@@ -1,0 +1,381 @@
+"""The command: what it prints, its exit status, and its answers to mistakes."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import v4jax
+from tests.checkpoints import tiny, tiny_dspark
+from v4jax import demo, native
+from v4jax.__main__ import main
+from v4jax.chat import encode_chat
+
+COMMANDS = ("demo", "inspect", "convert", "export", "generate")
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
+    demo.make_checkpoint(directory, tiny(), 0)
+    return directory
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def run(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "v4jax", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+
+
+def fails(capsys: Capsys, *args: str) -> str:
+    """The one line on standard error of a command that fails with status 1."""
+    assert main(args) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"v4jax {args[0]}: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert "Errno" not in err
+    return err
+
+
+def misused(capsys: Capsys, *args: str) -> str:
+    """Standard error of a command that is misused: status 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def best_seconds(call: Callable[[], Any]) -> float:
+    """The least of three times, as other processes may have the machine."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_importing_the_package_is_fast_and_brings_no_jax() -> None:
+    code = "import v4jax, sys; assert not {'jax', 'flax', 'orbax'} & set(sys.modules)"
+    took = best_seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+    assert took < 2
+
+
+def test_help_is_there_within_a_second() -> None:
+    assert best_seconds(lambda: run("--help")) < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example(command: str, capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"  v4jax {command}" in out.split("example")[-1]
+
+
+def test_help_names_every_command_and_the_exit_statuses(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "0 done, 1 failed, 2 misuse" in out
+    for command in COMMANDS:
+        assert f"v4jax {command}" in out
+
+
+def test_version_is_printed(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("v4jax 0.")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "COMMAND"),
+        (("run",), "invalid choice"),
+        (("inspect",), "path"),
+        (("inspect", "flash", "--verbose"), "--verbose"),
+        (("convert", "a", "b", "--weights", "int8"), "int8"),
+        (("generate", "a"), "--prompt"),
+        (("generate", "a", "-p", "b", "--max", "3"), "--max"),
+        (("generate", "a", "-p", "b", "--max-tokens", "0"), "'0' is no whole number, 1 or more"),
+        (("generate", "a", "-p", "b", "--max-tokens", "many"), "'many' is no whole number"),
+        (("generate", "a", "-p", "b", "--temperature", "nan"), "'nan' is no number 0 or more"),
+        (("generate", "a", "-p", "b", "--temperature=-1"), "'-1' is no number 0 or more"),
+        (("generate", "a", "-p", "b", "--top-p", "0"), "'0' is no number above 0, at most 1"),
+        (("generate", "a", "-p", "b", "--top-p", "x"), "'x' is no number above 0, at most 1"),
+        (("generate", "a", "-p", "b", "--top-k", "1.5"), "'1.5' is no whole number"),
+        (("generate", "a", "-p", "b", "--seed", "-1"), "'-1' is no whole number"),
+        (("generate", "a", "-p", "b", "--thinking", "hard"), "hard"),
+    ],
+)
+def test_misuse_says_what_is_wrong(args: tuple[str, ...], says: str, capsys: Capsys) -> None:
+    assert says in misused(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", "{}"),
+        ("convert", "{}", "{}-out"),
+        ("export", "{}", "{}-out"),
+        ("generate", "{}", "-p", "x"),
+    ],
+)
+def test_a_wrong_path_is_named(args: tuple[str, ...], tmp_path: Path, capsys: Capsys) -> None:
+    wrong = str(tmp_path / "nothing")
+    assert wrong in fails(capsys, *(arg.format(wrong) for arg in args))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", "{}"),
+        ("convert", "{}", "{}-out"),
+        ("export", "{}", "{}-out"),
+        ("generate", "{}", "-p", "x"),
+    ],
+)
+def test_a_directory_that_is_no_checkpoint_is_refused(
+    args: tuple[str, ...], tmp_path: Path, capsys: Capsys
+) -> None:
+    directory = tmp_path / "letters"
+    directory.mkdir()
+    says = fails(capsys, *(arg.format(directory) for arg in args))
+    assert f"{directory}: is not a" in says
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize(
+    "args", [("inspect", "{}"), ("convert", "{}", "{}-out"), ("generate", "{}", "-p", "x")]
+)
+def test_a_truncated_file_is_named(args: tuple[str, ...], copy: Path, capsys: Capsys) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert str(shard) in fails(capsys, *(arg.format(copy) for arg in args))
+    assert not Path(f"{copy}-out").exists()
+
+
+def test_a_broken_configuration_is_named(copy: Path, capsys: Capsys) -> None:
+    (copy / "config.json").write_text('{"model_type": ')
+    assert f"{copy / 'config.json'}: line 1" in fails(capsys, "inspect", str(copy))
+
+
+def test_a_missing_tokenizer_is_told_before_loading(
+    copy: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "tokenizer.json").unlink()
+    monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert "has no tokenizer.json" in fails(capsys, "generate", str(copy), "-p", "x")
+
+
+def test_an_empty_prompt_is_refused(checkpoint: Path, capsys: Capsys) -> None:
+    assert "the prompt is empty" in fails(capsys, "generate", str(checkpoint), "-p", "")
+
+
+@pytest.mark.parametrize("command", ["convert", "demo"])
+def test_an_output_that_cannot_be_made_is_named(
+    command: str, checkpoint: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = str(tmp_path / "file" / "made")
+    args = (
+        ("demo", "--directory", target)
+        if command == "demo"
+        else ("convert", str(checkpoint), target)
+    )
+    assert str(tmp_path / "file") in fails(capsys, *args)
+
+
+def test_an_output_that_exists_is_left_alone(
+    checkpoint: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    (tmp_path / "letter").write_text("Dear all")
+    assert "exists" in fails(capsys, "convert", str(checkpoint), str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["letter"]
+
+
+def test_an_unknown_name_gets_one_line(capsys: Capsys) -> None:
+    assert "Did you mean 'flash'?" in fails(capsys, "inspect", "flahs")
+
+
+def test_an_interruption_is_one_line(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(v4jax, "load", interrupted)
+    assert "interrupted" in fails(capsys, "generate", str(checkpoint), "-p", "x")
+
+
+def test_out_of_memory_is_one_line(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(v4jax, "load", full)
+    assert "out of memory" in fails(capsys, "generate", str(checkpoint), "-p", "x")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(v4jax, "load", wrong)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["generate", str(checkpoint), "-p", "x"])
+
+
+def test_convert_and_export_go_there_and_back(
+    checkpoint: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    to, back = tmp_path / "native", tmp_path / "hf"
+    assert main(["convert", str(checkpoint), str(to)]) == 0
+    assert main(["export", str(to), str(back)]) == 0
+    assert capsys.readouterr() == (f"Made {to}.\nMade {back}.\n", "")
+    assert native.is_native(to)
+    for file in checkpoint.glob("*.safetensors"):
+        assert (back / file.name).read_bytes() == file.read_bytes()
+
+
+def generated(capsys: Capsys, checkpoint: Path, *args: str) -> str:
+    assert main(["generate", str(checkpoint), "--seed", "0", "--max-tokens", "16", *args]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_generated_text_is_that_of_the_library(checkpoint: Path, capsys: Capsys) -> None:
+    expected = v4jax.load(checkpoint).generate("Once upon a time", max_tokens=16, seed=0).text
+    assert generated(capsys, checkpoint, "-p", "Once upon a time") == expected + "\n"
+    assert generated(capsys, checkpoint, "-p", "Once upon a time", "--stream") == expected + "\n"
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
+    piped = generated(capsys, checkpoint, "-p", "-")
+    assert piped == generated(capsys, checkpoint, "-p", "Once upon a time")
+
+
+def test_standard_input_that_is_no_text_is_refused(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    assert "no text in utf-8" in fails(capsys, "generate", str(checkpoint), "-p", "-")
+
+
+class _Recorder:
+    """Stands in for a loaded model: remembers what it was asked."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.config = cfg
+        self.prompt = ""
+
+    def generate(self, prompt: str, **_: Any) -> Any:
+        self.prompt = prompt
+        return type("Generation", (), {"text": "an answer"})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "args", "encoding"),
+    [
+        (tiny(), ["--chat"], {"revision": "april"}),
+        (tiny(), ["--thinking", "high"], {"thinking_mode": "thinking", "revision": "april"}),
+        (tiny(), ["--thinking", "low"], {"thinking_mode": "thinking", "revision": "april"}),
+        (
+            tiny(),
+            ["--thinking", "max"],
+            {"thinking_mode": "thinking", "reasoning_effort": "max", "revision": "april"},
+        ),
+        (
+            tiny_dspark(),
+            ["--thinking", "low"],
+            {"thinking_mode": "thinking", "reasoning_effort": "low", "revision": "0731"},
+        ),
+    ],
+)
+def test_chat_options_choose_the_encoding(
+    cfg: Any,
+    args: list[str],
+    encoding: dict[str, Any],
+    checkpoint: Path,
+    capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _Recorder(cfg)
+    monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
+    assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
+    assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
+
+
+def test_a_system_message_goes_before_the_prompt(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _Recorder(tiny())
+    monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
+    generated(capsys, checkpoint, "-p", "Why?", "--system", "Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert model.prompt == encode_chat(messages)
+
+
+def test_output_to_a_pipe_is_plain_and_errors_go_elsewhere() -> None:
+    done = run("inspect", "flash")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "159,609,485,896" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "v4jax", "inspect", "flash"]
+    with os.fdopen(write) as gone:
+        done = subprocess.run(
+            command, stdout=gone, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b""
+
+
+def test_control_c_ends_the_process_with_one_line(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "v4jax", "generate", str(checkpoint), "-p", "-"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        # More than a pipe holds: this returns when the command is reading its prompt.
+        process.stdin.write("word " * 100_000)
+        process.stdin.flush()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "v4jax generate: interrupted.\n"

@@ -200,5 +200,5 @@ def _fit(facts: Report, held: dict[str, int] | None) -> Table:
     return table
 
 
-def _size(nbytes: float) -> str:
+def _size(nbytes: int | float) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,128 @@
+"""Rules of the repository that no tool checks."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from v4jax.config import ModelConfig, preset, preset_names
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pallas_kernels", "v4jax")
+SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+# The command talks; of the libraries only these two do.
+TALKERS = {ROOT / "v4jax" / name for name in ("__main__.py", "demo.py", "inspect.py")}
+# An operation may not know the layers above it.
+MAY_NOT_IMPORT = {
+    "pallas_kernels": {"v4jax", "flax", "tests", "benchmarks", "torch", "transformers"},
+    "v4jax": {"tests", "benchmarks", "torch", "transformers", "safetensors", "pytest"},
+    "benchmarks": {"tests"},
+}
+TEXT = {".py", ".md", ".toml", ".json", ".ipynb", ".yaml", ".txt", ""}
+relative = lambda file: str(file.relative_to(ROOT))
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = (ROOT / name for name in listed.stdout.splitlines())
+    return sorted(file for file in files if file.is_file() and file.suffix in TEXT)
+
+
+def imports(file: Path) -> set[str]:
+    """The top-level packages that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_NOT_IMPORT)
+def test_packages_import_downwards_only(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {relative(file): imports(file) & MAY_NOT_IMPORT[package] for file in files}
+    assert not {file: names for file, names in wrong.items() if names}
+
+
+def test_files_of_the_packages_fit_400_lines() -> None:
+    lengths = {relative(file): len(file.read_text().splitlines()) for file in SOURCES}
+    assert not {file: length for file, length in lengths.items() if length > 400}
+
+
+def test_functions_of_the_packages_fit_60_lines() -> None:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        f"{relative(file)}:{node.name}"
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, kinds) and _length(node) > 60
+    ]
+    assert not long
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of code: a signature of many lines counts, a docstring does not."""
+    assert node.end_lineno is not None
+    first = node.body[0]
+    told = 0
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        assert first.end_lineno is not None
+        told = first.end_lineno - first.lineno + 1
+    return node.end_lineno - node.lineno + 1 - told
+
+
+def test_libraries_print_nothing() -> None:
+    talking = [
+        f"{relative(file)}:{node.lineno}"
+        for file in SOURCES
+        if file not in TALKERS
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert not talking
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    assert isinstance(preset(name), ModelConfig)
+
+
+def test_text_is_ascii() -> None:
+    data = {ROOT / "tests" / "data", ROOT / "v4jax" / "data"}
+    strange = [
+        f"{relative(file)}:{number}"
+        for file in tracked()
+        if not data & set(file.parents)
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if not line.isascii()
+    ]
+    assert not strange
+
+
+def test_no_path_of_somebodys_machine_is_written_down() -> None:
+    places = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|opt)/\w")
+    found = [
+        f"{relative(file)}:{number}"
+        for file in tracked()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if places.search(line)
+    ]
+    assert not found
+
+
+def test_nothing_is_left_for_later() -> None:
+    words = re.compile(r"\b(?:" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
+    found = [relative(file) for file in tracked() if words.search(file.read_text(encoding="utf-8"))]
+    assert not found

@@ -64,6 +64,19 @@ def finish(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
     return whole.value_RK * (keys_R / total_R)[:, None]
 
 
+def require_chunk_window(op: str, keys: int, window: int, queries: int) -> None:
+    """Refuse a window whose rows would be taken for other positions.
+
+    Raises:
+      ValueError: there are not window + queries keys.
+    """
+    if keys != window + queries:
+        raise ValueError(
+            f"{op}: window_BXK has {keys} keys; pass those of the {window} positions before the "
+            f"chunk and of its {queries} queries, {window + queries} in all."
+        )
+
+
 def _finite(largest_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
     """0 for rows without a key, so that -inf - -inf does not arise."""
     return jnp.where(largest_R == -jnp.inf, 0.0, largest_R)

@@ -269,6 +269,13 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
     assert temporaries(DECODE, pool | token, scale=1.0, impl="xla") <= 1
 
 
+def test_a_window_of_another_length_is_refused() -> None:
+    inputs = prefill_inputs((0,), 5, 3, 4, 2)
+    for window in (2, 4):
+        with pytest.raises(ValueError, match=f"has 8 keys; .* {window + 5} in all"):
+            PREFILL(**inputs, window=window, scale=1.0)
+
+
 def test_a_form_that_does_not_exist_is_refused_by_name() -> None:
     # Under the annotations' check, which would refuse it first.
     doors = {

@@ -14,6 +14,7 @@ from typing import Literal
 
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import softmax
 from pallas_kernels.dense_attention import reference, xla
 from pallas_kernels.implementations import require
 
@@ -82,8 +83,11 @@ def prefill(
       impl: as for `decode`.
     Raises:
       NotImplementedError: no such form.
+      ValueError: window_BXK has not window + T keys.
     """
     require("dense_attention.prefill", impl, _FORMS)
+    queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
+    softmax.require_chunk_window("dense_attention.prefill", keys, window, queries)
     return _FORMS[impl].prefill(
         q_BTHK,
         window_BXK,

@@ -68,14 +68,20 @@ def attend(
         for part, mask in zip(keys, masks, strict=True)
     ]
     shape = (*q_BTHK.shape[:3], 1)
-    logits.append(jnp.broadcast_to(sink_H.astype(jnp.float32)[None, None, :, None], shape))
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-    total_BTHK, at = jnp.zeros(q_BTHK.shape, jnp.float32), 0
-    for part in keys:
-        share = weights[..., at : at + part.shape[1]].astype(part.dtype)
-        total_BTHK += jnp.einsum("bthx,bxk->bthk", share, part, preferred_element_type=jnp.float32)
-        at += part.shape[1]
-    return total_BTHK.astype(q_BTHK.dtype)
+    sink_BTH1 = jnp.broadcast_to(sink_H.astype(jnp.float32)[None, None, :, None], shape)
+    largest_BTH1 = jnp.max(jnp.concatenate([*logits, sink_BTH1], axis=-1), axis=-1, keepdims=True)
+    # The result does not depend on it.
+    largest_BTH1 = jax.lax.stop_gradient(largest_BTH1)
+    total_BTH1 = jnp.exp(sink_BTH1 - largest_BTH1)
+    value_BTHK = jnp.zeros(q_BTHK.shape, jnp.float32)
+    for part, logits_BTHX in zip(keys, logits, strict=True):
+        weights = jnp.exp(logits_BTHX - largest_BTH1)
+        total_BTH1 += jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(part.dtype)
+        value_BTHK += jnp.einsum(
+            "bthx,bxk->bthk", weights, part, preferred_element_type=jnp.float32
+        )
+    return (value_BTHK / total_BTH1).astype(q_BTHK.dtype)
 
 
 def _zero_unseen(keys: Float[Array, "B X K"], mask: Bool[Array, "B T X"]) -> Float[Array, "B X K"]:

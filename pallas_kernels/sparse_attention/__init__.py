@@ -1,6 +1,7 @@
 """Attention to the window and to the entries that were chosen: the core of CSA.
 
-As `dense_attention`, except that the entries seen are listed for each query.
+As `dense_attention`, except that the entries seen are listed for each query. Here too only the
+reference form is to be differentiated.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S entries there is room for, k entries chosen.
@@ -10,6 +11,7 @@ from typing import Literal
 
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import softmax
 from pallas_kernels.implementations import require
 from pallas_kernels.sparse_attention import reference, xla
 
@@ -37,7 +39,7 @@ def decode(
       window_mask_BTR: those that each query sees.
       pool_LBSK: entries of all layers of a stack.
       layer: the layer to read.
-      indices_BTk: entries that each query sees; -1 for none.
+      indices_BTk: entries that each query sees, each once, in any order; -1 for none.
       sink_H: a logit per head.
       scale: multiplies q . key.
       impl: 'auto' takes the best form for the compile target.
@@ -78,8 +80,11 @@ def prefill(
       impl: as for `decode`.
     Raises:
       NotImplementedError: no such form.
+      ValueError: window_BXK has not window + T keys.
     """
     require("sparse_attention.prefill", impl, _FORMS)
+    queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
+    softmax.require_chunk_window("sparse_attention.prefill", keys, window, queries)
     return _FORMS[impl].prefill(
         q_BTHK,
         window_BXK,

@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.implementations import require
 
 __all__ = ["expert_mlp"]
 
 Impl = Literal["auto", "xla", "reference"]
+_FORMS = {"auto": xla, "xla": xla, "reference": reference}
 
 
 def expert_mlp(
@@ -43,24 +45,24 @@ def expert_mlp(
       limit: gate is at most this, up between its negative and it.
       weight_first: the routing weight multiplies the hidden activation (DeepSeek's runtime),
         not the expert's output (transformers).
-      impl: 'xla' groups tokens by expert and is not differentiable; 'reference' puts every token
-        through every expert and is.
+      impl: 'reference' puts every token through every expert and is differentiable; the other
+        forms are not. 'auto' takes the best form for the compile target.
 
     Returns:
       float32, or wider if x is.
 
     Raises:
-      NotImplementedError: no such implementation.
+      NotImplementedError: no such form.
     """
-    match impl:
-        case "auto" | "xla":
-            form = xla.expert_mlp
-        case "reference":
-            form = reference.expert_mlp
-        case _:
-            raise NotImplementedError(
-                f"No '{impl}' form of expert_mlp; there are 'xla' and 'reference'."
-            )
-    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
-    settings = {"limit": limit, "weight_first": weight_first}
-    return form(x_TD, expert_TA, weight_TA, *weights, layer, **settings)
+    require("grouped_matmul.expert_mlp", impl, _FORMS)
+    return _FORMS[impl].expert_mlp(
+        x_TD,
+        expert_TA,
+        weight_TA,
+        w1_LEFD,
+        w3_LEFD,
+        w2_LEDF,
+        layer,
+        limit=limit,
+        weight_first=weight_first,
+    )

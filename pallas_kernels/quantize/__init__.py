@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantize import reference
+from pallas_kernels.implementations import require
+from pallas_kernels.quantize import reference, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
     decode_fp8_blocks,
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Impl = Literal["auto", "xla", "reference"]
+_FORMS = {"auto": xla, "xla": xla, "reference": reference}
 
 
 def fake_quant_fp8(
@@ -102,14 +104,14 @@ def linear(
       x: rows of input channels.
       w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
       precision: of the matmul, as in `jnp.einsum`.
-      impl: 'reference' dequantises the whole weight first.
+      impl: 'reference' dequantises the whole weight first; 'auto' takes the best form for the
+        compile target.
 
     Returns:
       Accumulated in float32 (or wider, if x is), in x's dtype.
 
     Raises:
-      NotImplementedError: no such implementation.
+      NotImplementedError: no such form.
     """
-    if impl not in ("auto", "xla", "reference"):
-        raise NotImplementedError(f"linear has no '{impl}' form; use 'auto', 'xla' or 'reference'.")
-    return reference.linear(x, w, precision=precision)
+    require("quantize.linear", impl, _FORMS)
+    return _FORMS[impl].linear(x, w, precision=precision)

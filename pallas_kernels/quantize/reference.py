@@ -16,6 +16,7 @@ from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8W
 
 MANTISSA = 23  # bits of a float32's mantissa
 BIAS = 127
+E2M1_UNIT = 2.0**6  # E2M1 codes read as E4M3 are this much too small
 
 
 def _bits(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
@@ -103,23 +104,22 @@ def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
     return (summed * n**-0.5).astype(x.dtype)
 
 
-def decode_e2m1(code: UInt8[Array, "*dims"], dtype: Any) -> Float[Array, "*dims"]:
-    """Values of 4-bit codes times 2^-6: the same bits read as E4M3, whose bias is greater by 6."""
-    e4m3 = (code & 8) << 4 | (code & 7) << 2
-    return jax.lax.bitcast_convert_type(e4m3, jnp.float8_e4m3fn).astype(dtype)
+def decode_e2m1(packed_BJN: UInt8[Array, "*stack J N"]) -> Float[Array, "*stack C N"]:
+    """The values of a block's bytes over `E2M1_UNIT`: read as E4M3, whose exponent starts lower."""
+    code_BCN = jnp.concatenate([packed_BJN & 15, packed_BJN >> 4], axis=-2)
+    e4m3_BCN = (code_BCN & 8) << 4 | (code_BCN & 7) << 2
+    return jax.lax.bitcast_convert_type(e4m3_BCN, jnp.float8_e4m3fn)
 
 
 def dense_transposed(w: Fp8Weight | Fp4Weight, dtype: Any) -> Float[Array, "*stack K N"]:
     """The matrix a quantised weight stands for, transposed, multiplied out in float32."""
-    stack, scale = w.codes.shape[:-2], w.scale.astype(jnp.float32)
+    stack, (rows, N), scale = w.codes.shape[:-2], w.codes.shape[-2:], w.scale.astype(jnp.float32)
     if isinstance(w, Fp4Weight):
-        packed_BCN = w.codes.reshape(*stack, -1, FP4_BLOCK // 2, w.codes.shape[-1])
-        code_BCN = jnp.concatenate([packed_BCN & 15, packed_BCN >> 4], axis=-2)
-        dense_BCN = decode_e2m1(code_BCN, jnp.float32) * (64 * scale[..., None, :])
-        return dense_BCN.reshape(*stack, -1, w.codes.shape[-1]).astype(dtype)
-    K, N = w.codes.shape[-2:]
-    scale_KN = jnp.repeat(jnp.repeat(scale, FP8_BLOCK, axis=-2), FP8_BLOCK, axis=-1)[..., :K, :N]
-    return (w.codes.astype(jnp.float32) * scale_KN).astype(dtype)
+        code_BCN = decode_e2m1(w.codes.reshape(*stack, -1, FP4_BLOCK // 2, N))
+        dense_BCN = code_BCN.astype(jnp.float32) * (E2M1_UNIT * scale[..., None, :])
+        return dense_BCN.reshape(*stack, 2 * rows, N).astype(dtype)
+    scale_KN = jnp.repeat(jnp.repeat(scale, FP8_BLOCK, axis=-2), FP8_BLOCK, axis=-1)
+    return (w.codes.astype(jnp.float32) * scale_KN[..., :rows, :N]).astype(dtype)
 
 
 def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:

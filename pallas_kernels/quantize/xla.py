@@ -1,0 +1,52 @@
+"""Matmuls with quantised weights by plain XLA, laid out so that it dequantises inside the matmul.
+
+Axis letters: R rows, K input channels, N output channels, B blocks of K, C channels of a block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.dtypes import accumulator
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
+
+
+def linear(
+    x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
+) -> Float[Array, "*rows N"]:
+    """Few rows: a sum per block, times its scale. Many: weights times scales, then one matmul."""
+    if not isinstance(w, Fp8Weight | Fp4Weight):
+        return reference.linear(x, w, precision=precision)
+    code_BCN, scale_BN = _blocks(w)
+    B, C, N = code_BCN.shape
+    x_RK = x.reshape(-1, x.shape[-1])
+    x_RK = jnp.pad(x_RK, ((0, 0), (0, B * C - x_RK.shape[1])))
+    matmul = functools.partial(
+        jnp.matmul, precision=precision, preferred_element_type=accumulator(x.dtype)
+    )
+    # Up to here the sums take no more memory than a copy of the weight in 16 bits, which XLA makes
+    # of the other form for some devices.
+    if len(x_RK) <= C // 2:
+        x_BRC = jnp.swapaxes(x_RK.reshape(-1, B, C), 0, 1)
+        sum_BRN = matmul(x_BRC, code_BCN.astype(x.dtype))
+        y_RN = jnp.sum(sum_BRN * scale_BN[:, None, :].astype(sum_BRN.dtype), axis=0)
+    else:
+        # Powers of two are exact in any dtype.
+        exact = x.dtype if w.scale.dtype == jnp.float8_e8m0fnu else jnp.float32
+        w_BCN = code_BCN.astype(exact) * scale_BN[:, None, :].astype(exact)
+        y_RN = matmul(x_RK, w_BCN.reshape(B * C, N).astype(x.dtype))
+    return y_RN.reshape(*x.shape[:-1], N).astype(x.dtype)
+
+
+def _blocks(w: Fp8Weight | Fp4Weight) -> tuple[Float[Array, "B C N"], Float32[Array, "B N"]]:
+    """Codes as FP8 values, block by block of K, and what to multiply them by."""
+    scale, N = w.scale.astype(jnp.float32), w.codes.shape[-1]
+    if isinstance(w, Fp4Weight):
+        code_BCN = reference.decode_e2m1(w.codes.reshape(-1, FP4_BLOCK // 2, N))
+        return code_BCN, scale * reference.E2M1_UNIT
+    missing = -w.codes.shape[0] % FP8_BLOCK
+    code_BCN = jnp.pad(w.codes, ((0, missing), (0, 0))).reshape(-1, FP8_BLOCK, N)
+    return code_BCN, jnp.repeat(scale, FP8_BLOCK, axis=1)[:, :N]

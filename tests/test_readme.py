@@ -1,0 +1,75 @@
+"""Every command and every block of Python in the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import tiny
+from v4jax import demo
+from v4jax.__main__ import main
+from v4jax.config import preset_names
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    if kind != "python"
+    for line in block.splitlines()
+]
+V4JAX = [command[1:] for command in COMMANDS if command[0] == "v4jax"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's directories lie, its checkpoint being the demo's."""
+    directory = tmp_path_factory.mktemp("readme")
+    demo.make_checkpoint(directory / "HF_DIR", tiny(), 0)
+    (directory / "path" / "to").mkdir(parents=True)
+    (directory / "path" / "to" / "checkpoint").symlink_to(directory / "HF_DIR")
+    return directory
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def test_every_command_is_one_that_is_tested_here() -> None:
+    assert V4JAX
+    assert {command[0] for command in COMMANDS} == {"make", "v4jax"}
+
+
+# In the README's order: what one command makes, the next one reads.
+@pytest.mark.parametrize("command", V4JAX, ids=" ".join)
+@pytest.mark.usefixtures("here")
+def test_commands_run(command: list[str]) -> None:
+    assert main(command) == 0
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = re.findall(r"`?make (\w+)", TEXT)
+    assert {"demo", "test"} <= set(named)
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "python"])
+@pytest.mark.usefixtures("here")
+def test_python_runs(block: str) -> None:
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"`([\w/.-]+\.(?:md|ipynb)|[\w-]+/)`", TEXT):
+        assert (ROOT / name).exists(), name
+
+
+def test_presets_are_named() -> None:
+    named = re.findall(r"Flash-0731|Flash-Base|Flash|Pro", TEXT)
+    assert {name.lower() for name in named} <= set(preset_names())

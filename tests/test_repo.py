@@ -3,6 +3,8 @@
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,13 @@ def test_packages_import_downwards_only(package: str) -> None:
     assert files
     wrong = {relative(file): imports(file) & MAY_NOT_IMPORT[package] for file in files}
     assert not {file: names for file, names in wrong.items() if names}
+
+
+def test_packages_import_what_the_project_depends_on() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    used = set().union(*map(imports, SOURCES))
+    assert used - sys.stdlib_module_names - set(PACKAGES) <= declared
 
 
 def test_files_of_the_packages_fit_400_lines() -> None:

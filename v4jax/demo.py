@@ -28,7 +28,9 @@ from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
 
 PROMPT = "Once upon a time"
 _NAME = "v4jax-demo"  # in config.json: how a later run knows its own checkpoint
-_TOKENS, _SEED, _SHARDS = 64, 0, 2
+_SEED, _SHARDS = 0, 2
+# More than 40 words have a logit above 0, which is that of all other tokens.
+_SAMPLING = {"max_tokens": 64, "top_k": 40, "seed": _SEED}
 # Wide enough that nearly all draws are words, and narrow enough that they vary.
 _HEAD_STD = 0.35
 
@@ -58,10 +60,10 @@ def _generate(model: LanguageModel) -> None:
     _say("\nCompiling takes some seconds; then the model goes on with this text:\n")
     _say(PROMPT, end="")
     began = time.perf_counter()
-    for piece in model.stream(PROMPT, max_tokens=_TOKENS, seed=_SEED):
+    for piece in model.stream(PROMPT, **_SAMPLING):
         _say(piece, end="")
     first = time.perf_counter() - began
-    again = model.generate(PROMPT, max_tokens=_TOKENS, seed=_SEED)
+    again = model.generate(PROMPT, **_SAMPLING)
     speed = f"{again.timings.tokens_per_second:.0f} tokens/s"
     _say(f"\n\nThat took {first:.1f} s, compilation included; compiled, it decodes {speed}.")
     _say("The weights are random, so the words mean nothing.")

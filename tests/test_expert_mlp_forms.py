@@ -42,12 +42,15 @@ def test_the_xla_form_equals_the_reference(form: str, tokens: int, weight_first:
     # Ids on both sides of the range are padding.
     expert_TA = jax.random.randint(keys[1], (tokens, 3), -2, EXPERTS + 2)
     weight_TA = jax.random.uniform(keys[2], (tokens, 3))
+    w1, w3, w2 = weights(form)
     run = lambda impl: np.asarray(
         expert_mlp(
             x_TD,
             expert_TA,
             weight_TA,
-            *weights(form),
+            w1,
+            w3,
+            w2,
             jnp.int32(1),
             limit=1.0,
             weight_first=weight_first,

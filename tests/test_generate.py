@@ -188,3 +188,19 @@ def test_a_model_loads_with_the_tokenizer_beside_it(tmp_path: Path) -> None:
     found = open_model.tokenizer(tmp_path)
     assert found is not None
     assert found.vocab_size == VOCAB
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    import v4jax
+    from tests import checkpoints
+
+    cfg = checkpoints.tiny(vocab_size=280)
+    checkpoints.write_release(tmp_path, cfg, 0)
+    build_demo_tokenizer(VOCAB).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 300 tokens"):
+        v4jax.load(tmp_path)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
+    bare = Tokenizer(build_demo_tokenizer(VOCAB))
+    assert bare.decode([VOCAB + 5]) == ""

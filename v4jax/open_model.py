@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from v4jax import hub, huggingface, native, numerics
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
+from v4jax.safetensors_file import CheckpointError
 from v4jax.tokenizer import Tokenizer
 
 _DTYPES = ("bfloat16", "float32")
@@ -31,7 +32,13 @@ def load(
     directory = hub.resolve(path)
     read: Any = native.load if native.is_native(directory) else huggingface.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
-    return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), tokenizer(directory))
+    text = tokenizer(directory)
+    if text is not None and text.vocab_size > cfg.vocab_size:
+        raise CheckpointError(
+            f"{directory / 'tokenizer.json'}: {text.vocab_size} tokens, but the model's vocabulary "
+            f"has {cfg.vocab_size}. Take the tokenizer of this checkpoint."
+        )
+    return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), text)
 
 
 def tokenizer(directory: Path) -> Tokenizer | None:

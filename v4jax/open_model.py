@@ -26,7 +26,7 @@ def load(
     progress: Callable[[str, int, int], None] | None,
 ) -> LanguageModel:
     """See `v4jax.load`."""
-    if str(jnp.dtype(dtype) if dtype in _DTYPES else "") not in _DTYPES:
+    if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     rounding = numerics.get(numerics_name)
     directory = hub.resolve(path)

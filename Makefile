@@ -14,7 +14,7 @@ test: $(VENV)/test check
 check: $(VENV)/test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.compare

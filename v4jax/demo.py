@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +31,7 @@ PROMPT = "Once upon a time"
 _NAME = "v4jax-demo"  # in config.json: how a later run knows its own checkpoint
 _SEED, _SHARDS = 0, 2
 # More than 40 words have a logit above 0, which is that of all other tokens.
-_SAMPLING = {"max_tokens": 64, "top_k": 40, "seed": _SEED}
+_SAMPLING: dict[str, Any] = {"max_tokens": 64, "top_k": 40, "seed": _SEED}
 # Wide enough that nearly all draws are words, and narrow enough that they vary.
 _HEAD_STD = 0.35
 

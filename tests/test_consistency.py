@@ -125,7 +125,7 @@ def test_rewind_touches_no_buffer() -> None:
 @pytest.mark.parametrize(
     "layers", [(SLIDING,), (CSA,), (HCA,), (("csa", 3), ("hca", 5)), (("csa", 1), ("hca", 1))]
 )
-@pytest.mark.parametrize("length", [1, 2, 13, 37])
+@pytest.mark.parametrize("length", [2, 37])
 def test_any_schedule_and_length_runs_in_any_split(
     layers: tuple[tuple[str, int], ...], length: int
 ) -> None:

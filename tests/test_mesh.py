@@ -17,13 +17,12 @@ from v4jax import config, params, sharding, steps
 from v4jax.model import Model
 from v4jax.numerics import HF
 
-CFG = models.config(models.SLIDING, models.CSA, models.HCA, models.CSA)
-TOKENS = models.tokens(CFG, 8, 24)
+CFG = models.config(models.SLIDING, models.CSA, models.HCA)
+TOKENS = models.tokens(CFG, 8, 10)
 MESHES: dict[str, dict[str, int]] = {
     "expert 8": {"expert": 8},
-    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
     "data 2, tensor 4": {"data": 2, "tensor": 4},
-    "all": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 
 
@@ -36,11 +35,11 @@ def place(mesh: Any) -> Any:
 def run(model: Any, place_rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """A prefill and a decode step."""
     cache = caches.make(CFG, 8, 32, jnp.float32)
-    count_B = jnp.full(8, 23, jnp.int32)
+    count_B = jnp.full(8, 9, jnp.int32)
     settings = {"cfg": CFG, "numerics": HF}
-    tokens_BT = place_rows(jnp.asarray(TOKENS[:, :23]))
+    tokens_BT = place_rows(jnp.asarray(TOKENS[:, :9]))
     first, cache = steps.prefill(model, tokens_BT, cache, count_B, **settings)
-    second, _ = steps.decode(model, place_rows(jnp.asarray(TOKENS[:, 23])), cache, **settings)
+    second, _ = steps.decode(model, place_rows(jnp.asarray(TOKENS[:, 9])), cache, **settings)
     return np.asarray(first), np.asarray(second)
 
 

@@ -143,7 +143,8 @@ def take(w_LE: quantize.Weight, layer: Array, expert: Array) -> Any:
     """One expert of one layer; nothing else of the stack is copied."""
 
     def slice_one(x_LE: Array) -> Array:
-        start = (layer, expert, *[jnp.zeros_like(layer)] * (x_LE.ndim - 2))
+        zero = jnp.zeros((), layer.dtype)
+        start = (layer, expert, *[zero] * (x_LE.ndim - 2))
         return jax.lax.dynamic_slice(x_LE, start, (1, 1, *x_LE.shape[2:]))[0, 0]
 
     return jax.tree.map(slice_one, w_LE)

@@ -16,6 +16,8 @@ from pallas_kernels.indexer_topk.reference import best, comparable
 # Keys of a block: with so few query rows a CPU runs short products in place, 2.5 times as fast as
 # long ones, which it splits over threads.
 _KEYS, _KEYS_OF_FEW, _FEW_ROWS = 512, 256, 64
+# Among very many keys two threads pay off again.
+_MANY_ENTRIES, _KEYS_OF_MANY = 16384, 2048
 # Bytes of scores at a time: with 32 MiB, blank rows cost twice as much where little is visible.
 _SCORE_BYTES = 8 * 2**20
 # Rows (heads x queries) of a block: enough for fast products, whose result stays in the cache.
@@ -73,7 +75,8 @@ def _scores(
     """Comparable scores, -inf where nothing is visible."""
     queries, heads, dim = q_QIJ.shape
     entries = keys_LBSJ.shape[2]
-    width = min(_KEYS_OF_FEW if heads * queries <= _FEW_ROWS else _KEYS, entries)
+    few = _KEYS_OF_MANY if entries > _MANY_ENTRIES else _KEYS_OF_FEW
+    width = min(few if heads * queries <= _FEW_ROWS else _KEYS, entries)
     # Heads first, so that their products are planes.
     q_RJ = q_QIJ.swapaxes(0, 1).reshape(heads * queries, dim)
     weights_IQ1 = weights_QI.astype(jnp.float32).T[..., None]

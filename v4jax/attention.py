@@ -8,6 +8,7 @@ G output groups, O rank per group, I index heads, J index head dim, S pool entri
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,12 +16,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dense_attention, indexer_topk, sparse_attention
-from v4jax import cache, compress, layers
+from v4jax import cache, compress, layers, sharding
 from v4jax.cache import LayerCache
 from v4jax.compress import Compressor
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.params import Declare
+
+# How the arguments of the attention ops are split over devices.
+_QUERIES = ("batch", None, "heads", None)
+_POOL = (None, "batch")
 
 
 class Indexer(nnx.Module):
@@ -163,6 +168,26 @@ def _chooses(kind: LayerKind, state: LayerCache, cfg: ModelConfig) -> bool:
     return kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk
 
 
+def _choose(
+    p: Indexer,
+    x_BTD: Float[Array, "B T D"],
+    latent_BTR: Float[Array, "B T R"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> Int[Array, "B T k"]:
+    """The entries that CSA attends to. Every device scores with all index heads."""
+    q_BTIJ, weights_BTI = _query(p, x_BTD, latent_BTR, context)
+    rows = ("batch",)
+    return sharding.per_device(
+        functools.partial(indexer_topk.select, k=context.cfg.index_topk),
+        *(q_BTIJ, weights_BTI, state.index_LBSK, layer, _visible(kind, context)),
+        axes=(rows, rows, _POOL, (), rows),
+        out=rows,
+    )
+
+
 def _decode(
     p: Attention,
     x_BTD: Float[Array, "B T D"],
@@ -182,16 +207,15 @@ def _decode(
     )
     scale = cfg.head_dim**-0.5
     if _chooses(kind, state, cfg):
-        query = _query(p.indexer, x_BTD, latent_BTR, context)
-        indices_BTk = indexer_topk.select(
-            *query, state.index_LBSK, layer, _visible(kind, context), k=cfg.index_topk
-        )
-        return sparse_attention.decode(
-            q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, indices_BTk, sink_H, scale=scale
-        )
-    visible_BT = _visible(kind, context)
-    return dense_attention.decode(
-        q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, visible_BT, sink_H, scale=scale
+        indices_BTk = _choose(p.indexer, x_BTD, latent_BTR, state, layer, kind, context)
+        run, seen = sparse_attention.decode, indices_BTk
+    else:
+        run, seen = dense_attention.decode, _visible(kind, context)
+    return sharding.per_device(
+        functools.partial(run, scale=scale),
+        *(q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, seen, sink_H),
+        axes=(_QUERIES, ("batch",), ("batch",), _POOL, (), ("batch",), ("heads",)),
+        out=_QUERIES,
     )
 
 
@@ -209,12 +233,14 @@ def _prefill(
     """Attention of a long chunk."""
     cfg, sink_H = context.cfg, layers.value(p.sink_H)
     settings: dict[str, Any] = {"window": cfg.sliding_window, "scale": cfg.head_dim**-0.5}
-    keys = (q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer)
     if _chooses(kind, state, cfg):
-        query = _query(p.indexer, x_BTD, latent_BTR, context)
-        visible_BT = _visible(kind, context)
-        indices_BTk = indexer_topk.select(
-            *query, state.index_LBSK, layer, visible_BT, k=cfg.index_topk
-        )
-        return sparse_attention.prefill(*keys, indices_BTk, sink_H, **settings)
-    return dense_attention.prefill(*keys, _visible(kind, context), sink_H, **settings)
+        indices_BTk = _choose(p.indexer, x_BTD, latent_BTR, state, layer, kind, context)
+        run, seen = sparse_attention.prefill, indices_BTk
+    else:
+        run, seen = dense_attention.prefill, _visible(kind, context)
+    return sharding.per_device(
+        functools.partial(run, **settings),
+        *(q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer, seen, sink_H),
+        axes=(_QUERIES, ("batch",), ("batch",), _POOL, (), ("batch",), ("heads",)),
+        out=_QUERIES,
+    )

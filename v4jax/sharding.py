@@ -99,6 +99,39 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def per_device(
+    run: Callable[..., Array],
+    *args: Any,
+    axes: tuple[tuple[str | None, ...], ...],
+    out: tuple[str | None, ...],
+) -> Array:
+    """`run(*args)` by each device on its own part: the compiler does not partition kernels.
+
+    Args:
+      run: keeps apart what lies on the split axes.
+      args: arrays, or trees of arrays that share their leading dims; None stays None.
+      axes: the logical axes of each argument; None for a dim that every device has whole. A named
+        axis is split where all dims of that name divide.
+      out: the axes of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(*args)
+    whole = set()
+    for arg, names in zip(args, axes, strict=True):
+        for leaf in jax.tree.leaves(arg):
+            fits = _fitting_spec(names, leaf.shape[: len(names)], mesh)
+            whole |= {name for name, part in zip(names, fits, strict=True) if part is None}
+    spec = lambda names: partition_spec(tuple(None if n in whole else n for n in names))
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=tuple(spec(names) for names in axes),
+        out_specs=spec(out),
+        check_vma=False,
+    )(*args)
+
+
 def over_experts(
     run: Callable[..., Array], x_TD: Array, expert_TA: Array, weight_TA: Array, *weights: Any
 ) -> Array:

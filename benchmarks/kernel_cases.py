@@ -1,0 +1,240 @@
+"""What the kernels are measured on: Flash's and Pro's shapes, with inputs, bytes and flops.
+
+Axis letters: as in the packages of `pallas_kernels`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import (
+    dense_attention,
+    grouped_matmul,
+    hyper,
+    indexer_topk,
+    quantize,
+    sparse_attention,
+)
+from pallas_kernels.dense_attention.shapes import SHAPES as DENSE
+from pallas_kernels.grouped_matmul.shapes import SHAPES as EXPERTS
+from pallas_kernels.indexer_topk.shapes import SHAPES as INDEXER
+from pallas_kernels.quantize.shapes import SHAPES as MATRICES
+from pallas_kernels.sparse_attention.shapes import SHAPES as SPARSE
+
+MODELS = ("flash", "pro")
+_bf16 = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op on one set of inputs.
+
+    Attributes:
+      op: package and function, 'indexer_topk.select'.
+      name: which shape.
+      run: the door, taking `impl` by keyword.
+      inputs: makes the arrays; its `jax.eval_shape` gives their shapes for a compiler.
+      bytes: that have to be read and written at least.
+      flops: of the matrix products.
+      forms: what to compare, beside the reference.
+    """
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    inputs: Callable[[], tuple[Any, ...]]
+    bytes: int
+    flops: int
+    forms: tuple[str, ...] = ("tpu", "gpu", "xla")
+
+
+def cases(divide: int = 1) -> Iterator[Case]:
+    """All cases, their sizes divided so that the reference can follow."""
+    for model in MODELS:
+        for tokens, rows, entries in ((1, 8, 262144), (512, 1, 32768)):
+            yield _select(model, rows, tokens, entries // divide, divide)
+            yield _sparse(model, rows, tokens, entries // divide, divide)
+        for tokens, rows, entries in ((1, 8, 8192), (4096, 1, 8192)):
+            yield _dense(model, rows, max(1, tokens // divide), entries // divide, divide)
+        for tokens in (8, 4096):
+            for weights in ("bf16", "fp8", "fp4"):
+                yield _experts(model, tokens, weights, divide)
+            for matrix in ("query", "output"):
+                yield _linear(f"{model} {matrix}", tokens, divide)
+            yield _hyper(model, tokens, divide)
+
+
+def _normal(*shape: int, dtype: Any = _bf16, seed: int = 0) -> Any:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def _codes(*shape: int, dtype: Any) -> Any:
+    """Arbitrary bits, made byte by byte: floats would take four times the memory."""
+    bits = jax.random.bits(jax.random.key(3), shape, jnp.uint8)
+    return bits if dtype == jnp.uint8 else (bits & 0x77).view(dtype)
+
+
+def _select(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
+    shape = INDEXER[model]
+    heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
+
+    def inputs() -> tuple[Any, ...]:
+        visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
+        return (
+            _normal(rows, tokens, heads, dim),
+            _normal(rows, tokens, heads, dtype=jnp.float32, seed=1),
+            _normal(1, rows, entries, dim, seed=2),
+            jnp.int32(0),
+            visible_BT,
+        )
+
+    return Case(
+        op="indexer_topk.select",
+        name=f"{model} {rows}x{tokens} queries, {entries} entries",
+        run=functools.partial(indexer_topk.select, k=k),
+        inputs=inputs,
+        bytes=2 * rows * entries * dim,
+        flops=2 * rows * tokens * entries * heads * dim,
+    )
+
+
+def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
+    shape = SPARSE[model]
+    heads, dim, k = shape.heads // divide, shape.head_dim, max(1, shape.k // divide)
+
+    def inputs() -> tuple[Any, ...]:
+        chosen_Bk = jnp.arange(k, dtype=jnp.int32)[None] * (entries // k)
+        indices_BTk = jnp.broadcast_to(chosen_Bk, (rows, tokens, k))
+        pool = (_normal(1, rows, entries, dim, seed=2), jnp.int32(0), indices_BTk)
+        sink_H = _normal(heads, dtype=jnp.float32, seed=4)
+        if tokens == 1:
+            seen_BTR = jnp.ones((rows, tokens, shape.window), bool)
+            window = (_normal(rows, shape.window, dim, seed=1), seen_BTR)
+        else:
+            window = (
+                _normal(rows, shape.window + tokens, dim, seed=1),
+                jnp.full(rows, 4 * entries),
+            )
+        return (_normal(rows, tokens, heads, dim), *window, *pool, sink_H)
+
+    run = sparse_attention.decode
+    if tokens > 1:
+        run = functools.partial(sparse_attention.prefill, window=shape.window)
+    keys = shape.window + k
+    return Case(
+        op=f"sparse_attention.{'decode' if tokens == 1 else 'prefill'}",
+        name=f"{model} {rows}x{tokens} queries of {entries} entries",
+        run=functools.partial(run, scale=dim**-0.5),
+        inputs=inputs,
+        bytes=2 * rows * tokens * dim * (2 * heads + k) + 2 * rows * dim * (shape.window + tokens),
+        flops=4 * rows * tokens * heads * keys * dim,
+    )
+
+
+def _dense(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
+    shape = DENSE[model]
+    heads, dim = shape.heads // divide, shape.head_dim
+
+    def inputs() -> tuple[Any, ...]:
+        visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
+        pool = (_normal(1, rows, entries, dim, seed=2), jnp.int32(0), visible_BT)
+        sink_H = _normal(heads, dtype=jnp.float32, seed=4)
+        if tokens == 1:
+            seen_BTR = jnp.ones((rows, tokens, shape.window), bool)
+            window = (_normal(rows, shape.window, dim, seed=1), seen_BTR)
+        else:
+            window = (
+                _normal(rows, shape.window + tokens, dim, seed=1),
+                jnp.full(rows, 128 * entries),
+            )
+        return (_normal(rows, tokens, heads, dim), *window, *pool, sink_H)
+
+    run = dense_attention.decode
+    if tokens > 1:
+        run = functools.partial(dense_attention.prefill, window=shape.window)
+    return Case(
+        op=f"dense_attention.{'decode' if tokens == 1 else 'prefill'}",
+        name=f"{model} {rows}x{tokens} queries, {entries} entries",
+        run=functools.partial(run, scale=dim**-0.5),
+        inputs=inputs,
+        bytes=2 * rows * dim * (2 * tokens * heads + shape.window + tokens + entries),
+        flops=4 * rows * tokens * heads * (shape.window + entries) * dim,
+    )
+
+
+def _experts(model: str, tokens: int, weights: str, divide: int) -> Case:
+    shape = EXPERTS[model].divided(divide)
+    E, A, D, F = shape.experts, shape.choices, shape.hidden, shape.expert_hidden
+
+    def inputs() -> tuple[Any, ...]:
+        matrix = functools.partial(_weight, weights)
+        scores_TE = jax.random.uniform(jax.random.key(5), (tokens, E))
+        expert_TA = jax.lax.top_k(scores_TE, A)[1].astype(jnp.int32)
+        weight_TA = jnp.full((tokens, A), 1 / A, jnp.float32)
+        stacks = (matrix((1, E), F, D), matrix((1, E), F, D), matrix((1, E), D, F))
+        return (_normal(tokens, D), expert_TA, weight_TA, *stacks, jnp.int32(0))
+
+    used = min(E, round(E * (1 - (1 - A / E) ** tokens)))
+    width = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5 + 1 / 32}[weights]
+    return Case(
+        op="grouped_matmul.expert_mlp",
+        name=f"{model} {weights}, {tokens} tokens",
+        run=functools.partial(grouped_matmul.expert_mlp, limit=10.0, weight_first=True),
+        inputs=inputs,
+        bytes=int(used * 3 * F * D * width) + tokens * D * 6,
+        flops=2 * tokens * A * 3 * F * D,
+    )
+
+
+def _weight(kind: str, stack: tuple[int, ...], n: int, k: int) -> Any:
+    if kind == "bf16":
+        return _normal(*stack, n, k) * 0.02
+    scale = lambda *shape: jnp.full((*stack, *shape), 2.0**-6).astype(jnp.float8_e8m0fnu)
+    if kind == "fp8":
+        codes = _codes(*stack, k, n, dtype=jnp.float8_e4m3fn)
+        return quantize.Fp8Weight(codes, scale(math.ceil(k / 128), math.ceil(n / 128)))
+    return quantize.Fp4Weight(_codes(*stack, k // 2, n, dtype=jnp.uint8), scale(k // 32, n))
+
+
+def _linear(matrix: str, tokens: int, divide: int) -> Case:
+    shape = MATRICES[matrix].divided(divide)
+    return Case(
+        op="quantize.linear",
+        name=f"{matrix} fp8, {tokens} tokens",
+        run=quantize.linear,
+        inputs=lambda: (_normal(tokens, shape.k), _weight("fp8", (), shape.n, shape.k)),
+        bytes=shape.n * shape.k + 2 * tokens * (shape.n + shape.k),
+        flops=2 * tokens * shape.n * shape.k,
+    )
+
+
+def _hyper(model: str, tokens: int, divide: int) -> Case:
+    hidden, streams = EXPERTS[model].divided(divide).hidden, 4
+    mixes = 2 * streams + streams**2
+
+    def inputs() -> tuple[Any, ...]:
+        return (
+            _normal(1, tokens, streams * hidden),
+            _normal(mixes, streams * hidden, dtype=jnp.float32),
+            jnp.zeros(mixes, jnp.float32),
+            jnp.ones(3, jnp.float32),
+        )
+
+    def run(*args: Any, impl: str) -> Any:
+        assert impl in ("xla", "reference")
+        return hyper.pre(*args, streams=streams, steps=20, eps=1e-6, norm_eps=1e-6)
+
+    return Case(
+        op="hyper.pre",
+        name=f"{model}, {tokens} tokens",
+        run=run,
+        inputs=inputs,
+        bytes=tokens * hidden * (2 * streams + 2) + 4 * mixes * streams * hidden,
+        flops=2 * tokens * mixes * streams * hidden,
+        forms=("xla",),
+    )

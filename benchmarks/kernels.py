@@ -1,0 +1,140 @@
+"""Kernels on the accelerator at hand: first whether they are right, then how long they take.
+
+    python -m benchmarks.kernels [--only indexer_topk] [--divide 8] [--output benchmarks/results]
+
+Every form is compared with the reference on inputs `--divide` times smaller; only a form that
+agrees is timed, at full size, beside XLA's form. Prints a table, appends JSONL. On a CPU there are
+no kernels to run: XLA's forms are checked, and timed at the small sizes.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.kernel_cases import Case, cases
+
+# Bytes and bf16 flops per second, as the vendors state them (TPUs per JAX device).
+PEAKS = {
+    "TPU v5": (2.77e12, 459e12),
+    "TPU v5p": (2.77e12, 459e12),
+    "TPU v6 lite": (1.64e12, 918e12),
+    "TPU7x": (3.69e12, 1153e12),
+    "NVIDIA H100 80GB HBM3": (3.35e12, 989e12),
+    "NVIDIA H200": (4.8e12, 989e12),
+}
+# Outputs are bfloat16 sums of products of bfloat16: forms round intermediate values differently.
+TOLERANCE = 3e-2
+
+
+def main() -> int:
+    """Check and time; the exit status tells whether all forms agree with the reference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="ops whose name begins so")
+    parser.add_argument("--divide", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    kernel = {"tpu": "tpu", "gpu": "gpu"}.get(device.platform)
+    forms = [kernel, "xla"] if kernel else ["xla"]
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    rows: list[dict[str, Any]] = []
+    pairs = zip(cases(args.divide), cases(1 if kernel else args.divide), strict=True)
+    for small, full in pairs:
+        if not small.op.startswith(args.only):
+            continue
+        for form in (form for form in forms if form in small.forms):
+            rows.append(_measure(small, full, form, device))
+            _print(rows[-1])
+    _write(rows, device, args.output)
+    return int(any(row["agrees"] is False for row in rows))
+
+
+def _measure(small: Case, full: Case, form: str, device: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": full.op, "case": full.name, "form": form, "agrees": None}
+    try:
+        row["error"] = _error(small, form)
+        row["agrees"] = row["error"] <= TOLERANCE
+        if row["agrees"]:
+            row["seconds"] = _seconds(full, form)
+    except NotImplementedError as refusal:
+        row["refusal"] = str(refusal)
+    if "seconds" in row and device.device_kind in PEAKS:
+        bandwidth, speed = PEAKS[device.device_kind]
+        row["bound_seconds"] = max(full.bytes / bandwidth, full.flops / speed)
+        row["of_bound"] = row["bound_seconds"] / row["seconds"]
+    return row
+
+
+def _error(case: Case, form: str) -> float:
+    """Largest difference over the reference's largest value; choices must be the same."""
+    inputs = jax.jit(case.inputs)()
+    run = lambda impl: jax.jit(lambda *args: case.run(*args, impl=impl))(*inputs)
+    pairs = zip(jax.tree.leaves(run(form)), jax.tree.leaves(run("reference")), strict=True)
+    return max(_difference(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs)
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if np.issubdtype(theirs.dtype, np.integer):
+        # Scores that differ in the last place may change places at the end of the choice.
+        return float(np.mean([len(set(a) ^ set(b)) / a.size for a, b in _lines(ours, theirs)]))
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    return float(np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30))
+
+
+def _lines(ours: np.ndarray, theirs: np.ndarray) -> Any:
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    return zip(flat(ours), flat(theirs), strict=True)
+
+
+def _seconds(case: Case, form: str, calls: int = 20) -> float:
+    """Per call, of calls queued one after another: the median of five such queues."""
+    inputs = jax.jit(case.inputs)()
+    program = jax.jit(lambda *args: case.run(*args, impl=form)).lower(*inputs).compile()
+    result = jax.block_until_ready(program(*inputs))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = program(*inputs)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - began) / calls)
+    return float(np.median(times))
+
+
+def _print(row: dict[str, Any]) -> None:
+    head = f"{row['op']:28} {row['case']:44} {row['form']:4}"
+    if "refusal" in row:
+        print(f"{head} {row['refusal']}")
+    elif not row["agrees"]:
+        print(f"{head} DIFFERS from the reference by {row['error']:.1e}")
+    else:
+        share = f"  {row['of_bound']:.0%} of the bound" if "of_bound" in row else ""
+        print(f"{head} {row['seconds'] * 1e6:10.1f} us{share}  (error {row['error']:.1e})")
+
+
+def _write(rows: list[dict[str, Any]], device: Any, output: Path) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    head = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "jax": jax.__version__,
+        "device": device.device_kind,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "kernels.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(head | row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

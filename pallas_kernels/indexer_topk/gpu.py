@@ -22,7 +22,7 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING, SIZE
 
-_TILE = 64
+_TILE, _HEADS = 64, 64
 # With two blocks of threads on a multiprocessor, six tiles of 16 KiB are under way.
 _DEPTH = 3
 # Blocks of threads that fill an H200 once.
@@ -45,11 +45,11 @@ def select(
     """As the package says.
 
     Raises:
-      Unsupported: unless queries and keys are bfloat16, heads a multiple of 8 up to 256, their
-        dim a multiple of 64, entries at least 64 and k at most 4096.
+      Unsupported: unless queries and keys are bfloat16, heads at most 128, their dim 64,
+        128, 192 or 256, entries at least 64 and k at most 4096.
     """
     _require(q_BTIJ, keys_LBSJ, k)
-    batch, queries, heads, dim = q_BTIJ.shape
+    batch, queries, heads, _ = q_BTIJ.shape
     entries = keys_LBSJ.shape[2]
     chunk = _chunk(batch * queries, entries, k)
     lists = -(-entries // chunk)
@@ -65,11 +65,15 @@ def select(
 
     row_BT = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], (batch, queries))
     where_BT2 = jnp.stack([row_BT, visible_BT.astype(jnp.int32)], axis=-1)
-    inputs = (cut_up(q_BTIJ), cut_up(weights_BTI.astype(jnp.float32)), cut_up(where_BT2))
+    # Heads last, as a product of tiles wants them, and as many as its tiles hold.
+    few = ((0, 0), (0, 0), (0, -heads % _HEADS))
+    q_BTJI = jnp.pad(q_BTIJ.swapaxes(2, 3), ((0, 0), *few))
+    weights_BTI = jnp.pad(weights_BTI.astype(jnp.float32), few)
+    inputs = cut_up(q_BTJI), cut_up(weights_BTI), cut_up(where_BT2)
     layer_1 = layer.astype(jnp.int32).reshape(1)
 
     def one(block: Any) -> Any:
-        entry_NHK, key_NHK = _candidates(*block, keys_LBSJ, layer_1, chunk=chunk, k=k)
+        entry_NHK, key_NHK = _candidates(*block, keys_LBSJ, layer_1, heads=heads, chunk=chunk, k=k)
         return _merged(entry_NHK, key_NHK, k)
 
     if blocks == 1:
@@ -84,10 +88,10 @@ def _require(q_BTIJ: Any, keys_LBSJ: Any, k: int) -> None:
     if dtypes != [jnp.bfloat16] * 2:
         raise Unsupported(f"The GPU kernel takes bfloat16 queries and keys, not {dtypes}.")
     *_, heads, dim = q_BTIJ.shape
-    if heads % 8 or heads > 256 or dim % 64:
+    if heads > 128 or dim % 64 or dim > 256:
         raise Unsupported(
-            f"The GPU kernel takes up to 256 heads, a multiple of 8, of a dim that is a multiple of"
-            f" 64; here are {heads} of {dim}."
+            f"The GPU kernel takes up to 128 heads of a dim of 64, 128, 192 or 256, not {heads} of"
+            f" {dim}."
         )
     if keys_LBSJ.shape[2] < _TILE or gpu_select.slots(k) > SIZE // 2:
         raise Unsupported(
@@ -105,17 +109,18 @@ def _chunk(rows: int, entries: int, k: int) -> int:
 
 
 def _candidates(
-    q_NIJ: Float[Array, "N I J"],
+    q_NJI: Float[Array, "N J I"],
     weights_NI: Float[Array, "N I"],
     where_N2: Int32[Array, "N 2"],
     keys_LBSJ: Float[Array, "L B S J"],
     layer_1: Int32[Array, "1"],
     *,
+    heads: int,
     chunk: int,
     k: int,
 ) -> tuple[Int32[Array, "N H K"], Int32[Array, "N H K"]]:
     """Each chunk's best: entries, ascending, then -1; and their keys, then NOTHING."""
-    rows, heads, dim = q_NIJ.shape
+    rows, dim, padded = q_NJI.shape
     width = gpu_select.slots(k)
     chunks = -(-keys_LBSJ.shape[2] // chunk)
     out = jax.ShapeDtypeStruct((rows, chunks, width), jnp.int32)
@@ -133,9 +138,9 @@ def _candidates(
         def _() -> None:
             end = jnp.minimum(visible, first + chunk)
             scores = functools.partial(
-                _score_chunk, q_ref.at[row], weights_ref.at[row], keys_SJ, score_ref, first, end
+                _score_chunk, q_ref.at[row], weights_ref.at[row], keys_SJ, score_ref, first, end, heads
             )
-            pl.run_scoped(lambda **smem: scores(smem), **_streams(heads, dim))
+            pl.run_scoped(lambda **smem: scores(smem), **_streams(dim, padded))
             choose = functools.partial(gpu_select.select, score_ref, entry_ref, key_ref, k)
             pl.run_scoped(lambda **work: choose(work), **gpu_select.scratch(digits=True))
             entry_ref[...] = _entries(entry_ref[...], first, keys_SJ.shape[0])
@@ -158,13 +163,13 @@ def _candidates(
         ],
         compiler_params=_PARAMS,
         kernel_name="indexer_candidates",
-    )(q_NIJ, weights_NI, where_N2, keys_LBSJ, layer_1)
+    )(q_NJI, weights_NI, where_N2, keys_LBSJ, layer_1)
 
 
-def _streams(heads: int, dim: int) -> dict[str, Any]:
+def _streams(dim: int, heads: int) -> dict[str, Any]:
     smem = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=gpu_select.TILED)
     return {
-        "q_IJ": smem((heads, dim)),
+        "q_JI": smem((dim, heads)),
         "weights_I": plgpu.SMEM((heads,), jnp.float32),
         "tiles_DXJ": smem((_DEPTH, _TILE, dim)),
         "here": plgpu.Barrier(num_arrivals=2),
@@ -173,7 +178,14 @@ def _streams(heads: int, dim: int) -> dict[str, Any]:
 
 
 def _score_chunk(
-    q_IJ: Any, weights_I: Any, keys_SJ: Any, score_ref: Any, first: Array, end: Array, smem: Any
+    q_JI: Any,
+    weights_I: Any,
+    keys_SJ: Any,
+    score_ref: Any,
+    first: Array,
+    end: Array,
+    heads: int,
+    smem: Any,
 ) -> None:
     """Score entries first, ..., end - 1 into score_ref, row by row."""
     tiles = (end - first + _TILE - 1) // _TILE
@@ -184,7 +196,7 @@ def _score_chunk(
         rows = keys_SJ.at[pl.ds(start, _TILE)]
         plgpu.copy_gmem_to_smem(rows, smem["tiles_DXJ"].at[slot], smem["tile_here_D"].at[slot])
 
-    plgpu.copy_gmem_to_smem(q_IJ, smem["q_IJ"], smem["here"])
+    plgpu.copy_gmem_to_smem(q_JI, smem["q_JI"], smem["here"])
     plgpu.copy_gmem_to_smem(weights_I, smem["weights_I"], smem["here"])
     for tile in range(_DEPTH):
         pl.when(tile < tiles)(functools.partial(fetch, jnp.int32(tile)))
@@ -196,7 +208,7 @@ def _score_chunk(
     def _(tile: Array) -> None:
         slot = jax.lax.rem(tile, _DEPTH)
         plgpu.barrier_wait(smem["tile_here_D"].at[slot])
-        key_X = _tile_keys(smem["tiles_DXJ"].at[slot], smem["q_IJ"], weights)
+        key_X = _tile_keys(smem["tiles_DXJ"].at[slot], smem["q_JI"], weights, heads)
         nominal = first + tile * _TILE
         entry_X = _start(nominal, keys_SJ.shape[0]) + _iota_rows()
         # The last tile may reach back over entries of the one before.
@@ -216,17 +228,20 @@ def _start(nominal: Any, entries: int) -> Any:
     return jnp.minimum(nominal, entries - _TILE)
 
 
-def _tile_keys(keys_XJ: Any, q_IJ: Any, weights_I: Array) -> Array:
+def _tile_keys(keys_XJ: Any, q_JI: Any, weights_I: Array, heads: int) -> Array:
     """Scores of a tile as sortable keys."""
 
     def multiply(dots_ref: Any) -> Array:
-        plgpu.wgmma(dots_ref, keys_XJ, q_IJ.T)
+        plgpu.wgmma(dots_ref, keys_XJ, q_JI)
         return dots_ref[...]
 
-    shape = (_TILE, q_IJ.shape[0])
+    shape = (_TILE, q_JI.shape[1])
     dots_XI = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-    weights_XI = jax.lax.broadcast_in_dim(weights_I, shape, (1,))
-    return gpu_select.sortable(jnp.sum(jnp.maximum(dots_XI, 0.0) * weights_XI, axis=1))
+    terms_XI = jnp.maximum(dots_XI, 0.0) * jax.lax.broadcast_in_dim(weights_I, shape, (1,))
+    if heads < shape[1]:
+        # An infinite key makes NaN of heads that are not there.
+        terms_XI = jnp.where(gpu_select.iota(shape, 1) < heads, terms_XI, 0.0)
+    return gpu_select.sortable(jnp.sum(terms_XI, axis=1))
 
 
 def _entries(at_K: Array, first: Array, entries: int) -> Array:

@@ -50,7 +50,8 @@ def load(ref: Any, layout: Any) -> Array:
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
-def _iota(shape: tuple[int, ...], dim: int) -> Array:
+def iota(shape: tuple[int, ...], dim: int) -> Array:
+    """Numbers along a dim, laid out like a product."""
     return plgpu.layout_cast(jax.lax.broadcasted_iota(_i32, shape, dim), _MATRIX)
 
 
@@ -140,7 +141,7 @@ def select(keys_ref: Any, at_ref: Any, key_ref: Any, k: int, work: Any) -> None:
 
 def _triangle(ones_ref: Any) -> None:
     shape = (COLUMNS, COLUMNS)
-    ones_ref[...] = (_iota(shape, 0) <= _iota(shape, 1)).astype(_f32).astype(_f16)
+    ones_ref[...] = (iota(shape, 0) <= iota(shape, 1)).astype(_f32).astype(_f16)
 
 
 def _ranks(mask_RC: Array, work: Any) -> Array:
@@ -151,7 +152,7 @@ def _ranks(mask_RC: Array, work: Any) -> Array:
     work["total_R"][...] = jnp.sum(mask_RC.astype(_i32), axis=1)
     square = (ROWS, ROWS)
     total_RR = _along_columns(load(work["total_R"], _BY_COLUMN), square)
-    earlier_RR = _iota(square, 1) < _iota(square, 0)
+    earlier_RR = iota(square, 1) < iota(square, 0)
     before_R = jnp.sum(jnp.where(earlier_RR, total_RR, 0), axis=1)
     work["before_R"][...] = before_R
     return within_RC.astype(_i32) + _along_rows(before_R, (ROWS, COLUMNS))
@@ -162,20 +163,20 @@ def _list_block(first: Array, at_ref: Any, key_ref: Any, work: Any) -> None:
     square, wide = (SLOTS, ROWS), (SLOTS, COLUMNS)
     before_VR = _along_columns(load(work["before_R"], _BY_COLUMN), square)
     total_VR = _along_columns(load(work["total_R"], _BY_COLUMN), square)
-    slot_VR = _iota(square, 0) + first
+    slot_VR = iota(square, 0) + first
     here_VR = (slot_VR >= before_VR) & (slot_VR < before_VR + total_VR)
     work["row_VR"][...] = here_VR.astype(_f32).astype(_f16)
     fetch = lambda plane: _product(work["row_VR"], work["planes_PRC"].at[plane]).astype(_i32)
 
     rank_V = jnp.sum(jnp.where(here_VR, slot_VR - before_VR, 0), axis=1)
     column_V = jnp.sum((fetch(0) <= _along_rows(rank_V, wide)).astype(_i32), axis=1)
-    row_V = jnp.sum(jnp.where(here_VR, _iota(square, 1), 0), axis=1)
+    row_V = jnp.sum(jnp.where(here_VR, iota(square, 1), 0), axis=1)
     there_V = jnp.sum(here_VR.astype(_i32), axis=1) > 0
     block = pl.ds(first, SLOTS)
     at_ref[block] = jnp.where(there_V, row_V * COLUMNS + column_V, -1)
     if key_ref is None:
         return
-    this_VC = _iota(wide, 1) == _along_rows(column_V, wide)
+    this_VC = iota(wide, 1) == _along_rows(column_V, wide)
     key_V = jnp.where(there_V, 0, NOTHING)
     for digit in range(_DIGITS):
         part_V = jnp.sum(jnp.where(this_VC, fetch(1 + digit), 0), axis=1)

@@ -3,23 +3,26 @@
 One key head serves all query heads and keys are values. One softmax runs over window and entries,
 with a sink logit per head that takes its share of probability and gives no value. Logits and
 softmax are float32; probabilities are rounded to the keys' dtype before they meet the values.
-Rows that see nothing give 0. What is not visible may be garbage. Only the reference form is
-differentiable: the loops of the other run as long as something is visible.
+Rows that see nothing give 0. What is not visible may be garbage. Queries, window, pool and sink get
+gradients, computed in blocks from anew computed logits; of the pool only the layer's.
+
+TPU kernels compute the attention, XLA the gradients.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S entries there is room for.
 """
 
-from typing import Literal
+import functools
+from typing import Any
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.dense_attention import reference, xla
-from pallas_kernels.implementations import require
+from pallas_kernels.dense_attention import reference, tpu, xla
+from pallas_kernels.implementations import Impl, dispatch
 
-Impl = Literal["auto", "xla", "reference"]
-_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def decode(
@@ -47,11 +50,11 @@ def decode(
       scale: multiplies q . key.
       impl: 'auto' takes the best form for the compile target.
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    require("dense_attention.decode", impl, _FORMS)
-    return _FORMS[impl].decode(
-        q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, visible_BT, sink_H, scale=scale
+    return _decode(
+        (scale, impl),
+        (q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, visible_BT, sink_H),
     )
 
 
@@ -82,20 +85,56 @@ def prefill(
       scale: multiplies q . key.
       impl: as for `decode`.
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
       ValueError: window_BXK has not window + T keys.
     """
-    require("dense_attention.prefill", impl, _FORMS)
     queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
     softmax.require_chunk_window("dense_attention.prefill", keys, window, queries)
-    return _FORMS[impl].prefill(
-        q_BTHK,
-        window_BXK,
-        start_B,
-        pool_LBSK,
-        layer,
-        visible_BT,
-        sink_H,
-        window=window,
-        scale=scale,
+    return _prefill(
+        (window, scale, impl),
+        (q_BTHK, window_BXK, start_B, pool_LBSK, layer, visible_BT, sink_H),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    scale, impl = settings
+    return dispatch("dense_attention", "decode", impl, _FORMS, *arrays, scale=scale)
+
+
+def _decode_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    out_BTHK = _decode(settings, arrays)
+    return out_BTHK, (out_BTHK, arrays)
+
+
+def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+    (scale, impl), (out_BTHK, arrays) = settings, kept
+    arrays = (grad_BTHK, out_BTHK, *arrays)
+    q, window, pool, sink = dispatch(
+        "dense_attention", "decode_backward", impl, _FORMS, *arrays, scale=scale
+    )
+    return ((q, window, None, pool, None, None, sink),)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _prefill(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    window, scale, impl = settings
+    return dispatch("dense_attention", "prefill", impl, _FORMS, *arrays, window=window, scale=scale)
+
+
+def _prefill_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    out_BTHK = _prefill(settings, arrays)
+    return out_BTHK, (out_BTHK, arrays)
+
+
+def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+    (window, scale, impl), (out_BTHK, arrays) = settings, kept
+    arrays = (grad_BTHK, out_BTHK, *arrays)
+    q, keys, pool, sink = dispatch(
+        "dense_attention", "prefill_backward", impl, _FORMS, *arrays, window=window, scale=scale
+    )
+    return ((q, keys, None, pool, None, None, sink),)
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+_prefill.defvjp(_prefill_forward, _prefill_backward)

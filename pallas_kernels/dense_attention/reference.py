@@ -1,8 +1,12 @@
 """Attention in plain maths: all logits of window and entries at once. See the package."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+Gradients = tuple[Any, Any, Any, Any]
 
 
 def decode(
@@ -40,6 +44,47 @@ def prefill(
         keys.append(pool_LBSK[layer])
         masks.append(jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None])
     return attend(q_BTHK, keys, masks, sink_H, scale)
+
+
+def decode_backward(
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+) -> Gradients:
+    """Gradients of queries, window, pool and sink."""
+    run = lambda q, window, pool, sink: decode(
+        q, window, window_mask_BTR, pool, layer, visible_BT, sink, scale=scale
+    )
+    return jax.vjp(run, q_BTHK, window_BRK, pool_LBSK, sink_H)[1](grad_BTHK)
+
+
+def prefill_backward(
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Gradients:
+    """Gradients of queries, window, pool and sink."""
+    run = lambda q, keys, pool, sink: prefill(
+        q, keys, start_B, pool, layer, visible_BT, sink, window=window, scale=scale
+    )
+    return jax.vjp(run, q_BTHK, window_BXK, pool_LBSK, sink_H)[1](grad_BTHK)
 
 
 def band(start_B: Int[Array, " B"], queries: int, window: int) -> Bool[Array, "B T X"]:

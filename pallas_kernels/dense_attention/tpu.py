@@ -1,0 +1,366 @@
+"""Attention on TPU: a running softmax over the window's keys, then over blocks of the pool.
+
+A grid step holds a block of queries with all their heads as rows (there is one key head) and one
+block of entries; the window is added in the first step. Nothing is joined in HBM: window and pool
+are read where they lie, the layer by the block's index, and only as far as the block's queries see.
+The softmax begins at the sink, which is a key without a value.
+
+Axis letters: as in the package; N blocks of queries, Q queries of a block, R = Q x H rows,
+Y keys of a block's window, S entries of a block in names of values, W = 128 lanes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.dense_attention import xla
+from pallas_kernels.implementations import Unsupported
+
+_LANES = 128
+# Rows and entries whose logits, 2 to 4 MB of float32, leave room for everything twice in 56 MiB.
+_ROWS = 1024
+_ENTRIES = 512
+_DECODE_ENTRIES = 1024
+_VMEM_BYTES = 48 * 2**20
+# Key blocks are whole tiles of the narrowest dtype that we take.
+_TILE = 16
+# Two scalars per block of queries must fit in a half of the scalar memory.
+_BLOCKS = 2**16
+_LOWEST = -1e30
+
+decode_backward = xla.decode_backward
+prefill_backward = xla.prefill_backward
+
+
+def decode(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """All queries of a row are one block; the pool streams by once."""
+    batch, queries, heads, dim = q_BTHK.shape
+    ring = window_BRK.shape[1]
+    if queries * heads > 2 * _ROWS or ring > 2 * _ROWS:
+        raise Unsupported(
+            f"dense_attention.decode on TPU takes {2 * _ROWS} rows of queries x heads and as many "
+            f"keys of a window, not {queries} x {heads} and {ring}."
+        )
+    whole = lambda *dims: pl.BlockSpec((None, *dims), lambda i, b, s, *scalars: (b, 0, 0))
+    return _attend(
+        q_BTHK,
+        (window_BRK, window_mask_BTR.astype(jnp.int32)),
+        (whole(ring, dim), whole(queries, ring)),
+        functools.partial(_ring, heads=heads),
+        jnp.zeros(batch, jnp.int32),
+        pool_LBSK,
+        layer,
+        visible_BT,
+        sink_H,
+        block=queries,
+        entries=_DECODE_ENTRIES,
+        scale=scale,
+        name="dense_attention_decode",
+    )
+
+
+def prefill(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """A block of queries sees the keys of two aligned blocks of the window."""
+    _, queries, heads, dim = q_BTHK.shape
+    block = queries_of_a_block(queries, heads)
+    near = window_of_a_block(queries, block, window)
+    if heads * block > 2 * _ROWS or near > _ROWS:
+        raise Unsupported(
+            f"dense_attention.prefill on TPU takes {2 * _ROWS} heads and a window of {_ROWS}, "
+            f"not {heads} and {window}."
+        )
+    keys = window_BXK.shape[1]
+    last = pl.cdiv(keys, near) - 1
+    at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(i * block // near + part, last), 0)
+    parts = 1 if near == keys else 2
+    return _attend(
+        q_BTHK,
+        (window_BXK,) * parts,
+        tuple(pl.BlockSpec((None, near, dim), at(part)) for part in range(parts)),
+        functools.partial(_band, heads=heads, block=block, window=window, keys=keys),
+        start_B,
+        pool_LBSK,
+        layer,
+        visible_BT,
+        sink_H,
+        block=block,
+        entries=_ENTRIES,
+        scale=scale,
+        name="dense_attention_prefill",
+    )
+
+
+def queries_of_a_block(queries: int, heads: int) -> int:
+    """A power of two, so that blocks of a window are whole blocks of queries; or all queries."""
+    most = max(1, min(_LANES, _ROWS // heads))
+    return min(queries, 2 ** (most.bit_length() - 1))
+
+
+def window_of_a_block(queries: int, block: int, window: int) -> int:
+    """Keys of which two neighbouring blocks hold the window of a block of queries."""
+    unit = _TILE if block >= queries else max(_TILE, block)
+    return min(pl.cdiv(max(window, block), unit) * unit, window + queries)
+
+
+def _attend(
+    q_BTHK: Float[Array, "B T H K"],
+    window: tuple[Array, ...],
+    window_specs: tuple[pl.BlockSpec, ...],
+    near: Callable[..., Any],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    block: int,
+    entries: int,
+    scale: float,
+    name: str,
+) -> Float[Array, "B T H K"]:
+    """The grid: blocks of queries, rows of the batch, blocks of entries."""
+    batch, queries, heads, dim = q_BTHK.shape
+    blocks, rows = pl.cdiv(queries, block), block * heads
+    if batch * blocks > _BLOCKS:
+        raise Unsupported(f"dense_attention on TPU takes {_BLOCKS} blocks of {block} queries.")
+    visible_BN1Q = blocks_of_visible(visible_BT, block)
+    width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
+    steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
+
+    def pool_at(i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, *rest: Any) -> Any:
+        # What nobody sees is not fetched: the index stays.
+        last = jnp.maximum((most_M[b * blocks + i] + width - 1) // width - 1, 0)
+        return layer_1[0], b, jnp.minimum(s, last), 0
+
+    out = pl.pallas_call(
+        functools.partial(_kernel, near=near, blocks=blocks, heads=heads, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(blocks, batch, steps),
+            in_specs=[
+                pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
+                pl.BlockSpec((heads, _LANES), lambda i, b, s, *scalars: (0, 0)),
+                pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0)),
+                window_specs,
+                None if pool_LBSK is None else pl.BlockSpec((None, None, width, dim), pool_at),
+            ],
+            out_specs=pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((rows, _LANES), jnp.float32),
+                pltpu.VMEM((rows, _LANES), jnp.float32),
+                pltpu.VMEM((rows, dim), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), q_BTHK.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+        name=name,
+    )(
+        layer.astype(jnp.int32).reshape(1),
+        start_B.astype(jnp.int32),
+        jnp.max(visible_BN1Q, axis=(2, 3)).reshape(-1),
+        jnp.min(visible_BN1Q, axis=(2, 3)).reshape(-1),
+        q_BTHK.reshape(batch, queries * heads, dim),
+        jnp.broadcast_to(sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
+        visible_BN1Q,
+        window,
+        pool_LBSK,
+    )
+    return out.reshape(q_BTHK.shape)
+
+
+def blocks_of_visible(visible_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
+    """What a block's queries see; queries beyond the last see what it sees."""
+    batch, queries = visible_BT.shape
+    blocks = pl.cdiv(queries, block)
+    spare = blocks * block - queries
+    visible_BT = jnp.pad(visible_BT.astype(jnp.int32), ((0, 0), (0, spare)), mode="edge")
+    return visible_BT.reshape(batch, blocks, 1, block)
+
+
+def _kernel(
+    layer_1: Any,
+    start_B: Any,
+    most_M: Any,  # [N x B] in scalar memory, as the next
+    least_M: Any,
+    q_ref: Any,  # [R, K]
+    sink_ref: Any,  # [H, W]
+    visible_ref: Any,  # [1, Q]
+    window_refs: Any,
+    pool_ref: Any,  # [S, K] or None
+    out_ref: Any,  # [R, K]
+    largest_ref: Any,  # [R, W], the same in all lanes
+    total_ref: Any,  # [R, W], to be summed over lanes
+    value_ref: Any,  # [R, K]
+    *,
+    near: Callable[..., Any],
+    blocks: int,
+    heads: int,
+    scale: float,
+) -> None:
+    i, b, s = (pl.program_id(axis) for axis in range(3))
+    state = largest_ref, total_ref, value_ref
+
+    @pl.when(s == 0)
+    def _window() -> None:
+        _begin(sink_ref, *state)
+        keys_YK, mask_RY = near(window_refs, i, start_B[b])
+        _add(jnp.where(mask_RY, _logits(q_ref[...], keys_YK, scale), -jnp.inf), keys_YK, *state)
+
+    if pool_ref is not None:
+        most, least = most_M[b * blocks + i], least_M[b * blocks + i]
+        width = pool_ref.shape[0]
+        first = s * width
+
+        @pl.when(first + width <= least)
+        def _whole_block() -> None:
+            _add(_logits(q_ref[...], pool_ref[...], scale), pool_ref[...], *state)
+
+        @pl.when((first < most) & (first + width > least))
+        def _part_of_a_block() -> None:
+            index_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+            keys_SK = where_seen(pool_ref[...], index_S1 < most)
+            visible_R1 = of_rows(visible_ref[...], heads)
+            index_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            logits_RS = _logits(q_ref[...], keys_SK, scale)
+            _add(jnp.where(index_1S < visible_R1, logits_RS, -jnp.inf), keys_SK, *state)
+
+    @pl.when(s == pl.num_programs(2) - 1)
+    def _finish() -> None:
+        total_R1 = jnp.sum(total_ref[...], axis=1, keepdims=True)
+        out_ref[...] = (value_ref[...] / total_R1).astype(out_ref.dtype)
+
+
+def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> None:
+    """The sink's weight is 1 so far; a logit of -inf would make NaN of what is masked."""
+    rows, heads = largest_ref.shape[0], sink_ref.shape[0]
+    largest_ref[...] = jnp.maximum(jnp.tile(sink_ref[...], (rows // heads, 1)), _LOWEST)
+    lane_RW = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)
+    total_ref[...] = jnp.where(lane_RW == 0, 1.0, 0.0)
+    value_ref[...] = jnp.zeros_like(value_ref)
+
+
+def _logits(
+    q_RK: Float[Array, "R K"], keys_XK: Float[Array, "X K"], scale: float
+) -> Float32[Array, "R X"]:
+    contract_last = (((1,), (1,)), ((), ()))
+    return scale * jax.lax.dot_general(
+        q_RK, keys_XK, contract_last, preferred_element_type=jnp.float32
+    )
+
+
+def _add(
+    logits_RX: Float32[Array, "R X"],
+    keys_XK: Float[Array, "X K"],
+    largest_ref: Any,
+    total_ref: Any,
+    value_ref: Any,
+) -> None:
+    before_RW = largest_ref[...]
+    largest_RW = jnp.maximum(before_RW, jnp.max(logits_RX, axis=1, keepdims=True))
+    shrink_RW = jnp.exp(before_RW - largest_RW)
+    weights_RX = jnp.exp(logits_RX - _lanes(largest_RW, logits_RX.shape[1]))
+    largest_ref[...] = largest_RW
+    total_ref[...] = total_ref[...] * shrink_RW + _partial_sums(weights_RX)
+    value_RK = jnp.matmul(
+        weights_RX.astype(keys_XK.dtype), keys_XK, preferred_element_type=jnp.float32
+    )
+    value_ref[...] = value_ref[...] * _lanes(shrink_RW, value_ref.shape[1]) + value_RK
+
+
+def _lanes(x_RW: Float32[Array, "R W"], width: int) -> Float32[Array, "R _"]:
+    """The same value in so many lanes, or one that broadcasts."""
+    if width % _LANES:
+        return x_RW[:, :1]
+    return jnp.concatenate([x_RW] * (width // _LANES), axis=1)
+
+
+def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
+    """Lanes whose sum is that of x: whole registers are added, no lane moves."""
+    rows, width = x_RX.shape
+    if width % _LANES:
+        lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, _LANES), 1)
+        return jnp.where(lane_RW == 0, jnp.sum(x_RX, axis=1, keepdims=True), 0.0)
+    return sum(x_RX[:, at : at + _LANES] for at in range(0, width, _LANES))
+
+
+def of_rows(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
+    """A query's number for each of its heads, query after query."""
+    shape = (x_1Q.shape[1] * heads, x_1Q.shape[1])
+    row_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    first_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * heads
+    own_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
+    return jnp.max(jnp.where(own_RQ, x_1Q, 0), axis=1, keepdims=True)
+
+
+def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
+    """Garbage must not reach a product: 0 * NaN is NaN."""
+    return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
+
+
+def _ring(
+    refs: tuple[Any, Any], i: Any, start: Any, *, heads: int
+) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
+    """Keys of a ring and which of them each row sees, by the mask of its query."""
+    keys_ref, mask_ref = refs
+    queries, ring = mask_ref.shape
+    any_1Y = jnp.max(mask_ref[...], axis=0, keepdims=True)
+    square = (ring, ring)
+    own_YY = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(
+        jnp.int32, square, 1
+    )
+    any_Y1 = jnp.max(jnp.where(own_YY, any_1Y, 0), axis=1, keepdims=True)
+    row_RY = jax.lax.broadcasted_iota(jnp.int32, (queries * heads, ring), 0)
+    mask_RY = jnp.broadcast_to(mask_ref[:1], row_RY.shape)
+    for t in range(1, queries):
+        mask_RY = jnp.where(row_RY >= t * heads, mask_ref[t : t + 1], mask_RY)
+    return where_seen(keys_ref[...], any_Y1 > 0), mask_RY > 0
+
+
+def _band(
+    refs: tuple[Any, ...], i: Any, start: Any, *, heads: int, block: int, window: int, keys: int
+) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
+    """Key e is at start - window + e; query j sees those with j < e <= j + window."""
+    near = refs[0].shape[0]
+    width = len(refs) * near
+    first = i * block
+    origin = first // near * near
+    exists = lambda e: (e >= window - start) & (e < keys)
+    e_Y1 = origin + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+    seen_Y1 = exists(e_Y1) & (e_Y1 > first) & (e_Y1 < first + block + window)
+    keys_YK = where_seen(jnp.concatenate([ref[...] for ref in refs]), seen_Y1)
+    # Query j of the block holds the rows from j x heads on.
+    e_RY = origin + jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 1)
+    row_RY = jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 0)
+    after_RY = row_RY < (e_RY - first) * heads
+    within_RY = row_RY >= (e_RY - first - window) * heads
+    return keys_YK, after_RY & within_RY & exists(e_RY)

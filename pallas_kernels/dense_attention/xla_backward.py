@@ -1,0 +1,207 @@
+"""Gradients in blocks of queries and entries: logits are computed anew, never kept.
+
+With weights p of a query (the sink's included), value gradient g and output o:
+d logit = p x (g . key - g . o), and a key, which is also a value, gets p x g + d logit x q x scale.
+
+Axis letters: as in the package; Q queries of a block, Y keys of its window, E entries of a block,
+R = H x Q rows, head after head.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.dense_attention import xla_blocks as blocks
+
+_LOWEST = -1e30
+Gradients = tuple[Any, Any, Any, Any]
+
+
+def decode_backward(
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+) -> Gradients:
+    """Gradients of queries, window, pool and sink."""
+
+    def one(carry: Any, row: Any) -> Any:
+        pool_grad, sink_grad_H = carry
+        mask_TR = window_mask_BTR[row]
+        rows = _rows(q_BTHK[row], grad_BTHK[row], out_BTHK[row], sink_H, scale)
+        near = blocks.where_seen(window_BRK[row], jnp.any(mask_TR, axis=0)), mask_TR
+        far = (pool_LBSK, layer, row, visible_BT[row])
+        q_grad, window_grad_RK, pool_grad, add_H = _block(rows, near, far, pool_grad)
+        return (pool_grad, sink_grad_H + add_H), (q_grad, window_grad_RK)
+
+    empty = _empty(pool_LBSK), jnp.zeros(sink_H.shape, jnp.float32)
+    rows_B = jnp.arange(q_BTHK.shape[0], dtype=jnp.int32)
+    (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(one, empty, rows_B)
+    return (
+        q_grad.astype(q_BTHK.dtype),
+        window_grad.astype(window_BRK.dtype),
+        _of_stack(pool_grad, pool_LBSK, layer),
+        sink_grad_H.astype(sink_H.dtype),
+    )
+
+
+def prefill_backward(
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Gradients:
+    """Gradients of queries, window, pool and sink."""
+    batch, queries = visible_BT.shape
+    block, count, pad = blocks.split(queries)
+    q, grad, out, visible, keys = map(pad, (q_BTHK, grad_BTHK, out_BTHK, visible_BT, window_BXK))
+
+    def one(carry: Any, index: Any) -> Any:
+        window_grad, pool_grad, sink_grad_H = carry
+        row, first = index // count, index % count * block
+        take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
+        mask_QY = blocks.band(start_B[row] - window + first, block, window)
+        near = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0)), mask_QY
+        rows = _rows(take(q), take(grad), take(out), sink_H, scale)
+        far = (pool_LBSK, layer, row, take(visible))
+        q_grad, add_YK, pool_grad, add_H = _block(rows, near, far, pool_grad)
+        window_grad = _add_at(window_grad, add_YK, row, first)
+        return (window_grad, pool_grad, sink_grad_H + add_H), q_grad
+
+    empty = (
+        jnp.zeros(keys.shape, jnp.float32),
+        _empty(pool_LBSK),
+        jnp.zeros(sink_H.shape, jnp.float32),
+    )
+    indices = jnp.arange(batch * count, dtype=jnp.int32)
+    (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(one, empty, indices)
+    q_grad = q_grad.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
+    return (
+        q_grad.astype(q_BTHK.dtype),
+        window_grad[:, : window_BXK.shape[1]].astype(window_BXK.dtype),
+        _of_stack(pool_grad, pool_LBSK, layer),
+        sink_grad_H.astype(sink_H.dtype),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What the rows of a block bring to each set of their keys."""
+
+    q_RK: Any
+    grad_RK: Any
+    delta_R: Any  # gradient . output
+    sink_R: Any
+    scale: float
+
+
+def _rows(q_QHK: Any, grad_QHK: Any, out_QHK: Any, sink_H: Any, scale: float) -> _Rows:
+    delta_QH = jnp.sum(grad_QHK.astype(jnp.float32) * out_QHK.astype(jnp.float32), axis=-1)
+    return _Rows(
+        blocks.as_rows(q_QHK),
+        blocks.as_rows(grad_QHK),
+        delta_QH.T.reshape(-1),
+        jnp.maximum(jnp.repeat(sink_H.astype(jnp.float32), q_QHK.shape[0]), _LOWEST),
+        scale,
+    )
+
+
+def _block(rows: _Rows, near: Any, far: Any, pool_grad: Any) -> Any:
+    """Gradients of a block's queries [Q, H, K] and window, of the whole pool so far, of sinks."""
+    heads_of = lambda mask_QX: jnp.tile(mask_QX, (rows.q_RK.shape[0] // mask_QX.shape[0], 1))
+    pool_LBSK, layer, row, visible_Q = far
+    window_YK, mask_RY = near[0], heads_of(near[1])
+    state = _add_to_sum(rows, window_YK, mask_RY, (rows.sink_R, jnp.ones_like(rows.sink_R)))
+    entries = lambda i: blocks.entries(pool_LBSK, layer, row, visible_Q, i)
+    count = 0 if pool_LBSK is None else blocks.seen(pool_LBSK, visible_Q)
+
+    def measure(i: Any, state: Any) -> Any:
+        keys_EK, seen_QE, _ = entries(i)
+        return _add_to_sum(rows, keys_EK, heads_of(seen_QE), state)
+
+    def pull(i: Any, carry: Any) -> Any:
+        q_grad_RK, pool_grad = carry
+        keys_EK, seen_QE, start = entries(i)
+        add_RK, keys_grad_EK = _pull(rows, keys_EK, heads_of(seen_QE), whole_R)
+        return q_grad_RK + add_RK, _add_at(pool_grad, keys_grad_EK, row, start)
+
+    if pool_LBSK is not None:
+        state = jax.lax.fori_loop(0, count, measure, state)
+    whole_R = state[0] + jnp.log(state[1])
+    q_grad_RK, window_grad_YK = _pull(rows, window_YK, mask_RY, whole_R)
+    if pool_LBSK is not None:
+        q_grad_RK, pool_grad = jax.lax.fori_loop(0, count, pull, (q_grad_RK, pool_grad))
+    queries = visible_Q.shape[0]
+    sink_grad_R = -jnp.exp(rows.sink_R - whole_R) * rows.delta_R
+    return (
+        blocks.as_queries(q_grad_RK, queries).astype(rows.q_RK.dtype),
+        window_grad_YK,
+        pool_grad,
+        jnp.sum(sink_grad_R.reshape(-1, queries), axis=1),
+    )
+
+
+def _logits(
+    rows: _Rows, keys_XK: Float[Array, "X K"], mask_RX: Bool[Array, "R X"]
+) -> Float32[Array, "R X"]:
+    return jnp.where(mask_RX, _dot(rows.q_RK, keys_XK, 1, 1) * rows.scale, -jnp.inf)
+
+
+def _add_to_sum(rows: _Rows, keys_XK: Any, mask_RX: Any, state: Any) -> Any:
+    """Largest logit and sum of weights, with those of more keys."""
+    before_R, total_R = state
+    logits_RX = _logits(rows, keys_XK, mask_RX)
+    largest_R = jnp.maximum(before_R, jnp.max(logits_RX, axis=1))
+    weights_R = jnp.sum(jnp.exp(logits_RX - largest_R[:, None]), axis=1)
+    return largest_R, total_R * jnp.exp(before_R - largest_R) + weights_R
+
+
+def _pull(rows: _Rows, keys_XK: Any, mask_RX: Any, whole_R: Any) -> Any:
+    """Gradients of the queries from these keys, and of the keys; whole: log of all weights."""
+    weights_RX = jnp.exp(_logits(rows, keys_XK, mask_RX) - whole_R[:, None])
+    towards_RX = _dot(rows.grad_RK, keys_XK, 1, 1) - rows.delta_R[:, None]
+    logits_grad_RX = (weights_RX * towards_RX * rows.scale).astype(keys_XK.dtype)
+    keys_grad_XK = _dot(weights_RX.astype(keys_XK.dtype), rows.grad_RK, 0, 0)
+    keys_grad_XK += _dot(logits_grad_RX, rows.q_RK, 0, 0)
+    return _dot(logits_grad_RX, keys_XK, 1, 0), keys_grad_XK
+
+
+def _dot(a: Any, b: Any, a_dim: int, b_dim: int) -> Float32[Array, "_ _"]:
+    contract = (((a_dim,), (b_dim,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+def _add_at(whole: Any, part_XK: Float32[Array, "X K"], row: Any, start: Any) -> Any:
+    """Add to rows of one row of a batch [B, _, K]."""
+    at = (row, start, jnp.zeros_like(start))
+    old = jax.lax.dynamic_slice(whole, at, (1, *part_XK.shape))
+    return jax.lax.dynamic_update_slice(whole, old + part_XK[None], at)
+
+
+def _empty(pool_LBSK: Any) -> Any:
+    return None if pool_LBSK is None else jnp.zeros(pool_LBSK.shape[1:], jnp.float32)
+
+
+def _of_stack(grad_BSK: Any, pool_LBSK: Any, layer: Any) -> Any:
+    """Other layers of the stack get 0."""
+    if pool_LBSK is None:
+        return None
+    return jnp.zeros_like(pool_LBSK).at[layer].set(grad_BSK.astype(pool_LBSK.dtype))

@@ -64,6 +64,45 @@ def finish(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
     return whole.value_RK * (keys_R / total_R)[:, None]
 
 
+def pull(
+    q_RK: Float[Array, "R K"],
+    keys_XK: Float[Array, "X K"],
+    mask_RX: Bool[Array, "R X"],
+    scale: float,
+    log_total_R: Float32[Array, " R"],
+    grad_RK: Float[Array, "R K"],
+    delta_R: Float32[Array, " R"],
+) -> tuple[Float32[Array, "R K"], Float32[Array, "X K"]]:
+    """Gradients of queries and keys through one part; logits are computed anew.
+
+    With weights p, d logit = p x (gradient . key - gradient . output); a key, which is also a
+    value, gets p x gradient + d logit x query x scale.
+
+    Args:
+      q_RK: as for `part`.
+      keys_XK: as for `part`.
+      mask_RX: as for `part`.
+      scale: as for `part`.
+      log_total_R: logarithm of the sum of weights of all parts and the sink.
+      grad_RK: gradient of the output.
+      delta_R: gradient . output.
+    """
+    times = lambda a, b, axes: jax.lax.dot_general(
+        a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32
+    )
+    logits_RX = jnp.where(mask_RX, times(q_RK, keys_XK, (1, 1)) * scale, -jnp.inf)
+    weights_RX = jnp.exp(logits_RX - log_total_R[:, None])
+    slopes_RX = weights_RX * (times(grad_RK, keys_XK, (1, 1)) - delta_R[:, None]) * scale
+    weights_RX, slopes_RX = weights_RX.astype(q_RK.dtype), slopes_RX.astype(q_RK.dtype)
+    keys_grad_XK = times(weights_RX, grad_RK, (0, 0)) + times(slopes_RX, q_RK, (0, 0))
+    return times(slopes_RX, keys_XK, (1, 0)), keys_grad_XK
+
+
+def log_total(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
+    """Logarithm of the sum of all weights, the sink's among them."""
+    return jnp.logaddexp(whole.largest_R + jnp.log(whole.total_R), sink_R)
+
+
 def require_chunk_window(op: str, keys: int, window: int, queries: int) -> None:
     """Refuse a window whose rows would be taken for other positions.
 

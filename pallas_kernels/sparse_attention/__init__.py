@@ -1,29 +1,37 @@
 """Attention to the window and to the entries that were chosen: the core of CSA.
 
-As `dense_attention`, except that the entries seen are listed for each query. Here too only the
-reference form is to be differentiated.
+As `dense_attention`, except that the entries seen are listed for each query, and that entries may
+be kept in eight bits (`Fp8Rows`; then they get no gradient). Window and entries are never joined.
+
+TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
+of 16, head dims of 128, pools with room for a multiple of 16 entries (8 in float32, 32 in eight
+bits), and gather without copying the pool. Where there is no kernel, XLA serves.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S entries there is room for, k entries chosen.
 """
 
-from typing import Literal
+import functools
+from typing import Any
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.implementations import require
-from pallas_kernels.sparse_attention import reference, xla
+from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.sparse_attention import reference, tpu, xla
+from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
-Impl = Literal["auto", "xla", "reference"]
-_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+__all__ = ["Fp8Rows", "decode", "prefill"]
+
+_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def decode(
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
     window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"],
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
@@ -37,26 +45,24 @@ def decode(
       q_BTHK: queries.
       window_BRK: keys of the newest tokens, in any order.
       window_mask_BTR: those that each query sees.
-      pool_LBSK: entries of all layers of a stack.
+      pool_LBSK: entries of all layers of a stack; what is not listed may be garbage.
       layer: the layer to read.
       indices_BTk: entries that each query sees, each once, in any order; -1 for none.
       sink_H: a logit per head.
       scale: multiplies q . key.
       impl: 'auto' takes the best form for the compile target.
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    require("sparse_attention.decode", impl, _FORMS)
-    return _FORMS[impl].decode(
-        q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, indices_BTk, sink_H, scale=scale
-    )
+    arrays = (q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, indices_BTk, sink_H)
+    return _decode((scale, impl), arrays)
 
 
 def prefill(
     q_BTHK: Float[Array, "B T H K"],
     window_BXK: Float[Array, "B X K"],
     start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"],
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
@@ -79,20 +85,61 @@ def prefill(
       scale: multiplies q . key.
       impl: as for `decode`.
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
       ValueError: window_BXK has not window + T keys.
     """
-    require("sparse_attention.prefill", impl, _FORMS)
     queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
     softmax.require_chunk_window("sparse_attention.prefill", keys, window, queries)
-    return _FORMS[impl].prefill(
-        q_BTHK,
-        window_BXK,
-        start_B,
-        pool_LBSK,
-        layer,
-        indices_BTk,
-        sink_H,
-        window=window,
-        scale=scale,
+    arrays = (q_BTHK, window_BXK, start_B, pool_LBSK, layer, indices_BTk, sink_H)
+    return _prefill((window, scale, impl), arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    scale, impl = settings
+    return dispatch("sparse_attention", "decode", impl, _FORMS, *arrays, scale=scale)
+
+
+def _decode_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    out_BTHK = _decode(settings, arrays)
+    return out_BTHK, (out_BTHK, arrays)
+
+
+def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+    (scale, impl), (out_BTHK, arrays) = settings, kept
+    q, window, pool, sink = _backward(
+        "decode_backward", impl, grad_BTHK, out_BTHK, *arrays, scale=scale
     )
+    return ((q, window, None, pool, None, None, sink),)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _prefill(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    window, scale, impl = settings
+    return dispatch(
+        "sparse_attention", "prefill", impl, _FORMS, *arrays, window=window, scale=scale
+    )
+
+
+def _prefill_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    out_BTHK = _prefill(settings, arrays)
+    return out_BTHK, (out_BTHK, arrays)
+
+
+def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+    (window, scale, impl), (out_BTHK, arrays) = settings, kept
+    q, keys, pool, sink = _backward(
+        "prefill_backward", impl, grad_BTHK, out_BTHK, *arrays, window=window, scale=scale
+    )
+    return ((q, keys, None, pool, None, None, sink),)
+
+
+def _backward(name: str, impl: Impl, *arrays: Any, **static: Any) -> Any:
+    """Kernels have no backward form: XLA's serves."""
+    if impl not in ("auto", "reference"):
+        impl = "xla"
+    return dispatch("sparse_attention", name, impl, _FORMS, *arrays, **static)
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+_prefill.defvjp(_prefill_forward, _prefill_backward)

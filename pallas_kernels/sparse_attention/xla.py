@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
+from pallas_kernels.dense_attention.xla_blocks import band, where_seen
+from pallas_kernels.sparse_attention import xla_blocks as blocks
+from pallas_kernels.sparse_attention.rows import Pool
+from pallas_kernels.sparse_attention.xla_backward import decode_backward, prefill_backward
 
-_QUERIES = 16
+__all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 
 def decode(
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
     window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"],
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
@@ -45,7 +49,7 @@ def prefill(
     q_BTHK: Float[Array, "B T H K"],
     window_BXK: Float[Array, "B X K"],
     start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"],
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
@@ -54,29 +58,17 @@ def prefill(
     scale: float,
 ) -> Float[Array, "B T H K"]:
     batch, queries = indices_BTk.shape[:2]
-    block = min(queries, _QUERIES)
-    blocks = -(-queries // block)
-    pad = lambda x, fill: jnp.pad(
-        x,
-        ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)),
-        constant_values=fill,
-    )
-    padded_q, padded_window, padded_indices = (
-        pad(q_BTHK, 0),
-        pad(window_BXK, 0),
-        pad(indices_BTk, -1),
-    )
+    block, count, pad = blocks.split(queries)
+    padded_q, padded_window = pad(q_BTHK, 0), pad(window_BXK, 0)
+    padded_indices = pad(indices_BTk, -1)
 
     def one(index: Any) -> Any:
-        row, first = index // blocks, index % blocks * block
+        row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        e_Y, j_Q1 = jnp.arange(block + window), jnp.arange(block)[:, None]
-        exists_Y = start_B[row] - window + first + e_Y >= 0
-        near_QY = (e_Y[None] > j_Q1) & (e_Y[None] <= j_Q1 + window) & exists_Y[None]
         return _attend(
             take(padded_q),
             take(padded_window, block + window),
-            near_QY,
+            band(start_B[row] - window + first, block, window),
             pool_LBSK,
             layer,
             row,
@@ -85,15 +77,15 @@ def prefill(
             scale,
         )
 
-    out = jax.lax.map(one, jnp.arange(batch * blocks, dtype=jnp.int32))
-    return out.reshape(batch, blocks * block, *q_BTHK.shape[2:])[:, :queries]
+    out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
+    return out.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
 
 
 def _attend(
     q_QHK: Float[Array, "Q H K"],
     window_YK: Float[Array, "Y K"],
     mask_QY: Bool[Array, "Q Y"],
-    pool_LBSK: Float[Array, "L B S K"],
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     row: Int[Array, ""],
     indices_Qk: Int[Array, "Q k"],
@@ -102,14 +94,12 @@ def _attend(
 ) -> Float[Array, "Q H K"]:
     """All heads of a block of queries of one row: the window together, entries query by query."""
     queries, heads, dim = q_QHK.shape
-    seen_Y = jnp.any(mask_QY, axis=0)
-    window_YK = jnp.where(seen_Y[:, None], window_YK, jnp.zeros((), window_YK.dtype))
+    window_YK = where_seen(window_YK, jnp.any(mask_QY, axis=0))
     # Rows are query by query here, so that a query's heads lie together.
     q_RK = q_QHK.reshape(queries * heads, dim)
     near = softmax.part(q_RK, window_YK, jnp.repeat(mask_QY, heads, axis=0), scale)
     listed_Qk = indices_Qk >= 0
-    chosen_QkK = pool_LBSK[layer, row, jnp.maximum(indices_Qk, 0)]
-    chosen_QkK = jnp.where(listed_Qk[..., None], chosen_QkK, jnp.zeros((), chosen_QkK.dtype))
+    chosen_QkK = blocks.listed(pool_LBSK, layer, row, indices_Qk, window_YK.dtype)
 
     def entries(q_HK: Any, chosen_kK: Any, listed_k: Any) -> softmax.Part:
         mask_Hk = jnp.broadcast_to(listed_k[None], (heads, listed_k.shape[0]))

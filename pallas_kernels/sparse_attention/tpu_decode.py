@@ -1,0 +1,106 @@
+"""A row of the batch at a time: the next query's entries travel while one query is computed.
+
+Axis letters: as in the package; N the window's ring filled up to whole lanes.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.sparse_attention import tpu_gather as gather
+from pallas_kernels.sparse_attention.tpu_softmax import attend
+
+_VMEM = 40 * 2**20
+
+
+def call(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTN: Int32[Array, "B T N"],
+    pool_LBSW: Any,
+    layer: Int[Array, ""],
+    indices_BTk: Int32[Array, "B T k"],
+    sink_H1: Float[Array, "H 1"],
+    *,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """The kernel; k is a multiple of 128, and S of the rows that a tile of the pool has."""
+    batch, queries, heads, dim = q_BTHK.shape
+    k, ring = indices_BTk.shape[2], window_BRK.shape[1]
+    per_row = lambda *dims, **space: pl.BlockSpec(
+        (1, *dims), lambda b, _: (b, *[0] * len(dims)), **space
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch,),
+            in_specs=[
+                per_row(1, 1, queries * k, memory_space=pltpu.SMEM),
+                per_row(queries, k),
+                per_row(queries, heads, dim),
+                per_row(ring, dim),
+                per_row(*window_mask_BTN.shape[1:]),
+                pl.BlockSpec((heads, 1), lambda b, _: (0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=per_row(queries, heads, dim),
+            scratch_shapes=[gather.Lists.room(k, pool_LBSW), pltpu.SemaphoreType.DMA((2,))],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=_VMEM,
+            disable_bounds_checks=True,  # half of a copy's cost; word_rows are inside
+        ),
+        name="sparse_attention_decode",
+    )(
+        layer[None],
+        gather.word_rows(indices_BTk, pool_LBSW, queries),
+        indices_BTk,
+        q_BTHK,
+        window_BRK,
+        window_mask_BTN,
+        sink_H1,
+        pool_LBSW,
+    )
+
+
+def _kernel(
+    layer_ref: Any,  # SMEM [1]
+    words_ref: Any,  # SMEM [1, 1, 1, T x k]
+    indices_ref: Any,  # [1, T, k]
+    q_ref: Any,  # [1, T, H, K]
+    window_ref: Any,  # [1, R, K]
+    mask_ref: Any,  # [1, T, N]
+    sink_ref: Any,  # [H, 1]
+    pool_ref: Any,  # HBM [L, B, S, W]
+    out_ref: Any,  # [1, T, H, K]
+    listed_ref: Any,  # room for two lists
+    sems: Any,
+    *,
+    scale: float,
+) -> None:
+    entries_ref = pool_ref.at[layer_ref[0], pl.program_id(0)]
+    ring, queries = window_ref.shape[1], q_ref.shape[1]
+
+    lists = gather.Lists(listed_ref, sems)
+    lists.start(words_ref, jnp.int32(0), entries_ref)
+    seen_1N = jnp.max(mask_ref[0], axis=0, keepdims=True)
+    window_RK = gather.zero_unseen(window_ref[0], seen_1N)
+
+    def query(t: Any, _: Any) -> None:
+        pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
+        indices_1k = indices_ref[0, pl.ds(t, 1)]
+        mask_1R = mask_ref[0, pl.ds(t, 1)][:, :ring] > 0
+        keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)
+        parts = [(window_RK, mask_1R), (keys_kK, indices_1k >= 0)]
+        out_HK = attend(q_ref[0, t], parts, sink_ref[...], scale)
+        out_ref[0, t] = out_HK.astype(out_ref.dtype)
+
+    jax.lax.fori_loop(0, queries, query, None)

@@ -1,0 +1,153 @@
+"""A block's queries against all entries up to the last one listed, under a mask.
+
+Axis letters: Q queries, H heads, K channels, Y keys of the window, E = 1024 entries of a step,
+R = Q x H rows, C lanes, N = E / C.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.sparse_attention.tpu_gather import LANES
+from pallas_kernels.sparse_attention.tpu_softmax import logits
+
+STEP = 1024
+_TILES = STEP // LANES
+
+
+class Scratch(NamedTuple):
+    """What a block needs.
+
+    Attributes:
+      entries: [2, E, K], a step's and the next one's.
+      listed: [Q, few / C, C], above 0 where an entry is listed.
+      largest, total: [R, 1], value: [R, K], the running softmax.
+    """
+
+    entries: Any
+    listed: Any
+    largest: Any
+    total: Any
+    value: Any
+
+
+def scratch(queries: int, heads: int, dim: int, few: int, dtype: Any) -> Scratch:
+    """For up to `few` entries, a multiple of STEP."""
+    rows = queries * heads
+    return Scratch(
+        entries=pltpu.VMEM((2, STEP, dim), dtype),
+        listed=pltpu.VMEM((queries, few // LANES, LANES), jnp.float32),
+        largest=pltpu.VMEM((rows, 1), jnp.float32),
+        total=pltpu.VMEM((rows, 1), jnp.float32),
+        value=pltpu.VMEM((rows, dim), jnp.float32),
+    )
+
+
+def note(indices_ref: Any, scratch: Scratch) -> None:
+    """Fill `listed`: a matmul of ones, which say the entry's tile and its lane."""
+    queries, tiles = scratch.listed.shape[:2]
+    k = indices_ref.shape[2]
+    ones = lambda size, at_1k: (
+        (jax.lax.broadcasted_iota(jnp.int32, (size, k), 0) == at_1k)
+        .astype(jnp.float32)
+        .astype(jnp.bfloat16)
+    )
+
+    def query(t: Any, _: Any) -> None:
+        index_1k = indices_ref[0, pl.ds(t, 1)]
+        # -1 is in tile -1: nowhere.
+        tile, lane = ones(tiles, index_1k >> 7), ones(LANES, index_1k & (LANES - 1))
+        scratch.listed[t] = logits(tile, lane, 1.0)
+
+    jax.lax.fori_loop(0, queries, query, None)
+
+
+def attend(
+    q_RK: Float[Array, "R K"],
+    sink_H1: Float[Array, "H 1"],
+    window: tuple[Float[Array, "Y K"], Bool[Array, "Q Y"]],
+    entries_ref: Any,
+    last: Any,
+    scratch: Scratch,
+    sems: Any,
+    scale: float,
+) -> Float[Array, "R K"]:
+    """Rows are query by query.
+
+    Args:
+      q_RK: queries.
+      sink_H1: a logit per head.
+      window: finite keys, and which of them each query sees.
+      entries_ref: HBM [S, K].
+      last: the last entry listed, -1 for none; below the room of `scratch`.
+      scratch: `listed` is noted.
+      sems: two DMA semaphores.
+      scale: of the logits.
+    """
+    heads, queries = sink_H1.shape[0], scratch.listed.shape[0]
+    per_row = lambda x_QX: jnp.repeat(x_QX, heads, axis=0)
+    scratch.largest[...] = jnp.tile(sink_H1, (queries, 1))
+    scratch.total[...] = jnp.ones(scratch.total.shape, jnp.float32)
+    scratch.value[...] = jnp.zeros(scratch.value.shape, jnp.float32)
+    steps = (last + STEP) // STEP
+    fetch = lambda i: _copy(entries_ref, scratch.entries, sems, i, "start")
+    pl.when(steps > 0)(lambda: fetch(jnp.int32(0)))
+    window_YK, near_QY = window
+    _add(q_RK, window_YK, per_row(near_QY), scratch, scale)
+
+    def step(i: Any, _: Any) -> None:
+        pl.when(i + 1 < steps)(lambda: fetch(i + 1))
+        listed_QNC = scratch.listed[:, pl.ds(pl.multiple_of(i * _TILES, _TILES), _TILES)]
+        _copy(entries_ref, scratch.entries, sems, i, "wait")
+        keys_EK = _zero_unlisted(scratch.entries[i % 2], jnp.max(listed_QNC, axis=0))
+        mask_RE = jnp.concatenate([per_row(listed_QNC[:, n]) > 0.0 for n in range(_TILES)], axis=1)
+        _add(q_RK, keys_EK, mask_RE, scratch, scale)
+
+    jax.lax.fori_loop(0, steps, step, None)
+    return scratch.value[...] / scratch.total[...]
+
+
+def _copy(from_ref: Any, to_ref: Any, sems: Any, i: Any, do: str) -> None:
+    """Start a step's copy or wait for it; the pool's last step may be short."""
+    entries = from_ref.shape[0]
+    whole, rest = divmod(entries, STEP)
+
+    def copy(rows: int) -> None:
+        at = pl.multiple_of(i * STEP, STEP)
+        to = to_ref.at[i % 2, pl.ds(0, rows)]
+        getattr(pltpu.make_async_copy(from_ref.at[pl.ds(at, rows)], to, sems.at[i % 2]), do)()
+
+    if whole:
+        pl.when(i < whole)(lambda: copy(STEP))
+    if rest:
+        pl.when(i == whole)(lambda: copy(rest))
+
+
+def _zero_unlisted(keys_EK: Any, seen_NC: Any) -> Any:
+    """Entries that no query lists may be garbage, and 0 * NaN is NaN."""
+    seen_CN = seen_NC.T > 0.0
+    zero = jnp.zeros((), keys_EK.dtype)
+    tiles = [
+        jnp.where(seen_CN[:, n : n + 1], keys_EK[n * LANES : (n + 1) * LANES], zero)
+        for n in range(_TILES)
+    ]
+    return jnp.concatenate(tiles, axis=0)
+
+
+def _add(q_RK: Any, keys_XK: Any, mask_RX: Any, scratch: Scratch, scale: float) -> None:
+    """One step of the running softmax; the sink in it keeps the largest finite."""
+    found_RX = jnp.where(mask_RX, logits(q_RK, keys_XK, scale), -jnp.inf)
+    before_R1 = scratch.largest[...]
+    largest_R1 = jnp.maximum(before_R1, jnp.max(found_RX, axis=1, keepdims=True))
+    weights_RX = jnp.exp(found_RX - largest_R1)
+    shrunk_R1 = jnp.exp(before_R1 - largest_R1)
+    scratch.largest[...] = largest_R1
+    scratch.total[...] = scratch.total[...] * shrunk_R1 + jnp.sum(weights_RX, axis=1, keepdims=True)
+    value_RK = jnp.dot(
+        weights_RX.astype(keys_XK.dtype), keys_XK, preferred_element_type=jnp.float32
+    )
+    scratch.value[...] = scratch.value[...] * shrunk_R1 + value_RK

@@ -1,0 +1,170 @@
+"""A block of queries at a time, in one of two ways, chosen by the entries that it lists.
+
+Among few entries all are read, for all queries of the block at once, under a mask made of their
+lists: matmuls of a thousand rows cost less than copies of single entries. Among many each query's
+entries are gathered, the next query's while one is computed.
+
+Axis letters: as in the package; Q queries of a block, Y = window + Q keys of its window.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from pallas_kernels.sparse_attention import tpu_gather as gather
+from pallas_kernels.sparse_attention import tpu_masked as masked
+from pallas_kernels.sparse_attention.tpu_softmax import attend
+
+# Rows of a block, a query of one head each: more fill the MXU no better.
+_ROWS = 1024
+_QUERIES = 16
+# Where a query costs about as much either way: more on v6e and tpu7x, less on v5p.
+FEW = 8192
+_VMEM = 48 * 2**20
+
+
+def call(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int32[Array, " B"],
+    pool_LBSK: Float[Array, "L B S K"],
+    layer: Int[Array, ""],
+    indices_BTk: Int32[Array, "B T k"],
+    sink_H1: Float[Array, "H 1"],
+    *,
+    window: int,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """The kernel; k is a multiple of 128, and S of the rows that a tile of the pool has."""
+    batch, queries, heads, dim = q_BTHK.shape
+    entries, k = pool_LBSK.shape[2], indices_BTk.shape[2]
+    block = min(queries, _QUERIES, max(8, _ROWS // heads))
+    blocks = pl.cdiv(queries, block)
+    few = min(FEW, pl.cdiv(entries, masked.STEP) * masked.STEP)
+    whole = lambda x, fill: jnp.pad(
+        x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
+    )
+    indices_BTk = whole(indices_BTk, -1)
+    per_block = lambda *dims: pl.BlockSpec(
+        (1, block, *dims), lambda b, i, *_: (b, i, *[0] * len(dims))
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, window=window, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, blocks),
+            in_specs=[
+                pl.BlockSpec(
+                    (1, 1, 1, block * k), lambda b, i, *_: (b, i, 0, 0), memory_space=pltpu.SMEM
+                ),
+                per_block(k),
+                per_block(heads, dim),
+                pl.BlockSpec((heads, 1), lambda b, i, *_: (0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=per_block(heads, dim),
+            scratch_shapes=[
+                pltpu.VMEM((window + block, dim), q_BTHK.dtype),
+                gather.Lists.room(k, pool_LBSK),
+                pltpu.SemaphoreType.DMA((3,)),
+                masked.scratch(block, heads, dim, few, q_BTHK.dtype),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=_VMEM,
+            disable_bounds_checks=True,  # half of a copy's cost; word_rows are inside
+        ),
+        name="sparse_attention_prefill",
+    )(
+        layer[None],
+        start_B,
+        gather.word_rows(indices_BTk, pool_LBSK, block),
+        indices_BTk,
+        q_BTHK,
+        sink_H1,
+        whole(window_BXK, 0),
+        pool_LBSK,
+    )
+
+
+def _kernel(
+    layer_ref: Any,  # SMEM [1]
+    start_ref: Any,  # SMEM [B]
+    words_ref: Any,  # SMEM [1, 1, 1, Q x k]
+    indices_ref: Any,  # [1, Q, k]
+    q_ref: Any,  # [1, Q, H, K]
+    sink_ref: Any,  # [H, 1]
+    window_ref: Any,  # HBM [B, X, K]
+    pool_ref: Any,  # HBM [L, B, S, K]
+    out_ref: Any,  # [1, Q, H, K]
+    near_ref: Any,  # [Y, K]
+    listed_ref: Any,  # room for two lists
+    sems: Any,
+    scratch: masked.Scratch,
+    *,
+    window: int,
+    scale: float,
+) -> None:
+    queries = q_ref.shape[1]
+    row, first = pl.program_id(0), pl.program_id(1) * queries
+    entries_ref = pool_ref.at[layer_ref[0], row]
+    near = pltpu.make_async_copy(
+        window_ref.at[row, pl.ds(first, near_ref.shape[0])], near_ref, sems.at[2]
+    )
+    near.start()
+    last = jnp.max(indices_ref[0])
+    few = scratch.listed.shape[1] * gather.LANES
+    missing = window - start_ref[row] - first  # rows of near_ref at positions below 0
+
+    @pl.when(last < few)
+    def _() -> None:
+        masked.note(indices_ref, scratch)
+        near.wait()
+        band_QY = _band(0, queries, missing, window, near_ref.shape[0])
+        near_YK = _zero_unseen(near_ref, missing)
+        q_RK = q_ref[0].reshape(-1, q_ref.shape[3])
+        out_RK = masked.attend(
+            q_RK, sink_ref[...], (near_YK, band_QY), entries_ref, last, scratch, sems, scale
+        )
+        out_ref[0] = out_RK.reshape(q_ref.shape[1:]).astype(out_ref.dtype)
+
+    @pl.when(last >= few)
+    def _() -> None:
+        lists = gather.Lists(listed_ref, sems)
+        lists.start(words_ref, jnp.int32(0), entries_ref)
+        near.wait()
+        near_YK = _zero_unseen(near_ref, missing)
+
+        def query(t: Any, _: Any) -> None:
+            pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
+            indices_1k = indices_ref[0, pl.ds(t, 1)]
+            keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)
+            seen_1Y = _band(t, 1, missing, window, near_ref.shape[0])
+            parts = [(near_YK, seen_1Y), (keys_kK, indices_1k >= 0)]
+            out_HK = attend(q_ref[0, t], parts, sink_ref[...], scale)
+            out_ref[0, t] = out_HK.astype(out_ref.dtype)
+
+        jax.lax.fori_loop(0, queries, query, None)
+
+
+def _band(first: Any, queries: int, missing: Any, window: int, keys: int) -> Bool[Array, "Q Y"]:
+    """Which keys of its block's window each query sees, from query `first` of the block on."""
+    shape = (queries, keys)
+    query_QY = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    key_QY = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (key_QY > query_QY) & (key_QY <= query_QY + window) & (key_QY >= missing)
+
+
+def _zero_unseen(near_ref: Any, missing: Any) -> Float[Array, "Y K"]:
+    """A block's window; the first key is its predecessor's."""
+    row_Y1 = jax.lax.broadcasted_iota(jnp.int32, (near_ref.shape[0], 1), 0)
+    seen_Y1 = row_Y1 >= jnp.maximum(missing, 1)
+    return jnp.where(seen_Y1, near_ref[...], jnp.zeros((), near_ref.dtype))

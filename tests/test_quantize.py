@@ -344,5 +344,5 @@ def test_linear_differentiates_its_input_through_quantised_weights(form: str, ro
 def test_a_form_that_is_not_there_is_refused_with_those_that_are() -> None:
     # Under the annotations' check, which would refuse it first.
     door = inspect.unwrap(quantize.linear)
-    with pytest.raises(NotImplementedError, match=r"'tpu' form; pass one of \['auto', 'reference'"):
-        door(jnp.ones((1, 2)), jnp.ones((3, 2)), impl="tpu")
+    with pytest.raises(NotImplementedError, match=r"'gpu' form; pass one of \['auto', 'reference'"):
+        door(jnp.ones((1, 2)), jnp.ones((3, 2)), impl="gpu")

@@ -3,13 +3,14 @@
 Axis letters: K input channels, N output channels.
 """
 
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import require
-from pallas_kernels.quantize import reference, xla
+from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.quantize import reference, tpu, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
     decode_fp8_blocks,
@@ -41,8 +42,7 @@ __all__ = [
     "linear",
 ]
 
-Impl = Literal["auto", "xla", "reference"]
-_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def fake_quant_fp8(
@@ -100,18 +100,43 @@ def linear(
 ) -> Float[Array, "*rows N"]:
     """Multiply x by the transpose of w, a matrix [N, K] in any format.
 
+    Differentiable in x, and in w where that is an array: quantised weights are constants.
+
     Args:
       x: rows of input channels.
       w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
       precision: of the matmul, as in `jnp.einsum`.
-      impl: 'reference' dequantises the whole weight first; 'auto' takes the best form for the
-        compile target.
+      impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
+        'tpu' in VMEM; 'auto' takes the best form for the compile target.
 
     Returns:
       Accumulated in float32 (or wider, if x is), in x's dtype.
 
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    require("quantize.linear", impl, _FORMS)
-    return _FORMS[impl].linear(x, w, precision=precision)
+    if isinstance(w, Fp8Weight | Fp4Weight):
+        return _linear_quantised(x, w, precision, impl)
+    return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear_quantised(
+    x: Float[Array, "*rows K"],
+    w: Fp8Weight | Fp4Weight,
+    precision: jax.lax.PrecisionLike,
+    impl: Impl,
+) -> Float[Array, "*rows N"]:
+    return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
+
+
+def _forward(x: Any, w: Any, precision: Any, impl: Impl) -> Any:
+    return _linear_quantised(x, w, precision, impl), w
+
+
+def _backward(precision: Any, impl: Impl, w: Any, dy: Any) -> Any:
+    name = "linear_backward"
+    return dispatch("quantize", name, impl, _FORMS, dy, w, precision=precision), None
+
+
+_linear_quantised.defvjp(_forward, _backward)

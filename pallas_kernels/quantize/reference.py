@@ -140,3 +140,16 @@ def linear(
     x_RK = x.reshape(-1, x.shape[-1])
     y_RN = jnp.matmul(x_RK, w_NK.T, precision=precision, preferred_element_type=wide)
     return y_RN.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)
+
+
+def linear_backward(
+    dy: Float[Array, "*rows N"],
+    w: Fp8Weight | Fp4Weight,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*rows K"]:
+    """The gradient of x: dy times the matrix, accumulated as `linear` does."""
+    wide = accumulator(dy.dtype)
+    w_NK = dense(w, dy.dtype)
+    dx = jnp.matmul(dy, w_NK, precision=precision, preferred_element_type=wide)
+    return dx.astype(dy.dtype)

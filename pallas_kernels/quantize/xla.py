@@ -13,6 +13,8 @@ from pallas_kernels.dtypes import accumulator
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
 
+_STRIP = 2**22
+
 
 def linear(
     x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
@@ -39,6 +41,38 @@ def linear(
         w_BCN = code_BCN.astype(exact) * scale_BN[:, None, :].astype(exact)
         y_RN = matmul(x_RK, w_BCN.reshape(B * C, N).astype(x.dtype))
     return y_RN.reshape(*x.shape[:-1], N).astype(x.dtype)
+
+
+def linear_backward(
+    dy: Float[Array, "*rows N"],
+    w: Fp8Weight | Fp4Weight,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*rows K"]:
+    """The gradient of x, strip by strip of K, so that no dequantised weight is held whole."""
+    (N, K), rows = w.shape, w.codes.shape[0]
+    dy_RN = dy.reshape(-1, N)
+    strips = _strips(w)
+    scales, size = w.scale.shape[0] // strips, K // strips
+
+    def add(i: int | Array, dx_RK: Float[Array, "R K"]) -> Float[Array, "R K"]:
+        part = lambda a, size: jax.lax.dynamic_slice_in_dim(a, i * size, size)
+        strip = type(w)(part(w.codes, rows // strips), part(w.scale, scales))
+        dx_RC = reference.linear_backward(dy_RN, strip, precision=precision)
+        return jax.lax.dynamic_update_slice_in_dim(dx_RK, dx_RC, i * size, axis=1)
+
+    dx_RK = jnp.zeros((len(dy_RN), K), dy.dtype)
+    dx_RK = add(0, dx_RK) if strips == 1 else jax.lax.fori_loop(0, strips, add, dx_RK)
+    return dx_RK.reshape(*dy.shape[:-1], K)
+
+
+def _strips(w: Fp8Weight | Fp4Weight) -> int:
+    """How many equal parts of whole blocks of K to make: the fewest of at most `_STRIP` weights."""
+    (N, K), blocks = w.shape, w.scale.shape[0]
+    if K % blocks or K // blocks not in (FP4_BLOCK, FP8_BLOCK):
+        return 1
+    parts = (n for n in range(1, blocks + 1) if blocks % n == 0 and N * K // n <= _STRIP)
+    return next(parts, blocks)
 
 
 def _blocks(w: Fp8Weight | Fp4Weight) -> tuple[Float[Array, "B C N"], Float32[Array, "B N"]]:

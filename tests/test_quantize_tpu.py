@@ -1,0 +1,205 @@
+"""Quantised matmuls on TPUs: interpreted against float64 sums, compiled at full size."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+
+from pallas_kernels import quantize, targets
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.quantize import tpu, tpu_codes, xla
+from pallas_kernels.quantize.shapes import SHAPES
+from pallas_kernels.targets import Target
+from tests.kernels import interpreted, races_found
+from tests.test_quantize import CLOSE, CLOSE_BFLOAT16, every_code, leaf, weight
+
+CHIPS: tuple[Target, ...] = ("v5p", "v6e", "tpu7x")
+FULL = [name for name in SHAPES if not name.startswith("bench")]
+EXPERTS = [name for name in FULL if "expert" in name]
+TWO_CORES = {"num_cores_or_threads": 2, "detect_races": True}
+
+
+@pytest.fixture(params=[True, False], ids=["E4M3 chip", "E4M3B11 chip"])
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(tpu_codes, "keeps_e4m3", lambda: request.param)
+    return request.param
+
+
+def rows_of(count: int, channels: int, dtype: Any) -> Any:
+    rng = np.random.default_rng(count)
+    return jnp.asarray(rng.standard_normal((count, channels)), dtype)
+
+
+def assert_close(y: Any, x: Any, w_NK: np.ndarray, limit: float) -> None:
+    """As `relative_error`, where some sums are of zeros only."""
+    x64, w64_KN = np.asarray(x, np.float64), w_NK.T.astype(np.float64)
+    distance = np.abs(np.asarray(y, np.float64) - x64 @ w64_KN)
+    assert np.all(distance <= limit * (np.abs(x64) @ np.abs(w64_KN)))
+
+
+def check(form: str, n: int, k: int, rows: int, dtype: Any = jnp.bfloat16, **params: Any) -> None:
+    w, w_NK = weight(form, n, k)
+    x = rows_of(rows, k, dtype)
+    with interpreted(**params):
+        y = jax.jit(functools.partial(quantize.linear, impl="tpu"))(x, w)
+        assert not params.get("detect_races") or not races_found()
+    assert y.shape == (rows, n)
+    assert y.dtype == x.dtype
+    assert_close(y, x, w_NK, CLOSE if dtype == jnp.float32 else CLOSE_BFLOAT16)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8 with float32 scales"])
+@pytest.mark.parametrize(("n", "k", "rows"), [(384, 256, 1), (300, 384, 130)])
+def test_fp8_on_either_kind_of_chip(form: str, n: int, k: int, rows: int, chip: bool) -> None:
+    check(form, n, k, rows)
+
+
+@pytest.mark.parametrize(("n", "k", "rows"), [(256, 512, 5), (300, 256, 20)])
+def test_fp4_with_scaled_products_and_with_scaled_weights(n: int, k: int, rows: int) -> None:
+    check("fp4", n, k, rows)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_several_tiles_of_k_and_of_n_in_float32(form: str) -> None:
+    # Longer than a tile of 2 MB and than 2048 columns.
+    check(form, 1100, 8192 if form == "fp4" else 4096, 9, jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_several_tiles_of_rows_reuse_the_dequantised_weights(form: str) -> None:
+    check(form, 256, 2048, 1030)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.sampled_from(["fp8", "fp4"]), st.integers(1, 500), st.integers(1, 3), st.integers(1, 40))
+def test_any_number_of_columns_and_rows(form: str, n: int, k: int, rows: int) -> None:
+    check(form, n, 256 * k, rows)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("rows", [3, 140])
+def test_two_cores_do_not_race(form: str, rows: int) -> None:
+    check(form, 512, 256, rows, **TWO_CORES)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_every_code_counts_as_its_value(form: str, chip: bool) -> None:
+    codes, scale = every_code(form)
+    repeat = -(-256 // codes.shape[1]) if form == "fp8" else 1
+    w = leaf((np.tile(codes, repeat), np.tile(scale, repeat)), form)
+    x = jnp.eye(w.shape[1], dtype=jnp.bfloat16)
+    with interpreted():
+        y = jax.jit(functools.partial(quantize.linear, impl="tpu"))(x, w)
+    # A row of the unit matrix picks one weight, and codes are exact in bfloat16.
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(quantize.dense(w, jnp.bfloat16)).T)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4", "fp8 with float32 scales"])
+@pytest.mark.parametrize("impl", ["tpu", "xla", "reference"])
+def test_gradient_of_x_is_that_of_the_dequantised_matrix(form: str, impl: Any) -> None:
+    w, w_NK = weight(form, 256, 1024)
+    x, dy = rows_of(20, 1024, jnp.float32), rows_of(21, 256, jnp.float32)[:20]
+
+    def loss(x: Any) -> Any:
+        return jnp.sum(quantize.linear(x, w, impl=impl) * dy)
+
+    with interpreted():
+        dx = jax.jit(jax.grad(loss))(x)
+    assert_close(dx, dy, w_NK.T, CLOSE)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_gradient_by_several_strips_of_k(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "_STRIP", 100 * 256)
+    w, w_NK = weight(form, 100, 768)
+    dy = rows_of(7, 100, jnp.float32)
+    assert_close(xla.linear_backward(dy, w), dy, w_NK.T, CLOSE)
+
+
+def test_arrays_have_gradients_and_quantised_weights_none() -> None:
+    x, w = rows_of(3, 64, jnp.float32), rows_of(5, 64, jnp.float32)
+    dw = jax.grad(lambda w: jnp.sum(quantize.linear(x, w)))(w)
+    np.testing.assert_allclose(dw, np.tile(np.asarray(x).sum(0), (5, 1)), rtol=1e-5, atol=1e-5)
+    held, _ = weight("fp8", 128, 128)
+    pulled = jax.vjp(lambda x, w: quantize.linear(x, w), rows_of(2, 128, jnp.float32), held)[1]
+    zeros = pulled(jnp.ones((2, 128)))[1]
+    assert not np.any(np.asarray(zeros.codes.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "form", "dtype"),
+    [(128, 96, "fp8", "float32"), (128, 384, "fp4", "float32"), (128, 256, "fp8", "float16")],
+)
+def test_what_the_kernel_does_not_take_is_refused_or_left_to_xla(
+    n: int, k: int, form: str, dtype: str
+) -> None:
+    w, w_NK = weight(form, n, k)
+    x = rows_of(3, k, dtype)
+    with pytest.raises(Unsupported, match="takes"):
+        quantize.linear(x, w, impl="tpu")
+    assert_close(quantize.linear(x, w), x, w_NK, CLOSE_BFLOAT16)
+
+
+def test_where_the_compiler_would_have_to_partition_xla_serves() -> None:
+    w, _ = weight("fp8", 128, 256)
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,))  # noqa: TID251
+    with jax.set_mesh(mesh), pytest.raises(Unsupported, match="shard_map"):
+        quantize.linear(rows_of(2, 256, jnp.bfloat16), w, impl="tpu")
+
+
+def matrix(form: str, n: int, k: int) -> Any:
+    S = jax.ShapeDtypeStruct
+    if form == "fp4":
+        return quantize.Fp4Weight(S((k // 2, n), jnp.uint8), S((k // 32, n), jnp.float8_e8m0fnu))
+    scale = S((-(-k // 128), -(-n // 128)), jnp.float8_e8m0fnu)
+    return quantize.Fp8Weight(S((k, n), jnp.float8_e4m3fn), scale)
+
+
+def assert_compiles_without_copies(
+    chip: Target, name: str, form: str, rows: int, *, backward: bool = False
+) -> None:
+    shape = SHAPES[name]
+    run = tpu.linear_backward if backward else functools.partial(quantize.linear, impl="auto")
+    x = jax.ShapeDtypeStruct((rows, shape.n if backward else shape.k), jnp.bfloat16)
+    program = targets.compiled(chip, run, x, matrix(form, shape.n, shape.k))
+    assert "tpu_custom_call" in (program.as_text() or "")
+    # XLA's own form keeps the weight in 16 or 32 bits: 67 MB and more.
+    assert targets.temporaries(program) <= 2**16
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("rows", [8, 1024])
+def test_fp8_compiles_for_every_chip(chip: Target, name: str, rows: int) -> None:
+    assert_compiles_without_copies(chip, name, "fp8", rows)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rows", [1, 128, 1024])
+def test_fp4_compiles_for_every_chip(chip: Target, rows: int) -> None:
+    assert_compiles_without_copies(chip, EXPERTS[-1], "fp4", rows)
+
+
+@pytest.mark.parametrize(("chip", "rows"), [("v5p", 4096), ("v6e", 128), ("tpu7x", 4096)])
+def test_other_numbers_of_rows_compile(chip: Target, rows: int) -> None:
+    assert_compiles_without_copies(chip, "pro output", "fp8", rows)
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "form"),
+    [
+        ("v5p", "pro output", "fp8"),
+        ("v6e", "pro query", "fp8"),
+        ("tpu7x", "flash query", "fp8"),
+        ("v5p", "flash expert up", "fp4"),
+        ("tpu7x", "pro expert up", "fp4"),
+    ],
+)
+def test_the_gradient_of_x_compiles(chip: Target, name: str, form: str) -> None:
+    assert_compiles_without_copies(chip, name, form, 1024, backward=True)

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array
 
 ROWS, COLUMNS, SLOTS = 64, 128, 64
 SIZE = ROWS * COLUMNS
 # Less than the key of any score.
 NOTHING = -(2**31)
-_INFINITY, _LARGEST = 0x7F800000, 2**31 - 1
 _DIGITS, _DIGIT_BITS = 3, 11
 
 _i32, _f32, _f16 = jnp.int32, jnp.float32, jnp.float16
@@ -37,25 +36,18 @@ _MATRIX, _BY_ROW, _BY_COLUMN = (
 _INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()
 
 
-def sortable(score: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Integers in the order of the scores: both zeros are 0, every NaN is the largest."""
-    bits = jax.lax.bitcast_convert_type(score, _i32)
-    magnitude = bits & _LARGEST
-    ordered = jnp.where(bits < 0, -magnitude, magnitude)
-    return jnp.where(magnitude > _INFINITY, _LARGEST, ordered)
-
-
 def load(ref: Any, layout: Any) -> Array:
     """What a reference to shared memory holds, as a register array of this layout."""
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
-def iota(shape: tuple[int, ...], dim: int) -> Array:
-    """Numbers along a dim, laid out like a product."""
-    return plgpu.layout_cast(jax.lax.broadcasted_iota(_i32, shape, dim), _MATRIX)
+def iota(shape: tuple[int, ...], dim: int, layout: Any = _MATRIX) -> Array:
+    """Numbers along a dim, laid out like a product unless told otherwise."""
+    return plgpu.layout_cast(jax.lax.broadcasted_iota(_i32, shape, dim), layout)
 
 
-def _product(a_ref: Any, b_ref: Any) -> Array:
+def product(a_ref: Any, b_ref: Any) -> Array:
+    """Matrix product of shared memory on tensor cores, in float32."""
     plgpu.commit_smem()
 
     def multiply(acc_ref: Any) -> Array:
@@ -147,7 +139,7 @@ def _triangle(ones_ref: Any) -> None:
 def _ranks(mask_RC: Array, work: Any) -> Array:
     """How many are true up to each, itself included; leaves what a list needs in `work`."""
     work["mask_RC"][...] = mask_RC.astype(_f32).astype(_f16)
-    within_RC = _product(work["mask_RC"], work["ones_CC"])
+    within_RC = product(work["mask_RC"], work["ones_CC"])
     work["planes_PRC"][0] = within_RC.astype(_f16)
     work["total_R"][...] = jnp.sum(mask_RC.astype(_i32), axis=1)
     square = (ROWS, ROWS)
@@ -166,7 +158,7 @@ def _list_block(first: Array, at_ref: Any, key_ref: Any, work: Any) -> None:
     slot_VR = iota(square, 0) + first
     here_VR = (slot_VR >= before_VR) & (slot_VR < before_VR + total_VR)
     work["row_VR"][...] = here_VR.astype(_f32).astype(_f16)
-    fetch = lambda plane: _product(work["row_VR"], work["planes_PRC"].at[plane]).astype(_i32)
+    fetch = lambda plane: product(work["row_VR"], work["planes_PRC"].at[plane]).astype(_i32)
 
     rank_V = jnp.sum(jnp.where(here_VR, slot_VR - before_VR, 0), axis=1)
     column_V = jnp.sum((fetch(0) <= _along_rows(rank_V, wide)).astype(_i32), axis=1)

@@ -1,0 +1,175 @@
+"""Scores of a chunk of entries for one query, from keys in device memory to integers in shared.
+
+Tiles of 64 keys come by TMA, a few ahead of the tensor cores, which multiply them with the query's
+heads; relu, weights and the sum over heads follow in registers. E4M3 codes become bfloat16 on the
+way, which is exact, so that sums are in float32 in earnest (products of 8 bits keep 14 bits here).
+
+Axis letters: as in the package; X entries of a tile, D tiles under way, Y scales read for a
+tile.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.indexer_topk import gpu_select
+from pallas_kernels.indexer_topk.gpu_select import NOTHING
+from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
+from pallas_kernels.indexer_topk.reference import ordered
+
+# Heads come in multiples of 64 too: what a tile of a product holds.
+TILE = HEADS = 64
+_BY_ENTRY, _BY_HEAD = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+# Bytes of tiles under way per block of threads, of which a multiprocessor holds two.
+_AHEAD = 48 * 2**10
+
+
+def arrays_of(keys: Keys) -> tuple[Any, ...]:
+    """What the kernel reads of keys.
+
+    Raises:
+      Unsupported: unless they are bfloat16 (pages: of a multiple of 64 entries) or E4M3.
+    """
+    match keys:
+        case Fp8Keys() if keys.codes.shape[3] % 128 == 0:
+            scale = keys.scale
+            if scale.dtype == jnp.float8_e8m0fnu:
+                scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+            return keys.codes, scale.reshape(*scale.shape[:2], -1)
+        case PagedKeys() if keys.pages.dtype == jnp.bfloat16 and keys.pages.shape[2] % TILE == 0:
+            return keys.pages, keys.table.astype(jnp.int32)
+        case jax.Array() if keys.dtype == jnp.bfloat16:
+            return (keys,)
+    raise Unsupported(
+        f"The GPU kernel takes bfloat16 keys, in pages of a multiple of {TILE} entries or in one"
+        f" piece, or Fp8Keys of a dim that is a multiple of 128; not {jax.tree.map(jnp.shape, keys)}"
+        f" of {jax.tree.map(lambda x: str(x.dtype), keys)}."
+    )
+
+
+def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
+    """Shared memory for `score_chunk`."""
+    matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=gpu_select.TILED)
+    narrow = isinstance(keys, Fp8Keys)
+    depth = max(2, _AHEAD // (TILE * dim * (1 if narrow else 2)))
+    found = {
+        "q_JI": matrix((dim, heads)),
+        "weights_I": plgpu.SMEM((heads,), jnp.float32),
+        "here": plgpu.Barrier(num_arrivals=2),
+        "tile_here_D": plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=depth),
+    }
+    if not narrow:
+        return found | {"keys_DXJ": matrix((depth, TILE, dim))}
+    codes = plgpu.SMEM((depth, TILE, dim), jnp.float8_e4m3fn, transforms=_BYTES_TILED)
+    scale = jnp.float32 if keys.scale.dtype == jnp.float32 else jnp.uint8
+    scales = plgpu.SMEM((depth, 2 * TILE), scale)
+    return found | {"codes_DXJ": codes, "scale_DY": scales, "keys_XJ": matrix((TILE, dim))}
+
+
+def start_of(nominal: Any, entries: int) -> Any:
+    """Where the tile lies whose first entry should be this: the last one reaches back."""
+    return jnp.minimum(nominal, entries - TILE)
+
+
+def score_chunk(
+    source: Any, layer: Array, row: Array, q_JI: Any, weights_I: Any, *, span: Any, heads: int
+) -> Any:
+    """Score entries of a row of the batch.
+
+    Args:
+      source: references to `arrays_of` keys, and whether they are pages.
+      layer: the layer to read.
+      row: of the batch.
+      q_JI: reference to the query, heads last.
+      weights_I: reference to its weights.
+      span: first entry, one past the last, entries that there is room for.
+      heads: how many of them there are; the others are padding.
+    Returns:
+      A function of a reference to i32[R, C], which receives the scores, `ordered`, from its start
+      on, and of the `buffers`.
+    """
+    first, end, room = span
+    arrays, paged = source
+
+    def fetch(smem: Any, depth: int, tile: Any) -> None:
+        slot, start = jax.lax.rem(tile, depth), start_of(first + tile * TILE, room)
+        here = smem["tile_here_D"].at[slot]
+        if paged:
+            pages, table = arrays
+            size = pages.shape[2]
+            page, within = table[row, start // size], jax.lax.rem(start, size)
+            keys_XJ = pages.at[layer, page, pl.ds(within, TILE)]
+        else:
+            keys_XJ = arrays[0].at[layer, row, pl.ds(start, TILE)]
+        to = smem["codes_DXJ" if "codes_DXJ" in smem else "keys_DXJ"]
+        plgpu.copy_gmem_to_smem(keys_XJ, to.at[slot], here)
+        if "scale_DY" in smem:
+            scale_LBS = arrays[1]
+            scales = pl.ds(_scales_start(start, scale_LBS), 2 * TILE)
+            scale_Y = scale_LBS.at[layer, row, scales]
+            plgpu.copy_gmem_to_smem(scale_Y, smem["scale_DY"].at[slot], here)
+
+    def run(score_ref: Any, smem: Any) -> None:
+        depth = smem["tile_here_D"].shape[0]
+        tiles = (end - first + TILE - 1) // TILE
+        plgpu.copy_gmem_to_smem(q_JI, smem["q_JI"], smem["here"])
+        plgpu.copy_gmem_to_smem(weights_I, smem["weights_I"], smem["here"])
+        for tile in range(depth):
+            pl.when(tile < tiles)(functools.partial(fetch, smem, depth, jnp.int32(tile)))
+        plgpu.barrier_wait(smem["here"])
+        weights = gpu_select.load(smem["weights_I"], _BY_HEAD)
+
+        @pl.loop(0, tiles)
+        def _(tile: Array) -> None:
+            slot = jax.lax.rem(tile, depth)
+            plgpu.barrier_wait(smem["tile_here_D"].at[slot])
+            nominal = first + tile * TILE
+            start = start_of(nominal, room)
+            score_X = _tile_scores(slot, weights, heads, smem)
+            if "scale_DY" in smem:
+                of_tile = pl.ds(start - _scales_start(start, arrays[1]), TILE)
+                scale_X = gpu_select.load(smem["scale_DY"].at[slot, of_tile], _BY_ENTRY)
+                score_X *= scale_X if scale_X.dtype == jnp.float32 else _power_of_two(scale_X)
+            key_X = ordered(score_X)
+            entry_X = start + gpu_select.iota((TILE,), 0, _BY_ENTRY)
+            # The last tile may reach back over entries of the one before.
+            counts_X = (entry_X >= nominal) & (entry_X < end)
+            half = pl.ds(jax.lax.rem(tile, 2) * TILE, TILE)
+            score_ref[tile // 2, half] = jnp.where(counts_X, key_X, NOTHING)
+            pl.when(tile + depth < tiles)(functools.partial(fetch, smem, depth, tile + depth))
+
+    return run
+
+
+def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
+    """Scores of the tile in one slot."""
+    if "codes_DXJ" in smem:
+        codes_XJ = gpu_select.load(smem["codes_DXJ"].at[slot], plgpu.Layout.WGMMA)
+        smem["keys_XJ"][...] = codes_XJ.astype(jnp.float32).astype(jnp.bfloat16)
+        dots_XI = gpu_select.product(smem["keys_XJ"], smem["q_JI"])
+    else:
+        dots_XI = gpu_select.product(smem["keys_DXJ"].at[slot], smem["q_JI"])
+    terms_XI = jnp.maximum(dots_XI, 0.0) * jax.lax.broadcast_in_dim(weights_I, dots_XI.shape, (1,))
+    if heads < dots_XI.shape[1]:
+        # An infinite key makes NaN of heads that are not there.
+        terms_XI = jnp.where(gpu_select.iota(dots_XI.shape, 1) < heads, terms_XI, 0.0)
+    return jnp.sum(terms_XI, axis=1)
+
+
+def _scales_start(start: Any, scale_LBS: Any) -> Any:
+    """Where to read 128 scales, the least that a warpgroup copies, among them a tile's."""
+    return jnp.minimum(start, scale_LBS.shape[2] - 2 * TILE)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    """E8M0 as float32: 2^(e - 127), of which the least is subnormal."""
+    exponent = exponent.astype(jnp.int32)
+    bits = jnp.where(exponent == 0, 1 << 22, jax.lax.shift_left(exponent, jnp.int32(23)))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

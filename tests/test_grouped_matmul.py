@@ -193,5 +193,5 @@ def test_reference_is_differentiable(weight_first: bool) -> None:
 def test_a_form_that_is_not_there_is_refused_with_those_that_are() -> None:
     # Under the annotations' check, which would refuse it first.
     door = inspect.unwrap(grouped_matmul.expert_mlp)
-    with pytest.raises(NotImplementedError, match=r"'tpu' form; pass one of \['auto', 'reference'"):
-        door(**inputs(SMALL, 1), limit=LIMIT, weight_first=True, impl="tpu")
+    with pytest.raises(NotImplementedError, match=r"'cuda' form; pass one of \['auto'"):
+        door(**inputs(SMALL, 1), limit=LIMIT, weight_first=True, impl="cuda")

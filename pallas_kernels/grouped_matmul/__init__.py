@@ -1,29 +1,35 @@
 """The routed experts: each token through its chosen experts' clamped SwiGLU.
 
+Tokens and routing weights get gradients in every form, and so do experts' matrices that are arrays
+and the factors of `LoraWeight`; quantised matrices are constants. Gradients are computed from
+anew computed hidden activations.
+
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden.
 """
 
-from typing import Literal
+import dataclasses
+import functools
+from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import quantize
-from pallas_kernels.grouped_matmul import reference, xla
-from pallas_kernels.implementations import require
+from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight
+from pallas_kernels.implementations import Impl, dispatch
 
-__all__ = ["expert_mlp"]
+__all__ = ["LoraWeight", "Weight", "expert_mlp"]
 
-Impl = Literal["auto", "xla", "reference"]
-_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def expert_mlp(
     x_TD: Float[Array, "T D"],
     expert_TA: Int[Array, "T A"],
     weight_TA: Float[Array, "T A"],
-    w1_LEFD: quantize.Weight,
-    w3_LEFD: quantize.Weight,
-    w2_LEDF: quantize.Weight,
+    w1_LEFD: Weight,
+    w3_LEFD: Weight,
+    w2_LEDF: Weight,
     layer: Int[Array, ""],
     *,
     limit: float,
@@ -37,32 +43,61 @@ def expert_mlp(
       expert_TA: ids of each token's experts. Ids that are not 0 .. E - 1 contribute nothing; a
         repeated id counts as often as it stands there.
       weight_TA: routing weights.
-      w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype or
-        quantised; only the chosen experts of `layer` are read.
+      w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype, quantised,
+        or either with a low-rank update; only the chosen experts of `layer` are read.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
       layer: which layer of the stack.
       limit: gate is at most this, up between its negative and it.
       weight_first: the routing weight multiplies the hidden activation (DeepSeek's runtime),
         not the expert's output (transformers).
-      impl: 'reference' puts every token through every expert and is differentiable; the other
-        forms are not. 'auto' takes the best form for the compile target.
+      impl: 'reference' puts every token through every expert. 'auto' takes the best form for the
+        compile target.
 
     Returns:
       float32, or wider if x is.
 
     Raises:
-      NotImplementedError: no such form.
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    require("grouped_matmul.expert_mlp", impl, _FORMS)
-    return _FORMS[impl].expert_mlp(
-        x_TD,
-        expert_TA,
-        weight_TA,
-        w1_LEFD,
-        w3_LEFD,
-        w2_LEDF,
-        layer,
-        limit=limit,
-        weight_first=weight_first,
+    arrays = (x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
+    if impl == "reference":
+        return reference.expert_mlp(*arrays, limit=limit, weight_first=weight_first)
+    return _expert_mlp((limit, weight_first, impl), arrays)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """For the backward: the arguments, and which of the three weights get a gradient."""
+
+    arrays: tuple[Any, ...]
+    learn: tuple[bool, bool, bool] = dataclasses.field(metadata={"static": True})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_mlp(settings: Any, arrays: tuple[Any, ...]) -> Any:
+    limit, weight_first, impl = settings
+    static = {"limit": limit, "weight_first": weight_first}
+    return dispatch("grouped_matmul", "expert_mlp", impl, _FORMS, *arrays, **static)
+
+
+def _forward(settings: Any, primals: tuple[Any, ...]) -> Any:
+    arrays = jax.tree.map(lambda primal: primal.value, primals)
+    perturbed = lambda w: any(primal.perturbed for primal in jax.tree.leaves(w))
+    gate, up, down = map(perturbed, primals[3:6])
+    return _expert_mlp(settings, arrays), _Kept(arrays, (gate, up, down))
+
+
+def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
+    limit, weight_first, impl = settings
+    if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
+        return (None,)
+    static = {"limit": limit, "weight_first": weight_first, "learn": kept.learn}
+    x, weight, gate, up, down = dispatch(
+        "grouped_matmul", "expert_mlp_backward", impl, _FORMS, grad_TD, *kept.arrays, **static
     )
+    return ((x, None, weight, gate, up, down, None),)
+
+
+_expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)

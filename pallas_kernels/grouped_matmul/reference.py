@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import quantize
 from pallas_kernels.dtypes import accumulator
+from pallas_kernels.grouped_matmul import lora
 
 
 def expert_mlp(
     x_TD: Float[Array, "T D"],
     expert_TA: Int[Array, "T A"],
     weight_TA: Float[Array, "T A"],
-    w1_LEFD: quantize.Weight,
-    w3_LEFD: quantize.Weight,
-    w2_LEDF: quantize.Weight,
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    w2_LEDF: lora.Weight,
     layer: Int[Array, ""],
     *,
     limit: float,
@@ -35,7 +35,7 @@ def expert_mlp(
         e, w1_FD, w3_FD, w2_DF = expert
         weight_T1 = jnp.sum(jnp.where(expert_TA == e, weight_TA, 0), axis=1, keepdims=True)
         weight_T1 = weight_T1.astype(wide)
-        linear = lambda x, w: quantize.linear(x, w, impl="reference").astype(wide)
+        linear = lambda x, w: lora.linear(x, w, impl="reference").astype(wide)
         hidden_TF = activate(linear(x_TD, w1_FD), linear(x_TD, w3_FD), limit)
         if weight_first:
             hidden_TF = hidden_TF * weight_T1

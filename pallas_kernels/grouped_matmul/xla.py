@@ -6,15 +6,16 @@ P = T * A rows (one per token and choice), R rows of a tile.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import quantize
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import lora, reference, sorting
+from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
+
+__all__ = ["expert_mlp", "expert_mlp_backward"]
 
 # One expert's layer on rows that share it: (rows, their weights, expert) -> weighted outputs.
 _Expert = Callable[[Array, Array, Array], Array]
@@ -24,9 +25,9 @@ def expert_mlp(
     x_TD: Float[Array, "T D"],
     expert_TA: Int[Array, "T A"],
     weight_TA: Float[Array, "T A"],
-    w1_LEFD: quantize.Weight,
-    w3_LEFD: quantize.Weight,
-    w2_LEDF: quantize.Weight,
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    w2_LEDF: lora.Weight,
     layer: Int[Array, ""],
     *,
     limit: float,
@@ -37,12 +38,12 @@ def expert_mlp(
     rows, experts = expert_TA.size, w1_LEFD.shape[1]
 
     def run_expert(x_RD: Array, weight_R: Array, expert: Array) -> Array:
-        w1_FD, w3_FD, w2_DF = (take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF))
-        gate_RF, up_RF = (quantize.linear(x_RD, w).astype(wide) for w in (w1_FD, w3_FD))
+        w1_FD, w3_FD, w2_DF = (sorting.take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF))
+        gate_RF, up_RF = (lora.linear(x_RD, w, impl="xla").astype(wide) for w in (w1_FD, w3_FD))
         hidden_RF = reference.activate(gate_RF, up_RF, limit)
         if weight_first:
             hidden_RF = hidden_RF * weight_R[:, None]
-        out_RD = quantize.linear(hidden_RF.astype(x_TD.dtype), w2_DF).astype(wide)
+        out_RD = lora.linear(hidden_RF.astype(x_TD.dtype), w2_DF, impl="xla").astype(wide)
         return out_RD if weight_first else out_RD * weight_R[:, None]
 
     weight_TA = weight_TA.astype(wide)
@@ -87,7 +88,7 @@ def by_tiles(
 ) -> Float[Array, "T D"]:
     """A loop over tiles of one expert's rows, each of the size that fits what is left of them."""
     (T, A), largest = expert_TA.shape, sizes[-1]
-    key_P, order_P = sort_by_expert(expert_TA.reshape(-1), experts)
+    key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
     end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
     token_P, weight_P = pad(order_P // A), pad(weight_TA.reshape(-1)[order_P])
@@ -110,41 +111,4 @@ def by_tiles(
     out_PD = jnp.zeros((T * A + largest, x_TD.shape[1]), weight_TA.dtype)
     more = lambda carry: carry[0] < end_E[-1]
     _, out_PD = jax.lax.while_loop(more, step, (jnp.int32(0), out_PD))
-    return sum_choices(out_PD, order_P, end_E[-1], A)
-
-
-def sum_choices(
-    out_PD: Float[Array, "P_padded D"], order_P: Int32[Array, " P"], real: Array, choices: int
-) -> Float[Array, "T D"]:
-    """Each token's rows, wherever they were sorted to; only the first `real` rows count."""
-    place_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(order_P.size, dtype=jnp.int32))
-    place_TA = place_P.reshape(-1, choices)
-    picked = [
-        jnp.where((place_TA[:, a] < real)[:, None], out_PD[place_TA[:, a]], 0)
-        for a in range(choices)
-    ]
-    return functools.reduce(jnp.add, picked)
-
-
-def sort_by_expert(
-    expert_P: Int[Array, " P"], experts: int
-) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
-    """Experts in ascending order, and where each stood; ids out of range come last."""
-    rows = expert_P.size
-    assert rows * (experts + 1) < 2**31, "expert and row do not fit into one int32"
-    real = (expert_P >= 0) & (expert_P < experts)
-    key_P = jnp.where(real, expert_P, experts).astype(jnp.int32)
-    # On a CPU one array of unique keys sorts 5 times as fast as keys with indices beside them.
-    both_P = jnp.sort(key_P * rows + jnp.arange(rows, dtype=jnp.int32))
-    return both_P // rows, both_P % rows
-
-
-def take(w_LE: quantize.Weight, layer: Array, expert: Array) -> Any:
-    """One expert of one layer; nothing else of the stack is copied."""
-
-    def slice_one(x_LE: Array) -> Array:
-        zero = jnp.zeros((), layer.dtype)
-        start = (layer, expert, *[zero] * (x_LE.ndim - 2))
-        return jax.lax.dynamic_slice(x_LE, start, (1, 1, *x_LE.shape[2:]))[0, 0]
-
-    return jax.tree.map(slice_one, w_LE)
+    return sorting.sum_choices(out_PD, order_P, end_E[-1], A)

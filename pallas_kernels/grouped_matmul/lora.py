@@ -1,0 +1,77 @@
+"""Low-rank updates of experts' matrices.
+
+Axis letters: N output channels, K input channels, r rank; stacks of layers and experts may come
+first.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import quantize
+from pallas_kernels.dtypes import accumulator
+from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A matrix W + scale * (b a), of which the base gets no gradient.
+
+    Attributes:
+      base: [..., N, K], an array or quantised.
+      a: float [..., r, K].
+      b: float [..., N, r].
+      scale: alpha / r.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's: [..., N, K]."""
+        return self.base.shape
+
+
+Weight = Float[Array, "..."] | Fp8Weight | Fp4Weight | LoraWeight
+
+
+def linear(x: Float[Array, "R K"], w: Weight, *, impl: Any) -> Float[Array, "R N"]:
+    """As `quantize.linear`; the base is a constant and the update is rounded with it."""
+    if not isinstance(w, LoraWeight):
+        return quantize.linear(x, w, impl=impl)
+    wide = accumulator(x.dtype)
+    plain = lambda x, w: quantize.linear(x, w.astype(x.dtype), impl=impl)
+    base_RN = quantize.linear(x, jax.lax.stop_gradient(w.base), impl=impl)
+    delta_RN = plain(plain(x, w.a), w.b)
+    return (base_RN.astype(wide) + w.scale * delta_RN.astype(wide)).astype(x.dtype)
+
+
+def learned(w: Weight) -> list[Array]:
+    """What may get a gradient: an array itself, the two factors, nothing of a quantised weight."""
+    if isinstance(w, LoraWeight):
+        return [w.a, w.b]
+    return [] if isinstance(w, Fp8Weight | Fp4Weight) else [w]
+
+
+def replaced(w: Weight, parts: list[Array]) -> Weight:
+    """The weight with other arrays instead of those."""
+    if isinstance(w, LoraWeight):
+        a, b = parts
+        return dataclasses.replace(w, a=a, b=b)
+    return parts[0] if parts else w
+
+
+def gradient(w: Weight, parts: list[Array]) -> Any:
+    """The cotangent of a weight, given those of its `learned`; None for what gets none."""
+    if not parts:
+        return None
+    if isinstance(w, LoraWeight):
+        a, b = parts
+        return LoraWeight(None, a, b, w.scale)
+    return parts[0]

@@ -1,0 +1,176 @@
+"""The routed experts by Pallas kernels for TPUs: gate, up and activation in one, down in another.
+
+Backward, one kernel computes the hidden activations anew and goes back through the down matmul and
+the activation, another through gate and up; outer products give the gradients of arrays.
+
+Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
+P sorted rows (whole tiles), M tiles, R rows of a tile, r rank of a low-rank update.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import quantize
+from pallas_kernels.grouped_matmul import lora, plan, reference, sorting
+from pallas_kernels.grouped_matmul.tpu_matmul import Products
+from pallas_kernels.grouped_matmul.tpu_outer import outer
+from pallas_kernels.implementations import Unsupported
+
+
+def expert_mlp(
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    w2_LEDF: lora.Weight,
+    layer: Int[Array, ""],
+    *,
+    limit: float,
+    weight_first: bool,
+) -> Float[Array, "T D"]:
+    """Sort the rows by expert, two grouped matmuls, sum per token.
+
+    Raises:
+      Unsupported: no rows, another dtype than bfloat16 and float32, D or F not in whole blocks,
+        a mesh of many devices outside of shard_map.
+    """
+    _check(x_TD, expert_TA, w1_LEFD, w3_LEFD, w2_LEDF)
+    A, weight_TA = expert_TA.shape[1], weight_TA.astype(jnp.float32)
+    steps = plan.make(expert_TA, w1_LEFD.shape[1])
+
+    def finish(sums: Sequence[Array], weight_R1: Array) -> Any:
+        hidden_RF = reference.activate(sums[0], sums[1], limit)
+        return [hidden_RF * weight_R1 if weight_first else hidden_RF], None
+
+    hidden = Products(steps, layer)
+    x = hidden.take(plan.sorted_rows(steps, x_TD, A))
+    hidden.add(x, w1_LEFD, 0)
+    hidden.add(x, w3_LEFD, 1)
+    weight_M1R = plan.tiled(steps, weight_TA) if weight_first else None
+    (hidden_PF,) = hidden.run("experts_hidden", finish=finish, number_M1R=weight_M1R)
+    out = Products(steps, layer)
+    out.add(out.take(hidden_PF), w2_LEDF, 0)
+    (out_PD,) = out.run("experts_out")
+    weight = None if weight_first else weight_TA
+    return sorting.sum_choices(out_PD, steps.order_P, steps.real, A, weight)
+
+
+def expert_mlp_backward(
+    grad_TD: Float[Array, "T D"],
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    w2_LEDF: lora.Weight,
+    layer: Int[Array, ""],
+    *,
+    limit: float,
+    weight_first: bool,
+    learn: tuple[bool, bool, bool],
+) -> tuple[Array, Array, Any, Any, Any]:
+    """As `xla.expert_mlp_backward`; where the routing weight is multiplied in makes no difference.
+
+    Raises:
+      Unsupported: as for `expert_mlp`.
+    """
+    del weight_first
+    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
+    _check(x_TD, expert_TA, *weights)
+    A = expert_TA.shape[1]
+    steps = plan.make(expert_TA, w1_LEFD.shape[1])
+    number_M1R = plan.tiled(steps, weight_TA.astype(jnp.float32))
+    x_PD = plan.sorted_rows(steps, x_TD, A)
+    grad_PD = plan.sorted_rows(steps, grad_TD.astype(x_TD.dtype), A)
+
+    hidden = Products(steps, layer)
+    x, grad = hidden.take(x_PD), hidden.take(grad_PD)
+    low1, low3 = hidden.add(x, w1_LEFD, 0), hidden.add(x, w3_LEFD, 1)
+    back2 = hidden.add(grad, w2_LEDF, 2, transposed=True)
+    gate_PF, up_PF, hidden_PF, dweight_M1R = hidden.run(
+        "experts_hidden_backward",
+        finish=functools.partial(_hidden_backward, limit=limit),
+        number_M1R=number_M1R,
+        outputs=3,
+        summed=True,
+    )
+    back = Products(steps, layer)
+    gate, up = back.take(gate_PF), back.take(up_PF)
+    back1 = back.add(gate, w1_LEFD, 0, transposed=True)
+    back3 = back.add(up, w3_LEFD, 0, transposed=True)
+    (dx_PD,) = back.run("experts_out_backward")
+    dx_TD = sorting.sum_choices(dx_PD, steps.order_P, steps.real, A).astype(x_TD.dtype)
+    dweight_TA = plan.unsorted(steps, dweight_M1R.reshape(-1), A).astype(weight_TA.dtype)
+
+    low2 = None
+    if learn[2] and isinstance(w2_LEDF, lora.LoraWeight):
+        low2 = Products(steps, layer).low_rank(hidden_PF, w2_LEDF)
+    sides = (
+        (gate_PF, x_PD, low1, back1),
+        (up_PF, x_PD, low3, back3),
+        (grad_PD, hidden_PF, low2, back2),
+    )
+    gate_grad, up_grad, down_grad = (
+        _weight_gradient(steps, layer, w, *side) if wanted else None
+        for w, side, wanted in zip(weights, sides, learn, strict=True)
+    )
+    return dx_TD, dweight_TA, gate_grad, up_grad, down_grad
+
+
+def _hidden_backward(sums: Sequence[Array], weight_R1: Array, *, limit: float) -> Any:
+    """Gradients of gate and up, the weighted hidden activation; what sums to the weight's."""
+    gate_RF, up_RF, back_RF = sums
+    activate = lambda gate_RF, up_RF: reference.activate(gate_RF, up_RF, limit)
+    hidden_RF, pull = jax.vjp(activate, gate_RF, up_RF)
+    return [*pull(back_RF * weight_R1), hidden_RF * weight_R1], back_RF * hidden_RF
+
+
+def _weight_gradient(
+    steps: plan.Plan,
+    layer: Array,
+    w: lora.Weight,
+    grad_PN: Array,
+    x_PK: Array,
+    low_Pr: Array | None,
+    back_Pr: Array | None,
+) -> Any:
+    """Of a stack, given rows going in and coming back, and both in a low-rank update's middle."""
+    parts = lora.learned(w)
+    sides = [(grad_PN, x_PK)]
+    if isinstance(w, lora.LoraWeight):
+        assert low_Pr is not None
+        assert back_Pr is not None
+        # That of b with the rank first, as kernels write it best.
+        sides = [(back_Pr, x_PK), (low_Pr, grad_PN)]
+    grads = []
+    for part, (left, right) in zip(parts, sides, strict=False):
+        grad_E = outer(
+            steps, w.shape[1], left, right, dtype=part.dtype, name="experts_weight_gradient"
+        )
+        grad_E = jnp.swapaxes(grad_E, 1, 2) if left is low_Pr else grad_E
+        grads.append(jnp.zeros_like(part).at[layer].set(grad_E))
+    return lora.gradient(w, grads)
+
+
+def _check(x_TD: Array, expert_TA: Array, *weights: lora.Weight) -> None:
+    if x_TD.dtype not in (jnp.bfloat16, jnp.float32):
+        raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x_TD.dtype}.")
+    if expert_TA.size == 0:
+        raise Unsupported("The TPU form takes at least one token and expert.")
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes):
+        raise Unsupported("The compiler does not partition TPU kernels: use jax.shard_map.")
+    for w in weights:
+        base = w.base if isinstance(w, lora.LoraWeight) else w
+        quantised = isinstance(base, quantize.Fp8Weight | quantize.Fp4Weight)
+        if not quantised and base.dtype != x_TD.dtype:
+            raise Unsupported(f"The TPU form takes arrays in x's dtype, not {base.dtype}.")
+        unit = 256 if isinstance(base, quantize.Fp4Weight) else 128
+        if base.shape[2] % unit or base.shape[3] % unit:
+            raise Unsupported(f"The TPU form takes D and F in {unit}s, not {base.shape[2:]}.")

@@ -310,7 +310,8 @@ def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
     if width % _LANES:
         lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, _LANES), 1)
         return jnp.where(lane_RW == 0, jnp.sum(x_RX, axis=1, keepdims=True), 0.0)
-    return sum(x_RX[:, at : at + _LANES] for at in range(0, width, _LANES))
+    parts = [x_RX[:, at : at + _LANES] for at in range(0, width, _LANES)]
+    return functools.reduce(jnp.add, parts)
 
 
 def of_rows(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:

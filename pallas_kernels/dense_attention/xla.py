@@ -58,7 +58,7 @@ def prefill(
     scale: float,
 ) -> Float[Array, "B T H K"]:
     batch, queries = visible_BT.shape
-    block, count, pad = blocks.split(queries)
+    block, count, pad = blocks.split(queries, blocks.QUERIES)
     padded_q, padded_visible, padded_window = pad(q_BTHK), pad(visible_BT), pad(window_BXK)
 
     def one(index: Any) -> Any:

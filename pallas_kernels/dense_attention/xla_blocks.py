@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 # With 8 heads, products of 128 queries are large, and logits stay in the cache. More entries are no
 # faster there, and slow a few queries down.
-_QUERIES = 128
+QUERIES = 128
 _ENTRIES = 256
 
 
-def split(queries: int) -> tuple[int, int, Callable[[Any], Any]]:
+def split(queries: int, most: int) -> tuple[int, int, Callable[[Any], Any]]:
     """Queries of a block, blocks, and what pads arrays [B, T, ...] to whole blocks."""
-    block = min(queries, _QUERIES)
+    block = min(queries, most)
     blocks = -(-queries // block)
     spare = blocks * block - queries
     return block, blocks, lambda x: jnp.pad(x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2)))

@@ -1,4 +1,4 @@
-"""Pooling on NVIDIA GPUs from Hopper on: one reading of the tokens, nothing in device memory between.
+"""Pooling on NVIDIA GPUs from Hopper on: tokens are read once, and only entries are written.
 
 A block of threads brings the tokens of a few windows to shared memory (TMA) and keeps a running
 softmax per channel in registers.

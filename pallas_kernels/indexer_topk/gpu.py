@@ -8,7 +8,6 @@ Axis letters: as in the package; N rows (B * T queries), H chunks, K entries of 
 blocks), G groups of lists, C candidates of a group.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -149,11 +148,10 @@ def _candidates(
                 span=(first, jnp.minimum(visible, first + chunk), room),
                 heads=heads,
             )
-            smem = gpu_scores.buffers(keys, dim, padded)
-            pl.run_scoped(lambda **smem: score(score_ref, smem), **smem)
-            work = gpu_select.scratch(digits=True)
-            choose = functools.partial(gpu_select.select, score_ref, entry_ref, key_ref, k)
-            pl.run_scoped(lambda **work: choose(work), **work)
+            buffers = gpu_scores.buffers(keys, dim, padded)
+            pl.run_scoped(lambda **smem: score(score_ref, smem), **buffers)
+            gpu_select.select(score_ref, entry_ref, k)
+            gpu_select.fetch(score_ref, entry_ref, key_ref)
             entry_ref[...] = _entries(entry_ref[...], first, room)
 
         plgpu.commit_smem()
@@ -214,12 +212,11 @@ def _best_of_keys(key_NGC: Int32[Array, "N G C"], k: int) -> Int32[Array, "N G K
     rows, groups, _ = key_NGC.shape
     width = gpu_select.slots(k)
 
-    def body(key_hbm, at_out, key_ref, at_ref, here, *work):
+    def body(key_hbm, at_out, key_ref, at_ref, here):
         group, row = jax.lax.axis_index("group"), jax.lax.axis_index("row")
         plgpu.copy_gmem_to_smem(key_hbm.at[row, group], key_ref, here)
         plgpu.barrier_wait(here)
-        scratch = dict(zip(gpu_select.scratch(digits=False), work, strict=True))
-        gpu_select.select(key_ref, at_ref, None, k, scratch)
+        gpu_select.select(key_ref, at_ref, k)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(at_ref, at_out.at[row, group])
         plgpu.wait_smem_to_gmem(0)
@@ -233,7 +230,6 @@ def _best_of_keys(key_NGC: Int32[Array, "N G C"], k: int) -> Int32[Array, "N G K
             plgpu.SMEM((gpu_select.ROWS, gpu_select.COLUMNS), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.Barrier(),
-            *gpu_select.scratch(digits=False).values(),
         ],
         compiler_params=_PARAMS,
         kernel_name="indexer_merge",

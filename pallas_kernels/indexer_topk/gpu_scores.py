@@ -49,8 +49,7 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
             return (keys,)
     raise Unsupported(
         f"The GPU kernel takes bfloat16 keys, in pages of a multiple of {TILE} entries or in one"
-        f" piece, or Fp8Keys of a dim that is a multiple of 128; not {jax.tree.map(jnp.shape, keys)}"
-        f" of {jax.tree.map(lambda x: str(x.dtype), keys)}."
+        f" piece, or Fp8Keys of a dim that is a multiple of 128; not {keys}."
     )
 
 
@@ -58,7 +57,8 @@ def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     """Shared memory for `score_chunk`."""
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=gpu_select.TILED)
     narrow = isinstance(keys, Fp8Keys)
-    depth = max(2, _AHEAD // (TILE * dim * (1 if narrow else 2)))
+    # The bfloat16 form of a tile of codes takes its share.
+    depth = (_AHEAD // (TILE * dim) - 2) if narrow else _AHEAD // (TILE * dim * 2)
     found = {
         "q_JI": matrix((dim, heads)),
         "weights_I": plgpu.SMEM((heads,), jnp.float32),

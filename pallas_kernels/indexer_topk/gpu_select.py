@@ -3,13 +3,15 @@
 Keys are integers in the order of the scores. (1) Bisection on the key's bits finds the cut. (2) A
 product with a triangle of ones ranks equal keys at the cut, and then the chosen ones. (3) Each slot
 of the list finds its row by comparing ranks; a product with that one-hot matrix fetches the row's
-prefix counts, by which the column is found, and the digits of its keys. Counts up to 128 and digits
-of 11 bits are whole numbers that float16 holds exactly.
+prefix counts, by which the column is found. Keys are fetched likewise, digit by digit. Counts up to
+128 and digits of 11 bits are whole numbers that float16 holds exactly.
 
 Axis letters: R rows (64), C columns (128): entry R * 128 + C; V slots of a block (64).
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,91 +88,116 @@ def cut(keys_ref: Any, k: int) -> tuple[Array, Array]:
     return least, k - jnp.sum((keys_RC > least).astype(_i32))
 
 
-def scratch(*, digits: bool) -> dict[str, Any]:
-    """Shared memory for `select`, with room for the digits of keys if those are wanted."""
-    planes = 1 + _DIGITS * digits
-    return {
-        "mask_RC": plgpu.SMEM((ROWS, COLUMNS), _f16, transforms=TILED),
-        "ones_CC": plgpu.SMEM((COLUMNS, COLUMNS), _f16, transforms=TILED),
-        "planes_PRC": plgpu.SMEM((planes, ROWS, COLUMNS), _f16, transforms=TILED),
-        "row_VR": plgpu.SMEM((SLOTS, ROWS), _f16, transforms=TILED),
-        "total_R": plgpu.SMEM((ROWS,), _i32),
-        "before_R": plgpu.SMEM((ROWS,), _i32),
-    }
-
-
 def slots(k: int) -> int:
     """Entries of a list of k: a warpgroup takes them 128 at a time."""
     return -(-k // (2 * SLOTS)) * (2 * SLOTS)
 
 
-def select(keys_ref: Any, at_ref: Any, key_ref: Any, k: int, work: Any) -> None:
+def select(keys_ref: Any, at_ref: Any, k: int) -> None:
     """Where the k best keys are, ascending, then -1; of equal keys the first are chosen.
 
     Args:
       keys_ref: i32[R, C] in shared memory.
       at_ref: receives i32[slots(k)]: R * 128 + C.
-      key_ref: receives their keys, NOTHING where there is none; None if they are not wanted.
       k: how many.
-      work: references to `scratch`.
     """
-    least, ties = cut(keys_ref, k)
-    _triangle(work["ones_CC"])
-    keys_RC = load(keys_ref, _MATRIX)
-    rank_RC = _ranks(keys_RC == least, work)
-    chosen_RC = (keys_RC > least) | ((keys_RC == least) & (rank_RC <= ties))
-    _ranks(chosen_RC, work)
-    if key_ref is not None:
+
+    def run(**ranks: Any) -> None:
+        choose = functools.partial(_rank_chosen, keys_ref, k, ranks)
+        pl.run_scoped(choose, _matrix(ROWS, COLUMNS), _matrix(COLUMNS, COLUMNS))
+        list_block = functools.partial(_list_block, at_ref, ranks)
+        pl.run_scoped(lambda row_VR: _each_block(at_ref, list_block, row_VR), _matrix(SLOTS, ROWS))
+
+    vector = plgpu.SMEM((ROWS,), _i32)
+    pl.run_scoped(run, within_RC=_matrix(ROWS, COLUMNS), total_R=vector, before_R=vector)
+
+
+def fetch(keys_ref: Any, at_ref: Any, key_ref: Any) -> None:
+    """The keys at these places, NOTHING where there is none.
+
+    Args:
+      keys_ref: i32[R, C] in shared memory.
+      at_ref: i32[slots(k)], as `select` leaves it.
+      key_ref: receives i32[slots(k)].
+    """
+
+    def run(digit_RC: Any, row_VR: Any) -> None:
         for digit in range(_DIGITS):
-            part_RC = jax.lax.shift_right_logical(keys_RC, jnp.int32(digit * _DIGIT_BITS))
-            part_RC = (part_RC & (2**_DIGIT_BITS - 1)).astype(_f32).astype(_f16)
-            work["planes_PRC"][1 + digit] = part_RC
+            shift = jnp.int32(digit * _DIGIT_BITS)
+            part_RC = jax.lax.shift_right_logical(load(keys_ref, _MATRIX), shift)
+            digit_RC[...] = (part_RC & (2**_DIGIT_BITS - 1)).astype(_f32).astype(_f16)
+            add = functools.partial(_fetch_block, at_ref, key_ref, digit_RC, shift, digit == 0)
+            _each_block(at_ref, add, row_VR)
 
-    @pl.loop(0, slots(k) // SLOTS)
-    def _(block: Array) -> None:
-        _list_block(block * SLOTS, at_ref, key_ref, work)
+    pl.run_scoped(run, _matrix(ROWS, COLUMNS), _matrix(SLOTS, ROWS))
 
 
-def _triangle(ones_ref: Any) -> None:
+def _matrix(rows: int, columns: int) -> Any:
+    return plgpu.SMEM((rows, columns), _f16, transforms=TILED)
+
+
+def _each_block(at_ref: Any, do: Callable[..., None], row_VR: Any) -> None:
+    pl.loop(0, at_ref.shape[0] // SLOTS)(lambda block: do(row_VR, block * SLOTS))
+
+
+def _rank_chosen(keys_ref: Any, k: int, ranks: Any, mask_RC: Any, ones_CC: Any) -> None:
+    """Leave in `ranks` how many are chosen up to each key, in its row, and in and before a row."""
+    least, ties = cut(keys_ref, k)
     shape = (COLUMNS, COLUMNS)
-    ones_ref[...] = (iota(shape, 0) <= iota(shape, 1)).astype(_f32).astype(_f16)
+    ones_CC[...] = (iota(shape, 0) <= iota(shape, 1)).astype(_f32).astype(_f16)
+    keys_RC = load(keys_ref, _MATRIX)
+    rank_RC = _rank(keys_RC == least, ranks, mask_RC, ones_CC)
+    chosen_RC = (keys_RC > least) | ((keys_RC == least) & (rank_RC <= ties))
+    _rank(chosen_RC, ranks, mask_RC, ones_CC)
 
 
-def _ranks(mask_RC: Array, work: Any) -> Array:
-    """How many are true up to each, itself included; leaves what a list needs in `work`."""
-    work["mask_RC"][...] = mask_RC.astype(_f32).astype(_f16)
-    within_RC = product(work["mask_RC"], work["ones_CC"])
-    work["planes_PRC"][0] = within_RC.astype(_f16)
-    work["total_R"][...] = jnp.sum(mask_RC.astype(_i32), axis=1)
+def _rank(here_RC: Array, ranks: Any, mask_RC: Any, ones_CC: Any) -> Array:
+    """How many are true up to each, itself included."""
+    mask_RC[...] = here_RC.astype(_f32).astype(_f16)
+    within_RC = product(mask_RC, ones_CC)
+    ranks["within_RC"][...] = within_RC.astype(_f16)
+    ranks["total_R"][...] = jnp.sum(here_RC.astype(_i32), axis=1)
     square = (ROWS, ROWS)
-    total_RR = _along_columns(load(work["total_R"], _BY_COLUMN), square)
-    earlier_RR = iota(square, 1) < iota(square, 0)
-    before_R = jnp.sum(jnp.where(earlier_RR, total_RR, 0), axis=1)
-    work["before_R"][...] = before_R
+    total_RR = _along_columns(load(ranks["total_R"], _BY_COLUMN), square)
+    before_R = jnp.sum(jnp.where(iota(square, 1) < iota(square, 0), total_RR, 0), axis=1)
+    ranks["before_R"][...] = before_R
     return within_RC.astype(_i32) + _along_rows(before_R, (ROWS, COLUMNS))
 
 
-def _list_block(first: Array, at_ref: Any, key_ref: Any, work: Any) -> None:
-    """Fill one block of slots."""
-    square, wide = (SLOTS, ROWS), (SLOTS, COLUMNS)
-    before_VR = _along_columns(load(work["before_R"], _BY_COLUMN), square)
-    total_VR = _along_columns(load(work["total_R"], _BY_COLUMN), square)
+def _list_block(at_ref: Any, ranks: Any, row_VR: Any, first: Array) -> None:
+    """Fill one block of slots with places."""
+    square = (SLOTS, ROWS)
+    before_VR = _along_columns(load(ranks["before_R"], _BY_COLUMN), square)
+    total_VR = _along_columns(load(ranks["total_R"], _BY_COLUMN), square)
     slot_VR = iota(square, 0) + first
     here_VR = (slot_VR >= before_VR) & (slot_VR < before_VR + total_VR)
-    work["row_VR"][...] = here_VR.astype(_f32).astype(_f16)
-    fetch = lambda plane: product(work["row_VR"], work["planes_PRC"].at[plane]).astype(_i32)
-
+    row_VR[...] = here_VR.astype(_f32).astype(_f16)
+    within_VC = product(row_VR, ranks["within_RC"]).astype(_i32)
     rank_V = jnp.sum(jnp.where(here_VR, slot_VR - before_VR, 0), axis=1)
-    column_V = jnp.sum((fetch(0) <= _along_rows(rank_V, wide)).astype(_i32), axis=1)
+    column_V = jnp.sum((within_VC <= _along_rows(rank_V, (SLOTS, COLUMNS))).astype(_i32), axis=1)
     row_V = jnp.sum(jnp.where(here_VR, iota(square, 1), 0), axis=1)
     there_V = jnp.sum(here_VR.astype(_i32), axis=1) > 0
+    at_ref[pl.ds(first, SLOTS)] = jnp.where(there_V, row_V * COLUMNS + column_V, -1)
+
+
+def _fetch_block(
+    at_ref: Any,
+    key_ref: Any,
+    digit_RC: Any,
+    shift: Array,
+    clear: bool,
+    row_VR: Any,
+    first: Array,
+) -> None:
+    """Add one digit to the keys of one block of slots."""
     block = pl.ds(first, SLOTS)
-    at_ref[block] = jnp.where(there_V, row_V * COLUMNS + column_V, -1)
-    if key_ref is None:
-        return
-    this_VC = iota(wide, 1) == _along_rows(column_V, wide)
-    key_V = jnp.where(there_V, 0, NOTHING)
-    for digit in range(_DIGITS):
-        part_V = jnp.sum(jnp.where(this_VC, fetch(1 + digit), 0), axis=1)
-        key_V |= jax.lax.shift_left(part_V, jnp.int32(digit * _DIGIT_BITS))
-    key_ref[block] = key_V
+    at_V = load(at_ref.at[block], _BY_ROW)
+    row_V = jax.lax.shift_right_arithmetic(at_V, jnp.int32(COLUMNS.bit_length() - 1))
+    here_VR = iota((SLOTS, ROWS), 1) == _along_rows(row_V, (SLOTS, ROWS))
+    row_VR[...] = here_VR.astype(_f32).astype(_f16)
+    digit_VC = product(row_VR, digit_RC).astype(_i32)
+    shape = (SLOTS, COLUMNS)
+    this_VC = iota(shape, 1) == _along_rows(at_V & (COLUMNS - 1), shape)
+    part_V = jax.lax.shift_left(jnp.sum(jnp.where(this_VC, digit_VC, 0), axis=1), shift)
+    before_V = jnp.where(at_V < 0, NOTHING, 0) if clear else load(key_ref.at[block], _BY_ROW)
+    key_ref[block] = before_V | part_V

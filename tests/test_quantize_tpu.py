@@ -54,8 +54,10 @@ def check(form: str, n: int, k: int, rows: int, dtype: Any = jnp.bfloat16, **par
     assert_close(y, x, w_NK, CLOSE if dtype == jnp.float32 else CLOSE_BFLOAT16)
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp8 with float32 scales"])
-@pytest.mark.parametrize(("n", "k", "rows"), [(384, 256, 1), (300, 384, 130)])
+@pytest.mark.parametrize(
+    ("form", "n", "k", "rows"),
+    [("fp8", 384, 256, 1), ("fp8 with float32 scales", 300, 384, 130)],
+)
 def test_fp8_on_either_kind_of_chip(form: str, n: int, k: int, rows: int, chip: bool) -> None:
     check(form, n, k, rows)
 
@@ -68,31 +70,35 @@ def test_fp4_with_scaled_products_and_with_scaled_weights(n: int, k: int, rows: 
 @pytest.mark.parametrize("form", ["fp8", "fp4"])
 def test_several_tiles_of_k_and_of_n_in_float32(form: str) -> None:
     # Longer than a tile of 2 MB and than 2048 columns.
-    check(form, 1100, 8192 if form == "fp4" else 4096, 9, jnp.float32)
+    check(form, 1100, 6144 if form == "fp4" else 4096, 9, jnp.float32)
 
 
 @pytest.mark.parametrize("form", ["fp8", "fp4"])
 def test_several_tiles_of_rows_reuse_the_dequantised_weights(form: str) -> None:
-    check(form, 256, 2048, 1030)
+    check(form, 128, 2048, 1030)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.sampled_from(["fp8", "fp4"]), st.integers(1, 500), st.integers(1, 3), st.integers(1, 40))
 def test_any_number_of_columns_and_rows(form: str, n: int, k: int, rows: int) -> None:
     check(form, n, 256 * k, rows)
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
-@pytest.mark.parametrize("rows", [3, 140])
+@pytest.mark.parametrize(("form", "rows"), [("fp8", 3), ("fp4", 140)])
 def test_two_cores_do_not_race(form: str, rows: int) -> None:
     check(form, 512, 256, rows, **TWO_CORES)
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
-def test_every_code_counts_as_its_value(form: str, chip: bool) -> None:
-    codes, scale = every_code(form)
-    repeat = -(-256 // codes.shape[1]) if form == "fp8" else 1
-    w = leaf((np.tile(codes, repeat), np.tile(scale, repeat)), form)
+def test_every_e4m3_code_counts_as_its_value(chip: bool) -> None:
+    codes, scale = every_code("fp8")
+    assert_counted(leaf((codes, scale), "fp8"))
+
+
+def test_every_e2m1_code_counts_as_its_value() -> None:
+    assert_counted(leaf(every_code("fp4"), "fp4"))
+
+
+def assert_counted(w: quantize.Fp8Weight | quantize.Fp4Weight) -> None:
     x = jnp.eye(w.shape[1], dtype=jnp.bfloat16)
     with interpreted():
         y = jax.jit(functools.partial(quantize.linear, impl="tpu"))(x, w)
@@ -100,11 +106,11 @@ def test_every_code_counts_as_its_value(form: str, chip: bool) -> None:
     np.testing.assert_array_equal(np.asarray(y), np.asarray(quantize.dense(w, jnp.bfloat16)).T)
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4", "fp8 with float32 scales"])
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
 @pytest.mark.parametrize("impl", ["tpu", "xla", "reference"])
 def test_gradient_of_x_is_that_of_the_dequantised_matrix(form: str, impl: Any) -> None:
-    w, w_NK = weight(form, 256, 1024)
-    x, dy = rows_of(20, 1024, jnp.float32), rows_of(21, 256, jnp.float32)[:20]
+    w, w_NK = weight(form, 128, 256)
+    x, dy = rows_of(17, 256, jnp.float32), rows_of(18, 128, jnp.float32)[:17]
 
     def loss(x: Any) -> Any:
         return jnp.sum(quantize.linear(x, w, impl=impl) * dy)
@@ -174,14 +180,15 @@ def assert_compiles_without_copies(
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("rows", [8, 1024])
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((name, 8) for name in FULL), ("pro query", 1024), ("flash output", 1024)]
+)
 def test_fp8_compiles_for_every_chip(chip: Target, name: str, rows: int) -> None:
     assert_compiles_without_copies(chip, name, "fp8", rows)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("rows", [1, 128, 1024])
+@pytest.mark.parametrize("rows", [1, 1024])
 def test_fp4_compiles_for_every_chip(chip: Target, rows: int) -> None:
     assert_compiles_without_copies(chip, EXPERTS[-1], "fp4", rows)
 

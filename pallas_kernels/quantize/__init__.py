@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Impl, dispatch
-from pallas_kernels.quantize import reference, tpu, xla
+from pallas_kernels.quantize import reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
     decode_fp8_blocks,
@@ -43,10 +43,11 @@ __all__ = [
 ]
 
 _FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
+_ROUNDING = {"tpu": tpu_rounding, "xla": reference, "reference": reference}
 
 
 def fake_quant_fp8(
-    x: Float[Array, "*rows K"], *, block: int, amax_floor: float = 1e-4
+    x: Float[Array, "*rows K"], *, block: int, amax_floor: float = 1e-4, impl: Impl = "auto"
 ) -> Float[Array, "*rows K"]:
     """The values that x has after a trip through FP8 E4M3.
 
@@ -57,33 +58,64 @@ def fake_quant_fp8(
       x: any float dtype; rounded in float32.
       block: channels per scale; the last block may be shorter.
       amax_floor: least amax of a block, so that zeros have a scale.
+      impl: 'tpu' takes blocks of 32, 64 and 128; all forms give the same bits.
 
     Returns:
       The shape and dtype of x.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    return reference.fake_quant_fp8(x, block, amax_floor)
+    settings = (("block", block), ("amax_floor", amax_floor))
+    return _straight_through(x, "fake_quant_fp8", settings, impl)
 
 
-def fake_quant_fp4(x: Float[Array, "*rows K"], *, block: int = 32) -> Float[Array, "*rows K"]:
+def fake_quant_fp4(
+    x: Float[Array, "*rows K"], *, block: int = 32, impl: Impl = "auto"
+) -> Float[Array, "*rows K"]:
     """The values that x has after a trip through FP4 E2M1, scale 2^ceil(log2(amax / 6)) per block.
 
     Otherwise as `fake_quant_fp8`.
     """
-    return reference.fake_quant_fp4(x, block)
+    return _straight_through(x, "fake_quant_fp4", (("block", block),), impl)
 
 
-def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _straight_through(
+    x: Float[Array, "*rows K"], name: str, settings: tuple[tuple[str, Any], ...], impl: Impl
+) -> Float[Array, "*rows K"]:
+    return dispatch("quantize", name, impl, _ROUNDING, x, **dict(settings))
+
+
+@_straight_through.defjvp
+def _(name: str, settings: Any, impl: Impl, primals: Any, tangents: Any) -> Any:
+    return _straight_through(*primals, name, settings, impl), tangents[0]
+
+
+def hadamard(x: Float[Array, "*rows K"], *, impl: Impl = "auto") -> Float[Array, "*rows K"]:
     """Orthonormal Walsh-Hadamard transform of the last axis, in float32, returned in x's dtype.
 
     Raises:
       ValueError: K is not a power of two.
+      NotImplementedError: no such form, or it does not take these arguments.
     """
     channels = x.shape[-1]
     if channels < 1 or channels & (channels - 1):
         raise ValueError(
             f"The Hadamard transform of {channels} channels is not defined: use a power of two."
         )
-    return reference.hadamard(x)
+    return _hadamard(x, impl)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _hadamard(x: Float[Array, "*rows K"], impl: Impl) -> Float[Array, "*rows K"]:
+    return dispatch("quantize", "hadamard", impl, _ROUNDING, x)
+
+
+@_hadamard.defjvp
+def _(impl: Impl, primals: Any, tangents: Any) -> Any:
+    # XLA's form, which can be transposed.
+    return _hadamard(*primals, impl), reference.hadamard(*tangents)
 
 
 def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:

@@ -3,6 +3,7 @@
 Axis letters: K input channels, N output channels, R rows, B blocks, C channels of a block.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,69 +24,72 @@ def _bits(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _power_of_two(exponent: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
-    return jax.lax.bitcast_convert_type((exponent + BIAS) << MANTISSA, jnp.float32)
+def _float(bits: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _scale_exponent(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
-    """ceil(log2(amax / largest)) exactly: a bit pattern is a logarithm, linear within an octave."""
-    distance = _bits(amax) - int(np.float32(largest).view(np.int32))
-    return (distance + (1 << MANTISSA) - 1) >> MANTISSA
+def _scale_bits(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
+    """2^ceil(log2(amax / largest)) exactly: bits are a logarithm, linear within an octave."""
+    one = BIAS << MANTISSA
+    distance = _bits(amax) + (one - int(np.float32(largest).view(np.int32)))
+    return (distance + (1 << MANTISSA) - 1) & -(1 << MANTISSA)
 
 
 def _nearest(
     x: Float32[Array, "*dims"], mantissa: int, least_exponent: int
 ) -> Float32[Array, "*dims"]:
-    """The nearest float with so many mantissa bits, ties to even, subnormal below 2^least."""
-    exponent = ((_bits(x) >> MANTISSA) & 0xFF) - BIAS
-    step_exponent = jnp.maximum(exponent, least_exponent) - mantissa
-    return jnp.round(x * _power_of_two(-step_exponent)) * _power_of_two(step_exponent)
+    """The nearest float with so many mantissa bits, ties to even, subnormal below 2^least.
+
+    Adding 1.5 * 2^23 steps rounds to whole steps, by the hardware's own rounding; x < 2^100.
+    """
+    bits = _bits(x)
+    octave = jnp.maximum(bits & 0xFF << MANTISSA, (least_exponent + BIAS) << MANTISSA)
+    many_steps = _float(octave + ((MANTISSA - mantissa << MANTISSA) + (1 << MANTISSA - 1)))
+    rounded = (x + many_steps) - many_steps
+    return _float(_bits(rounded) | bits & -(1 << 31))  # zeros keep their sign
 
 
-def _fake_quant(
-    x: Float[Array, "*rows K"],
-    *,
-    block: int,
-    floor: float,
-    largest: float,
-    mantissa: int,
-    least_exponent: int,
-) -> Float[Array, "*rows K"]:
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a scaled block is rounded to."""
+
+    largest: float
+    mantissa: int
+    least_exponent: int
+    floor: float  # least amax of a block
+
+
+E4M3 = Format(largest=448.0, mantissa=3, least_exponent=-6, floor=1e-4)
+E2M1 = Format(largest=6.0, mantissa=1, least_exponent=0, floor=6 * 2.0**-126)
+
+
+def rounded(
+    x: Float32[Array, "*dims"], amax: Float32[Array, "*amaxes"], to: Format
+) -> Float32[Array, "*dims"]:
+    """Values of blocks with these largest magnitudes, rounded with the blocks' scales."""
+    scale_bits = _scale_bits(jnp.maximum(amax, to.floor), to.largest)
+    scaled = x * _float((2 * BIAS << MANTISSA) - scale_bits)
+    return _nearest(scaled, to.mantissa, to.least_exponent) * _float(scale_bits)
+
+
+def _fake_quant(x: Float[Array, "*rows K"], block: int, to: Format) -> Float[Array, "*rows K"]:
     channels = x.shape[-1]
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -channels % block)]
     x_BC = jnp.pad(x.astype(jnp.float32), padding).reshape(*x.shape[:-1], -1, block)
-    amax_B1 = jnp.maximum(jnp.max(jnp.abs(x_BC), axis=-1, keepdims=True), floor)
-    exponent_B1 = _scale_exponent(amax_B1, largest)
-    scaled_BC = jnp.clip(x_BC * _power_of_two(-exponent_B1), -largest, largest)
-    rounded_BC = _nearest(scaled_BC, mantissa, least_exponent) * _power_of_two(exponent_B1)
+    rounded_BC = rounded(x_BC, jnp.max(jnp.abs(x_BC), axis=-1, keepdims=True), to)
     return rounded_BC.reshape(*x.shape[:-1], -1)[..., :channels].astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def fake_quant_fp8(
     x: Float[Array, "*rows K"], block: int, amax_floor: float
 ) -> Float[Array, "*rows K"]:
     """Round to E4M3 times a power of two per block (DeepSeek's runtime, act_quant)."""
-    return _fake_quant(
-        x, block=block, floor=amax_floor, largest=448.0, mantissa=3, least_exponent=-6
-    )
+    return _fake_quant(x, block, dataclasses.replace(E4M3, floor=amax_floor))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fake_quant_fp4(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*rows K"]:
     """Round to E2M1 times a power of two per block (DeepSeek's runtime, fp4_act_quant)."""
-    floor = 6 * 2.0**-126
-    return _fake_quant(x, block=block, floor=floor, largest=6.0, mantissa=1, least_exponent=0)
-
-
-@fake_quant_fp8.defjvp
-def _(block: int, amax_floor: float, primals: Any, tangents: Any) -> Any:
-    return fake_quant_fp8(*primals, block, amax_floor), tangents[0]
-
-
-@fake_quant_fp4.defjvp
-def _(block: int, primals: Any, tangents: Any) -> Any:
-    return fake_quant_fp4(*primals, block), tangents[0]
+    return _fake_quant(x, block, E2M1)
 
 
 @functools.lru_cache
@@ -95,12 +99,16 @@ def _signs(n: int) -> np.ndarray:
     return 1 - 2 * odd.astype(np.int8)
 
 
+def signs(n: int, dtype: Any) -> Float[Array, "K K"]:
+    """The matrix of the transform, without its factor."""
+    return jnp.asarray(_signs(n), dtype)
+
+
 def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
     """A matmul with the matrix of signs, at full precision, times K^-0.5."""
     n = x.shape[-1]
     wide = accumulator(x.dtype)
-    signs_KK = jnp.asarray(_signs(n), wide)
-    summed = jnp.matmul(x.astype(wide), signs_KK, precision=jax.lax.Precision.HIGHEST)
+    summed = jnp.matmul(x.astype(wide), signs(n, wide), precision=jax.lax.Precision.HIGHEST)
     return (summed * n**-0.5).astype(x.dtype)
 
 

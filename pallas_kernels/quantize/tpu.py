@@ -67,9 +67,7 @@ def _checked(x: Array, w: Weight) -> Fp8Weight | Fp4Weight:
     K = w.shape[1]
     if K % 256 and not (K % 128 == 0 and isinstance(w, Fp8Weight)):
         raise Unsupported(f"The TPU form of linear takes K in 128s (FP8) or 256s (FP4), not {K}.")
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes):
-        raise Unsupported("The compiler does not partition TPU kernels: use jax.shard_map.")
+    tpu_codes.refuse_partitioning()
     return w
 
 

@@ -30,7 +30,7 @@ def whole_numbers(seed: int, *shape: int) -> jax.Array:
 def check(arrays: tuple[Any, ...], visible_BT: Any, k: int, run: Any = None) -> None:
     """The reference's choice, of layer 1."""
     select = run or jax.jit(functools.partial(gpu.select, k=k))
-    args = (*arrays, jnp.int32(1), jnp.asarray(visible_BT, I32))
+    args: Any = (*arrays, jnp.int32(1), jnp.asarray(visible_BT, I32))
     with interpreted():
         got_BTk = np.asarray(select(*args))
     np.testing.assert_array_equal(got_BTk, reference.select(*args, k=k))
@@ -116,7 +116,7 @@ def test_no_race_is_found() -> None:
         whole_numbers(1, 1, 1, 4),
         whole_numbers(2, 2, 1, 328, 64),
     )
-    args = (*arrays, jnp.int32(1), jnp.full((1, 1), 328, I32))
+    args: Any = (*arrays, jnp.int32(1), jnp.full((1, 1), 328, I32))
     with interpreted(detect_races=True):
         jax.block_until_ready(jax.jit(functools.partial(gpu.select, k=16))(*args))
         assert not races_found()
@@ -180,6 +180,7 @@ def test_a_million_tokens_compile_for_h200(name: str, kind: str, B: int, T: int,
 def test_what_it_does_not_take_is_refused(
     dtype: Any, I: int, J: int, S: int, k: int, what: str
 ) -> None:
-    arrays = [jnp.zeros(dims, dtype) for dims in ((1, 1, I, J), (1, 1, I), (1, 1, S, J))]
+    arrays: Any = [jnp.zeros(dims, dtype) for dims in ((1, 1, I, J), (1, 1, I), (1, 1, S, J))]
+    arrays += jnp.int32(0), jnp.zeros((1, 1), I32)
     with pytest.raises(Unsupported, match=what):
-        gpu.select(*arrays, jnp.int32(0), jnp.zeros((1, 1), I32), k=k)
+        gpu.select(*arrays, k=k)

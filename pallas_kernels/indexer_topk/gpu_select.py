@@ -57,7 +57,7 @@ def product(a_ref: Any, b_ref: Any) -> Array:
         return acc_ref[...]
 
     shape = (a_ref.shape[0], b_ref.shape[1])
-    return pl.run_scoped(multiply, plgpu.ACC(shape, _f32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, _f32))
 
 
 def _along_rows(vector: Array, shape: tuple[int, int]) -> Array:

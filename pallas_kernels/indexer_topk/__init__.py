@@ -9,21 +9,38 @@ Axis letters: L layers of a stack, B batch, T queries, I index heads, J index he
 S entries there is room for, k entries chosen.
 """
 
-from typing import Literal
+import functools
+import types
+from typing import Any, Literal
 
-from jaxtyping import Array, Float, Int, Int32
+import jax
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import require
-from pallas_kernels.indexer_topk import reference, xla
+from pallas_kernels.implementations import dispatch
+from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
+from pallas_kernels.indexer_topk.keys import Fp4Keys, Fp8Keys, Keys, PagedKeys, to_fp4, to_fp8
+from pallas_kernels.indexer_topk.sharded import select_sharded
 
-Impl = Literal["auto", "xla", "reference"]
-_FORMS = {"auto": xla, "xla": xla, "reference": reference}
+__all__ = [
+    "Fp4Keys",
+    "Fp8Keys",
+    "Keys",
+    "PagedKeys",
+    "scores",
+    "select",
+    "select_sharded",
+    "to_fp4",
+    "to_fp8",
+]
+
+Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
+_FORMS: dict[str, types.ModuleType] = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def select(
     q_BTIJ: Float[Array, "B T I J"],
     weights_BTI: Float[Array, "B T I"],
-    keys_LBSJ: Float[Array, "L B S J"],
+    keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     *,
@@ -35,13 +52,50 @@ def select(
     Args:
       q_BTIJ: index queries.
       weights_BTI: each head's weight, all scale factors in it.
-      keys_LBSJ: index keys of all layers of a stack.
+      keys: index keys of all layers of a stack; quantised ones stand for code times scale.
       layer: the layer to read.
       visible_BT: only entries below this exist for the query, 0 to S; the rest may be garbage.
       k: entries to choose; may exceed S.
       impl: 'auto' takes the best form for the compile target.
     Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
+    """
+    args = q_BTIJ, weights_BTI, keys, layer, visible_BT
+    return dispatch("indexer_topk", "select", impl, _FORMS, *args, k=k)
+
+
+def scores(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys_BSJ: Float[Array, "B S J"],
+    *,
+    impl: Impl = "auto",
+) -> Float32[Array, "B T S"]:
+    """All scores, for the indexer's own loss; their gradients keep no product of all heads.
+
+    Args:
+      q_BTIJ: index queries.
+      weights_BTI: each head's weight, all scale factors in it.
+      keys_BSJ: one layer's index keys.
+      impl: 'auto' is 'xla', which serves every platform.
+    Raises:
       NotImplementedError: no such form.
     """
-    require("indexer_topk.select", impl, _FORMS)
-    return _FORMS[impl].select(q_BTIJ, weights_BTI, keys_LBSJ, layer, visible_BT, k=k)
+    return _scores(impl, (q_BTIJ, weights_BTI, keys_BSJ))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(impl: str, args: Any) -> Any:
+    return dispatch("indexer_topk", "scores", impl, _FORMS, *args)
+
+
+def _scores_forward(impl: str, args: Any) -> Any:
+    return _scores(impl, args), args
+
+
+def _scores_backward(impl: str, args: Any, cotangent_BTS: Any) -> Any:
+    gradients = dispatch("indexer_topk", "scores_backward", impl, _FORMS, *args, cotangent_BTS)
+    return (gradients,)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)

@@ -1,8 +1,12 @@
 """The choice in plain maths: all scores, then a sort. See the package for the contract."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.indexer_topk.keys import Keys, dense, entries
 
 
 def scores(
@@ -11,30 +15,56 @@ def scores(
     keys_BSJ: Float[Array, "B S J"],
 ) -> Float32[Array, "B T S"]:
     """All scores; differentiable, for the indexer's own loss."""
+    q_BTIJ, keys_BSJ = alike(q_BTIJ, keys_BSJ)
     dots_BTIS = jnp.einsum("btij,bsj->btis", q_BTIJ, keys_BSJ, preferred_element_type=jnp.float32)
     weights_BTI = weights_BTI.astype(jnp.float32)
     return jnp.einsum("btis,bti->bts", jax.nn.relu(dots_BTIS), weights_BTI)
 
 
+def scores_backward(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys_BSJ: Float[Array, "B S J"],
+    cotangent_BTS: Float32[Array, "B T S"],
+) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"], Float[Array, "B S J"]]:
+    """Gradients of what goes in."""
+    return jax.vjp(scores, q_BTIJ, weights_BTI, keys_BSJ)[1](cotangent_BTS)
+
+
 def select(
     q_BTIJ: Float[Array, "B T I J"],
     weights_BTI: Float[Array, "B T I"],
-    keys_LBSJ: Float[Array, "L B S J"],
+    keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    entries = keys_LBSJ.shape[2]
-    score_BTS = comparable(scores(q_BTIJ, weights_BTI, keys_LBSJ[layer]))
-    exists_BTS = jnp.arange(entries)[None, None] < visible_BT[..., None]
+    room = entries(keys)
+    score_BTS = comparable(scores(q_BTIJ, weights_BTI, dense(keys, layer)))
+    exists_BTS = jnp.arange(room)[None, None] < visible_BT[..., None]
     score_BTS = jnp.where(exists_BTS, score_BTS, -jnp.inf)
     return best(score_BTS, visible_BT, k)
+
+
+def alike(q: Float[Array, "*a J"], keys: Float[Array, "*b J"]) -> tuple[Any, Any]:
+    """Operands of one dtype; what is narrower than 16 bits, or of two dtypes, in float32."""
+    if q.dtype == keys.dtype and q.dtype.itemsize > 1:
+        return q, keys
+    return q.astype(jnp.float32), keys.astype(jnp.float32)
 
 
 def comparable(score: Float32[Array, "*rows S"]) -> Float32[Array, "*rows S"]:
     """Scores without a negative zero or a NaN that sorts below numbers."""
     return jnp.where(jnp.isnan(score), jnp.nan, jnp.where(score == 0, 0.0, score))
+
+
+def ordered(score: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
+    """Integers in the order of the scores; both zeros are equal, NaN is the largest."""
+    largest = 2**31 - 1
+    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
+    key = jnp.where(bits < 0, bits ^ largest, bits)
+    return jnp.where(score != score, largest, key)
 
 
 def best(
@@ -44,9 +74,9 @@ def best(
 
     On CPU the ascending order is free, while `top_k` of integers would take many times as long.
     """
-    entries = score.shape[-1]
-    chosen = jax.lax.top_k(score, min(k, entries))[1].astype(jnp.int32)
-    chosen = jnp.sort(jnp.where(chosen < visible[..., None], chosen, entries), axis=-1)
-    chosen = jnp.where(chosen < entries, chosen, -1)
+    room = score.shape[-1]
+    chosen = jax.lax.top_k(score, min(k, room))[1].astype(jnp.int32)
+    chosen = jnp.sort(jnp.where(chosen < visible[..., None], chosen, room), axis=-1)
+    chosen = jnp.where(chosen < room, chosen, -1)
     missing = [(0, 0)] * (score.ndim - 1) + [(0, k - chosen.shape[-1])]
     return jnp.pad(chosen, missing, constant_values=-1)

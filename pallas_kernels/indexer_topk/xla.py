@@ -5,13 +5,16 @@ Scores are made block by block of keys into one row per query, the best of which
 Axis letters: as in the package; Q queries of a block, X keys of a block, R = I * Q.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.indexer_topk.reference import best, comparable
+from pallas_kernels.indexer_topk.keys import Keys, entries
+from pallas_kernels.indexer_topk.keys import block as key_block
+from pallas_kernels.indexer_topk.reference import alike, best, comparable
 
 # Keys of a block: with so few query rows a CPU runs short products in place, 2.5 times as fast as
 # long ones, which it splits over threads.
@@ -27,14 +30,14 @@ _ROWS = 1024
 def select(
     q_BTIJ: Float[Array, "B T I J"],
     weights_BTI: Float[Array, "B T I"],
-    keys_LBSJ: Float[Array, "L B S J"],
+    keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
     batch, queries = visible_BT.shape
-    fits = max(1, _SCORE_BYTES // (4 * keys_LBSJ.shape[2]))
+    fits = max(1, _SCORE_BYTES // (4 * entries(keys)))
     block = min(queries, max(1, _ROWS // q_BTIJ.shape[2]), fits)
     blocks = -(-queries // block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)))
@@ -44,7 +47,7 @@ def select(
         row, start = index // blocks, index % blocks * block
         take = lambda x: jax.lax.dynamic_slice_in_dim(x[row], start, block)
         q_QIJ, weights_QI, visible_Q = map(take, inputs)
-        score_QS = _scores(q_QIJ, weights_QI, keys_LBSJ, layer, row, visible_Q)
+        score_QS = _scores(q_QIJ, weights_QI, keys, layer, row, visible_Q)
         return _best_visible(score_QS, visible_Q, k)
 
     chosen = jax.lax.map(one, jnp.arange(batch * blocks, dtype=jnp.int32))
@@ -55,8 +58,8 @@ def _best_visible(
     score_QS: Float32[Array, "Q S"], visible_Q: Int[Array, " Q"], k: int
 ) -> Int32[Array, "Q k"]:
     """The best of the least eighth, quarter or half of the entries that holds all visible ones."""
-    entries = score_QS.shape[1]
-    widths = sorted({-(-entries // part) for part in (8, 4, 2, 1)})
+    room = score_QS.shape[1]
+    widths = sorted({-(-room // part) for part in (8, 4, 2, 1)})
     branches = [
         lambda score_QS, width=width: best(score_QS[:, :width], visible_Q, k) for width in widths
     ]
@@ -67,27 +70,26 @@ def _best_visible(
 def _scores(
     q_QIJ: Float[Array, "Q I J"],
     weights_QI: Float[Array, "Q I"],
-    keys_LBSJ: Float[Array, "L B S J"],
+    keys: Keys,
     layer: Int[Array, ""],
     row: Int[Array, ""],
     visible_Q: Int[Array, " Q"],
 ) -> Float32[Array, "Q S"]:
     """Comparable scores, -inf where nothing is visible."""
     queries, heads, dim = q_QIJ.shape
-    entries = keys_LBSJ.shape[2]
-    few = _KEYS_OF_MANY if entries > _MANY_ENTRIES else _KEYS_OF_FEW
-    width = min(few if heads * queries <= _FEW_ROWS else _KEYS, entries)
+    room = entries(keys)
+    few = _KEYS_OF_MANY if room > _MANY_ENTRIES else _KEYS_OF_FEW
+    width = min(few if heads * queries <= _FEW_ROWS else _KEYS, room)
     # Heads first, so that their products are planes.
     q_RJ = q_QIJ.swapaxes(0, 1).reshape(heads * queries, dim)
     weights_IQ1 = weights_QI.astype(jnp.float32).T[..., None]
 
     def score(block: Any, score_QS: Any) -> Any:
-        start = jnp.minimum(block * width, entries - width)
+        start = jnp.minimum(block * width, room - width)
         zero = jnp.zeros_like(start)
-        at = (layer, row, start, zero)
-        keys_XJ = jax.lax.dynamic_slice(keys_LBSJ, at, (1, 1, width, dim))[0, 0]
+        keys_XJ = key_block(keys, layer, row, start, width)
         dots_RX = jax.lax.dot_general(
-            q_RJ, keys_XJ, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            *alike(q_RJ, keys_XJ), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         dots_IQX = jax.nn.relu(dots_RX).reshape(heads, queries, width)
         # Plane by plane: XLA makes one pass of it, where a sum over heads takes half as long again.
@@ -99,4 +101,58 @@ def _scores(
         return jax.lax.dynamic_update_slice(score_QS, score_QX, (zero, start))
 
     blocks = (jnp.max(visible_Q) + width - 1) // width
-    return jax.lax.fori_loop(0, blocks, score, jnp.full((queries, entries), -jnp.inf))
+    return jax.lax.fori_loop(0, blocks, score, jnp.full((queries, room), -jnp.inf))
+
+
+def scores(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys_BSJ: Float[Array, "B S J"],
+) -> Float32[Array, "B T S"]:
+    """Head by head: never more than one head's products."""
+    q_BTIJ, keys_BSJ = alike(q_BTIJ, keys_BSJ)
+
+    def head(score_BTS: Any, of_head: Any) -> Any:
+        q_BTJ, weight_BT = of_head
+        dots_BTS = _dots(q_BTJ, keys_BSJ)
+        return score_BTS + jax.nn.relu(dots_BTS) * weight_BT[..., None], None
+
+    batch, queries = weights_BTI.shape[:2]
+    zeros = jnp.zeros((batch, queries, keys_BSJ.shape[1]), jnp.float32)
+    heads = jnp.moveaxis(q_BTIJ, 2, 0), jnp.moveaxis(weights_BTI.astype(jnp.float32), 2, 0)
+    return jax.lax.scan(head, zeros, heads)[0]
+
+
+def scores_backward(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys_BSJ: Float[Array, "B S J"],
+    cotangent_BTS: Float32[Array, "B T S"],
+) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"], Float[Array, "B S J"]]:
+    """Gradients of what goes in; each head's products are made again."""
+    q_like_BTIJ, like_BSJ = alike(q_BTIJ, keys_BSJ)
+    narrow = like_BSJ.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def head(keys_grad_BSJ: Any, of_head: Any) -> Any:
+        q_BTJ, weight_BT = of_head
+        dots_BTS = _dots(q_BTJ, like_BSJ)
+        weight_grad_BT = jnp.sum(jax.nn.relu(dots_BTS) * cotangent_BTS, axis=-1)
+        passed_BTS = jnp.where(dots_BTS > 0, cotangent_BTS * weight_BT[..., None], 0.0)
+        passed_BTS = passed_BTS.astype(narrow)
+        keys_grad_BSJ += product("bts,btj->bsj", passed_BTS, q_BTJ)
+        q_grad_BTJ = product("bts,bsj->btj", passed_BTS, like_BSJ)
+        return keys_grad_BSJ, (q_grad_BTJ.astype(q_BTIJ.dtype), weight_grad_BT)
+
+    heads = jnp.moveaxis(q_like_BTIJ, 2, 0), jnp.moveaxis(weights_BTI.astype(jnp.float32), 2, 0)
+    zeros = jnp.zeros(keys_BSJ.shape, jnp.float32)
+    keys_grad_BSJ, (q_grad_IBTJ, weights_grad_IBT) = jax.lax.scan(head, zeros, heads)
+    return (
+        jnp.moveaxis(q_grad_IBTJ, 0, 2),
+        jnp.moveaxis(weights_grad_IBT, 0, 2).astype(weights_BTI.dtype),
+        keys_grad_BSJ.astype(keys_BSJ.dtype),
+    )
+
+
+def _dots(q_BTJ: Float[Array, "B T J"], keys_BSJ: Float[Array, "B S J"]) -> Float32[Array, "B T S"]:
+    return jnp.einsum("btj,bsj->bts", q_BTJ, keys_BSJ, preferred_element_type=jnp.float32)

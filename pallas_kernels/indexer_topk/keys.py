@@ -1,0 +1,154 @@
+"""Index keys as caches keep them: arrays, narrow formats with scales, pages of a pool.
+
+Axis letters: as in the package; G rows of 128 entries' scales, P pages of a pool, N entries of a
+page, M pages of a row's table.
+"""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+FP4_BLOCK = 32  # channels per scale
+SCALE_ROW = 128  # entries' scales that lie side by side
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp8Keys:
+    """E4M3, one scale per entry.
+
+    Attributes:
+      codes: float8_e4m3fn [L, B, S, J].
+      scale: float8_e8m0fnu or float32, above zero, [L, B, ceil(S / 128), 128]: entry s in row
+        s // 128, so that accelerators read the scales of a block of entries without padding.
+    """
+
+    codes: Any
+    scale: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp4Keys:
+    """E2M1 in blocks of 32 channels, two codes to a byte.
+
+    Byte j of an entry holds channel j (low nibble) and channel J / 2 + j (high): unpacked by
+    joining two halves, without interleaving.
+
+    Attributes:
+      codes: uint8 [L, B, S, J / 2].
+      scale: float8_e8m0fnu [L, B, S, J / 32].
+    """
+
+    codes: Any
+    scale: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKeys:
+    """A pool of pages that rows share; entry s of row b is entry s % N of page table[b, s // N].
+
+    Attributes:
+      pages: float [L, P, N, J].
+      table: int32 [B, M]; what lies beyond the visible entries is not looked up.
+    """
+
+    pages: Any
+    table: Any
+
+
+Keys: TypeAlias = Float[Array, "L B S J"] | Fp8Keys | Fp4Keys | PagedKeys
+
+
+def entries(keys: Keys) -> int:
+    """Entries that there is room for, per row."""
+    match keys:
+        case PagedKeys():
+            return keys.table.shape[1] * keys.pages.shape[2]
+        case Fp8Keys() | Fp4Keys():
+            return keys.codes.shape[2]
+        case _:
+            return keys.shape[2]
+
+
+def gathered(
+    keys: Keys, layer: Int[Array, ""], row: Int[Array, "*rows"], entry: Int[Array, "*rows"]
+) -> Float[Array, "*rows J"]:
+    """Any entries of any rows of the batch; float32 where they were quantised."""
+    match keys:
+        case PagedKeys():
+            page, within = entry // keys.pages.shape[2], entry % keys.pages.shape[2]
+            page = keys.table.at[row, page].get(mode="clip")
+            return keys.pages.at[layer, page, within].get(mode="clip")
+        case Fp8Keys():
+            scale = keys.scale[layer, row, entry // SCALE_ROW, entry % SCALE_ROW]
+            codes = keys.codes[layer, row, entry].astype(jnp.float32)
+            return codes * scale.astype(jnp.float32)[..., None]
+        case Fp4Keys():
+            return _fp4(keys.codes[layer, row, entry], keys.scale[layer, row, entry])
+        case _:
+            return keys[layer, row, entry]
+
+
+def block(
+    keys: Keys, layer: Int[Array, ""], row: Int[Array, ""], start: Int[Array, ""], width: int
+) -> Float[Array, "X J"]:
+    """Entries `start` to `start + width` of a row, as `gathered`."""
+    if isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
+        entry_X = start + jnp.arange(width, dtype=start.dtype)
+        return gathered(keys, layer, jnp.full_like(entry_X, row), entry_X)
+    at = (layer, row, start, jnp.zeros_like(start))
+    return jax.lax.dynamic_slice(keys, at, (1, 1, width, keys.shape[3]))[0, 0]
+
+
+def dense(keys: Keys, layer: Int[Array, ""]) -> Float[Array, "B S J"]:
+    """One layer's keys as an array, as `gathered`."""
+    if not isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
+        return keys[layer]
+    rows = keys.table.shape[0] if isinstance(keys, PagedKeys) else keys.codes.shape[1]
+    iota = lambda dim: jax.lax.broadcasted_iota(jnp.int32, (rows, entries(keys)), dim)
+    return gathered(keys, layer, iota(0), iota(1))
+
+
+def _fp4(codes: Any, scale: Any) -> Float32[Array, "*rows J"]:
+    code = jnp.concatenate([codes & 15, codes >> 4], axis=-1).astype(jnp.int32)
+    magnitude = jnp.asarray(_E2M1, jnp.float32)[code & 7]
+    scale = jnp.repeat(scale.astype(jnp.float32), FP4_BLOCK, axis=-1)
+    return jnp.where(code < 8, magnitude, -magnitude) * scale
+
+
+def to_fp8(keys_LBSJ: Float[Array, "L B S J"]) -> Fp8Keys:
+    """Round keys to E4M3 times a power of two per entry, 2^ceil(log2(amax / 448))."""
+    scale_LBS1 = _power_of_two(keys_LBSJ, 448.0)
+    codes_LBSJ = (keys_LBSJ.astype(jnp.float32) / scale_LBS1).astype(jnp.float8_e4m3fn)
+    missing = -keys_LBSJ.shape[2] % SCALE_ROW
+    scale_LBS = jnp.pad(scale_LBS1[..., 0], ((0, 0), (0, 0), (0, missing)), constant_values=1.0)
+    scale_LBGE = scale_LBS.reshape(*scale_LBS.shape[:2], -1, SCALE_ROW)
+    return Fp8Keys(codes_LBSJ, scale_LBGE.astype(jnp.float8_e8m0fnu))
+
+
+def to_fp4(keys_LBSJ: Float[Array, "L B S J"]) -> Fp4Keys:
+    """Round keys to E2M1 times a power of two per 32 channels, 2^ceil(log2(amax / 6))."""
+    *stack, dim = keys_LBSJ.shape
+    blocks = keys_LBSJ.astype(jnp.float32).reshape(*stack, -1, FP4_BLOCK)
+    scale = _power_of_two(blocks, 6.0)
+    # Rounds to nearest, ties to even.
+    code = jax.lax.bitcast_convert_type(
+        (blocks / scale).astype(jnp.float4_e2m1fn), jnp.uint4
+    ).astype(jnp.uint8)
+    code = code.reshape(*stack, dim)
+    packed = code[..., : dim // 2] | code[..., dim // 2 :] << 4
+    return Fp4Keys(packed, scale[..., 0].astype(jnp.float8_e8m0fnu))
+
+
+def _power_of_two(x: Float[Array, "*rows J"], largest: float) -> Float32[Array, "*rows 1"]:
+    """The least power of two that brings the largest magnitude into range; 2^-126 for zeros."""
+    amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    fraction, exponent = jnp.frexp(amax / largest)
+    exponent = jnp.where(fraction == 0.5, exponent - 1, exponent)
+    return jnp.ldexp(jnp.ones_like(amax), jnp.maximum(exponent, -126))

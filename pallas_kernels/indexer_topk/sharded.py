@@ -1,0 +1,90 @@
+"""The choice where each device holds a slice of the entries: each offers its best, all merge.
+
+A device's k best hold every one of its entries that is among the k best of all, so merging is
+exact; candidates travel (n * k indices and scores per query), keys do not.
+
+Axis letters: as in the package; C candidates.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.implementations import dispatch
+from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
+from pallas_kernels.indexer_topk.keys import Keys, entries, gathered
+
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+
+
+def select_sharded(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys: Keys,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    *,
+    k: int,
+    axis: str,
+    impl: Literal["auto", "tpu", "gpu", "xla", "reference"] = "auto",
+) -> Int32[Array, "B T k"]:
+    """`select` over entries that are cut along a mesh axis; call it inside `jax.shard_map`.
+
+    Args:
+      q_BTIJ: index queries, on every device the same.
+      weights_BTI: each head's weight.
+      keys: this device's slice: entries d * S to (d + 1) * S - 1 on device d of the axis.
+      layer: the layer to read.
+      visible_BT: entries, of all slices together, that exist for the query.
+      k: entries to choose.
+      axis: the mesh axis.
+      impl: form of the local choice.
+    Returns:
+      Indices among the entries of all slices, ascending, then -1; on every device the same.
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
+    """
+    here = entries(keys)
+    first = jax.lax.axis_index(axis).astype(jnp.int32) * here
+    seen_BT = jnp.clip(visible_BT.astype(jnp.int32) - first, 0, here)
+    args = q_BTIJ, weights_BTI, keys, layer, seen_BT
+    local_BTk = dispatch("indexer_topk", "select", impl, _FORMS, *args, k=min(k, here))
+    score_BTk = _scores_of(q_BTIJ, weights_BTI, keys, layer, local_BTk)
+    index_BTk = jnp.where(local_BTk >= 0, local_BTk + first, -1)
+    join = lambda x: jax.lax.all_gather(x, axis, axis=2, tiled=True)
+    return merged(join(score_BTk), join(index_BTk), k)
+
+
+def _scores_of(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys: Keys,
+    layer: Int[Array, ""],
+    index_BTk: Int32[Array, "B T k"],
+) -> Float32[Array, "B T k"]:
+    """The scores of the chosen, made again from their keys; arbitrary where there is none."""
+    rows = jax.lax.broadcasted_iota(jnp.int32, index_BTk.shape, 0)
+    keys_BTkJ = gathered(keys, layer, rows, jnp.maximum(index_BTk, 0))
+    flat = lambda x: x.reshape(-1, 1, *x.shape[2:])
+    score_R1k = reference.scores(
+        flat(q_BTIJ), flat(weights_BTI), keys_BTkJ.reshape(-1, *keys_BTkJ.shape[2:])
+    )
+    return score_R1k.reshape(index_BTk.shape)
+
+
+def merged(
+    score_BTC: Float32[Array, "B T C"], index_BTC: Int32[Array, "B T C"], k: int
+) -> Int32[Array, "B T k"]:
+    """The k best candidates' indices, ascending, then -1; a missing candidate has index -1."""
+    missing = max(0, k - index_BTC.shape[2])
+    score_BTC, index_BTC = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
+        for x in (score_BTC, index_BTC)
+    )
+    worst = jnp.iinfo(jnp.int32).max
+    rank_BTC = jnp.where(index_BTC < 0, worst, ~reference.ordered(score_BTC))
+    best_BTk = jax.lax.sort((rank_BTC, index_BTC), num_keys=2)[1][..., :k]
+    chosen_BTk = jnp.sort(jnp.where(best_BTk < 0, worst, best_BTk))
+    return jnp.where(chosen_BTk == worst, -1, chosen_BTk)

@@ -1,0 +1,222 @@
+"""The choice on TPUs: scores of a block of keys go to VMEM as integers, and never leave it.
+
+Grid: rows of the batch, blocks of up to 8 queries, blocks of keys. A query block reads only the key
+blocks that its queries see; its queries share each reading. After the last one each query's list
+is made (`tpu_choice`).
+
+Axis letters: as in the package; Q queries of a block, X keys of a block, R rows of 128 entries,
+N entries of a page, M pages of a row's table.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.indexer_topk import tpu_choice as choice
+from pallas_kernels.indexer_topk.keys import Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
+from pallas_kernels.indexer_topk.tpu_scores import LANES, TILE, score_block
+
+_QUERIES = 8
+_KEYS = 4096
+_PIECES = 16  # pages of a block
+_VMEM = 48 * 2**20
+_MOST_SCORES = _VMEM // 2 // 4
+_MOST_SCALARS = 2**17  # half of the scalar memory
+
+
+def select(
+    q_BTIJ: Float[Array, "B T I J"],
+    weights_BTI: Float[Array, "B T I"],
+    keys: Keys,
+    layer: Int[Array, ""],
+    visible_BT: Int[Array, "B T"],
+    *,
+    k: int,
+) -> Int32[Array, "B T k"]:
+    """Decode and prefill are one form: blocks of up to 8 queries."""
+    batch, queries = visible_BT.shape
+    plan = _plan(keys, q_BTIJ.shape[2], queries, k)
+    _check(q_BTIJ, keys, visible_BT, plan)
+    visible_BT = jnp.clip(visible_BT.astype(jnp.int32), 0, entries(keys))
+    blocks_BN = _blocks_seen(visible_BT, plan.step, plan.block)
+    scalars = [layer.astype(jnp.int32)[None], visible_BT, blocks_BN]
+    if isinstance(keys, PagedKeys):
+        scalars.append(keys.table.astype(jnp.int32))
+    arrays, specs = _keys_blocks(keys, plan)
+    q_BTIJ, weights_BTI = _whole_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
+    of_queries = lambda *dims: pl.BlockSpec(
+        (1, plan.step, *dims), lambda b, i, j, *_: (b, i, *(0 for _ in dims))
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, plan, len(scalars), len(arrays)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, pl.cdiv(queries, plan.step), plan.blocks),
+            in_specs=[of_queries(*q_BTIJ.shape[2:]), of_queries(q_BTIJ.shape[2]), *specs],
+            out_specs=of_queries(k),
+            scratch_shapes=_scratch(plan, q_BTIJ.shape[2]),
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, queries, k), jnp.int32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+        name="indexer_topk_select",
+    )(*scalars, q_BTIJ, weights_BTI, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Entries chosen; heads; queries, and those of a block; keys of a block, its pieces; blocks."""
+
+    k: int
+    heads: int
+    queries: int
+    step: int
+    block: int
+    pieces: int
+    blocks: int
+
+
+def _plan(keys: Keys, heads: int, queries: int, k: int) -> _Plan:
+    """Blocks are whole tiles; at least k maxima come of one, or it is the only one."""
+    up = lambda n: pl.cdiv(n, TILE) * TILE
+    room, pieces = entries(keys), 1
+    block = min(up(room), max(_KEYS, up(k)))
+    if isinstance(keys, PagedKeys):
+        per_page = keys.pages.shape[2]
+        block = min(block, max(up(k), up(_PIECES * per_page)))
+        pieces = pl.cdiv(block, per_page)
+        block = max(block, pieces * per_page)
+    return _Plan(k, heads, queries, min(queries, _QUERIES), block, pieces, pl.cdiv(room, block))
+
+
+def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
+    """Refuse what the kernel cannot do."""
+    takes = "indexer_topk.select on TPU takes"
+    scores, scalars = plan.step * plan.blocks * plan.block, visible_BT.size
+    if isinstance(keys, Fp4Keys):
+        raise Unsupported(f"{takes} arrays, Fp8Keys and PagedKeys, not Fp4Keys.")
+    if isinstance(keys, PagedKeys):
+        scalars += keys.table.size
+        if (n := keys.pages.shape[2]) % TILE and TILE % n:
+            raise Unsupported(f"{takes} pages that divide {TILE} or are a multiple, not {n}.")
+    if scores > _MOST_SCORES:
+        raise Unsupported(f"{takes} {_MOST_SCORES} scores of a block of queries, not {scores}.")
+    if scalars > _MOST_SCALARS:
+        raise Unsupported(f"{takes} {_MOST_SCALARS} lengths and pages, not {scalars}.")
+    if q_BTIJ.dtype.itemsize > 4:
+        raise Unsupported(f"{takes} no {q_BTIJ.dtype}.")
+
+
+def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
+    """The arrays that hold keys, and how a block of each is found."""
+
+    def at(b: Any, i: Any, j: Any, layer: Any, _: Any, blocks: Any, *table: Any) -> Any:
+        # Blocks that are not seen are not read: what is here already stays.
+        return layer[0], b, jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0)), 0
+
+    match keys:
+        case PagedKeys():
+            last = keys.table.shape[1] - 1, keys.pages.shape[1] - 1
+
+            def page(piece: int, *args: Any) -> Any:
+                layer, b, block, _ = at(*args)
+                table = args[-1]
+                entry = jnp.minimum(block * plan.pieces + piece, last[0])
+                return layer, jnp.clip(table[b, entry], 0, last[1]), 0, 0
+
+            shape = (1, 1, *keys.pages.shape[2:])
+            maps = [functools.partial(page, piece) for piece in range(plan.pieces)]
+            return [keys.pages] * plan.pieces, [pl.BlockSpec(shape, index) for index in maps]
+        case Fp8Keys():
+            codes_spec = pl.BlockSpec((1, 1, plan.block, keys.codes.shape[3]), at)
+            scale_spec = pl.BlockSpec((1, 1, plan.block // LANES, LANES), at)
+            return [keys.codes, keys.scale], [codes_spec, scale_spec]
+        case Fp4Keys():
+            raise AssertionError("refused before")
+        case _:
+            return [keys], [pl.BlockSpec((1, 1, plan.block, keys.shape[3]), at)]
+
+
+def _whole_heads(
+    q_BTIJ: Float[Array, "B T I J"], weights_BTI: Float32[Array, "B T I"], dtype: Any
+) -> tuple[Any, Any]:
+    """Heads up to whole vectors, of which those added weigh nothing; as wide as keys at least."""
+    if dtype.itemsize > q_BTIJ.dtype.itemsize:
+        q_BTIJ = q_BTIJ.astype(dtype)
+    missing = -q_BTIJ.shape[2] % (32 // q_BTIJ.dtype.itemsize)
+    if not missing:
+        return q_BTIJ, weights_BTI
+    q_BTIJ = jnp.pad(q_BTIJ, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    return q_BTIJ, jnp.pad(weights_BTI, ((0, 0), (0, 0), (0, missing)))
+
+
+def _blocks_seen(visible_BT: Int32[Array, "B T"], step: int, block: int) -> Int32[Array, "B N"]:
+    """Key blocks that each block of queries sees something of."""
+    batch, queries = visible_BT.shape
+    padded = jnp.pad(visible_BT, ((0, 0), (0, -queries % step)))
+    most_BN = jnp.max(padded.reshape(batch, -1, step), axis=-1)
+    return (most_BN + block - 1) // block
+
+
+def _scratch(plan: _Plan, heads: int) -> list[Any]:
+    """Scores, their maxima, weights along lanes; marks of the chosen, and their number per row."""
+    rows = choice.whole_rows(plan.blocks * plan.block // LANES)
+    return [
+        pltpu.VMEM((plan.step, rows, LANES), jnp.int32),
+        pltpu.VMEM((plan.step, plan.block // LANES, LANES), jnp.int32),
+        pltpu.VMEM((plan.step, heads, LANES), jnp.float32),
+        pltpu.VMEM((rows, LANES), jnp.bfloat16),
+        pltpu.VMEM((LANES, LANES), jnp.float32),
+    ]
+
+
+def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
+    _, visible_ref, blocks_ref = refs[:3]
+    q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
+    scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref = refs[scalars + arrays + 3 :]
+    scale_ref = key_refs.pop() if arrays > plan.pieces else None
+    b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    first, rows = i * plan.step, plan.block // LANES
+    here = jnp.minimum(plan.step, plan.queries - first)
+
+    def each(body: Any) -> None:
+        jax.lax.fori_loop(0, here, lambda t, _: body(t, visible_ref[b, first + t]), None)
+
+    @pl.when(j == 0)
+    def _start() -> None:
+        peaks_ref[...] = jnp.full_like(peaks_ref, choice.NOTHING)
+        each(lambda t, _: _weights_along_lanes(weights_ref, columns_ref, t))
+
+    @pl.when(j < blocks_ref[b, i])
+    def _score() -> None:
+        keys = key_refs, scale_ref
+        into = lambda t: (scores_ref.at[t], peaks_ref.at[t])
+        each(
+            lambda t, n: score_block(
+                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, n), heads=plan.heads
+            )
+        )
+
+    @pl.when(j == plan.blocks - 1)
+    def _choose() -> None:
+        room = chosen_ref, counts_ref
+        written = blocks_ref[b, i] * rows
+        out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
+        each(
+            lambda t, n: choice.choose(
+                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, n, k=plan.k
+            )
+        )
+
+
+def _weights_along_lanes(weights_ref: Any, columns_ref: Any, t: Int32[Array, ""]) -> None:
+    row_1I = weights_ref[0, pl.ds(t, 1), :]
+    columns_ref[t] = jnp.broadcast_to(row_1I, (LANES, row_1I.shape[1])).T

@@ -1,0 +1,275 @@
+"""Exact top-k of one query inside a TPU kernel: no sort, no scatter, no list of scores in HBM.
+
+Scores are order-preserving int32 keys in VMEM, entry s at row s // 128, lane s % 128. The k-th
+largest key is found by bisection that counts; which of its equals belong to the choice by
+bisection on the index; the list by ranks: slot p looks for the row, then the lane, that brings the
+count of chosen entries above p. All look-ups are products with one-hot matrices.
+
+Axis letters: R rows of 128 entries, G groups of 128 rows, P slots of the list (k, up to a multiple
+of 128), C candidates' rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float32, Int32
+
+LANES = 128
+# Below the key of every number and NaN: nothing is there.
+NOTHING = -(2**31)
+# As many as make no difference.
+_MANY = 2**31 - 1
+# Rows that one step of a loop over the keys takes.
+_STEP = 256
+# Groups fit the lanes of one vector.
+MOST_ROWS = LANES * LANES
+
+Hits = Callable[[Int32[Array, "step 128"], Int32[Array, ""]], Bool[Array, "step 128"]]
+
+
+def whole_rows(rows: int) -> int:
+    """Rows that memory must have, so that loops over them take whole steps."""
+    return rows if rows <= LANES else pl.cdiv(rows, _STEP) * _STEP
+
+
+def choose(
+    keys_ref: Any,
+    peaks_ref: Any,
+    chosen_ref: Any,
+    counts_ref: Any,
+    out_ref: Any,
+    written: Int32[Array, ""],
+    visible: Int32[Array, ""],
+    *,
+    k: int,
+) -> None:
+    """Write the list of one query, [1, k].
+
+    Args:
+      keys_ref: ordered scores, [R, 128]; `NOTHING` beyond what is visible.
+      peaks_ref: at least k maxima of disjoint sets that are all the keys, or nothing less.
+      chosen_ref: room for marks, bfloat16 [R, 128].
+      counts_ref: room for the number of marks per row, float32 [128, 128].
+      out_ref: the list.
+      written: rows of keys that were written, a multiple of 8.
+      visible: entries that exist.
+      k: entries to choose.
+    """
+    slot = jax.lax.broadcasted_iota(jnp.int32, (1, k), 1)
+
+    @pl.when(visible <= k)
+    def _all() -> None:
+        out_ref[...] = jnp.where(slot < visible, slot, -1)
+
+    @pl.when(visible > k)
+    def _best() -> None:
+        rows = (visible + LANES - 1) // LANES
+        blank(keys_ref, written)
+        key, last = cut(keys_ref, peaks_ref, rows, k)
+        mark(keys_ref, chosen_ref, counts_ref, rows, key, last)
+        slots = pl.cdiv(k, LANES) * LANES
+        out_ref[...] = listed(chosen_ref, counts_ref, rows, slots)[:, :k]
+
+
+def blank(keys_ref: Any, start: Int32[Array, ""]) -> None:
+    """From this row on, a multiple of 8, nothing is there as far as a loop's last step reaches."""
+    step = min(_STEP, keys_ref.shape[0])
+    end = (start + step - 1) // step * step
+
+    def body(index: Any, carry: Any) -> Any:
+        at = pl.multiple_of(start + index * 8, 8)
+        keys_ref[pl.ds(at, 8), :] = jnp.full((8, LANES), NOTHING, jnp.int32)
+        return carry
+
+    jax.lax.fori_loop(0, (end - start) // 8, body, 0)
+
+
+def _count(keys_ref: Any, rows: Int32[Array, ""], hits: Hits) -> Int32[Array, ""]:
+    """How many of the first `rows` rows' keys are hits."""
+    step = min(_STEP, keys_ref.shape[0])
+    # Several sums at a time, as each addition waits for the one before.
+    wide = 32 if step % 32 == 0 else 8
+
+    def body(index: Any, count_W: Any) -> Any:
+        start = pl.multiple_of(index * step, step)
+        hit = hits(keys_ref[pl.ds(start, step), :], start)
+        ones = jnp.where(hit, 1, 0).reshape(step // wide, wide, LANES)
+        return count_W + jnp.sum(ones, axis=0)
+
+    steps = (rows + step - 1) // step
+    return jnp.sum(jax.lax.fori_loop(0, steps, body, jnp.zeros((wide, LANES), jnp.int32)))
+
+
+def _largest_with(
+    count_from: Callable[[Int32[Array, ""]], Int32[Array, ""]],
+    low: Int32[Array, ""],
+    high: Int32[Array, ""],
+    enough: int,
+    at_most: int,
+) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+    """The largest key in [low, high] from which on there are `enough`; stops at `at_most` of them.
+
+    Returns it, and how many there are from it on, or a very large number: not counted.
+    """
+
+    def going(state: Any) -> Any:
+        low, high, count = state
+        return (low < high) & (count > at_most)
+
+    def halve(state: Any) -> Any:
+        low, high, count = state
+        # The mean, rounded up, without overflow.
+        middle = (low | high) - ((low ^ high) >> 1)
+        above = count_from(middle)
+        up = above >= enough
+        return (
+            jnp.where(up, middle, low),
+            jnp.where(up, high, middle - 1),
+            jnp.where(up, above, count),
+        )
+
+    low, _, count = jax.lax.while_loop(going, halve, (low, high, jnp.int32(_MANY)))
+    return low, count
+
+
+def cut(
+    keys_ref: Any, peaks_ref: Any, rows: Int32[Array, ""], k: int
+) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+    """The k-th largest key of more, and the last index at which an equal key is chosen.
+
+    `peaks_ref` holds at least k maxima of disjoint sets that are all the keys: the k-th largest
+    of these few is a good lower bound.
+    """
+    peaks = peaks_ref[...]
+    among_peaks = lambda key: jnp.sum(jnp.where(peaks >= key, 1, 0))
+    low, _ = _largest_with(among_peaks, jnp.min(peaks), jnp.max(peaks), k, k + k // 16)
+    from_key = lambda key: _count(keys_ref, rows, lambda keys, _: keys >= key)
+    key, count = _largest_with(from_key, low, jnp.max(peaks), k, k)
+    last = jax.lax.cond(
+        count == k,
+        lambda: jnp.int32(_MANY),
+        lambda: _last_equal(keys_ref, rows, key, k),
+    )
+    return key, last
+
+
+def _last_equal(
+    keys_ref: Any, rows: Int32[Array, ""], key: Int32[Array, ""], k: int
+) -> Int32[Array, ""]:
+    """The least index up to which there are enough keys that equal the k-th largest."""
+    missing = k - _count(keys_ref, rows, lambda keys, _: keys > key)
+
+    def halve(state: Any) -> Any:
+        low, high = state
+        middle = (low + high) >> 1
+        equal = lambda keys, start: (keys == key) & (index_of(keys.shape[0], start) <= middle)
+        enough = _count(keys_ref, rows, equal) >= missing
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    bounds = jnp.int32(0), rows * LANES - 1
+    return jax.lax.while_loop(lambda state: state[0] < state[1], halve, bounds)[1]
+
+
+def index_of(rows: int, start: Int32[Array, ""]) -> Int32[Array, "rows 128"]:
+    """The entries' numbers of some rows."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+    return (start + row) * LANES + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+
+
+def _dot(a: Any, b: Any, axes: tuple[int, int], precision: Any = None) -> Any:
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _bits(x: Bool[Array, "*dims"]) -> Any:
+    """0 and 1 in bfloat16, exact in every product here."""
+    return jnp.where(x, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def mark(
+    keys_ref: Any,
+    chosen_ref: Any,
+    counts_ref: Any,
+    rows: Int32[Array, ""],
+    key: Int32[Array, ""],
+    last: Int32[Array, ""],
+) -> None:
+    """Write which keys are chosen, [R,128] of 0 and 1, and how many in each row, [G,128]."""
+    step = min(LANES, keys_ref.shape[0])
+    counts_ref[...] = jnp.zeros_like(counts_ref)
+
+    def body(index: Any, carry: Any) -> Any:
+        start = pl.multiple_of(index * step, step)
+        keys = keys_ref[pl.ds(start, step), :]
+        equal = (keys == key) & (index_of(step, start) <= last)
+        chosen = _bits((keys > key) | equal)
+        chosen_ref[pl.ds(start, step), :] = chosen
+        counts = _dot(jnp.ones((8, LANES), jnp.bfloat16), chosen, (1, 1))
+        counts_ref[pl.ds(index, 1), pl.ds(0, step)] = counts[:1]
+        return carry
+
+    jax.lax.fori_loop(0, (rows + step - 1) // step, body, 0)
+
+
+def listed(
+    chosen_ref: Any, counts_ref: Any, rows: Int32[Array, ""], slots: int
+) -> Int32[Array, "1 P"]:
+    """The chosen entries' numbers, ascending; what follows the last is meaningless."""
+    row_P1, rank_P1, row_1P = _rows_of_slots(counts_ref, slots)
+    step = min(_STEP, chosen_ref.shape[0])
+
+    def fetch(index: Any, found_PL: Any) -> Any:
+        start = pl.multiple_of(index * step, step)
+        wanted_PC = jax.lax.broadcasted_iota(jnp.int32, (slots, step), 1) + start
+        here = _bits(wanted_PC == row_P1.astype(jnp.int32))
+        return found_PL + _dot(here, chosen_ref[pl.ds(start, step), :], (1, 0))
+
+    steps = (rows + step - 1) // step
+    found_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
+    upto_PL = _dot(found_PL.astype(jnp.bfloat16), _upper(), (1, 0))
+    lane_1P = _dot(jnp.ones((8, LANES), jnp.bfloat16), _bits(upto_PL <= rank_P1), (1, 1))[:1]
+    return (row_1P * LANES + lane_1P).astype(jnp.int32)
+
+
+def _upper() -> Any:
+    """Products with it are running sums along lanes."""
+    iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis)
+    return _bits(iota(0) <= iota(1))
+
+
+def _rows_of_slots(
+    counts_ref: Any, slots: int
+) -> tuple[Float32[Array, "P 1"], Float32[Array, "P 1"], Float32[Array, "1 P"]]:
+    """Each slot's row, its rank among the row's chosen ones, and the row once more along lanes."""
+    exact = jax.lax.Precision.HIGHEST
+    ones = jnp.ones((8, LANES), jnp.bfloat16)
+    counts_GL = counts_ref[...].astype(jnp.bfloat16)
+    total_8G = _dot(ones, counts_GL, (1, 1))
+    upto_8G = _dot(total_8G, _upper().astype(jnp.float32), (1, 0), exact)
+    upto_1G, before_1G = upto_8G[:1], (upto_8G - total_8G)[:1]
+    slot_PG = jax.lax.broadcasted_iota(jnp.int32, (slots, LANES), 0).astype(jnp.float32)
+    passed_PG = upto_1G <= slot_PG
+    here_PG = (before_1G <= slot_PG) & (slot_PG < upto_1G)
+    start_P1 = jnp.sum(jnp.where(here_PG, before_1G, 0.0), axis=1, keepdims=True)
+    group_P1 = jnp.sum(jnp.where(passed_PG, 1.0, 0.0), axis=1, keepdims=True)
+    group_1P = _dot(ones, _bits(passed_PG), (1, 1))[:1]
+    # Running counts of a group's rows, in two digits that bfloat16 holds exactly.
+    upto_GL = _dot(counts_GL, _upper(), (1, 0))
+    high_GL = jnp.floor(upto_GL * (1 / 256))
+    digit = lambda x_GL: _dot(_bits(here_PG), x_GL.astype(jnp.bfloat16), (1, 0))
+    upto_PL = digit(high_GL) * 256 + digit(upto_GL - high_GL * 256)
+    place_P1 = slot_PG[:, :1] - start_P1
+    passed_PL = upto_PL <= place_P1
+    before_P1 = jnp.max(jnp.where(passed_PL, upto_PL, 0.0), axis=1, keepdims=True)
+    within_P1 = jnp.sum(jnp.where(passed_PL, 1.0, 0.0), axis=1, keepdims=True)
+    within_1P = _dot(ones, _bits(passed_PL), (1, 1))[:1]
+    row_P1 = group_P1 * LANES + within_P1
+    return row_P1, place_P1 - before_P1, group_1P * LANES + within_1P

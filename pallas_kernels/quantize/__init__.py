@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Impl, dispatch
-from pallas_kernels.quantize import reference, tpu, tpu_rounding, xla
+from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
     decode_fp8_blocks,
@@ -42,7 +42,7 @@ __all__ = [
     "linear",
 ]
 
-_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 _ROUNDING = {"tpu": tpu_rounding, "xla": reference, "reference": reference}
 
 
@@ -139,7 +139,8 @@ def linear(
       w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
       precision: of the matmul, as in `jnp.einsum`.
       impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
-        'tpu' in VMEM; 'auto' takes the best form for the compile target.
+        'tpu' and 'gpu' (FP8) tile by tile on the chip; 'auto' takes the best form for the
+        compile target.
 
     Returns:
       Accumulated in float32 (or wider, if x is), in x's dtype.

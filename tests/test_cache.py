@@ -87,7 +87,7 @@ def test_capacities_are_few_and_hold_the_text() -> None:
 def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
     cfg = config.preset("bench")
     sizes = []
-    for capacity in (1024, 2048):
+    for capacity in (8192, 16384):
         cache = caches.make(cfg, 1, capacity, jnp.float32)
         sizes.append(
             {

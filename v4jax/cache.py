@@ -22,6 +22,8 @@ from v4jax.plan import segments
 SPARE = 8
 # Capacities are multiples of this many tokens: lcm(4, 128), the block of a paged pool.
 BLOCK = 128
+# Pools are whole tiles of device memory for every dtype down to 8 bits, as kernels ask.
+_POOL_TILE = 32
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +100,7 @@ def _layer_cache(
         return LayerCache(window_LBRK=window)
     # Beyond the text's own entries a chunk writes the rows of windows that it does not complete.
     entries = -(-capacity // kind.ratio) + 1
+    entries += -entries % _POOL_TILE
     tail_rows = kind.overlap * kind.ratio + SPARE
     tail = zeros(tail_rows, 2 * kind.overlap * cfg.head_dim, jnp.float32)
     pool = zeros(entries, cfg.head_dim)

@@ -1,0 +1,144 @@
+"""Attention to listed entries by a Pallas kernel for Hopper GPUs (Mosaic).
+
+The window is a list too: of the rows of its ring that a query sees, or of those before it. So one
+kernel serves decode and prefill, and gathers window and entries alike, each from where it lies. It
+knows the sink, so that a query whose keys are not divided is finished there; few queries' keys are
+divided among multiprocessors, and the parts joined by XLA.
+
+Axis letters: as in the package; r rows of the window listed, Z parts of a list.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.sparse_attention import gpu_gather
+from pallas_kernels.sparse_attention.gpu_attend import HEADS, attend
+from pallas_kernels.sparse_attention.gpu_gather import CHUNK
+from pallas_kernels.sparse_attention.rows import Pool
+
+_MULTIPROCESSORS = 132
+
+
+def decode(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    window_mask_BTR: Bool[Array, "B T R"],
+    pool_LBSK: Pool,
+    layer: Int[Array, ""],
+    indices_BTk: Int[Array, "B T k"],
+    sink_H: Float[Array, " H"],
+    *,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """Lists of the window's rows and of entries, divided so that multiprocessors have work.
+
+    Raises:
+      Unsupported: other dtypes than bfloat16, heads or channels not in whole tiles.
+    """
+    row_R = jnp.arange(window_BRK.shape[1], dtype=jnp.int32)
+    near_BTr = jnp.where(window_mask_BTR, row_R[None, None], -1)
+    return _attend(q_BTHK, window_BRK, near_BTr, pool_LBSK, layer, indices_BTk, sink_H, scale)
+
+
+def prefill(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Pool,
+    layer: Int[Array, ""],
+    indices_BTk: Int[Array, "B T k"],
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """As `decode`: query j sees the rows j + 1 .. j + window of its chunk's window.
+
+    Raises:
+      Unsupported: as for `decode`.
+    """
+    near_BTr = window_rows(start_B, q_BTHK.shape[1], window)
+    return _attend(q_BTHK, window_BXK, near_BTr, pool_LBSK, layer, indices_BTk, sink_H, scale)
+
+
+def window_rows(start_B: Int[Array, " B"], queries: int, window: int) -> Int32[Array, "B T r"]:
+    """Rows of a chunk's window that each query sees, -1 for positions below 0."""
+    row_Tr = jnp.arange(queries, dtype=jnp.int32)[:, None] + 1 + jnp.arange(window)[None]
+    position_BTr = start_B.astype(jnp.int32)[:, None, None] - window + row_Tr[None]
+    return jnp.where(position_BTr >= 0, row_Tr[None], -1)
+
+
+def parts_of(chunks: int, blocks: int) -> int:
+    """Into how many parts to divide a list: as many as fill the GPU once, none of them empty."""
+    most = max(1, min(chunks, _MULTIPROCESSORS // blocks))
+    return -(-chunks // -(-chunks // most))
+
+
+def joined(
+    value_BTZHK: Float32[Array, "B T Z H K"], lse_BTZH: Float32[Array, "B T Z H"]
+) -> Float32[Array, "B T H K"]:
+    """Means over parts, weighted by their sums, of which these are the logarithms."""
+    largest_BT1H = jnp.max(lse_BTZH, axis=2, keepdims=True)
+    largest_BT1H = jnp.where(largest_BT1H == -jnp.inf, 0.0, largest_BT1H)
+    weight_BTZH = jnp.exp(lse_BTZH - largest_BT1H)
+    total_BTH = jnp.sum(weight_BTZH, axis=2)
+    value_BTHK = jnp.sum(value_BTZHK * weight_BTZH[..., None], axis=2)
+    return value_BTHK / jnp.where(total_BTH == 0, 1.0, total_BTH)[..., None]
+
+
+def _attend(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    near_BTr: Int[Array, "B T r"],
+    pool_LBSK: Pool,
+    layer: Int[Array, ""],
+    far_BTk: Int[Array, "B T k"],
+    sink_H: Float[Array, " H"],
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    _check(q_BTHK, window_BRK, pool_LBSK)
+    B, T, H, _ = q_BTHK.shape
+    near_BTr, far_BTk = _whole_chunks(near_BTr), _whole_chunks(far_BTk)
+    rows_BTX = jnp.concatenate([near_BTr, far_BTk], axis=2)
+    parts = parts_of(rows_BTX.shape[2] // CHUNK, B * T * (H // HEADS))
+    rows_BTX = _padded(rows_BTX, parts * CHUNK)
+    value_BTZHK, lse_BTZH = attend(
+        q_BTHK,
+        window_BRK,
+        pool_LBSK,
+        layer,
+        rows_BTX,
+        sink_H.astype(jnp.float32),
+        near=near_BTr.shape[2],
+        parts=parts,
+        scale=scale,
+    )
+    if parts == 1:
+        return value_BTZHK[:, :, 0]
+    return joined(value_BTZHK, lse_BTZH).astype(q_BTHK.dtype)
+
+
+def _whole_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:
+    return _padded(rows_BTX.astype(jnp.int32), CHUNK)
+
+
+def _padded(rows_BTX: Int32[Array, "B T X"], unit: int) -> Int32[Array, "B T Y"]:
+    missing = -rows_BTX.shape[2] % unit
+    return jnp.pad(rows_BTX, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
+
+
+def _check(q_BTHK: Array, window_BRK: Array, pool_LBSK: Pool) -> None:
+    gpu_gather.check(pool_LBSK)
+    if q_BTHK.dtype != jnp.bfloat16 or window_BRK.dtype != jnp.bfloat16:
+        raise Unsupported(
+            f"The GPU form takes queries and window in bfloat16, not {q_BTHK.dtype} and "
+            f"{window_BRK.dtype}."
+        )
+    B, T, H, K = q_BTHK.shape
+    if H % HEADS or K % 128 or K > 512 or 0 in (B, T, H, window_BRK.shape[1], pool_LBSK.shape[2]):
+        raise Unsupported(
+            f"The GPU form takes heads in multiples of {HEADS} and 128, 256, 384 or 512 channels, "
+            f"and nothing empty: not queries {q_BTHK.shape}, window {window_BRK.shape} and pool "
+            f"{pool_LBSK.shape}."
+        )

@@ -1,0 +1,267 @@
+"""Attention of one query's heads, 64 at a time, to a part of its list.
+
+Of a block's three warpgroups one gathers chunks of rows, and two attend to them, each for half of
+the channels of the values. Both compute all weights: these are then where the products want them,
+and no maximum has to travel.
+
+Axis letters: as in the package; Z parts of a list, X rows of a list, C rows of a chunk, h = 64
+heads of a block, V channels of a product.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.sparse_attention import gpu_gather
+from pallas_kernels.sparse_attention.gpu_gather import CHUNK, TILED, load
+from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
+
+HEADS = 64
+_GATHERER = 2  # the warpgroup
+_STAGES = 2
+_LOG2E = math.log2(math.e)
+_TILE = plgpu.Layout.WGMMA
+_BY_HEAD, _BY_ROW = _TILE.reduce(1), _TILE.reduce(0)
+
+
+def attend(
+    q_BTHK: Float[Array, "B T H K"],
+    window_BRK: Float[Array, "B R K"],
+    pool_LBSK: Pool,
+    layer: Int[Array, ""],
+    rows_BTX: Int32[Array, "B T X"],
+    sink_H: Float32[Array, " H"],
+    *,
+    near: int,
+    parts: int,
+    scale: float,
+) -> tuple[Float[Array, "B T Z H K"], Float32[Array, "B T Z H"]]:
+    """Weighted means of listed rows, and the logarithms of the sums of weights.
+
+    Args:
+      q_BTHK: queries.
+      window_BRK: what the first `near` of each list are rows of.
+      pool_LBSK: what the others are entries of.
+      layer: the layer to read.
+      rows_BTX: lists, -1 for none; as many chunks in all parts.
+      sink_H: a logit per head; the first part has it among its keys.
+      near: a multiple of the size of a chunk.
+      parts: into which lists are divided.
+      scale: multiplies q . key.
+    Returns:
+      In the dtype of q if there is one part, in float32 otherwise.
+    """
+    B, T, H, K = q_BTHK.shape
+    chunks = rows_BTX.shape[2] // parts // CHUNK
+    rows_BTZNC = rows_BTX.reshape(B, T, parts, chunks, CHUNK)
+    narrow = isinstance(pool_LBSK, Fp8Rows)
+    pool = pool_LBSK.data if narrow else pool_LBSK
+    window_units, pool_units = gpu_gather.in_units(window_BRK), gpu_gather.in_units(pool)
+    call = _Call(
+        queries=T,
+        channels=K,
+        chunks=chunks,
+        near=near,
+        window=window_BRK.shape[1],
+        entries=pool.shape[2],
+        batch=B,
+        narrow=narrow,
+        scale=scale,
+    )
+    out_type = (
+        jax.ShapeDtypeStruct((B, T, parts, H, K), q_BTHK.dtype if parts == 1 else jnp.float32),
+        jax.ShapeDtypeStruct((B, T, parts, H), jnp.float32),
+    )
+    return plgpu.kernel(
+        call.run,
+        out_type=out_type,
+        # Heads of a query next to each other: they read the same rows.
+        grid=(B * T * (H // HEADS), parts),
+        grid_names=("query_heads", "part"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=call.scratch(),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="sparse_attention",
+    )(q_BTHK, window_units, pool_units, layer.astype(jnp.int32)[None], rows_BTZNC, sink_H)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """Sizes of one call: T, K, chunks of a part's list, R, S, B; whether entries are bytes."""
+
+    queries: int
+    channels: int
+    chunks: int
+    near: int
+    window: int
+    entries: int
+    batch: int
+    narrow: bool
+    scale: float
+
+    @property
+    def slots(self) -> int:
+        """Chunks for the tensor cores: two, unless staging buffers of both kinds leave no room."""
+        return 1 if self.narrow else 2
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory and barriers; weights apart for each of the two that compute them."""
+        matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
+        return {
+            "q_hK": matrix((HEADS, self.channels)),
+            "sink_h": plgpu.SMEM((HEADS,), jnp.float32),
+            "row_NC": plgpu.SMEM((self.chunks, CHUNK), jnp.int32),
+            **gpu_gather.stages(self.channels, narrow=self.narrow, slots=_STAGES),
+            "keys": matrix((self.slots, CHUNK, self.channels)),
+            "weights": matrix((2, HEADS, CHUNK)),
+            "q_here": plgpu.Barrier(num_arrivals=3),
+            "staged": plgpu.Barrier(num_arrivals=CHUNK, num_barriers=_STAGES),
+            "ready": plgpu.Barrier(num_barriers=self.slots),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=self.slots),
+        }
+
+    def run(
+        self,
+        q: Any,
+        window: Any,
+        pool: Any,
+        layer: Any,
+        rows: Any,
+        sink: Any,
+        value: Any,
+        lse: Any,
+        **smem: Any,
+    ) -> None:
+        """What the three warpgroups of a block do, given references to all arrays."""
+        warpgroup, part = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("part")
+        block, of_query = jax.lax.axis_index("query_heads"), q.shape[2] // HEADS
+        query, heads = (
+            jax.lax.div(block, of_query),
+            pl.ds(jax.lax.rem(block, of_query) * HEADS, HEADS),
+        )
+        b, t = jax.lax.div(query, self.queries), jax.lax.rem(query, self.queries)
+
+        @pl.when(warpgroup == _GATHERER)
+        def _() -> None:
+            plgpu.set_max_registers(64, action="decrease")
+            plgpu.copy_gmem_to_smem(rows.at[b, t, part], smem["row_NC"], smem["q_here"])
+            plgpu.copy_gmem_to_smem(q.at[b, t, heads], smem["q_hK"], smem["q_here"])
+            plgpu.copy_gmem_to_smem(sink.at[heads], smem["sink_h"], smem["q_here"])
+            plgpu.barrier_wait(smem["q_here"])
+            near = gpu_gather.Source(window, b * self.window, narrow=False)
+            first = (layer[0] * self.batch + b) * self.entries
+            far = gpu_gather.Source(pool, first, narrow=self.narrow)
+            near_chunks = self.near // CHUNK - part * self.chunks
+            self._gather(near, far, near_chunks, smem)
+
+        @pl.when(warpgroup != _GATHERER)
+        def _() -> None:
+            plgpu.set_max_registers(224, action="increase")
+            plgpu.barrier_wait(smem["q_here"])
+            largest_h, total_h, values = self._attend(warpgroup, part == 0, smem)
+            inverse_h = 1.0 / jnp.where(total_h == 0, 1.0, total_h)
+            for i, value_hV in enumerate(values):
+                value_hV = value_hV * _along(inverse_h, value_hV.shape, 0)
+                columns = self._columns(warpgroup, i)
+                value[b, t, part, heads, columns] = value_hV.astype(value.dtype)
+
+            @pl.when(warpgroup == 0)
+            def _() -> None:
+                lse[b, t, part, heads] = largest_h / _LOG2E + jnp.log(total_h)
+
+    def _gather(self, near: Any, far: Any, near_chunks: Any, smem: Any) -> None:
+        """Chunk by chunk: copies of the next are under way while one is laid out."""
+
+        def fetch(chunk: Any) -> None:
+            stage = jax.lax.rem(chunk, _STAGES)
+            for source, wanted in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
+                start = functools.partial(gpu_gather.fetch, source, stage, chunk, smem)
+                pl.when(wanted)(start)
+
+        fetch(jnp.int32(0))
+
+        @pl.loop(0, self.chunks)
+        def _(chunk: Array) -> None:
+            stage, slot = jax.lax.rem(chunk, _STAGES), jax.lax.rem(chunk, self.slots)
+            pl.when(chunk + 1 < self.chunks)(lambda: fetch(chunk + 1))
+            plgpu.barrier_wait(smem["staged"].at[stage])
+            pl.when(chunk >= self.slots)(lambda: plgpu.barrier_wait(smem["free"].at[slot]))
+            for source, wanted in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
+                keys = smem["keys"].at[slot]
+                move = functools.partial(gpu_gather.lay_out, source, stage, chunk, keys, smem)
+                pl.when(wanted)(move)
+            # Also keeps the next copies from a staging buffer that is still being read.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(smem["ready"].at[slot])
+
+    def _attend(self, warpgroup: Array, with_sink: Any, smem: Any) -> Any:
+        """Running maximum (times log2 e), sum of weights and values of half of the channels."""
+        sink_h = load(smem["sink_h"], _BY_HEAD) * _LOG2E
+        constant = lambda x: plgpu.layout_cast(jnp.full((HEADS,), x, jnp.float32), _BY_HEAD)
+        largest_h = jnp.where(with_sink, sink_h, constant(-jnp.inf))
+        total_h = jnp.where(with_sink, constant(1.0), constant(0.0))
+        zero_hV = plgpu.layout_cast(jnp.zeros((HEADS, self._width), jnp.float32), _TILE)
+        values = (zero_hV,) * (self.channels // 2 // self._width)
+
+        def step(chunk: Array, state: Any) -> Any:
+            slot = jax.lax.rem(chunk, self.slots)
+            plgpu.barrier_wait(smem["ready"].at[slot])
+            largest_h, total_h, values = state
+            keys_CK = smem["keys"].at[slot]
+            logits_hC = _product(smem["q_hK"], keys_CK.transpose((1, 0)), CHUNK)
+            there_C = load(smem["row_NC"].at[chunk], _BY_ROW) >= 0
+            seen_hC = _along(there_C, logits_hC.shape, 1)
+            logits_hC = jnp.where(seen_hC, logits_hC * (self.scale * _LOG2E), -jnp.inf)
+            new_h = jnp.maximum(largest_h, jnp.max(logits_hC, axis=1))
+            base_h = jnp.where(new_h == -jnp.inf, 0.0, new_h)
+            shrink_h = jnp.exp2(largest_h - base_h)
+            weight_hC = jnp.exp2(logits_hC - _along(base_h, logits_hC.shape, 0))
+            total_h = total_h * shrink_h + jnp.sum(weight_hC, axis=1)
+            smem["weights"][warpgroup] = weight_hC.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            shrink_hV = _along(shrink_h, zero_hV.shape, 0)
+            weights, columns = (
+                smem["weights"].at[warpgroup],
+                functools.partial(self._columns, warpgroup),
+            )
+            values = tuple(
+                value_hV * shrink_hV + _product(weights, keys_CK.at[:, columns(i)], self._width)
+                for i, value_hV in enumerate(values)
+            )
+            pl.when(chunk + self.slots < self.chunks)(
+                lambda: plgpu.barrier_arrive(smem["free"].at[slot])
+            )
+            return new_h, total_h, values
+
+        return jax.lax.fori_loop(0, self.chunks, step, (largest_h, total_h, values))
+
+    @property
+    def _width(self) -> int:
+        """Channels of one product: sums of 64 registers are added to those kept."""
+        return math.gcd(self.channels // 2, 128)
+
+    def _columns(self, warpgroup: Array, i: int) -> Any:
+        """Those of its i-th product."""
+        return pl.ds(warpgroup * (self.channels // 2) + i * self._width, self._width)
+
+
+def _product(a_ref: Any, b_ref: Any, columns: int) -> Array:
+    """Matrix product on tensor cores, in float32."""
+
+    def multiply(acc_ref: Any) -> Array:
+        plgpu.wgmma(acc_ref, a_ref, b_ref)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((HEADS, columns), jnp.float32))
+
+
+def _along(vector: Array, shape: tuple[int, ...], dim: int) -> Array:
+    return jax.lax.broadcast_in_dim(vector, shape, (dim,))

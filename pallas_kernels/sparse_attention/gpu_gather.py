@@ -1,0 +1,157 @@
+"""Listed rows brought to shared memory by a small bulk copy each, and laid out for tensor cores.
+
+A bulk copy fills contiguous bytes; tensor cores want rows interleaved and swizzled. So rows land in
+a staging buffer, from where a warpgroup that does nothing else moves them through registers, puts
+zeros for rows that are not there, and turns entries of eight bits into bfloat16.
+
+Axis letters: C rows of a chunk, N chunks, K channels, J channels of a block.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.sparse_attention import rows
+from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
+
+CHUNK = 32
+# A row of weights has as many channels as a chunk rows, 64 bytes; operands must be swizzled alike.
+TILED = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+_WIDTH = 128
+_LOW, _HIGH, _SCALE = rows.CODES, rows.CODES + rows.ROTATED, rows.CODES + 2 * rows.ROTATED
+
+
+def check(pool: Pool) -> None:
+    """Refuse pools that cannot be gathered from.
+
+    Raises:
+      Unsupported: neither bfloat16 nor rows of bytes; or more rows than an int32 counts.
+    """
+    data = pool.data if isinstance(pool, Fp8Rows) else pool
+    if not isinstance(pool, Fp8Rows) and pool.dtype != jnp.bfloat16:
+        raise Unsupported(f"The GPU form takes a pool in bfloat16 or Fp8Rows, not {pool.dtype}.")
+    if data.shape[0] * data.shape[1] * data.shape[2] >= 2**31:
+        raise Unsupported(f"The GPU form counts rows in an int32; a pool of {data.shape} has more.")
+
+
+def in_units(array: Array) -> Array:
+    """Rows of all leading dims one after another, each cut into units: [rows, units, U]."""
+    return array.reshape(-1, array.shape[-1] // _WIDTH, _WIDTH)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """What a reference holds, as a register array of this layout."""
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def stages(channels: int, *, narrow: bool, slots: int) -> dict[str, Any]:
+    """Staging buffers, for rows as they lie in device memory."""
+    stage = lambda width, dtype: plgpu.SMEM((slots, CHUNK, width // _WIDTH, _WIDTH), dtype)
+    found = {"stage": stage(channels, jnp.bfloat16)}
+    return found | ({"byte_stage": stage(rows.WIDTH, jnp.uint8)} if narrow else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where rows of a chunk come from.
+
+    Attributes:
+      ref: reference to `in_units` of an array in device memory.
+      first: its row that row 0 of the list is.
+      narrow: whether rows are bytes of `Fp8Rows`.
+    """
+
+    ref: Any
+    first: Any
+    narrow: bool
+
+    def stage(self, slot: Array, smem: Any) -> Any:
+        """The buffer for a chunk's rows."""
+        return smem["byte_stage" if self.narrow else "stage"].at[slot]
+
+
+def fetch(source: Source, slot: Array, chunk: Any, smem: Any) -> None:
+    """Start copies of a chunk's rows."""
+    stage = source.stage(slot, smem)
+
+    @pl.loop(0, CHUNK)
+    def _(i: Array) -> None:
+        # What is not there is row 0, of which nothing is used.
+        row = source.first + jnp.maximum(smem["row_NC"][chunk, i], 0)
+        plgpu.copy_gmem_to_smem(source.ref.at[row], stage.at[i], smem["staged"].at[slot])
+
+
+def lay_out(source: Source, slot: Array, chunk: Any, keys: Any, smem: Any) -> None:
+    """Move a chunk from its staging buffer to `keys`, where tensor cores read it."""
+    stage = source.stage(slot, smem)
+    row_C = smem["row_NC"].at[chunk]
+    if source.narrow:
+        _lay_out_bytes(row_C, stage, keys)
+        return
+    for unit in range(keys.shape[1] // _WIDTH):
+        columns = pl.ds(unit * _WIDTH, _WIDTH)
+        _put(load(stage.at[:, unit], _layout(_WIDTH)), row_C, keys.at[:, columns])
+
+
+def _lay_out_bytes(row_C: Any, stage: Any, keys: Any) -> None:
+    """As `rows.decode`, 64 channels at a time; of a row's last unit the scales come second."""
+    half = lambda byte: stage.at[:, byte // _WIDTH, pl.ds(byte % _WIDTH, rows.BLOCK)]
+    layout = _layout(rows.BLOCK)
+    words = lambda byte: _load_bytes(half(byte), layout).astype(jnp.int32)
+    scale_CJ = jax.lax.bitcast_convert_type(words(_SCALE) << 23, jnp.float32)
+    channel_CJ = jax.lax.broadcasted_iota(jnp.int32, scale_CJ.shape, 1)
+    channel_CJ = plgpu.layout_cast(channel_CJ, layout)
+    for block in range(rows.SCALES):
+        scale_C = jnp.sum(jnp.where(channel_CJ == block, scale_CJ, 0.0), axis=1)
+        code_CJ = words(block * rows.BLOCK)
+        value_CJ = e4m3(code_CJ) * _along_channels(scale_C, rows.BLOCK)
+        columns = pl.ds(block * rows.BLOCK, rows.BLOCK)
+        _put(value_CJ.astype(jnp.bfloat16), row_C, keys.at[:, columns])
+    rotated_CJ = words(_LOW) << 16 | words(_HIGH) << 24
+    rotated_CJ = jax.lax.bitcast_convert_type(rotated_CJ, jnp.float32).astype(jnp.bfloat16)
+    _put(rotated_CJ, row_C, keys.at[:, pl.ds(rows.CODES, rows.ROTATED)])
+
+
+def _load_bytes(ref: Any, layout: Any) -> Array:
+    """As `load`, of rows that lie a multiple of 128 bytes apart: some bank conflicts."""
+    # JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
+    no_default = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *[()] * no_default, layout=layout, optimized=False)
+
+
+def e4m3(code: Array) -> Array:
+    """The numbers of E4M3 codes in integers of 32 bits, in float32.
+
+    Exponent and mantissa move to where a float32 has them. Subnormals are made as a difference: of
+    float32's own, which would do without, one cannot know whether a GPU flushes them.
+    """
+    subnormal = (code & 0x78) == 0
+    exponent = jnp.where(subnormal, 121 << 23, 120 << 23)
+    moved = jax.lax.bitcast_convert_type(((code & 0x7F) << 20) + exponent, jnp.float32)
+    size = moved - jnp.where(subnormal, 2.0**-6, 0.0)
+    return jnp.where((code & 0x80) == 0, size, -size)
+
+
+def _put(keys_CJ: Array, row_C: Any, keys: Any) -> None:
+    """Rows, zeros where there is none."""
+    layout = _layout(keys_CJ.shape[1])
+    there_CJ = _along_channels(load(row_C, layout.reduce(1)) >= 0, keys_CJ.shape[1])
+    zero_CJ = plgpu.layout_cast(jnp.zeros_like(keys_CJ), layout)
+    keys[...] = jnp.where(there_CJ, keys_CJ, zero_CJ)
+
+
+def _along_channels(x_C: Array, channels: int) -> Array:
+    wide = jax.lax.broadcast_in_dim(x_C, (CHUNK, channels), (0,))
+    return plgpu.layout_cast(wide, _layout(channels))
+
+
+def _layout(channels: int) -> Any:
+    """Of a chunk's registers, so that buffers and tiles are accessed without bank conflicts."""
+    return plgpu.Layout.SMEM_GMEM_COPY((CHUNK, channels), jnp.bfloat16, 64)

@@ -1,0 +1,51 @@
+"""Mosaic GPU kernels run on CPU: synchronisation, copies and products as on a GPU, but no layouts.
+
+Its threads block one another, so that there must be several devices for them (see conftest).
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax._src.pallas.mosaic_gpu import core
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
+from jax._src.state.types import TransposeTransform
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters import mlir
+
+_OLD = jax.__version_info__ < (0, 11)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced in here are interpreted; trace anew (a fresh `jax.jit`)."""
+    with contextlib.ExitStack() as stack:
+        if _OLD:
+            _fill_gaps(stack)
+        stack.enter_context(params.force_gpu_interpret_mode())
+        yield
+
+
+def _fill_gaps(stack: contextlib.ExitStack) -> None:
+    """What the interpreter of JAX 0.10 lacks: layouts that are no-ops, transposed operands."""
+    mlir.register_lowering(core.layout_cast_p, lambda _, x, **__: [x], platform="cpu")
+    patch = lambda where, name, new: stack.enter_context(mock.patch.object(where, name, new))
+
+    def load(ref: Any, idx: Any, *, layout: Any, optimized: bool) -> jax.Array:
+        del idx, optimized
+        return plgpu.layout_cast(ref[...], layout)
+
+    # The signature tells kernels which version of JAX there is.
+    patch(plgpu, "load", load)
+    keep = gpu_callbacks._remove_noop_transforms
+    untransposed = lambda found: [x for x in found if not isinstance(x, TransposeTransform)]
+    patch(gpu_callbacks, "_remove_noop_transforms", lambda found: keep(untransposed(found)))
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+        return np.matmul(a, b if a.shape[1] == b.shape[0] else b.T, dtype=dtype)
+
+    patch(gpu_callbacks, "np", types.SimpleNamespace(**(vars(np) | {"matmul": matmul})))

@@ -1,0 +1,175 @@
+"""Attention to listed entries on GPUs: interpreted against the reference, compiled at full size.
+
+Axis letters: as in test_sparse_attention; Z parts of a list.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import targets
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.sparse_attention import gpu, gpu_gather, reference, rows
+from pallas_kernels.sparse_attention.gpu_attend import HEADS
+from pallas_kernels.sparse_attention.shapes import SHAPES
+from tests import gpu_kernels
+from tests.test_sparse_attention import decode_inputs, poison, prefill_inputs
+
+SCALE = 0.1
+# Weights and results are bfloat16 (8 bits), weights relative to another maximum than the
+# reference's: each of up to a hundred values of size 1 to 4 differs by an ulp at most.
+CLOSE: Any = {"rtol": 2e-2, "atol": 2e-2}
+Inputs = dict[str, Any]
+
+
+def narrow(inputs: Inputs, H: int, K: int) -> Inputs:
+    """The same lists and masks, of bfloat16 arrays of other sizes."""
+    rng = np.random.default_rng(0)
+
+    def resized(name: str, x: Any) -> Any:
+        if name == "sink_H":
+            return jnp.asarray(rng.normal(size=H), jnp.float32)
+        if name not in ("q_BTHK", "window_BRK", "window_BXK", "pool_LBSK"):
+            return jnp.asarray(x)
+        shape = (*x.shape[:2], H, K) if name == "q_BTHK" else (*x.shape[:-1], K)
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    return {name: resized(name, x) for name, x in inputs.items()}
+
+
+def both(name: str, inputs: Inputs, **static: Any) -> tuple[np.ndarray, np.ndarray]:
+    """By the kernel, and by the reference."""
+    run = lambda module: functools.partial(getattr(module, name), scale=SCALE, **static)
+    with gpu_kernels.interpreted():
+        got_BTHK = jax.block_until_ready(jax.jit(run(gpu))(**inputs))
+    want_BTHK = run(reference)(**inputs)
+    assert got_BTHK.dtype == want_BTHK.dtype == jnp.bfloat16
+    return np.asarray(got_BTHK, np.float32), np.asarray(want_BTHK, np.float32)
+
+
+def test_decode_in_parts_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts, of which one has chunks of both the window and the entries."""
+    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 2)
+    inputs = narrow(decode_inputs(1, 1, 40, 50, 60), HEADS, 128)
+    np.testing.assert_allclose(*both("decode", inputs), **CLOSE)
+
+
+def test_prefill_equals_the_reference_and_is_blind_to_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that nobody lists are NaN; so is row 0, which -1 must not bring in."""
+    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
+    inputs = prefill_inputs((3,), 2, 8, 50, 70)
+    inputs["indices_BTk"] = np.where(inputs["indices_BTk"] == 0, -1, inputs["indices_BTk"])
+    inputs = {name: np.array(x) for name, x in narrow(inputs, HEADS, 256).items()}
+    window_BX = np.arange(10)[None, None] >= 5
+    poisoned = poison(inputs, "window_BXK", np.broadcast_to(window_BX, (1, 2, 10)), np.nan)
+    got_BTHK, want_BTHK = both("prefill", jax.tree.map(jnp.asarray, poisoned), window=8)
+    assert np.isfinite(got_BTHK).all()
+    np.testing.assert_allclose(got_BTHK, want_BTHK, **CLOSE)
+
+
+def test_entries_in_eight_bits_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
+    inputs = narrow(decode_inputs(1, 1, 20, 50, 60), HEADS, rows.CHANNELS)
+    inputs["pool_LBSK"] = rows.encode(inputs["pool_LBSK"])
+    np.testing.assert_allclose(*both("decode", inputs), **CLOSE)
+
+
+def test_codes_become_the_numbers_that_they_stand_for() -> None:
+    code = np.arange(256, dtype=np.uint8)
+    want = np.asarray(jax.lax.bitcast_convert_type(code, jnp.float8_e4m3fn), np.float32)
+    got = np.asarray(gpu_gather.e4m3(jnp.asarray(code, jnp.int32)))
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[finite], want[finite])
+
+
+def test_parts_that_see_nothing_count_for_nothing() -> None:
+    rng = np.random.default_rng(0)
+    value_BTZHK = rng.normal(size=(1, 2, 3, 4, 5)).astype(np.float32)
+    lse_BTZH = rng.normal(size=(1, 2, 3, 4)).astype(np.float32)
+    lse_BTZH[0, 0, 1], lse_BTZH[0, 1] = -np.inf, -np.inf
+    got_BTHK = np.asarray(gpu.joined(jnp.asarray(value_BTZHK), jnp.asarray(lse_BTZH)))
+    weight_ZH1 = np.exp(lse_BTZH[0, 0])[..., None]
+    want_HK = np.sum(value_BTZHK[0, 0] * weight_ZH1, axis=0) / np.sum(weight_ZH1, axis=0)
+    np.testing.assert_allclose(got_BTHK[0, 0], want_HK, rtol=1e-5)
+    np.testing.assert_array_equal(got_BTHK[0, 1], 0)
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 16, 131, 132, 4096])
+@pytest.mark.parametrize("chunks", [1, 20, 36])
+def test_parts_fill_the_gpu_once_and_none_is_empty(chunks: int, blocks: int) -> None:
+    parts = gpu.parts_of(chunks, blocks)
+    size = -(-chunks // parts)
+    assert parts == 1 or parts * blocks <= 132
+    assert (parts - 1) * size < chunks <= parts * size
+
+
+STRUCT = jax.ShapeDtypeStruct
+ENTRIES = 65536
+
+
+def pool_struct(B: int, eight_bits: bool) -> Any:
+    if eight_bits:
+        return rows.Fp8Rows(STRUCT((21, B, ENTRIES, rows.WIDTH), jnp.uint8))
+    return STRUCT((21, B, ENTRIES, 512), jnp.bfloat16)
+
+
+def check_program(run: Any, structs: list[Any], most: int) -> None:
+    lowered = targets.lowered("h200", run, *structs)
+    assert "mosaic_gpu" in lowered.as_text()
+    assert targets.temporaries(lowered.compile()) <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "eight_bits"), [("flash", False), ("flash", True), ("pro", False)]
+)
+def test_decode_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
+    """Temporaries are the parts: as many float32 rows as multiprocessors have heads, or fewer."""
+    shape, B, spare = SHAPES[name], 8, 8
+    R, H, K = shape.window + spare, shape.heads, shape.head_dim
+    structs = [
+        STRUCT((B, 1, H, K), jnp.bfloat16),
+        STRUCT((B, R, K), jnp.bfloat16),
+        STRUCT((B, 1, R), jnp.bool_),
+        pool_struct(B, eight_bits),
+        STRUCT((), jnp.int32),
+        STRUCT((B, 1, shape.k), jnp.int32),
+        STRUCT((H,), jnp.float32),
+    ]
+    run = functools.partial(gpu.decode, scale=SCALE)
+    check_program(run, structs, 132 * HEADS * K * 4 + 2**18)
+
+
+@pytest.mark.parametrize(("name", "eight_bits"), [("flash", False), ("pro", False), ("pro", True)])
+def test_prefill_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
+    """Temporaries are the lists: queries alone are 256 MiB and more."""
+    shape, T = SHAPES[name], 4096
+    H, K = shape.heads, shape.head_dim
+    structs = [
+        STRUCT((1, T, H, K), jnp.bfloat16),
+        STRUCT((1, shape.window + T, K), jnp.bfloat16),
+        STRUCT((1,), jnp.int32),
+        pool_struct(1, eight_bits),
+        STRUCT((), jnp.int32),
+        STRUCT((1, T, shape.k), jnp.int32),
+        STRUCT((H,), jnp.float32),
+    ]
+    run = functools.partial(gpu.prefill, window=shape.window, scale=SCALE)
+    check_program(run, structs, 32 * 2**20)
+
+
+@pytest.mark.parametrize(("H", "K", "dtype"), [(8, 512, "bfloat16"), (64, 576, "bfloat16")])
+def test_what_the_kernel_does_not_take_is_refused(H: int, K: int, dtype: str) -> None:
+    inputs = narrow(decode_inputs(1, 1, 4, 5, 3), H, K)
+    with pytest.raises(Unsupported, match=f"heads in multiples of {HEADS}"):
+        gpu.decode(**inputs, scale=SCALE)
+
+
+def test_float32_is_refused() -> None:
+    with pytest.raises(Unsupported, match="bfloat16"):
+        gpu.decode(**jax.tree.map(jnp.asarray, decode_inputs(1, 1, 4, 5, 3)), scale=SCALE)

@@ -42,7 +42,7 @@ def _fill_gaps(stack: contextlib.ExitStack) -> None:
     # The signature tells kernels which version of JAX there is.
     patch(plgpu, "load", load)
     keep = gpu_callbacks._remove_noop_transforms
-    untransposed = lambda found: [x for x in found if not isinstance(x, TransposeTransform)]
+    untransposed = lambda found: tuple(x for x in found if not isinstance(x, TransposeTransform))
     patch(gpu_callbacks, "_remove_noop_transforms", lambda found: keep(untransposed(found)))
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:

@@ -260,7 +260,7 @@ def _product(a_ref: Any, b_ref: Any, columns: int) -> Array:
         plgpu.wgmma(acc_ref, a_ref, b_ref)
         return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((HEADS, columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HEADS, columns), jnp.float32))
 
 
 def _along(vector: Array, shape: tuple[int, ...], dim: int) -> Array:

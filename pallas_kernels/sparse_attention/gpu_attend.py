@@ -245,8 +245,8 @@ class _Call:
 
     @property
     def _width(self) -> int:
-        """Channels of one product: sums of 64 registers are added to those kept."""
-        return math.gcd(self.channels // 2, 128)
+        """Channels of one product: its sums, in 32 registers, are added to those kept."""
+        return math.gcd(self.channels // 2, 64)
 
     def _columns(self, warpgroup: Array, i: int) -> Any:
         """Those of its i-th product."""

@@ -335,15 +335,11 @@ def _dense_tiles(
         k, n = (o, i) if transposed else (i, o)
         dequantise(codes_ref, scale_ref, wide_ref, dense, k=k, n=n, keeps=keeps)
 
-    products = _dot(x_ref[...], dense[...], precision, transposed=transposed)
-
     @pl.when(i == 0)
     def _():
-        sum_ref[...] = products
+        sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(i != 0)
-    def _():
-        sum_ref[...] += products
+    sum_ref[...] += _dot(x_ref[...], dense[...], precision, transposed=transposed)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import indexer_topk, targets
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys, PagedKeys, reference
+from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys, PagedKeys, reference, to_fp4
 from pallas_kernels.indexer_topk.shapes import SHAPES
 from tests.kernels import interpreted, races_found
 from tests.test_indexer_topk import case_of, hard_rows, oracle, whole_numbers
@@ -108,6 +108,8 @@ def narrow(name: str, keys_LBSJ: Any, per_page: int = 128) -> Any:
             return Fp8Keys(codes_LBSJ, scale_LBGE)
         case "fp8, E8M0 scales":
             return Fp8Keys(codes_LBSJ, scale_LBGE.astype(jnp.float8_e8m0fnu))
+        case "fp4":
+            return to_fp4(jnp.asarray(keys_LBSJ))
         case _:
             order_BM = rng.permutation(B * (S // per_page)).reshape(B, -1).astype(np.int32)
             pages_LPNJ = np.zeros((L, B * (S // per_page), per_page, J), np.float32)
@@ -115,11 +117,20 @@ def narrow(name: str, keys_LBSJ: Any, per_page: int = 128) -> Any:
             return PagedKeys(jnp.asarray(pages_LPNJ, jnp.bfloat16), jnp.asarray(order_BM))
 
 
-@pytest.mark.parametrize("q_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-@pytest.mark.parametrize("name", ["bfloat16", "fp8, float32 scales", "fp8, E8M0 scales"])
+@pytest.mark.parametrize(
+    ("name", "q_dtype"),
+    [
+        ("bfloat16", jnp.bfloat16),
+        ("bfloat16", jnp.float8_e4m3fn),
+        ("fp8, float32 scales", jnp.bfloat16),
+        ("fp8, E8M0 scales", jnp.float8_e4m3fn),
+        ("fp4", jnp.bfloat16),
+    ],
+)
 def test_formats_of_keys(name: str, q_dtype: Any) -> None:
     shape = SHAPES["flash"].divided(8)
-    q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(4, 2, 1, shape.heads, shape.head_dim, 1100)
+    dim = 64 if name == "fp4" else shape.head_dim
+    q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(4, 2, 1, shape.heads, dim, 1100)
     args = arrays(q_BTIJ, weights_BTI, visible=[[1100], [700]])
     args = [args[0].astype(q_dtype), args[1], narrow(name, keys_LBSJ), *args[2:]]
     np.testing.assert_array_equal(select(*args, k=shape.k), reference.select(*args, k=shape.k))
@@ -178,11 +189,15 @@ def test_a_million_tokens_of_context_take_no_temporaries(name: str, target: Any)
 
 
 @pytest.mark.parametrize("target", TPUS)
-@pytest.mark.parametrize("scale", [jnp.float8_e8m0fnu, jnp.float32])
-def test_quantised_keys_compile_without_copies(scale: Any, target: Any) -> None:
-    struct = jax.ShapeDtypeStruct
-    codes = struct((2, 8, 262144, 128), jnp.float8_e4m3fn)
-    keys = Fp8Keys(codes, struct((2, 8, 2048, 128), scale))
+@pytest.mark.parametrize("name", ["fp8", "fp4"])
+def test_quantised_keys_compile_without_copies(name: str, target: Any) -> None:
+    struct, e8m0 = jax.ShapeDtypeStruct, jnp.float8_e8m0fnu
+    if name == "fp8":
+        codes = struct((2, 8, 262144, 128), jnp.float8_e4m3fn)
+        keys = Fp8Keys(codes, struct((2, 8, 2048, 128), e8m0))
+    else:
+        codes = struct((2, 8, 64, 262144), jnp.uint8)
+        keys = Fp4Keys(codes, struct((2, 8, 2048, 512), e8m0))
     assert targets.temporaries(compiled(target, 512, full_size("flash", 8, 1, keys))) <= 4 * 2**20
 
 
@@ -197,9 +212,12 @@ def test_paged_keys_compile_without_copies(per_page: int, target: Any) -> None:
 
 
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_xla() -> None:
-    args = arrays(*whole_numbers(0, 1, 1, 1, 32, 8)[:2], visible=[[8]])
-    ones = jnp.ones((2, 1, 8, 1), jnp.float8_e8m0fnu)
-    args = [*args[:2], Fp4Keys(jnp.full((2, 1, 8, 16), 0x22, jnp.uint8), ones), *args[2:]]
-    with pytest.raises(Unsupported, match="not Fp4Keys"):
+    q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(0, 1, 1, 1, 8, 96)
+    args = arrays(q_BTIJ, weights_BTI, visible=[[96]])
+    pages = jnp.asarray(keys_LBSJ).reshape(2, 2, 48, 8)
+    args.insert(2, PagedKeys(pages, jnp.asarray([[0, 1]])))
+    with pytest.raises(Unsupported, match="pages that divide 1024"):
         indexer_topk.select(*args, k=2, impl="tpu")
-    np.testing.assert_array_equal(indexer_topk.select(*args, k=2), [[[0, 1]]])
+    np.testing.assert_array_equal(
+        indexer_topk.select(*args, k=2), indexer_topk.select(*args, k=2, impl="reference")
+    )

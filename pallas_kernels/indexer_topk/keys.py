@@ -34,14 +34,16 @@ class Fp8Keys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp4Keys:
-    """E2M1 in blocks of 32 channels, two codes to a byte.
+    """E2M1 in blocks of 32 channels, two codes to a byte, entries along lanes.
 
     Byte j of an entry holds channel j (low nibble) and channel J / 2 + j (high): unpacked by
-    joining two halves, without interleaving.
+    joining two halves, without interleaving. With channels along lanes TPUs would pad an entry's
+    68 bytes to 256.
 
     Attributes:
-      codes: uint8 [L, B, S, J / 2].
-      scale: float8_e8m0fnu [L, B, S, J / 32].
+      codes: uint8 [L, B, J / 2, S].
+      scale: float8_e8m0fnu [L, B, ceil(S / 128), 4 * J]: in row s // 128, block by block, the
+        scales of 128 entries.
     """
 
     codes: Any
@@ -70,8 +72,10 @@ def entries(keys: Keys) -> int:
     match keys:
         case PagedKeys():
             return keys.table.shape[1] * keys.pages.shape[2]
-        case Fp8Keys() | Fp4Keys():
+        case Fp8Keys():
             return keys.codes.shape[2]
+        case Fp4Keys():
+            return keys.codes.shape[3]
         case _:
             return keys.shape[2]
 
@@ -90,7 +94,11 @@ def gathered(
             codes = keys.codes[layer, row, entry].astype(jnp.float32)
             return codes * scale.astype(jnp.float32)[..., None]
         case Fp4Keys():
-            return _fp4(keys.codes[layer, row, entry], keys.scale[layer, row, entry])
+            # Of indices that a slice parts the result comes first.
+            codes = keys.codes[layer, row, :, entry]
+            runs = keys.scale.reshape(*keys.scale.shape[:3], -1, SCALE_ROW)
+            scale = runs[layer, row, entry // SCALE_ROW, :, entry % SCALE_ROW]
+            return _fp4(codes, scale)
         case _:
             return keys[layer, row, entry]
 
@@ -126,10 +134,7 @@ def to_fp8(keys_LBSJ: Float[Array, "L B S J"]) -> Fp8Keys:
     """Round keys to E4M3 times a power of two per entry, 2^ceil(log2(amax / 448))."""
     scale_LBS1 = _power_of_two(keys_LBSJ, 448.0)
     codes_LBSJ = (keys_LBSJ.astype(jnp.float32) / scale_LBS1).astype(jnp.float8_e4m3fn)
-    missing = -keys_LBSJ.shape[2] % SCALE_ROW
-    scale_LBS = jnp.pad(scale_LBS1[..., 0], ((0, 0), (0, 0), (0, missing)), constant_values=1.0)
-    scale_LBGE = scale_LBS.reshape(*scale_LBS.shape[:2], -1, SCALE_ROW)
-    return Fp8Keys(codes_LBSJ, scale_LBGE.astype(jnp.float8_e8m0fnu))
+    return Fp8Keys(codes_LBSJ, _in_rows(scale_LBS1)[:, :, :, 0].astype(jnp.float8_e8m0fnu))
 
 
 def to_fp4(keys_LBSJ: Float[Array, "L B S J"]) -> Fp4Keys:
@@ -138,12 +143,20 @@ def to_fp4(keys_LBSJ: Float[Array, "L B S J"]) -> Fp4Keys:
     blocks = keys_LBSJ.astype(jnp.float32).reshape(*stack, -1, FP4_BLOCK)
     scale = _power_of_two(blocks, 6.0)
     # Rounds to nearest, ties to even.
-    code = jax.lax.bitcast_convert_type(
-        (blocks / scale).astype(jnp.float4_e2m1fn), jnp.uint4
-    ).astype(jnp.uint8)
-    code = code.reshape(*stack, dim)
+    e2m1 = (blocks / scale).astype(jnp.float4_e2m1fn)
+    code = jax.lax.bitcast_convert_type(e2m1, jnp.uint4).astype(jnp.uint8).reshape(*stack, dim)
     packed = code[..., : dim // 2] | code[..., dim // 2 :] << 4
-    return Fp4Keys(packed, scale[..., 0].astype(jnp.float8_e8m0fnu))
+    scale_LBGKE = _in_rows(scale[..., 0]).astype(jnp.float8_e8m0fnu)
+    scale_LBGE = scale_LBGKE.reshape(*scale_LBGKE.shape[:3], -1)
+    return Fp4Keys(jnp.swapaxes(packed, -1, -2), scale_LBGE)
+
+
+def _in_rows(scale_LBSK: Float32[Array, "L B S K"]) -> Float32[Array, "L B G K 128"]:
+    """Scales of 128 entries side by side; 1 where there is no entry."""
+    L, B, S, K = scale_LBSK.shape
+    ends = ((0, 0), (0, 0), (0, -S % SCALE_ROW), (0, 0))
+    padded = jnp.pad(scale_LBSK, ends, constant_values=1.0)
+    return jnp.swapaxes(padded.reshape(L, B, -1, SCALE_ROW, K), -1, -2)
 
 
 def _power_of_two(x: Float[Array, "*rows J"], largest: float) -> Float32[Array, "*rows 1"]:

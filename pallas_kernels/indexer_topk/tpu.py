@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu_choice as choice
-from pallas_kernels.indexer_topk.keys import Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
-from pallas_kernels.indexer_topk.tpu_scores import LANES, TILE, score_block
+from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
+from pallas_kernels.indexer_topk.tpu_scores import LANES, PEAKS, TILE, score_block
 
 _QUERIES = 8
-_KEYS = 4096
-_PIECES = 16  # pages of a block
+# Long blocks hide more of the time that a product takes to appear, but a prompt sees less of them.
+_KEYS, _KEYS_OF_FEW = 4096, 16384
+_PIECES = 32  # pages of a block
 _VMEM = 48 * 2**20
 _MOST_SCORES = _VMEM // 2 // 4
 _MOST_SCALARS = 2**17  # half of the scalar memory
@@ -73,7 +74,18 @@ def select(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Entries chosen; heads; queries, and those of a block; keys of a block, its pieces; blocks."""
+    """Sizes that kernel and caller share.
+
+    Attributes:
+      k: entries chosen.
+      heads: of the index, without padding.
+      queries: per row of the batch.
+      step: queries of a block.
+      block: keys of a block.
+      pieces: pages of a block, or 1.
+      blocks: of keys.
+      places: in a block of keys, of each of which the peaks are kept.
+    """
 
     k: int
     heads: int
@@ -82,27 +94,30 @@ class _Plan:
     block: int
     pieces: int
     blocks: int
+    places: int
 
 
 def _plan(keys: Keys, heads: int, queries: int, k: int) -> _Plan:
-    """Blocks are whole tiles; at least k maxima come of one, or it is the only one."""
+    """Blocks are whole tiles, of at least k keys, unless there is only one."""
     up = lambda n: pl.cdiv(n, TILE) * TILE
-    room, pieces = entries(keys), 1
-    block = min(up(room), max(_KEYS, up(k)))
+    room, pieces, per_page = entries(keys), 1, 0
+    wanted = max(_KEYS_OF_FEW if queries <= _QUERIES else _KEYS, up(k))
     if isinstance(keys, PagedKeys):
         per_page = keys.pages.shape[2]
-        block = min(block, max(up(k), up(_PIECES * per_page)))
-        pieces = pl.cdiv(block, per_page)
-        block = max(block, pieces * per_page)
-    return _Plan(k, heads, queries, min(queries, _QUERIES), block, pieces, pl.cdiv(room, block))
+        wanted = max(min(wanted, up(_PIECES * per_page)), up(k))
+        pieces = pl.cdiv(min(up(room), wanted), per_page)
+    block = max(min(up(room), wanted), pieces * per_page)
+    places = min(block, max(_KEYS, up(k)))
+    step = min(queries, _QUERIES)
+    return _Plan(k, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
 
 
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
     """Refuse what the kernel cannot do."""
     takes = "indexer_topk.select on TPU takes"
     scores, scalars = plan.step * plan.blocks * plan.block, visible_BT.size
-    if isinstance(keys, Fp4Keys):
-        raise Unsupported(f"{takes} arrays, Fp8Keys and PagedKeys, not Fp4Keys.")
+    if isinstance(keys, Fp4Keys) and keys.codes.shape[2] % FP4_BLOCK:
+        raise Unsupported(f"{takes} Fp4Keys of a multiple of 64 channels.")
     if isinstance(keys, PagedKeys):
         scalars += keys.table.size
         if (n := keys.pages.shape[2]) % TILE and TILE % n:
@@ -122,6 +137,10 @@ def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
         # Blocks that are not seen are not read: what is here already stays.
         return layer[0], b, jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0)), 0
 
+    def along_lanes(*args: Any) -> Any:
+        layer, b, block, _ = at(*args)
+        return layer, b, 0, block
+
     match keys:
         case PagedKeys():
             last = keys.table.shape[1] - 1, keys.pages.shape[1] - 1
@@ -140,7 +159,9 @@ def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
             scale_spec = pl.BlockSpec((1, 1, plan.block // LANES, LANES), at)
             return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case Fp4Keys():
-            raise AssertionError("refused before")
+            codes_spec = pl.BlockSpec((1, 1, keys.codes.shape[2], plan.block), along_lanes)
+            scale_spec = pl.BlockSpec((1, 1, plan.block // LANES, keys.scale.shape[3]), at)
+            return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case _:
             return [keys], [pl.BlockSpec((1, 1, plan.block, keys.shape[3]), at)]
 
@@ -149,8 +170,9 @@ def _whole_heads(
     q_BTIJ: Float[Array, "B T I J"], weights_BTI: Float32[Array, "B T I"], dtype: Any
 ) -> tuple[Any, Any]:
     """Heads up to whole vectors, of which those added weigh nothing; as wide as keys at least."""
-    if dtype.itemsize > q_BTIJ.dtype.itemsize:
-        q_BTIJ = q_BTIJ.astype(dtype)
+    wide = jnp.dtype(jnp.bfloat16) if dtype == jnp.uint8 else dtype  # FP4 codes are bytes
+    if wide.itemsize > q_BTIJ.dtype.itemsize:
+        q_BTIJ = q_BTIJ.astype(wide)
     missing = -q_BTIJ.shape[2] % (32 // q_BTIJ.dtype.itemsize)
     if not missing:
         return q_BTIJ, weights_BTI
@@ -171,7 +193,7 @@ def _scratch(plan: _Plan, heads: int) -> list[Any]:
     rows = choice.whole_rows(plan.blocks * plan.block // LANES)
     return [
         pltpu.VMEM((plan.step, rows, LANES), jnp.int32),
-        pltpu.VMEM((plan.step, plan.block // LANES, LANES), jnp.int32),
+        pltpu.VMEM((plan.step, PEAKS, plan.places // LANES, LANES), jnp.int32),
         pltpu.VMEM((plan.step, heads, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.bfloat16),
         pltpu.VMEM((LANES, LANES), jnp.float32),
@@ -201,7 +223,9 @@ def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
         into = lambda t: (scores_ref.at[t], peaks_ref.at[t])
         each(
             lambda t, n: score_block(
-                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, n), heads=plan.heads
+                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, n),
+                heads=plan.heads,
+                tiles=plan.block // TILE,
             )
         )
 

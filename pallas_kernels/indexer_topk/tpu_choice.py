@@ -23,7 +23,7 @@ NOTHING = -(2**31)
 # As many as make no difference.
 _MANY = 2**31 - 1
 # Rows that one step of a loop over the keys takes.
-_STEP = 256
+_STEP = 512
 # Groups fit the lanes of one vector.
 MOST_ROWS = LANES * LANES
 
@@ -50,7 +50,7 @@ def choose(
 
     Args:
       keys_ref: ordered scores, [R, 128]; `NOTHING` beyond what is visible.
-      peaks_ref: at least k maxima of disjoint sets that are all the keys, or nothing less.
+      peaks_ref: the largest few keys of each of at least k disjoint sets that are all the keys.
       chosen_ref: room for marks, bfloat16 [R, 128].
       counts_ref: room for the number of marks per row, float32 [128, 128].
       out_ref: the list.
@@ -107,31 +107,31 @@ def _largest_with(
     count_from: Callable[[Int32[Array, ""]], Int32[Array, ""]],
     low: Int32[Array, ""],
     high: Int32[Array, ""],
-    enough: int,
-    at_most: int,
+    count: Int32[Array, ""],
+    k: int,
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """The largest key in [low, high] from which on there are `enough`; stops at `at_most` of them.
+    """The largest key in [low, high] from which on there are at least k, and how many.
 
-    Returns it, and how many there are from it on, or a very large number: not counted.
+    `count` of them are there from `low` on, at least k; with k exactly the search is over.
     """
 
     def going(state: Any) -> Any:
         low, high, count = state
-        return (low < high) & (count > at_most)
+        return (low < high) & (count != k)
 
     def halve(state: Any) -> Any:
         low, high, count = state
         # The mean, rounded up, without overflow.
         middle = (low | high) - ((low ^ high) >> 1)
         above = count_from(middle)
-        up = above >= enough
+        up = above >= k
         return (
             jnp.where(up, middle, low),
             jnp.where(up, high, middle - 1),
             jnp.where(up, above, count),
         )
 
-    low, _, count = jax.lax.while_loop(going, halve, (low, high, jnp.int32(_MANY)))
+    low, _, count = jax.lax.while_loop(going, halve, (low, high, count))
     return low, count
 
 
@@ -140,20 +140,27 @@ def cut(
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
     """The k-th largest key of more, and the last index at which an equal key is chosen.
 
-    `peaks_ref` holds at least k maxima of disjoint sets that are all the keys: the k-th largest
-    of these few is a good lower bound.
+    The k-th largest peak is a lower bound, and most often the very key: then one look at all keys
+    is enough.
     """
     peaks = peaks_ref[...]
+    most = jnp.max(peaks)
     among_peaks = lambda key: jnp.sum(jnp.where(peaks >= key, 1, 0))
-    low, _ = _largest_with(among_peaks, jnp.min(peaks), jnp.max(peaks), k, k + k // 16)
     from_key = lambda key: _count(keys_ref, rows, lambda keys, _: keys >= key)
-    key, count = _largest_with(from_key, low, jnp.max(peaks), k, k)
-    last = jax.lax.cond(
-        count == k,
-        lambda: jnp.int32(_MANY),
-        lambda: _last_equal(keys_ref, rows, key, k),
-    )
-    return key, last
+    low, _ = _largest_with(among_peaks, jnp.min(peaks), most, jnp.int32(peaks.size), k)
+    count = from_key(low)
+
+    def search() -> tuple[Any, Any]:
+        high = jnp.where(from_key(low + 1) >= k, most, low)
+        key, count_from_key = _largest_with(from_key, low, high, count, k)
+        last = jax.lax.cond(
+            count_from_key == k,
+            lambda: jnp.int32(_MANY),
+            lambda: _last_equal(keys_ref, rows, key, k),
+        )
+        return key, last
+
+    return jax.lax.cond(count == k, lambda: (low, jnp.int32(_MANY)), search)
 
 
 def _last_equal(
@@ -203,7 +210,8 @@ def mark(
     last: Int32[Array, ""],
 ) -> None:
     """Write which keys are chosen, [R,128] of 0 and 1, and how many in each row, [G,128]."""
-    step = min(LANES, keys_ref.shape[0])
+    step = min(_STEP, keys_ref.shape[0])
+    per_group = min(LANES, step)
     counts_ref[...] = jnp.zeros_like(counts_ref)
 
     def body(index: Any, carry: Any) -> Any:
@@ -213,7 +221,10 @@ def mark(
         chosen = _bits((keys > key) | equal)
         chosen_ref[pl.ds(start, step), :] = chosen
         counts = _dot(jnp.ones((8, LANES), jnp.bfloat16), chosen, (1, 1))
-        counts_ref[pl.ds(index, 1), pl.ds(0, step)] = counts[:1]
+        for group in range(step // per_group):
+            at = pl.ds(index * (step // per_group) + group, 1)
+            of_group = counts[:1, group * per_group : (group + 1) * per_group]
+            counts_ref[at, pl.ds(0, per_group)] = of_group
         return carry
 
     jax.lax.fori_loop(0, (rows + step - 1) // step, body, 0)
@@ -223,14 +234,19 @@ def listed(
     chosen_ref: Any, counts_ref: Any, rows: Int32[Array, ""], slots: int
 ) -> Int32[Array, "1 P"]:
     """The chosen entries' numbers, ascending; what follows the last is meaningless."""
-    row_P1, rank_P1, row_1P = _rows_of_slots(counts_ref, slots)
+    group_P1, within_P1, rank_P1, row_1P = _rows_of_slots(counts_ref, slots)
     step = min(_STEP, chosen_ref.shape[0])
+    per_group = min(LANES, step)
+    iota_PL = jax.lax.broadcasted_iota(jnp.int32, (slots, per_group), 1).astype(jnp.float32)
+    within_PL = _bits(iota_PL == within_P1)
 
     def fetch(index: Any, found_PL: Any) -> Any:
-        start = pl.multiple_of(index * step, step)
-        wanted_PC = jax.lax.broadcasted_iota(jnp.int32, (slots, step), 1) + start
-        here = _bits(wanted_PC == row_P1.astype(jnp.int32))
-        return found_PL + _dot(here, chosen_ref[pl.ds(start, step), :], (1, 0))
+        for part in range(step // per_group):
+            group = index * (step // per_group) + part
+            start = pl.multiple_of(group * per_group, per_group)
+            rows_PL = _dot(within_PL, chosen_ref[pl.ds(start, per_group), :], (1, 0))
+            found_PL = jnp.where(group_P1 == group.astype(jnp.float32), rows_PL, found_PL)
+        return found_PL
 
     steps = (rows + step - 1) // step
     found_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
@@ -247,8 +263,8 @@ def _upper() -> Any:
 
 def _rows_of_slots(
     counts_ref: Any, slots: int
-) -> tuple[Float32[Array, "P 1"], Float32[Array, "P 1"], Float32[Array, "1 P"]]:
-    """Each slot's row, its rank among the row's chosen ones, and the row once more along lanes."""
+) -> tuple[Float32[Array, "P 1"], Float32[Array, "P 1"], Float32[Array, "P 1"], Any]:
+    """Each slot's group, row in it, rank among the row's chosen ones; rows along lanes, [1, P]."""
     exact = jax.lax.Precision.HIGHEST
     ones = jnp.ones((8, LANES), jnp.bfloat16)
     counts_GL = counts_ref[...].astype(jnp.bfloat16)
@@ -271,5 +287,4 @@ def _rows_of_slots(
     before_P1 = jnp.max(jnp.where(passed_PL, upto_PL, 0.0), axis=1, keepdims=True)
     within_P1 = jnp.sum(jnp.where(passed_PL, 1.0, 0.0), axis=1, keepdims=True)
     within_1P = _dot(ones, _bits(passed_PL), (1, 1))[:1]
-    row_P1 = group_P1 * LANES + within_P1
-    return row_P1, place_P1 - before_P1, group_1P * LANES + within_1P
+    return group_P1, within_P1, place_P1 - before_P1, group_1P * LANES + within_1P

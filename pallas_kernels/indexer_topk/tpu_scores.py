@@ -16,10 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.indexer_topk import tpu_choice as choice
+from pallas_kernels.indexer_topk.keys import FP4_BLOCK
 from pallas_kernels.indexer_topk.reference import ordered
 
 LANES = 128
 TILE = 8 * LANES  # keys whose scores are one vector
+# Of 4096 places, few hold more than this many of the 512 best: 1 query in 1000 needs a second look.
+PEAKS = 4
 
 
 def score_block(
@@ -33,31 +36,46 @@ def score_block(
     visible: Int32[Array, ""],
     *,
     heads: int,
+    tiles: int,
 ) -> None:
-    """Write a block's scores, and raise the maxima over blocks of each place in a block.
+    """Write a block's scores, and keep the largest few of those with the same place.
 
     Args:
       q_IJ: the query.
       column_ref: [I, 128], each head's weight along lanes.
-      key_refs: [1, 1, N, J] each, side by side the block.
-      scale_ref: None, or [1, 1, X / 128, 128], factors of the scores.
+      key_refs: [1, 1, N, J] each, side by side the block; or FP4 codes, [1, 1, J / 2, X].
+      scale_ref: None; [1, 1, X / 128, 128], factors of the scores; or with FP4 codes
+        [1, 1, X / 128, 4 * J], factors of the keys.
       scores_ref: all ordered scores, [R, 128].
-      peaks_ref: the maxima, [X / 128, 128].
+      peaks_ref: the largest, second largest and so on, [PEAKS, 8 * places / 1024, 128].
       start: first row of `scores_ref` to write.
       visible: entries that exist.
       heads: those of the query; what follows them is padding.
+      tiles: of 1024 keys in the block.
     """
+    fp4 = key_refs[0].dtype == jnp.uint8
     scale = None if scale_ref is None else _float32(scale_ref[0, 0])
-    for tile in range(peaks_ref.shape[0] // 8):
-        score = _tile_of_scores(q_IJ, column_ref[...], _tile_of_keys(key_refs, tile), heads)
-        rows = slice(tile * 8, tile * 8 + 8)
-        if scale is not None:
-            score *= scale[rows]
+    for tile in range(tiles):
+        scale_of_tile = None if scale is None else scale[tile * 8 : tile * 8 + 8]
+        if fp4:
+            keys = _tile_of_fp4(key_refs[0], scale_of_tile, tile, q_IJ.dtype)
+        else:
+            keys = _tile_of_keys(key_refs, tile)
+        score = _tile_of_scores(q_IJ, column_ref[...], keys, heads, by_channel=fp4)
+        if scale_of_tile is not None and not fp4:
+            score *= scale_of_tile
         first = pl.multiple_of(start + tile * 8, 8)
         exists = choice.index_of(8, first) < visible
         key = jnp.where(exists, ordered(score), choice.NOTHING)
         scores_ref[pl.ds(first, 8), :] = key
-        peaks_ref[rows, :] = jnp.maximum(peaks_ref[rows, :], key)
+        _raise(peaks_ref, pl.ds(tile * 8 % peaks_ref.shape[1], 8), key)
+
+
+def _raise(peaks_ref: Any, rows: Any, key: Int32[Array, "8 128"]) -> None:
+    for depth in range(PEAKS):
+        peak = peaks_ref[depth, rows, :]
+        peaks_ref[depth, rows, :] = jnp.maximum(peak, key)
+        key = jnp.minimum(peak, key)
 
 
 def _float32(scale: Any) -> Any:
@@ -80,17 +98,37 @@ def _tile_of_keys(key_refs: Any, tile: int) -> Any:
     )
 
 
-def _tile_of_scores(q_IJ: Any, weight_IL: Any, keys_XJ: Any, heads: int) -> Float32[Array, "8 128"]:
-    if keys_XJ.dtype != q_IJ.dtype:
-        keys_XJ = keys_XJ.astype(q_IJ.dtype)
+def _tile_of_fp4(codes_ref: Any, scale: Any, tile: int, dtype: Any) -> Any:
+    """Keys by channel, [J, 1024]; each byte of a word is unpacked at its place."""
+    words = pltpu.bitcast(codes_ref[0, 0, :, pl.ds(tile * TILE, TILE)], jnp.uint32)
+
+    def e4m3(words: Any) -> Any:
+        # Read as E4M3, E2M1 is 2^-6 of itself: exponents start lower.
+        sign, magnitude = (words & 0x08080808) << 4, (words & 0x07070707) << 2
+        return pltpu.bitcast(sign | magnitude, jnp.float8_e4m3fn)
+
+    code_JX = jnp.concatenate([e4m3(words), e4m3(words >> 4)], axis=0)
+    along = lambda block: jnp.concatenate(
+        [scale[row : row + 1, block * LANES : (block + 1) * LANES] for row in range(8)], axis=1
+    )
+    blocks = range(scale.shape[1] // LANES)
+    scale_KX = [jnp.broadcast_to(along(block) * 64.0, (FP4_BLOCK, TILE)) for block in blocks]
+    return (code_JX.astype(jnp.float32) * jnp.concatenate(scale_KX, axis=0)).astype(dtype)
+
+
+def _tile_of_scores(
+    q_IJ: Any, weight_IL: Any, keys: Any, heads: int, *, by_channel: bool
+) -> Float32[Array, "8 128"]:
+    """Of keys [1024, J], or by channel [J, 1024]."""
+    if keys.dtype != q_IJ.dtype:
+        keys = keys.astype(q_IJ.dtype)
     dots_IX = jax.lax.dot_general(
         q_IJ,
-        keys_XJ,
-        (((1,), (1,)), ((), ())),
+        keys,
+        (((1,), (0 if by_channel else 1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if q_IJ.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
     if heads < len(dots_IX):
         # Of an infinite key padding would make NaN.
         head_IX = jax.lax.broadcasted_iota(jnp.int32, dots_IX.shape, 0)

@@ -89,7 +89,9 @@ class Reader:
 
     def _fp8_scale(self, w: Fp8Weight) -> tuple[Array, Any]:
         """Each step's expert's: in the stack, such small matrices lie as kernels cannot read."""
-        scale_S = w.scale[self.layer, self.plan.expert_S]
+        # The layer first: from a whole stack, XLA would gather after a copy of it.
+        scale_E = jax.lax.dynamic_index_in_dim(w.scale, self.layer, keepdims=False)
+        scale_S = scale_E[self.plan.expert_S]
         return scale_S, pl.BlockSpec((None, *scale_S.shape[1:]), lambda n, s, *_: (s, 0, 0))
 
     def _fp8_few(self, w: Fp8Weight, transposed: bool) -> Form:

@@ -1,0 +1,116 @@
+"""The routed experts by Pallas kernels for Hopper GPUs (Mosaic).
+
+Rows are sorted by expert; a step is up to a tile of one expert's rows, wherever they begin. Two
+kernels: gate, up and activation in one, down in another, each with as many steps as there may be.
+
+Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
+P = T * A rows, S steps, R rows of a tile.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul import gpu_matmul, gpu_weights, lora, sorting
+from pallas_kernels.implementations import Unsupported
+
+
+def expert_mlp(
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    w2_LEDF: lora.Weight,
+    layer: Int[Array, ""],
+    *,
+    limit: float,
+    weight_first: bool,
+) -> Float[Array, "T D"]:
+    """Sort the rows by expert, two grouped matmuls, sum per token.
+
+    Raises:
+      Unsupported: no rows, another dtype than bfloat16, a low-rank update, gate and up in two
+        formats, D or F not in whole blocks.
+    """
+    _check(x_TD, expert_TA, w1_LEFD, w3_LEFD, w2_LEDF)
+    A, experts = expert_TA.shape[1], w1_LEFD.shape[1]
+    steps = make_steps(expert_TA, experts, gpu_matmul.tile_rows(expert_TA.size, experts))
+    token_P = jnp.pad(steps.order_P // A, (0, steps.rows))
+    weight_TA = weight_TA.astype(jnp.float32)
+    weight_P = jnp.pad(weight_TA.reshape(-1)[steps.order_P], (0, steps.rows))
+    hidden_PF = gpu_matmul.hidden(
+        steps,
+        x_TD[token_P],
+        w1_LEFD,
+        w3_LEFD,
+        layer,
+        weight_P if weight_first else None,
+        limit=limit,
+    )
+    out_PD = gpu_matmul.out(steps, hidden_PF, w2_LEDF, layer)
+    return sorting.sum_choices(
+        out_PD, steps.order_P, steps.real, A, None if weight_first else weight_TA
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Rows in order and what each step works on.
+
+    Attributes:
+      order_P: which of the T * A rows stands there.
+      real: rows that have an expert; they come first.
+      expert_S: each step's expert.
+      row_S: its first row.
+      count_S: its rows; 0 for steps that are not needed.
+      rows: of a tile, the most that a step has.
+    """
+
+    order_P: Any
+    real: Any
+    expert_S: Any
+    row_S: Any
+    count_S: Any
+    rows: int = dataclasses.field(metadata={"static": True})
+
+
+def make_steps(expert_TA: Int[Array, "T A"], experts: int, rows: int) -> Steps:
+    """Sort the rows; ids out of range come last and get no step."""
+    P = expert_TA.size
+    key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
+    # Comparing all with all is a few microseconds; a search is a loop of gathers.
+    search = functools.partial(jnp.searchsorted, method="compare_all")
+    bound = search(key_P, jnp.arange(experts + 1)).astype(jnp.int32)
+    start_E, end_E = bound[:-1], bound[1:]
+    steps_E = -(-(end_E - start_E) // rows)
+    last_E = jnp.cumsum(steps_E, dtype=jnp.int32)
+    step_S = jnp.arange(P // rows + min(experts, P), dtype=jnp.int32)
+    expert_S = jnp.minimum(search(last_E, step_S, side="right").astype(jnp.int32), experts - 1)
+    row_S = (start_E - (last_E - steps_E) * rows)[expert_S] + step_S * rows
+    count_S = jnp.clip(end_E[expert_S] - row_S, 0, rows)
+    row_S = jnp.where(count_S > 0, row_S, 0)
+    return Steps(order_P, bound[-1], expert_S, row_S, count_S, rows)
+
+
+def _check(x_TD: Array, expert_TA: Array, *weights: lora.Weight) -> None:
+    if x_TD.dtype != jnp.bfloat16:
+        raise Unsupported(f"The GPU form takes bfloat16, not {x_TD.dtype}.")
+    if expert_TA.size == 0:
+        raise Unsupported("The GPU form takes at least one token and expert.")
+    for w in weights:
+        gpu_weights.check(w)
+    gate, up, _ = weights
+    if type(gate) is not type(up):
+        raise Unsupported("The GPU form takes gate and up matrices in one format.")
+    _, _, F, D = gate.shape
+    if D % gpu_matmul.OUT_COLUMNS or F % gpu_matmul.COLUMNS:
+        raise Unsupported(
+            f"The GPU form takes D in {gpu_matmul.OUT_COLUMNS}s and F in {gpu_matmul.COLUMNS}s, "
+            f"not {D} and {F}."
+        )

@@ -1,0 +1,280 @@
+"""Products of tiles of sorted rows with their experts' matrices, two at a time.
+
+Of a block's four warpgroups two bring tiles to shared memory, one for each product, and two
+multiply, each half of the rows or, where a tile has only 64, of the columns. Only the rows of the
+step are written: in pieces of 2^i rows, as TMA copies have fixed sizes.
+
+Axis letters: as in gpu.py; K input channels, N output channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul import lora
+from pallas_kernels.grouped_matmul.gpu_weights import (
+    CHANNELS,
+    STAGES,
+    TILED,
+    Format,
+    arrays_of,
+    load,
+)
+
+COLUMNS = 128
+OUT_COLUMNS = 2 * COLUMNS
+_UNIT = 64  # rows that a warpgroup multiplies at once
+_SLOTS = 3
+_LAYOUT = plgpu.Layout.WGMMA
+_PREFIX = ("first_", "second_")
+
+# Two sums in registers, numbers of the rows -> what to write, and for which columns of the block.
+_Finish = Callable[[Array, Array, Array | None], list[Array]]
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """64, or 128 if experts have that many."""
+    return 64 if rows < 96 * experts else 128
+
+
+def hidden(
+    steps: Any,
+    x_PD: Float[Array, "P D"],
+    w1_LEFD: lora.Weight,
+    w3_LEFD: lora.Weight,
+    layer: Int[Array, ""],
+    weight_P: Float[Array, " P"] | None,
+    *,
+    limit: float,
+) -> Float[Array, "P F"]:
+    """Gate and up, clamped SwiGLU, times the rows' weights if there are any."""
+
+    def finish(gate: Array, up: Array, weight: Array | None) -> list[Array]:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        active = gate / (1.0 + jnp.exp(-gate)) * up
+        return [active if weight is None else active * weight]
+
+    _, _, F, D = w1_LEFD.shape
+    call = _Call(steps.rows, D, F, Format(type(w1_LEFD), COLUMNS), (0, 0), COLUMNS, finish)
+    weights = (arrays_of(w1_LEFD), arrays_of(w3_LEFD))
+    return call(steps, x_PD, weights, layer, weight_P, "experts_hidden")
+
+
+def out(
+    steps: Any, hidden_PF: Float[Array, "P F"], w2_LEDF: lora.Weight, layer: Int[Array, ""]
+) -> Float[Array, "P D"]:
+    """Down: the two products of a block are neighbouring columns."""
+    _, _, D, F = w2_LEDF.shape
+    finish = lambda left, right, _: [left, right]
+    form, offsets = Format(type(w2_LEDF), COLUMNS), (0, COLUMNS)
+    call = _Call(steps.rows, F, D, form, offsets, OUT_COLUMNS, finish)
+    weights = (arrays_of(w2_LEDF),) * 2
+    return call(steps, hidden_PF, weights, layer, None, "experts_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One kernel.
+
+    Attributes:
+      rows: of a tile.
+      channels: K.
+      outputs: N.
+      form: of the matrices.
+      offsets: of each product's columns from the block's.
+      columns: of a block.
+      finish: makes results of sums.
+    """
+
+    rows: int
+    channels: int
+    outputs: int
+    form: Format
+    offsets: tuple[int, int]
+    columns: int
+    finish: _Finish
+
+    def __call__(
+        self,
+        steps: Any,
+        x_PK: Float[Array, "P K"],
+        weights: Any,
+        layer: Int[Array, ""],
+        number_P: Float[Array, " P"] | None,
+        name: str,
+    ) -> Float[Array, "P N"]:
+        of_steps = (steps.expert_S, steps.row_S, steps.count_S)
+        arrays = (x_PK, weights, layer.astype(jnp.int32)[None], number_P, of_steps)
+        leaves, tree = jax.tree.flatten(arrays)
+
+        def body(*refs: Any, **smem: Any) -> None:
+            found = jax.tree.unflatten(tree, refs[: len(leaves)])
+            step = jax.lax.axis_index("step")
+            expert_S, row_S, count_S = found[4]
+            count = count_S[step]
+
+            @pl.when(count > 0)
+            def _() -> None:
+                self._step(found, refs[len(leaves)], expert_S[step], row_S[step], count, smem)
+
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((x_PK.shape[0], self.outputs), x_PK.dtype),
+            # The columns of a tile of rows next to each other: they read the same rows.
+            grid=(self.outputs // self.columns, len(steps.expert_S)),
+            grid_names=("columns", "step"),
+            num_threads=4,
+            thread_name="warpgroup",
+            scratch_types=self._scratch(),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            kernel_name=name,
+        )(*leaves)
+
+    @property
+    def _steps(self) -> int:
+        return self.channels // CHANNELS
+
+    @property
+    def _results(self) -> tuple[int, int]:
+        """Of one warpgroup and product: rows and columns."""
+        return _UNIT, COLUMNS * self.rows // (2 * _UNIT)
+
+    def _scratch(self) -> dict[str, Any]:
+        return {
+            "x": plgpu.SMEM((_SLOTS, self.rows, CHANNELS), jnp.bfloat16, transforms=TILED),
+            "tiled": plgpu.SMEM((2, _UNIT, _UNIT), jnp.bfloat16, transforms=TILED),
+            "plain": plgpu.SMEM((2, _UNIT, _UNIT), jnp.bfloat16),
+            "here": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
+            **self.form.scratch(_SLOTS, _PREFIX[0]),
+            **self.form.scratch(_SLOTS, _PREFIX[1]),
+        }
+
+    def _step(
+        self, arrays: Any, out: Any, expert: Array, row: Array, count: Array, smem: Any
+    ) -> None:
+        """What the four warpgroups of a block do."""
+        x, weights, layer, number, _ = arrays
+        first = jax.lax.axis_index("columns") * self.columns
+        warpgroup = jax.lax.axis_index("warpgroup")
+        for i in range(2):
+
+            @pl.when(warpgroup == 2 + i)
+            def _(i: int = i) -> None:
+                plgpu.set_max_registers(88, action="decrease")
+                at = lambda k: (layer[0], expert, k * CHANNELS, first + self.offsets[i])
+                rows = x.at[pl.ds(row, self.rows)] if i == 0 else None
+                self._bring(weights[i], at, rows, _PREFIX[i], smem)
+
+        @pl.when(warpgroup < 2)
+        def _() -> None:
+            plgpu.set_max_registers(168, action="increase")
+            self._multiply(warpgroup, out, first, row, count, number, smem)
+
+    def _bring(self, arrays: Any, at: Any, rows: Any, prefix: str, smem: Any) -> None:
+        """Tiles of one matrix, and of the rows if they are given, to the slots of shared memory."""
+        own = {key[len(prefix) :]: ref for key, ref in smem.items() if key.startswith(prefix)}
+        form = self.form
+        if form.quantised:
+            for k in range(min(STAGES - 1, self._steps)):
+                form.stage(arrays, at(jnp.int32(k)), jnp.int32(k), own)
+
+        @pl.loop(0, self._steps)
+        def _(k: Array) -> None:
+            slot = jax.lax.rem(k, _SLOTS)
+            here = smem["here"].at[slot]
+            pl.when(k >= _SLOTS)(lambda: plgpu.barrier_wait(smem["free"].at[slot]))
+            if rows is not None:
+                tile = rows.at[:, pl.ds(k * CHANNELS, CHANNELS)]
+                plgpu.copy_gmem_to_smem(tile, smem["x"].at[slot], here)
+            if not form.quantised:
+                form.fetch(arrays, at(k), own["tile"].at[slot], here)
+                return
+            ahead, stage = k + STAGES - 1, jax.lax.rem(k, STAGES)
+            start = lambda: form.stage(arrays, at(ahead), jax.lax.rem(ahead, STAGES), own)
+            pl.when(ahead < self._steps)(start)
+            plgpu.barrier_wait(own["staged"].at[stage])
+            form.dequantise(arrays, at(k), stage, own["tile"].at[slot], own)
+            # Also keeps the next copies from codes that are still being read.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(here)
+
+    def _multiply(
+        self,
+        warpgroup: Array,
+        out: Any,
+        first: Array,
+        row: Array,
+        count: Array,
+        number: Any,
+        smem: Any,
+    ) -> None:
+        """Both products, and the results of the step's rows to device memory."""
+        height, width = self._results
+        by_rows = width == COLUMNS
+        top = warpgroup * _UNIT if by_rows else 0
+        left = 0 if by_rows else warpgroup * width
+
+        def accumulate(*sums: Any) -> tuple[Array, ...]:
+            @pl.loop(0, self._steps)
+            def _(k: Array) -> None:
+                slot = jax.lax.rem(k, _SLOTS)
+                plgpu.barrier_wait(smem["here"].at[slot])
+                x = smem["x"].at[slot, pl.ds(top, height)]
+                for prefix, total in zip(_PREFIX, sums, strict=True):
+                    tile = smem[prefix + "tile"].at[slot]
+                    plgpu.wgmma(total, x, self.form.operand(tile, pl.ds(left, width)))
+                # The products before these two are done.
+                plgpu.wgmma_wait(2)
+                before = jax.lax.rem(k + _SLOTS - 1, _SLOTS)
+                pl.when((k > 0) & (k - 1 + _SLOTS < self._steps))(
+                    lambda: plgpu.barrier_arrive(smem["free"].at[before])
+                )
+
+            return tuple(total[...] for total in sums)
+
+        accumulator = plgpu.WGMMAAccumulatorRef((height, width), jnp.float32)
+        sums = pl.run_scoped(accumulate, accumulator, accumulator)
+        if number is not None:
+            number = load(number.at[pl.ds(row + top, height)], _LAYOUT.reduce(1))
+            number = jax.lax.broadcast_in_dim(number, (height, width), (0,))
+        wanted = jnp.minimum(jnp.maximum(count - top, 0), height)
+        tiled, plain = smem["tiled"].at[warpgroup], smem["plain"].at[warpgroup]
+        for i, result in enumerate(self.finish(*sums, number)):
+            for piece in range(0, width, _UNIT):
+                column = first + self.offsets[i] + left + piece
+                there = out.at[:, pl.ds(column, _UNIT)]
+                result_piece = result[:, piece : piece + _UNIT].astype(jnp.bfloat16)
+                _write(result_piece, tiled, plain, there, row + top, wanted)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _write(result: Array, tiled: Any, plain: Any, out: Any, row: Array, count: Array) -> None:
+    """The first `count` rows of a piece to `out` from a row on.
+
+    A product's registers fit tiles without bank conflicts, and any number of rows can be copied
+    from plain shared memory only: so results go through both.
+    """
+    tiled[...] = result
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.commit_smem()
+    copied = plgpu.Layout.SMEM_GMEM_COPY(plain.shape, jnp.bfloat16, 128)
+    plain[...] = plgpu.layout_cast(tiled[...], copied)
+    plgpu.commit_smem()
+    size = _UNIT
+    while size:
+        # The larger pieces come first.
+        done = count & ~(2 * size - 1)
+
+        def copy(done: Array = done, size: int = size) -> None:
+            there = out.at[pl.ds(row + done, size)]
+            plgpu.copy_smem_to_gmem(plain.at[pl.ds(done, size)], there)
+
+        pl.when((count & size) != 0)(copy)
+        size //= 2

@@ -1,0 +1,172 @@
+"""Tiles of experts' matrices, from device memory to bfloat16 in shared memory.
+
+Arrays come by TMA where tensor cores read them. Codes come to a staging buffer, from where a
+warpgroup turns them into bfloat16: with one number for a tile of E4M3, which lies in one block, and
+with a row of scales for every 32 channels of E2M1.
+
+Axis letters: N output channels, K input channels (64 of a tile), S slots.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.grouped_matmul import lora
+from pallas_kernels.implementations import Unsupported
+from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
+
+CHANNELS = 64
+STAGES = 3
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_HALF = FP4_BLOCK // 2  # rows of bytes
+
+
+def check(w: lora.Weight) -> None:
+    """Refuse weights that tiles cannot be made of.
+
+    Raises:
+      Unsupported: a low-rank update, arrays not in bfloat16.
+    """
+    if isinstance(w, lora.LoraWeight):
+        raise Unsupported("The GPU form takes no low-rank updates.")
+    if not isinstance(w, Fp8Weight | Fp4Weight) and w.dtype != jnp.bfloat16:
+        raise Unsupported(f"The GPU form takes arrays in bfloat16, not {w.dtype}.")
+
+
+def arrays_of(w: Any) -> tuple[Array, ...]:
+    """What a kernel reads: an array, or codes and scales; exponents as bytes."""
+    if not isinstance(w, Fp8Weight | Fp4Weight):
+        return (w,)
+    if w.scale.dtype == jnp.float8_e8m0fnu:
+        return w.codes, jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+    return w.codes, w.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How tiles of a kind of weight are made.
+
+    Attributes:
+      kind: the class of the weight.
+      columns: output channels of a tile.
+    """
+
+    kind: type
+    columns: int
+
+    @property
+    def quantised(self) -> bool:
+        return self.kind in (Fp8Weight, Fp4Weight)
+
+    @property
+    def copies(self) -> int:
+        """Copies per tile."""
+        return 2 if self.kind is Fp4Weight else 1
+
+    def scratch(self, slots: int, prefix: str) -> dict[str, Any]:
+        """Shared memory for tiles, and for codes on their way."""
+        codes = lambda rows, dtype: plgpu.SMEM((STAGES, rows, self.columns), dtype)
+        tile = (CHANNELS, self.columns) if self.quantised else (self.columns, CHANNELS)
+        found = {"tile": plgpu.SMEM((slots, *tile), jnp.bfloat16, transforms=TILED)}
+        if self.quantised:
+            found["staged"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=STAGES)
+        if self.kind is Fp8Weight:
+            found["codes"] = codes(CHANNELS, jnp.float8_e4m3fn)
+        if self.kind is Fp4Weight:
+            found["codes"] = codes(CHANNELS // 2, jnp.uint8)
+            found["scale"] = codes(CHANNELS // FP4_BLOCK, jnp.uint8)
+        return {prefix + name: ref for name, ref in found.items()}
+
+    def operand(self, tile: Any, columns: Any) -> Any:
+        """The right operand of a product: [K, N]."""
+        if self.quantised:
+            return tile.at[:, columns]
+        return tile.at[columns, :].transpose((1, 0))
+
+    def fetch(self, arrays: Any, at: Any, tile: Any, here: Any) -> None:
+        """Start the copy of an array's tile to shared memory; `at`: layer, expert, k, n."""
+        layer, expert, k, n = at
+        there = arrays[0].at[layer, expert, pl.ds(n, self.columns), pl.ds(k, CHANNELS)]
+        plgpu.copy_gmem_to_smem(there, tile, here)
+
+    def stage(self, arrays: Any, at: Any, slot: Array, smem: Any) -> None:
+        """Start copies of a tile's codes (and scales, if there are many)."""
+        layer, expert, k, n = at
+        columns, here = pl.ds(n, self.columns), smem["staged"].at[slot]
+        rows = CHANNELS // 2 if self.kind is Fp4Weight else CHANNELS
+        first = jax.lax.div(k, CHANNELS) * rows
+        codes = arrays[0].at[layer, expert, pl.ds(first, rows), columns]
+        plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], here)
+        if self.kind is Fp4Weight:
+            blocks = CHANNELS // FP4_BLOCK
+            first = jax.lax.div(k, CHANNELS) * blocks
+            scale = arrays[1].at[layer, expert, pl.ds(first, blocks), columns]
+            plgpu.copy_gmem_to_smem(scale, smem["scale"].at[slot], here)
+
+    def dequantise(self, arrays: Any, at: Any, slot: Array, tile: Any, smem: Any) -> None:
+        """Make a tile of the codes staged in a slot."""
+        if self.kind is Fp4Weight:
+            self._dequantise_fp4(slot, tile, smem)
+            return
+        layer, expert, k, n = at
+        block = jax.lax.div(k, FP8_BLOCK), jax.lax.div(n, FP8_BLOCK)
+        scale = arrays[1][layer, expert, *block]
+        if scale.dtype != jnp.float32:
+            scale = power_of_two(scale)
+        for row in range(0, CHANNELS, 32):
+            rows = pl.ds(row, 32)
+            layout = _layout(32, self.columns)
+            codes_KN = load(smem["codes"].at[slot, rows], layout)
+            tile[rows, :] = (codes_KN.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+
+    def _dequantise_fp4(self, slot: Array, tile: Any, smem: Any) -> None:
+        layout = _layout(_HALF, self.columns)
+        for block in range(CHANNELS // FP4_BLOCK):
+            codes = smem["codes"].at[slot, pl.ds(block * _HALF, _HALF)]
+            code_KN = load(codes, layout).astype(jnp.int32)
+            scale_N = power_of_two(load(smem["scale"].at[slot, block], layout.reduce(0)))
+            scale_KN = jax.lax.broadcast_in_dim(scale_N, code_KN.shape, (1,))
+            scale_KN = plgpu.layout_cast(scale_KN, layout)
+            for half in range(2):
+                value_KN = e2m1(code_KN >> 4 if half else code_KN & 15) * scale_KN
+                rows = pl.ds(block * FP4_BLOCK + half * _HALF, _HALF)
+                tile[rows, :] = value_KN.astype(jnp.bfloat16)
+
+
+def power_of_two(exponent: Array) -> Array:
+    """E8M0 as float32: 2^(e - 127). The least, which would be subnormal, is 0."""
+    return jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
+
+
+def e2m1(code: Array) -> Array:
+    """The numbers of E2M1 codes in integers of 32 bits, in float32.
+
+    Exponent and mantissa move to where a float32 has them; 0 and 0.5, which are subnormal, are
+    made as differences from 1.
+    """
+    subnormal = (code & 6) == 0
+    exponent = jnp.where(subnormal, 127 << 23, 126 << 23)
+    moved = jax.lax.bitcast_convert_type(((code & 7) << 22) + exponent, jnp.float32)
+    size = moved - jnp.where(subnormal, 1.0, 0.0)
+    return jnp.where((code & 8) == 0, size, -size)
+
+
+@functools.cache
+def _layout(rows: int, columns: int) -> Any:
+    """Of registers on their way to a tile, so that it is written without bank conflicts."""
+    return plgpu.Layout.SMEM_GMEM_COPY((rows, columns), jnp.bfloat16, 128)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """What a reference holds in this layout, optimised for it or not."""
+    # JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
+    no_default = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *[()] * no_default, layout=layout, optimized=False)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 
 Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+_Form = Callable[..., Any]
 
 
 class Unsupported(NotImplementedError):
@@ -32,8 +35,8 @@ def dispatch(
 ) -> Any:
     """Run the function `name` of one form.
 
-    'auto' leaves the choice to the compile target, not to the host that traces: kernels trace on
-    every host. Where there is no kernel, or it does not take these arguments, XLA's form serves.
+    'auto' leaves the choice to the compile target, not to the host that traces. Where there is no
+    kernel, or it does not take these arguments, XLA's form serves.
 
     Args:
       op: for messages.
@@ -55,12 +58,10 @@ def dispatch(
         for key, platform in _PLATFORMS.items()
         if key in having
     }
-    if not kernels:
-        return run("xla")(*args)
-    return jax.lax.platform_dependent(*args, default=run("xla"), **kernels)
+    return _by_target(run("xla"), kernels, args)
 
 
-def _or_else(kernel: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+def _or_else(kernel: _Form, other: _Form) -> _Form:
     def run(*args: Any) -> Any:
         try:
             return kernel(*args)
@@ -68,3 +69,56 @@ def _or_else(kernel: Callable[..., Any], other: Callable[..., Any]) -> Callable[
             return other(*args)
 
     return run
+
+
+# As `jax.lax.platform_dependent`, except that a kernel is not traced before its platform is known:
+# tracing all of them took as long as all else when a model was compiled for a CPU.
+_choice = Primitive("kernel_choice")
+_choice.multiple_results = True
+
+
+def _by_target(default: _Form, kernels: Mapping[str, _Form], args: tuple[Any, ...]) -> Any:
+    if not kernels:
+        return default(*args)
+    leaves, tree = jax.tree.flatten(args)
+    jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
+    flat = lambda form: lambda *leaves: jax.tree.leaves(form(*tree.unflatten(leaves)))
+    forms = tuple((platform, flat(form)) for platform, form in kernels.items())
+    mesh = jax.sharding.get_abstract_mesh()
+    outs = _choice.bind(*leaves, default=jaxpr, kernels=forms, mesh=mesh)
+    return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+@_choice.def_abstract_eval
+def _(*_: Any, default: Any, **__: Any) -> Any:
+    return default.out_avals
+
+
+@_choice.def_impl
+def _(*leaves: Any, **params: Any) -> Any:
+    return jax.jit(lambda *leaves: _choice.bind(*leaves, **params))(*leaves)
+
+
+def _lowering(platform: str | None) -> Callable[..., Any]:
+    def rule(context: Any, *values: Any, default: Any, kernels: Any, mesh: Any) -> Any:
+        run = dict(kernels).get(platform, jaxpr_as_fun(default))
+        with jax.sharding.use_abstract_mesh(mesh):
+            return mlir.lower_fun(run, multiple_results=True)(context, *values)
+
+    return rule
+
+
+mlir.register_lowering(_choice, _lowering(None))
+for _platform in _PLATFORMS.values():
+    mlir.register_lowering(_choice, _lowering(_platform), platform=_platform)
+
+
+def _batched(leaves: Any, dims: Any, *, default: Any, kernels: Any, mesh: Any) -> Any:
+    del mesh
+    over = lambda form: jax.vmap(form, in_axes=tuple(dims))
+    forms = {platform: over(form) for platform, form in kernels}
+    outs = _by_target(over(jaxpr_as_fun(default)), forms, tuple(leaves))
+    return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[_choice] = _batched

@@ -1,0 +1,65 @@
+"""A door's form is chosen by the compile target, lazily, and never silently against a wish."""
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import targets
+from pallas_kernels.implementations import Unsupported, dispatch
+
+STRUCT = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+
+
+def form(function: Any) -> types.SimpleNamespace:
+    return types.SimpleNamespace(scale=function)
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("traced though not wanted")
+
+
+def unable(*_: Any, **__: Any) -> Any:
+    raise Unsupported("This one takes no arrays.")
+
+
+def times(number: float) -> types.SimpleNamespace:
+    return form(lambda tree, *, by: jax.tree.map(lambda x: x * (number * by), tree))
+
+
+def door(impl: Any = "auto", **forms: Any) -> Any:
+    return lambda x: dispatch("op", "scale", impl, forms, {"x": x}, by=1.0)["x"]
+
+
+def test_kernels_are_not_traced_for_a_cpu() -> None:
+    run = door(xla=times(2.0), tpu=form(never), gpu=form(never))
+    x = jnp.ones((8, 128))
+    for program in (run, jax.jit(run), lambda x: jax.vmap(run)(x)):
+        np.testing.assert_array_equal(program(x), 2 * x)
+
+
+@pytest.mark.parametrize("target", ["v5p", "h200"])
+def test_the_target_chooses(target: Any) -> None:
+    forms: dict[str, Any] = {"tpu": times(5.0), "gpu": times(7.0), "xla": times(3.0)}
+    text = targets.lowered(target, door(**forms), STRUCT).as_text()
+    found = [number for number in ("3.0", "5.0", "7.0") if f"dense<{number}" in text]
+    assert found == ["5.0" if target == "v5p" else "7.0"]
+
+
+def test_xla_serves_where_the_kernel_does_not() -> None:
+    forms: dict[str, Any] = {"tpu": form(unable), "xla": times(3.0)}
+    text = targets.lowered("v6e", door(**forms), STRUCT).as_text()
+    assert "dense<3.0" in text
+
+
+def test_a_wish_is_kept_or_refused() -> None:
+    forms: dict[str, Any] = {"tpu": form(unable), "xla": times(3.0)}
+    x = jnp.ones((8, 128))
+    np.testing.assert_array_equal(door("xla", **forms)(x), 3 * x)
+    with pytest.raises(NotImplementedError, match="takes no arrays"):
+        door("tpu", **forms)(x)
+    with pytest.raises(NotImplementedError, match=r"op\.scale has no 'gpu' form; pass one of"):
+        door("gpu", **forms)(x)

@@ -111,9 +111,8 @@ def _compress(
     """Bring the compressed pools of the layer, if it has any, up to the end of the chunk."""
     if kind.attention == "sliding":
         return state
-    round_kv = lambda entries: layers.round_kv(entries, context.cfg.qk_rope_head_dim)
     tail_LBRK, pool_LBSK = compress.update(
-        p.compressor, state.tail_LBRK, state.pool_LBSK, layer, x_BTD, kind, context, round_kv
+        p.compressor, state.tail_LBRK, state.pool_LBSK, layer, x_BTD, kind, context, "fp8"
     )
     state = dataclasses.replace(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
     if kind.attention == "hca":
@@ -126,7 +125,7 @@ def _compress(
         x_BTD,
         kind,
         context,
-        layers.round_index,
+        "fp4",
     )
     return dataclasses.replace(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
 

@@ -2,14 +2,118 @@
 
 Entry i of ratio M pools the tokens of window i, i * M .. i * M + M - 1, by a softmax per channel.
 With overlap (CSA) each token has two series side by side: the first half of its channels serves
-the next window's entry, the second half its own.
+the next window's entry, the second half its own. What was pooled, in float32, is rounded to the
+model's dtype, normed, turned to the position of its window's first token (RoPE on the last 2Q
+channels, neighbouring channels paired) and rounded as the cache keeps it:
 
-Axis letters: B batch, X tokens, n windows, M ratio, C channels (overlap * K), K entry channels.
+  none  as it is;
+  fp8   all but the turned channels to E4M3, in blocks of 64;
+  fp4   a Hadamard transform of all channels, then E2M1 in blocks of 32.
+
+Gradients are computed anew from the tokens, by XLA; they pass straight through the rounding.
+
+Axis letters: L layers of a stack, B batch, T tokens, M ratio, C channels (overlap * K), K entry
+channels, C2 = 2 * C of kv and gate side by side, P = overlap * M tokens before a chunk, R ring
+rows, n entries, Q rotary pairs, X tokens of the windows.
 """
 
+import functools
+from typing import Any, Literal
+
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.compress import gpu, reference, tpu, xla
+from pallas_kernels.implementations import Impl, dispatch
+
+Rounding = Literal["none", "fp8", "fp4"]
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+
+
+def prefill(
+    rows_BTC: Float[Array, "B T C2"],
+    before_BPC: Float[Array, "B P C2"],
+    start_B: Int[Array, " B"],
+    bias_MC: Float[Array, "M C"],
+    scale_K: Float[Array, " K"],
+    table: tuple[Float[Array, "B n Q"], Float[Array, "B n Q"]],
+    *,
+    overlap: int,
+    eps: float,
+    rounding: Rounding,
+    dtype: Any,
+    impl: Impl = "auto",
+) -> Float[Array, "B n K"]:
+    """The entries of windows start // M, start // M + 1, ... that a chunk may complete.
+
+    Args:
+      rows_BTC: the chunk's tokens at positions start, start + 1, ...
+      before_BPC: the P tokens before them; those below position 0 count for nothing.
+      start_B: position of each row's first token, any.
+      bias_MC: added to the gate by position in the window (the checkpoint's `ape`).
+      scale_K: the norm's weight.
+      table: cosine and sine for each entry.
+      overlap: 1 or 2 windows per entry.
+      eps: the norm's.
+      rounding: how entries are rounded at last.
+      dtype: of the entries, and of what is rounded between.
+      impl: 'auto' takes the best form for the compile target.
+
+    Returns:
+      ceil(T / M) entries. Those whose windows the chunk does not complete are arbitrary.
+
+    Raises:
+      ValueError: before_BPC has not P rows, or the table not n.
+      NotImplementedError: no such form, or it does not take these arguments.
+    """
+    ratio, entries = len(bias_MC), -(-rows_BTC.shape[1] // len(bias_MC))
+    if before_BPC.shape[1] != overlap * ratio or table[0].shape[1] != entries:
+        raise ValueError(
+            f"compress.prefill takes {overlap * ratio} rows before the chunk, not"
+            f" {before_BPC.shape[1]}, and a table of {entries} entries, not {table[0].shape[1]}."
+        )
+    args = rows_BTC, before_BPC, start_B, bias_MC, scale_K, table
+    static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
+    return _run("prefill", impl, tuple(static.items()), args)
+
+
+def decode(
+    ring_LBRC: Float[Array, "L B R C2"],
+    layer: Int[Array, ""],
+    window_B: Int[Array, " B"],
+    bias_MC: Float[Array, "M C"],
+    scale_K: Float[Array, " K"],
+    table: tuple[Float[Array, "B 1 Q"], Float[Array, "B 1 Q"]],
+    *,
+    overlap: int,
+    eps: float,
+    rounding: Rounding,
+    dtype: Any,
+    impl: Impl = "auto",
+) -> Float[Array, "B 1 K"]:
+    """The entry of a window that has just been completed, for each row where one has.
+
+    Args:
+      ring_LBRC: tokens of all layers of a stack, that of position p in row p mod R; a window may
+        begin in any row and wrap.
+      layer: the layer to read.
+      window_B: the window, all of whose tokens, and those of the one before, are in the ring.
+        Negative where no entry is wanted: it becomes 0, and nothing is read.
+      bias_MC: as for `prefill`.
+      scale_K: as for `prefill`.
+      table: as for `prefill`.
+      overlap: as for `prefill`.
+      eps: as for `prefill`.
+      rounding: as for `prefill`.
+      dtype: as for `prefill`.
+      impl: as for `prefill`.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
+    """
+    args = ring_LBRC, layer, window_B, bias_MC, scale_K, table
+    static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
+    return _run("decode", impl, tuple(static.items()), args)
 
 
 def pool(
@@ -19,33 +123,43 @@ def pool(
     first_B: Int[Array, " B"],
     *,
     overlap: int,
+    impl: Impl = "auto",
 ) -> Float32[Array, "B n K"]:
-    """Softmax-gated sums of windows first, first + 1, ...
+    """The first step alone: softmax-gated sums of windows first, first + 1, ...
 
     Args:
       kv_BXC: tokens of the windows first - overlap + 1 .. first + n - 1: (n + overlap - 1) * M.
       gate_BXC: their gate logits, without the positional bias.
-      bias_MC: added to the gate by position in the window (the checkpoint's `ape`).
+      bias_MC: as for `prefill`.
       first_B: index of the first entry wanted; windows of negative index count for nothing.
-      overlap: 1 or 2 windows per entry.
+      overlap: as for `prefill`.
+      impl: as for `prefill`.
 
     Returns:
       One row per entry, in float32. What a window's tokens beyond the text hold is the caller's
       affair: such entries are not visible yet.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    M, C = bias_MC.shape
-    B, X, _ = kv_BXC.shape
-    K, n = C // overlap, X // M - overlap + 1
-    windows = lambda x: x.astype(jnp.float32).reshape(B, X // M, M, overlap, K)
-    gate_BWMOK = windows(gate_BXC) + bias_MC.astype(jnp.float32).reshape(1, 1, M, overlap, K)
-    kv_BWMOK = windows(kv_BXC)
-    series = lambda x: jnp.concatenate([x[:, o : o + n, :, o] for o in range(overlap)], axis=2)
-    gate_BnJK, kv_BnJK = series(gate_BWMOK), series(kv_BWMOK)
-    if overlap > 1:
-        # Only window 0 has no predecessor; its missing half must not add to the softmax.
-        window_Bn = first_B[:, None] + jnp.arange(n)[None]
-        earlier_J = jnp.arange(gate_BnJK.shape[2]) < M
-        missing = (window_Bn == 0)[..., None, None] & earlier_J[None, None, :, None]
-        gate_BnJK = jnp.where(missing, -jnp.inf, gate_BnJK)
-        kv_BnJK = jnp.where(missing, 0.0, kv_BnJK)
-    return jnp.sum(jax.nn.softmax(gate_BnJK, axis=2) * kv_BnJK, axis=2)
+    args = kv_BXC, gate_BXC, bias_MC, first_B
+    return _run("pool", impl, (("overlap", overlap),), args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(name: str, impl: Impl, static: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    return dispatch("compress", name, impl, _FORMS, *args, **dict(static))
+
+
+def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
+    return _run(name, impl, static, args), args
+
+
+def _backward(name: str, impl: Impl, static: Any, args: Any, grad: Any) -> Any:
+    """Of the reference, whatever ran forward."""
+    run = functools.partial(getattr(reference, name), **dict(static))
+    grads = jax.vjp(run, *args)[1](grad)
+    return (jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, grads),)
+
+
+_run.defvjp(_forward, _backward)

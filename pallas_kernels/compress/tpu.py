@@ -1,0 +1,87 @@
+"""Pallas kernels for TPUs: one for a chunk's entries, one for those of a step.
+
+Axis letters: as in the package.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.compress import tpu_decode, tpu_prefill
+from pallas_kernels.compress.tpu_finish import LANES
+from pallas_kernels.compress.tpu_pool import SUBLANES
+from pallas_kernels.implementations import Unsupported
+
+_TOKENS = 256  # of an entry, of which VMEM holds several times as many
+
+
+def prefill(
+    rows_BTC: Any,
+    before_BPC: Any,
+    start_B: Any,
+    bias_MC: Any,
+    scale_K: Any,
+    table: Any,
+    *,
+    overlap: int,
+    **settings: Any,
+) -> Any:
+    """As the package says.
+
+    Raises:
+      Unsupported: another dtype, K or ratio.
+    """
+    _require(rows_BTC, bias_MC, scale_K, table, overlap, **settings)
+    _require(before_BPC, bias_MC, scale_K, table, overlap, **settings)
+    args = rows_BTC, before_BPC, start_B, bias_MC, scale_K, table
+    return tpu_prefill.prefill(*args, overlap=overlap, **settings)
+
+
+def decode(
+    ring_LBRC: Any,
+    layer: Any,
+    window_B: Any,
+    bias_MC: Any,
+    scale_K: Any,
+    table: Any,
+    *,
+    overlap: int,
+    **settings: Any,
+) -> Any:
+    """As the package says.
+
+    Raises:
+      Unsupported: another dtype, K or ratio.
+    """
+    _require(ring_LBRC, bias_MC, scale_K, table, overlap, **settings)
+    args = ring_LBRC, layer, window_B, bias_MC, scale_K, table
+    return tpu_decode.decode(*args, overlap=overlap, **settings)
+
+
+def _require(
+    tokens: Any,
+    bias_MC: Any,
+    scale_K: Any,
+    table: Any,
+    overlap: int,
+    *,
+    eps: float,
+    rounding: str,
+    dtype: Any,
+) -> None:
+    takes = "compress on TPU takes"
+    dim, ratio = len(scale_K), len(bias_MC)
+    if tokens.dtype != jnp.float32 or dtype not in (jnp.bfloat16, jnp.float32):
+        raise Unsupported(
+            f"{takes} tokens in float32 and makes entries in bfloat16 or float32, not"
+            f" {tokens.dtype} and {jnp.dtype(dtype)}."
+        )
+    if dim % LANES or (rounding == "fp4" and dim != LANES):
+        raise Unsupported(f"{takes} a multiple of {LANES} channels ({LANES} for fp4), not {dim}.")
+    if 2 * table[0].shape[2] > LANES:
+        raise Unsupported(f"{takes} up to {LANES} rotated channels, not {2 * table[0].shape[2]}.")
+    if overlap * ratio % SUBLANES or overlap * ratio > _TOKENS:
+        raise Unsupported(
+            f"{takes} a multiple of {SUBLANES} tokens per entry, up to {_TOKENS}, not"
+            f" {overlap * ratio}."
+        )

@@ -1,0 +1,133 @@
+"""What is done to entries once they are pooled, inside a kernel: norm, RoPE, rounding.
+
+Channels come in columns of 128, as many as the lanes of a vector register.
+
+Axis letters: R rows, V channels of a column (128), K all channels, Q rotary pairs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.compress.reference import FP4_BLOCK, FP8_BLOCK
+from pallas_kernels.quantize import reference as formats
+
+LANES = 128
+
+
+def finish(
+    columns_RV: list[Float32[Array, "R V"]],
+    scale_1K: Float[Array, "1 K"],
+    cos_RV: Float32[Array, "R V"],
+    sin_RV: Float32[Array, "R V"],
+    *,
+    rotated: int,
+    eps: float,
+    rounding: str,
+    dtype: Any,
+) -> Float[Array, "R K"]:
+    """Entries in `dtype`.
+
+    Args:
+      columns_RV: float32 sums.
+      scale_1K: the norm's weight.
+      cos_RV: of the last column, in its last `rotated` lanes, as `in_pairs` gives it.
+      sin_RV: the same.
+      rotated: channels, 2Q.
+      eps: the norm's.
+      rounding: as in the package.
+      dtype: as in the package.
+    """
+    kept = lambda x: x.astype(dtype).astype(jnp.float32)
+    columns_RV = [kept(x_RV) for x_RV in columns_RV]
+    squares_RV = functools.reduce(jnp.add, [x_RV * x_RV for x_RV in columns_RV])
+    channels = LANES * len(columns_RV)
+    mean_R1 = jnp.sum(squares_RV, axis=1, keepdims=True) / channels
+    inverse_R1 = jax.lax.rsqrt(mean_R1 + eps)
+    scale_1K = scale_1K.astype(jnp.float32)
+    for i, x_RV in enumerate(columns_RV):
+        columns_RV[i] = kept(x_RV * inverse_R1 * scale_1K[:, i * LANES : (i + 1) * LANES])
+    columns_RV[-1] = kept(_turn(columns_RV[-1], cos_RV, sin_RV, rotated))
+    if rounding == "fp4":
+        x_RV = kept(_hadamard(columns_RV[0], dtype))
+        columns_RV = [formats.rounded(x_RV, _amax(x_RV, FP4_BLOCK), formats.E2M1)]
+    elif rounding == "fp8":
+        straight = channels - rotated
+        columns_RV = [_fp8(x_RV, straight - i * LANES) for i, x_RV in enumerate(columns_RV)]
+    return jnp.concatenate(columns_RV, axis=1).astype(dtype)
+
+
+def in_pairs(part: Float[Array, "..."], dim: int) -> Float32[Array, "R V"]:
+    """A table's values twice each, in the last lanes: a matmul with ones, exact at full precision.
+
+    Args:
+      part: [R, Q] or [Q, R].
+      dim: which of them is Q.
+    """
+    pairs = part.shape[dim]
+    shape = (pairs, LANES)
+    pair_QV = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    lane_QV = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - (LANES - 2 * pairs)
+    ones_QV = ((lane_QV >> 1) == pair_QV).astype(jnp.float32)
+    return jax.lax.dot_general(
+        part.astype(jnp.float32),
+        ones_QV,
+        (((dim,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _lane(x: Any) -> Int32[Array, "R V"]:
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+
+
+def _turn(
+    x_RV: Float32[Array, "R V"], cos_RV: Any, sin_RV: Any, rotated: int
+) -> Float32[Array, "R V"]:
+    """RoPE on the last lanes."""
+    lane_RV = _lane(x_RV)
+    # Lane 127 has no right neighbour and lane 0 no left one; neither is asked for.
+    right_RV, left_RV = pltpu.roll(x_RV, LANES - 1, 1), pltpu.roll(x_RV, 1, 1)
+    other_RV = jnp.where((lane_RV & 1) == 0, -right_RV, left_RV)
+    turned_RV = x_RV * cos_RV + other_RV * sin_RV
+    return jnp.where(lane_RV >= LANES - rotated, turned_RV, x_RV)
+
+
+def _hadamard(x_RV: Float32[Array, "R V"], dtype: Any) -> Float32[Array, "R V"]:
+    """The transform's signs are those of the bits that row and column share; products are exact."""
+    shape = (LANES, LANES)
+    shared_VV = jax.lax.broadcasted_iota(jnp.int32, shape, 0) & jax.lax.broadcasted_iota(
+        jnp.int32, shape, 1
+    )
+    for shift in (4, 2, 1):
+        shared_VV = shared_VV ^ (shared_VV >> shift)
+    signs_VV = (1 - 2 * (shared_VV & 1)).astype(jnp.float32)
+    highest = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    operands = x_RV.astype(dtype), signs_VV.astype(dtype)
+    summed_RV = jnp.dot(*operands, precision=highest, preferred_element_type=jnp.float32)
+    return summed_RV * LANES**-0.5
+
+
+def _amax(x_RV: Float32[Array, "R V"], block: int) -> Float32[Array, "R V"]:
+    """The largest magnitude of each block of lanes, in all of its lanes."""
+    size_RV, block_RV = jnp.abs(x_RV), _lane(x_RV) >> (block.bit_length() - 1)
+    amax_RV = jnp.zeros_like(x_RV)
+    for i in range(LANES // block):
+        here_RV = block_RV == i
+        largest_R1 = jnp.max(jnp.where(here_RV, size_RV, 0.0), axis=1, keepdims=True)
+        amax_RV = jnp.where(here_RV, largest_R1, amax_RV) if i else largest_R1 + amax_RV
+    return amax_RV
+
+
+def _fp8(x_RV: Float32[Array, "R V"], straight: int) -> Float32[Array, "R V"]:
+    """E4M3 in the first `straight` lanes."""
+    if straight >= LANES:
+        return formats.rounded(x_RV, _amax(x_RV, FP8_BLOCK), formats.E4M3)
+    straight_RV = _lane(x_RV) < straight
+    amax_RV = _amax(jnp.where(straight_RV, x_RV, 0.0), FP8_BLOCK)
+    return jnp.where(straight_RV, formats.rounded(x_RV, amax_RV, formats.E4M3), x_RV)

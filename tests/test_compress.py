@@ -1,0 +1,179 @@
+"""Entries are pooled, normed, turned and rounded as the model says, whole, in chunks or by steps.
+
+Axis letters: B batch, T tokens, M ratio, C channels, K entry channels, P tokens before a chunk,
+R ring rows, n entries, Q rotary pairs.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compress
+from pallas_kernels.compress import reference
+from pallas_kernels.compress.shapes import SHAPES, Shape
+from v4jax import layers
+
+BENCH = {name: SHAPES[f"bench {name}"] for name in ("hca", "csa", "index")}
+# A few dozen float32 roundings, one after the other.
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def text(shape: Shape, B: int, T: int, dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
+    """Random tokens from position 0 on, weights, and a table of all entries."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *dims: jnp.asarray(rng.normal(size=dims), jnp.float32)
+    angle = rng.uniform(0, 6, (B, T // shape.ratio + 1, shape.rotated // 2))
+    return {
+        "rows": normal(B, T, 2 * shape.channels),
+        "bias": normal(shape.ratio, shape.channels),
+        "scale": normal(shape.dim).astype(dtype),
+        "table": tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)),
+    }
+
+
+def settings(shape: Shape, dtype: Any = jnp.float32, rounding: str = "") -> dict[str, Any]:
+    return {
+        "overlap": shape.overlap,
+        "eps": 1e-6,
+        "rounding": rounding or shape.rounding,
+        "dtype": dtype,
+    }
+
+
+def chunk(shape: Shape, of: dict[str, Any], start_B: Any, T: int, poison: float = 0.0) -> list[Any]:
+    """The arguments of `prefill` for T tokens from `start` on; `poison` lies before the text."""
+    M, P = shape.ratio, shape.overlap * shape.ratio
+    start_B = np.asarray(start_B, np.int32)
+    before = np.full((len(start_B), P, of["rows"].shape[2]), poison, np.float32)
+    padded_BTC = np.concatenate([before, np.asarray(of["rows"])], axis=1)
+    cut = lambda first, count: jnp.asarray(
+        np.stack([row[at : at + count] for row, at in zip(padded_BTC, first, strict=True)])
+    )
+    first_Bn = start_B[:, None] // M + np.arange(-(-T // M))[None]
+    table = tuple(
+        jnp.take_along_axis(
+            part, jnp.asarray(np.minimum(first_Bn, part.shape[1] - 1))[..., None], 1
+        )
+        for part in of["table"]
+    )
+    rows_BTC, before_BPC = cut(start_B + P, T), cut(start_B, P)
+    return [rows_BTC, before_BPC, jnp.asarray(start_B), of["bias"], of["scale"], table]
+
+
+def complete(shape: Shape, start: int, T: int) -> int:
+    """How many entries the chunk completes."""
+    return (start + T) // shape.ratio - start // shape.ratio
+
+
+def ring(shape: Shape, of: dict[str, Any], end_B: Any, L: int = 2, layer: int = 1) -> jax.Array:
+    """A stack of rings of which one holds the text's newest tokens, and all else is NaN."""
+    rows_BTC, R = np.asarray(of["rows"]), shape.ring
+    ring_LBRC = np.full((L, len(rows_BTC), R, rows_BTC.shape[2]), np.nan, np.float32)
+    for b, end in enumerate(end_B):
+        for position in range(max(0, end - R), end):
+            ring_LBRC[layer, b, position % R] = rows_BTC[b, position]
+    return jnp.asarray(ring_LBRC)
+
+
+def steps(shape: Shape, of: dict[str, Any], window_B: Any) -> list[Any]:
+    """The arguments of `decode` when these windows have just been completed."""
+    window_B = np.asarray(window_B, np.int32)
+    ring_LBRC = ring(shape, of, (window_B + 1) * shape.ratio)
+    at_B11 = jnp.asarray(np.maximum(window_B, 0))[:, None, None]
+    table = tuple(jnp.take_along_axis(part, at_B11, 1) for part in of["table"])
+    return [ring_LBRC, jnp.int32(1), jnp.asarray(window_B), of["bias"], of["scale"], table]
+
+
+def plain(shape: Shape, of: dict[str, Any]) -> np.ndarray:
+    """All entries of the text one by one, in float64, not rounded."""
+    wide = lambda x: np.asarray(x, np.float64)
+    rows_BTC, bias_MC, M, K = wide(of["rows"]), wide(of["bias"]), shape.ratio, shape.dim
+    kv_BTC, gate_BTC = np.split(rows_BTC, 2, axis=-1)
+    out = np.zeros((len(rows_BTC), rows_BTC.shape[1] // M, K))
+    for b, i in np.ndindex(*out.shape[:2]):
+        parts = []
+        for s in range(shape.overlap):
+            window = i + s - shape.overlap + 1
+            tokens, channels = slice(window * M, (window + 1) * M), slice(s * K, (s + 1) * K)
+            if window >= 0:
+                gate = gate_BTC[b, tokens, channels] + bias_MC[:, channels]
+                parts.append((kv_BTC[b, tokens, channels], gate))
+        kv, gate = (np.concatenate(part) for part in zip(*parts, strict=True))
+        weight = np.exp(gate - gate.max(0))
+        x = (weight * kv).sum(0) / weight.sum(0)
+        x = x / np.sqrt((x**2).mean() + 1e-6) * wide(of["scale"])
+        pair = x[K - shape.rotated :].reshape(-1, 2) @ [1, 1j]
+        pair = pair * (wide(of["table"][0])[b, i] + 1j * wide(of["table"][1])[b, i])
+        out[b, i] = [*x[: K - shape.rotated], *np.stack([pair.real, pair.imag], -1).reshape(-1)]
+    return out
+
+
+@pytest.mark.parametrize("name", BENCH)
+@pytest.mark.parametrize("start", [0, 131])
+def test_a_chunk_from_anywhere_gives_the_entries_of_the_whole(name: str, start: int) -> None:
+    shape, T = BENCH[name], 400
+    of = text(shape, 2, T)
+    args = chunk(shape, of, [start, start], T - start, poison=np.nan)
+    got_BnK = compress.prefill(*args, **settings(shape, rounding="none"))
+    expected_BnK = plain(shape, of)[:, start // shape.ratio :]
+    np.testing.assert_allclose(got_BnK[:, : expected_BnK.shape[1]], expected_BnK, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", BENCH)
+def test_the_chain_is_the_layers_one_after_the_other_bit_for_bit(name: str, dtype: Any) -> None:
+    shape, M = BENCH[name], BENCH[name].ratio
+    of = text(shape, 2, 3 * M, dtype)
+    rows_BTC, before_BPC, start_B, bias_MC, scale_K, table = chunk(shape, of, [0, 0], 3 * M)
+    before_BPC = before_BPC[:, : (shape.overlap - 1) * M]
+    kv_BXC, gate_BXC = jnp.split(jnp.concatenate([before_BPC, rows_BTC], axis=1), 2, axis=-1)
+    pooled_BnK = reference.pool(kv_BXC, gate_BXC, bias_MC, start_B, overlap=shape.overlap)
+    pooled_BnK = pooled_BnK.astype(dtype)
+    expected_BnK = layers.rotate(layers.rms_norm(pooled_BnK, scale_K, 1e-6), table)
+    if shape.rounding == "fp4":
+        expected_BnK = layers.round_index(expected_BnK)
+    else:
+        expected_BnK = layers.round_kv(expected_BnK, shape.rotated)
+    args = chunk(shape, of, [0, 0], 3 * M)
+    # Op by op: compiled as one, XLA leaves out roundings to bfloat16 between.
+    got_BnK = reference.prefill(*args, **settings(shape, dtype))
+    assert got_BnK.dtype == dtype
+    np.testing.assert_array_equal(got_BnK, expected_BnK)
+
+
+@pytest.mark.parametrize("name", BENCH)
+def test_a_ring_gives_the_same_entry_wherever_its_window_lies(name: str) -> None:
+    shape = BENCH[name]
+    window_B = [0, 1, 2, 3, 7, 16]
+    T = (max(window_B) + 1) * shape.ratio
+    of = text(shape, len(window_B), T)
+    got_B1K = compress.decode(*steps(shape, of, window_B), **settings(shape, rounding="none"))
+    expected_B1K = plain(shape, of)[np.arange(len(window_B)), window_B][:, None]
+    np.testing.assert_allclose(got_B1K, expected_B1K, **CLOSE)
+
+
+@pytest.mark.parametrize("window_B", [[-1, -1], [-1, 2]])
+def test_where_no_entry_is_wanted_it_is_zero_whatever_the_ring_holds(window_B: list[int]) -> None:
+    shape = BENCH["csa"]
+    args = steps(shape, text(shape, 2, 16), window_B)
+    got_B1K = compress.decode(*args, **settings(shape))
+    np.testing.assert_array_equal(np.any(got_B1K, axis=(1, 2)), np.array(window_B) >= 0)
+    assert np.isfinite(got_B1K).all()
+
+
+def test_wrong_sizes_are_named() -> None:
+    shape = BENCH["csa"]
+    args = chunk(shape, text(shape, 1, 16), [0], 16)
+    with pytest.raises(ValueError, match=r"takes 8 rows before .* not 4, .* of 4 entries, not 4"):
+        compress.prefill(args[0], args[1][:, :4], *args[2:], **settings(shape))
+
+
+def test_a_form_that_there_is_not_is_refused() -> None:
+    tokens_BXC, bias_MC = jnp.ones((1, 8, 4)), jnp.ones((4, 4))
+    with pytest.raises(NotImplementedError, match=r"compress\.pool has no 'tpu' form"):
+        compress.pool(
+            tokens_BXC, tokens_BXC, bias_MC, jnp.zeros(1, jnp.int32), overlap=1, impl="tpu"
+        )

@@ -62,10 +62,9 @@ def test_slices_of_fp8_keys() -> None:
     check((q_BTIJ, weights_BTI, to_fp8(jnp.asarray(keys_LBSJ))), [[2048, 1500]], 32)
 
 
-@pytest.mark.parametrize("target", targets.TPU_TOPOLOGIES)
-def test_a_context_cut_over_devices_compiles_with_the_kernel(target: Any) -> None:
+def test_a_context_cut_over_devices_compiles_with_the_kernel() -> None:
     """Only candidates travel: per query 4 devices' 512 scores and indices."""
-    devices = np.array(targets.devices(target)[:4])
+    devices = np.array(targets.devices("v6e")[:4])
     mesh = Mesh(devices, ("context",))
     struct = lambda shape, dtype, spec=WHOLE: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, spec)

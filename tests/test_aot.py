@@ -10,7 +10,8 @@ import time
 import jax
 import pytest
 
-from v4jax import aot, config
+from pallas_kernels import targets
+from v4jax import aot, config, sharding
 from v4jax.aot import Step
 from v4jax.config import ModelConfig
 
@@ -49,3 +50,16 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     analysis = lowered.compile().memory_analysis()
     assert analysis is not None
     assert analysis.argument_size_in_bytes > 0
+
+
+@pytest.mark.slow
+def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
+    """Flash-sized layers, one of each kind: no scores, no copied pool, no dequantised weight."""
+    flash = config.preset("flash")
+    kinds = {layer.attention: layer for layer in reversed(flash.layers)}
+    few = dataclasses.replace(flash, layers=tuple(kinds.values()))
+    mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
+    lowered = aot.lower(few, "decode", mesh, batch=1, capacity=2**20, kept="fp4")
+    program = lowered.compile()
+    assert "indexer_topk_select" in str(program.as_text())
+    assert targets.temporaries(program) < 64e6

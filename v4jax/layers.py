@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize
+from pallas_kernels.quantize.leaves import FP8_BLOCK
+from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
 from v4jax.numerics import Numerics
 
@@ -36,11 +38,30 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
-    groups = x_BTGP.shape[2]
-    dense_QP = quantize.dense(value(weight_QP), x_BTGP.dtype)
+    weight_QP, groups = value(weight_QP), x_BTGP.shape[2]
+    whole_blocks = weight_QP.shape[0] // groups % FP8_BLOCK == 0
+    if isinstance(weight_QP, quantize.Fp8Weight) and whole_blocks:
+        return sharding.per_device(
+            _group_by_group,
+            *(x_BTGP, weight_QP),
+            axes=(("batch", None, "heads", None), (None, "heads")),
+            out=("batch", None, "heads"),
+        )
+    dense_QP = quantize.dense(weight_QP, x_BTGP.dtype)
     dense_GOP = dense_QP.reshape(groups, -1, dense_QP.shape[-1])
     out_BTGO = jnp.einsum("btgp,gop->btgo", x_BTGP, dense_GOP, preferred_element_type=jnp.float32)
     return out_BTGO.reshape(*x_BTGP.shape[:2], -1).astype(x_BTGP.dtype)
+
+
+def _group_by_group(
+    x_BTGP: Float[Array, "B T G P"], weight_QP: quantize.Fp8Weight
+) -> Float[Array, "B T Q"]:
+    """One matmul after another, so that no weight is dequantised whole."""
+    groups = x_BTGP.shape[2]
+    split = lambda part: jnp.split(part, groups, axis=-1)
+    weights = map(quantize.Fp8Weight, split(weight_QP.codes), split(weight_QP.scale))
+    outs = [quantize.linear(x_BTGP[:, :, g], weight) for g, weight in enumerate(weights)]
+    return jnp.concatenate(outs, axis=-1)
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:

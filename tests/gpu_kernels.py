@@ -4,6 +4,7 @@ Its threads block one another, so that there must be several devices for them (s
 """
 
 import contextlib
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -41,11 +42,16 @@ def _fill_gaps(stack: contextlib.ExitStack) -> None:
 
     # The signature tells kernels which version of JAX there is.
     patch(plgpu, "load", load)
-    keep = gpu_callbacks._remove_noop_transforms
-    untransposed = lambda found: tuple(x for x in found if not isinstance(x, TransposeTransform))
-    patch(gpu_callbacks, "_remove_noop_transforms", lambda found: keep(untransposed(found)))
+    keep, here = gpu_callbacks._remove_noop_transforms, threading.local()
+
+    def untransposed(transforms: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = tuple(x for x in transforms if not isinstance(x, TransposeTransform))
+        here.transposed = len(found) < len(transforms) or getattr(here, "transposed", False)
+        return keep(found)
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
-        return np.matmul(a, b if a.shape[1] == b.shape[0] else b.T, dtype=dtype)
+        transposed, here.transposed = here.transposed, False
+        return np.matmul(a, b.T if transposed else b, dtype=dtype)
 
+    patch(gpu_callbacks, "_remove_noop_transforms", untransposed)
     patch(gpu_callbacks, "np", types.SimpleNamespace(**(vars(np) | {"matmul": matmul})))

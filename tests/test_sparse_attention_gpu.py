@@ -51,10 +51,13 @@ def both(name: str, inputs: Inputs, **static: Any) -> tuple[np.ndarray, np.ndarr
     return np.asarray(got_BTHK, np.float32), np.asarray(want_BTHK, np.float32)
 
 
-def test_decode_in_parts_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_in_parts_of_entries_in_eight_bits_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two parts, of which one has chunks of both the window and the entries."""
     monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 2)
-    inputs = narrow(decode_inputs(1, 1, 40, 50, 60), HEADS, 128)
+    inputs = narrow(decode_inputs(1, 1, 20, 50, 70), HEADS, rows.CHANNELS)
+    inputs["pool_LBSK"] = rows.encode(inputs["pool_LBSK"])
     np.testing.assert_allclose(*both("decode", inputs), **CLOSE)
 
 
@@ -71,13 +74,6 @@ def test_prefill_equals_the_reference_and_is_blind_to_garbage(
     got_BTHK, want_BTHK = both("prefill", jax.tree.map(jnp.asarray, poisoned), window=8)
     assert np.isfinite(got_BTHK).all()
     np.testing.assert_allclose(got_BTHK, want_BTHK, **CLOSE)
-
-
-def test_entries_in_eight_bits_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
-    inputs = narrow(decode_inputs(1, 1, 20, 50, 60), HEADS, rows.CHANNELS)
-    inputs["pool_LBSK"] = rows.encode(inputs["pool_LBSK"])
-    np.testing.assert_allclose(*both("decode", inputs), **CLOSE)
 
 
 def test_codes_become_the_numbers_that_they_stand_for() -> None:

@@ -240,13 +240,13 @@ class _Call:
             return tuple(total[...] for total in sums)
 
         accumulator = plgpu.WGMMAAccumulatorRef((height, width), jnp.float32)
-        sums = pl.run_scoped(accumulate, accumulator, accumulator)
+        sums: Any = pl.run_scoped(accumulate, accumulator, accumulator)
         if number is not None:
             number = load(number.at[pl.ds(row + top, height)], _LAYOUT.reduce(1))
             number = jax.lax.broadcast_in_dim(number, (height, width), (0,))
         wanted = jnp.minimum(jnp.maximum(count - top, 0), height)
         tiled, plain = smem["tiled"].at[warpgroup], smem["plain"].at[warpgroup]
-        for i, result in enumerate(self.finish(*sums, number)):
+        for i, result in enumerate(self.finish(sums[0], sums[1], number)):
             for piece in range(0, width, _UNIT):
                 column = first + self.offsets[i] + left + piece
                 there = out.at[:, pl.ds(column, _UNIT)]

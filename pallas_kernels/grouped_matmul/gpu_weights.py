@@ -75,7 +75,8 @@ class Format:
         """Shared memory for tiles, and for codes on their way."""
         codes = lambda rows, dtype: plgpu.SMEM((STAGES, rows, self.columns), dtype)
         tile = (CHANNELS, self.columns) if self.quantised else (self.columns, CHANNELS)
-        found = {"tile": plgpu.SMEM((slots, *tile), jnp.bfloat16, transforms=TILED)}
+        matrix = plgpu.SMEM((slots, *tile), jnp.bfloat16, transforms=TILED)
+        found: dict[str, Any] = {"tile": matrix}
         if self.quantised:
             found["staged"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=STAGES)
         if self.kind is Fp8Weight:

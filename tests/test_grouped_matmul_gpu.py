@@ -130,7 +130,7 @@ def weight_struct(form: str, E: int, N: int, K: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "T", "form"),
     [
-        ("flash", 8, "fp4"),
+        ("flash", 5, "fp4"),
         ("flash", 4096, "array"),
         ("pro", 8, "fp8 float32"),
         ("pro", 4096, "fp8"),

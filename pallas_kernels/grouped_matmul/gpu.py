@@ -40,9 +40,11 @@ def expert_mlp(
     _check(x_TD, expert_TA, w1_LEFD, w3_LEFD, w2_LEDF)
     A, experts = expert_TA.shape[1], w1_LEFD.shape[1]
     steps = make_steps(expert_TA, experts, gpu_matmul.tile_rows(expert_TA.size, experts))
-    token_P = jnp.pad(steps.order_P // A, (0, steps.rows))
+    # A tile may reach beyond the last row; rows come in eights, as copies tile them.
+    padding = (0, -expert_TA.size % 8 + steps.rows)
+    token_P = jnp.pad(steps.order_P // A, padding)
     weight_TA = weight_TA.astype(jnp.float32)
-    weight_P = jnp.pad(weight_TA.reshape(-1)[steps.order_P], (0, steps.rows))
+    weight_P = jnp.pad(weight_TA.reshape(-1)[steps.order_P], padding)
     hidden_PF = gpu_matmul.hidden(
         steps,
         x_TD[token_P],

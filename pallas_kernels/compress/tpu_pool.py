@@ -47,6 +47,18 @@ def pool(
             shifted(w), bias, ratio, overlap, 1, None if first is None else first + w
         )
         return jnp.concatenate([one(w) for w in range(windows)])
+    return _together(read, bias, ratio, overlap, windows, first)
+
+
+def _together(
+    read: Read,
+    bias: Callable[[int, Any, int], Float[Array, "N V"]],
+    ratio: int,
+    overlap: int,
+    windows: int,
+    first: Any,
+) -> Float32[Array, "G V"]:
+    """Some tokens of each series at a time, under a running maximum."""
     rows = windows if ratio % SUBLANES else SUBLANES
     step = math.gcd(ratio, _TOKENS)
     missing = None
@@ -74,27 +86,28 @@ def pool(
         most_YV = _tree(jnp.maximum, logits)
         return most_YV if ratio % SUBLANES else jnp.max(most_YV, axis=0, keepdims=True)
 
-    def sums(logits: list[Any], values: list[Any], largest: Any) -> tuple[Any, Any]:
-        weights = [jnp.exp(logit_YV - largest) for logit_YV in logits]
-        products = [w_YV * v_YV for w_YV, v_YV in zip(weights, values, strict=True)]
-        return _tree(jnp.add, weights), _tree(jnp.add, products)
-
     def add(turn: Any, running: Any) -> Any:
         before, total_YV, sum_YV = running
         logits, values = some(turn)
         new = jnp.maximum(before, largest(logits))
         kept = jnp.exp(before - new)
-        more_YV, products_YV = sums(logits, values, new)
+        more_YV, products_YV = _sums(logits, values, new)
         return new, total_YV * kept + more_YV, sum_YV * kept + products_YV
 
     logits, values = some(0)
     most = largest(logits)
-    running = most, *sums(logits, values, most)
+    running = most, *_sums(logits, values, most)
     _, total_YV, sum_YV = jax.lax.fori_loop(1, ratio // step, add, running)
     if ratio % SUBLANES:
         return sum_YV / total_YV
     total_1V, sum_1V = (jnp.sum(part, axis=0, keepdims=True) for part in (total_YV, sum_YV))
     return sum_1V / total_1V
+
+
+def _sums(logits: list[Any], values: list[Any], largest: Any) -> tuple[Any, Any]:
+    weights = [jnp.exp(logit_YV - largest) for logit_YV in logits]
+    products = [w_YV * v_YV for w_YV, v_YV in zip(weights, values, strict=True)]
+    return _tree(jnp.add, weights), _tree(jnp.add, products)
 
 
 def _tree(combine: Callable[[Any, Any], Any], parts: list[Any]) -> Any:

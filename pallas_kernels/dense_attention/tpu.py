@@ -147,37 +147,16 @@ def _attend(
 ) -> Float[Array, "B T H K"]:
     """The grid: blocks of queries, rows of the batch, blocks of entries."""
     batch, queries, heads, dim = q_BTHK.shape
-    blocks, rows = pl.cdiv(queries, block), block * heads
+    blocks = pl.cdiv(queries, block)
     if batch * blocks > _BLOCKS:
         raise Unsupported(f"dense_attention on TPU takes {_BLOCKS} blocks of {block} queries.")
     visible_BN1Q = blocks_of_visible(visible_BT, block)
     width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 
-    def pool_at(i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, *rest: Any) -> Any:
-        # What nobody sees is not fetched: the index stays.
-        last = jnp.maximum((most_M[b * blocks + i] + width - 1) // width - 1, 0)
-        return layer_1[0], b, jnp.minimum(s, last), 0
-
     out = pl.pallas_call(
         functools.partial(_kernel, near=near, blocks=blocks, heads=heads, scale=scale),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(blocks, batch, steps),
-            in_specs=[
-                pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
-                pl.BlockSpec((heads, _LANES), lambda i, b, s, *scalars: (0, 0)),
-                pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0)),
-                window_specs,
-                None if pool_LBSK is None else pl.BlockSpec((None, None, width, dim), pool_at),
-            ],
-            out_specs=pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((rows, _LANES), jnp.float32),
-                pltpu.VMEM((rows, _LANES), jnp.float32),
-                pltpu.VMEM((rows, dim), jnp.float32),
-            ],
-        ),
+        grid_spec=_grid((blocks, batch, steps), block, (heads, dim), window_specs, width),
         out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -196,6 +175,41 @@ def _attend(
         pool_LBSK,
     )
     return out.reshape(q_BTHK.shape)
+
+
+def _grid(
+    grid: tuple[int, int, int],
+    block: int,
+    head: tuple[int, int],
+    window_specs: tuple[pl.BlockSpec, ...],
+    width: int,
+) -> pltpu.PrefetchScalarGridSpec:
+    """What each step holds; `width` entries of the pool, or there is none."""
+    (heads, dim), blocks = head, grid[0]
+    rows = block * heads
+
+    def pool_at(i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, *rest: Any) -> Any:
+        # What nobody sees is not fetched: the index stays.
+        last = jnp.maximum((most_M[b * blocks + i] + width - 1) // width - 1, 0)
+        return layer_1[0], b, jnp.minimum(s, last), 0
+
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
+            pl.BlockSpec((heads, _LANES), lambda i, b, s, *scalars: (0, 0)),
+            pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0)),
+            window_specs,
+            pl.BlockSpec((None, None, width, dim), pool_at) if width else None,
+        ],
+        out_specs=pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
+        scratch_shapes=[
+            pltpu.VMEM((rows, _LANES), jnp.float32),
+            pltpu.VMEM((rows, _LANES), jnp.float32),
+            pltpu.VMEM((rows, dim), jnp.float32),
+        ],
+    )
 
 
 def blocks_of_visible(visible_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:

@@ -109,25 +109,28 @@ def _sums(
         plgpu.copy_smem_to_gmem(smem["out_MC"].at[pl.ds(0, taken)], out)
         plgpu.wait_smem_to_gmem(0)
 
-    block = FP8_BLOCK
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((parts, R, N), dtype),
         # Blocks of rows next to each other read the same codes.
-        grid=(parts, N // block, pl.cdiv(R, rows)),
+        grid=(parts, N // FP8_BLOCK, pl.cdiv(R, rows)),
         grid_names=("part", "column", "row"),
-        scratch_types={
-            "x_DMX": plgpu.SMEM((_DEPTH, rows, block), jnp.bfloat16, transforms=_TILED),
-            "codes_DXC": plgpu.SMEM(
-                (_DEPTH, block, block), jnp.float8_e4m3fn, transforms=_BYTES_TILED
-            ),
-            "dense_XC": plgpu.SMEM((block, block), jnp.bfloat16, transforms=_TILED),
-            "out_MC": plgpu.SMEM((rows, block), dtype),
-            "here_D": plgpu.Barrier(num_arrivals=2, num_barriers=_DEPTH),
-        },
+        scratch_types=_room(rows, dtype),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="linear_fp8",
     )(x_RK, codes_KN, scale_kn)
+
+
+def _room(rows: int, dtype: Any) -> dict[str, Any]:
+    """Shared memory: tiles on their way, the one at hand as bfloat16, and the result."""
+    block = FP8_BLOCK
+    return {
+        "x_DMX": plgpu.SMEM((_DEPTH, rows, block), jnp.bfloat16, transforms=_TILED),
+        "codes_DXC": plgpu.SMEM((_DEPTH, block, block), jnp.float8_e4m3fn, transforms=_BYTES_TILED),
+        "dense_XC": plgpu.SMEM((block, block), jnp.bfloat16, transforms=_TILED),
+        "out_MC": plgpu.SMEM((rows, block), dtype),
+        "here_D": plgpu.Barrier(num_arrivals=2, num_barriers=_DEPTH),
+    }
 
 
 def _product(x_ref: Any, dense_ref: Any) -> Float32[Array, "M C"]:

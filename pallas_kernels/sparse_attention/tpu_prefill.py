@@ -41,41 +41,17 @@ def call(
     scale: float,
 ) -> Float[Array, "B T H K"]:
     """The kernel; k is a multiple of 128, and S of the rows that a tile of the pool has."""
-    batch, queries, heads, dim = q_BTHK.shape
-    entries, k = pool_LBSK.shape[2], indices_BTk.shape[2]
+    batch, queries, heads, _ = q_BTHK.shape
+    k = indices_BTk.shape[2]
     block = min(queries, _QUERIES, max(8, _ROWS // heads))
     blocks = pl.cdiv(queries, block)
-    few = min(FEW, pl.cdiv(entries, masked.STEP) * masked.STEP)
     whole = lambda x, fill: jnp.pad(
         x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
     )
     indices_BTk = whole(indices_BTk, -1)
-    per_block = lambda *dims: pl.BlockSpec(
-        (1, block, *dims), lambda b, i, *_: (b, i, *[0] * len(dims))
-    )
     return pl.pallas_call(
         functools.partial(_kernel, window=window, scale=scale),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, blocks),
-            in_specs=[
-                pl.BlockSpec(
-                    (1, 1, 1, block * k), lambda b, i, *_: (b, i, 0, 0), memory_space=pltpu.SMEM
-                ),
-                per_block(k),
-                per_block(heads, dim),
-                pl.BlockSpec((heads, 1), lambda b, i, *_: (0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=per_block(heads, dim),
-            scratch_shapes=[
-                pltpu.VMEM((window + block, dim), q_BTHK.dtype),
-                gather.Lists.room(k, pool_LBSK),
-                pltpu.SemaphoreType.DMA((3,)),
-                masked.scratch(block, heads, dim, few, q_BTHK.dtype),
-            ],
-        ),
+        grid_spec=_grid((batch, blocks), block, k, q_BTHK, pool_LBSK, window),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
@@ -92,6 +68,38 @@ def call(
         sink_H1,
         whole(window_BXK, 0),
         pool_LBSK,
+    )
+
+
+def _grid(
+    grid: tuple[int, int], block: int, k: int, q_BTHK: Any, pool_LBSK: Any, window: int
+) -> pltpu.PrefetchScalarGridSpec:
+    """What each step holds: a block of queries, their lists, and room for either way."""
+    heads, dim = q_BTHK.shape[2:]
+    few = min(FEW, pl.cdiv(pool_LBSK.shape[2], masked.STEP) * masked.STEP)
+    per_block = lambda *dims: pl.BlockSpec(
+        (1, block, *dims), lambda b, i, *_: (b, i, *[0] * len(dims))
+    )
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec(
+                (1, 1, 1, block * k), lambda b, i, *_: (b, i, 0, 0), memory_space=pltpu.SMEM
+            ),
+            per_block(k),
+            per_block(heads, dim),
+            pl.BlockSpec((heads, 1), lambda b, i, *_: (0, 0)),
+            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=per_block(heads, dim),
+        scratch_shapes=[
+            pltpu.VMEM((window + block, dim), q_BTHK.dtype),
+            gather.Lists.room(k, pool_LBSK),
+            pltpu.SemaphoreType.DMA((3,)),
+            masked.scratch(block, heads, dim, few, q_BTHK.dtype),
+        ],
     )
 
 

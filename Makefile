@@ -9,7 +9,7 @@ demo: $(VENV)/run
 	$(BIN)/v4jax demo
 
 test: $(VENV)/test check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/test
 	$(BIN)/ruff format --check

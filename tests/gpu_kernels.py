@@ -23,12 +23,18 @@ _OLD = jax.__version_info__ < (0, 11)
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels traced in here are interpreted; trace anew (a fresh `jax.jit`)."""
+    """Kernels traced in here are interpreted; trace anew (a fresh `jax.jit`), wait for results.
+
+    JAX 0.11 also looks for races, of which the last kernel must have none.
+    """
     with contextlib.ExitStack() as stack:
         if _OLD:
             _fill_gaps(stack)
-        stack.enter_context(params.force_gpu_interpret_mode())
+        settings = params.InterpretGPUParams(detect_races=not _OLD)
+        stack.enter_context(params.force_gpu_interpret_mode(settings))
         yield
+        if not _OLD:
+            assert not gpu_callbacks.get_races().races_found  # pyright: ignore
 
 
 def _fill_gaps(stack: contextlib.ExitStack) -> None:

@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D, Q mixing weights (2N + N * N).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import hyper
+from v4jax import sharding
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.layers import rms_norm, value
 from v4jax.params import Declare
+
+_ROWS = ("batch",)
 
 
 class HyperConnection(nnx.Module):
@@ -49,32 +53,29 @@ def around(
     Returns the new streams and whatever else the sublayer gave.
     """
     cfg = context.cfg
-    input_BTD, post_BTN, comb_BTNN = hyper.pre(
-        x_BTM,
-        value(p.fn_QM),
-        value(p.base_Q),
-        value(p.scale_3),
+    pre = functools.partial(
+        hyper.pre,
         streams=cfg.hc_mult,
         steps=cfg.hc_sinkhorn_iters,
         eps=cfg.hc_eps,
         norm_eps=cfg.rms_norm_eps,
     )
+    weights = value(p.fn_QM), value(p.base_Q), value(p.scale_3)
+    input_BTD, post_BTN, comb_BTNN = sharding.per_device(
+        pre, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS
+    )
     output_BTD, rest = sublayer(rms_norm(input_BTD, norm_D, cfg.rms_norm_eps))
     if not context.numerics.float32_islands:
         post_BTN, comb_BTNN = (part.astype(x_BTM.dtype) for part in (post_BTN, comb_BTNN))
-    return hyper.post(output_BTD, x_BTM, post_BTN, comb_BTNN), rest
+    args = output_BTD, x_BTM, post_BTN, comb_BTNN
+    return sharding.per_device(hyper.post, *args, axes=(_ROWS,) * 4, out=_ROWS), rest
 
 
 def collapse(p: HyperHead, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
     """The streams as one, not yet normed."""
-    return hyper.head(
-        x_BTM,
-        value(p.fn_NM),
-        value(p.base_N),
-        value(p.scale_1),
-        eps=cfg.hc_eps,
-        norm_eps=cfg.rms_norm_eps,
-    )
+    head = functools.partial(hyper.head, eps=cfg.hc_eps, norm_eps=cfg.rms_norm_eps)
+    weights = value(p.fn_NM), value(p.base_N), value(p.scale_1)
+    return sharding.per_device(head, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS)
 
 
 def expand(x_BTD: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T M"]:

@@ -100,11 +100,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def per_device(
-    run: Callable[..., Array],
+    run: Callable[..., Any],
     *args: Any,
     axes: tuple[tuple[str | None, ...], ...],
     out: tuple[str | None, ...],
-) -> Array:
+) -> Any:
     """`run(*args)` by each device on its own part: the compiler does not partition kernels.
 
     Args:
@@ -112,7 +112,7 @@ def per_device(
       args: arrays, or trees of arrays that share their leading dims; None stays None.
       axes: the logical axes of each argument; None for a dim that every device has whole. A named
         axis is split where all dims of that name divide.
-      out: the axes of the result.
+      out: the axes of the result, or of all arrays in it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

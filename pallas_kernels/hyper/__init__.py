@@ -1,52 +1,25 @@
 """Manifold-constrained hyper-connections (report, section 2.2): collapse, mix and expand streams.
 
 The N residual streams of a token lie side by side, [B, T, N * D], so that no step lays them out
-anew. XLA fuses these forms into passes that read and write the streams once: there is no kernel.
+anew. TPU kernels read the streams once for each of the functions here, where XLA's form keeps them
+in float32 between; on GPUs XLA's form does without. Gradients are computed anew, by XLA.
 
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D, Q mixing weights.
 """
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.hyper import reference, tpu
+from pallas_kernels.hyper.reference import sinkhorn
+from pallas_kernels.implementations import Impl, dispatch
 
-def mixes(
-    x_BTM: Float[Array, "B T M"], fn_QM: Float[Array, "Q M"], eps: float
-) -> Float32[Array, "B T Q"]:
-    """The mixing logits: a projection of the streams' root-mean-square norm, in float32."""
-    x32_BTM = x_BTM.astype(jnp.float32)
-    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTM), axis=-1, keepdims=True) + eps)
-    highest = jax.lax.Precision.HIGHEST
-    fn32_QM = fn_QM.astype(jnp.float32)
-    return jnp.einsum("btm,qm->btq", x32_BTM, fn32_QM, precision=highest) * inverse_BT1
+__all__ = ["head", "post", "pre", "sinkhorn"]
 
-
-def sinkhorn(
-    logits_BTNN: Float32[Array, "B T N N"], *, steps: int, eps: float
-) -> Float32[Array, "B T N N"]:
-    """Alternately normalise rows and columns.
-
-    Args:
-      logits_BTNN: one N x N matrix per token, any range.
-      steps: row/column passes; the checkpoint's `hc_sinkhorn_iters`.
-      eps: added to the softmax and to every divisor.
-
-    Returns:
-      Non-negative matrices whose columns (summed over the first N) are 1 within eps, and rows
-      nearly so.
-    """
-    # Tokens last: a 4 x 4 matrix per token would leave vector lanes empty.
-    m_NNBT = jax.nn.softmax(jnp.moveaxis(logits_BTNN, (2, 3), (0, 1)), axis=1) + eps
-    add = lambda parts: functools.reduce(jnp.add, parts)
-    streams = range(m_NNBT.shape[0])
-    over_rows = lambda m: m / (add([m[j] for j in streams])[None] + eps)
-    over_columns = lambda m: m / (add([m[:, k] for k in streams])[:, None] + eps)
-    balance = lambda _, m: over_rows(over_columns(m))
-    m_NNBT = jax.lax.fori_loop(0, steps - 1, balance, over_rows(m_NNBT))
-    return jnp.moveaxis(m_NNBT, (0, 1), (2, 3))
+_FORMS = {"tpu": tpu, "xla": reference, "reference": reference}
 
 
 def pre(
@@ -59,23 +32,33 @@ def pre(
     steps: int,
     eps: float,
     norm_eps: float,
+    impl: Impl = "auto",
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T N"], Float32[Array, "B T N N"]]:
     """A sublayer's input, and how to mix its output back in.
+
+    The mixing logits are a projection of the streams' root-mean-square norm, in float32 at full
+    precision on every device.
+
+    Args:
+      x_BTM: the streams.
+      fn_QM: the projection, Q = 2N + N * N: to the streams' weights, the output's, and comb.
+      base_Q: added to the logits.
+      scale_3: multiplies the logits of each of the three.
+      streams: N.
+      steps: row/column passes of `sinkhorn`.
+      eps: added to the streams' weights, and of `sinkhorn`.
+      norm_eps: the norm's.
+      impl: 'auto' takes the best form for the compile target.
 
     Returns:
       The collapsed streams in x's dtype; the weight of the sublayer's output on each stream;
       comb[j, k], the weight of old stream j in new stream k.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    mix_BTQ = mixes(x_BTM, fn_QM, norm_eps)
-    part = lambda start, stop, i: (
-        mix_BTQ[..., start:stop] * scale_3[i] + base_Q[None, None, start:stop]
-    )
-    pre_BTN = jax.nn.sigmoid(part(0, streams, 0)) + eps
-    post_BTN = 2 * jax.nn.sigmoid(part(streams, 2 * streams, 1))
-    logits_BTQ = part(2 * streams, None, 2)
-    logits_BTNN = logits_BTQ.reshape(*logits_BTQ.shape[:2], streams, streams)
-    comb_BTNN = sinkhorn(logits_BTNN, steps=steps, eps=eps)
-    return collapse(x_BTM, pre_BTN), post_BTN, comb_BTNN
+    static = {"streams": streams, "steps": steps, "eps": eps, "norm_eps": norm_eps}
+    return _run("pre", impl, tuple(static.items()), (x_BTM, fn_QM, base_Q, scale_3))
 
 
 def post(
@@ -83,32 +66,17 @@ def post(
     x_BTM: Float[Array, "B T M"],
     post_BTN: Float[Array, "B T N"],
     comb_BTNN: Float[Array, "B T N N"],
+    *,
+    impl: Impl = "auto",
 ) -> Float[Array, "B T M"]:
     """New streams: post[k] * output + sum over j of comb[j, k] * x[j].
 
     Computed in the weights' dtype, returned in x's.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
     """
-    wide = post_BTN.dtype
-    output_BTD = output_BTD.astype(wide)
-    olds_BTD = jnp.split(x_BTM.astype(wide), post_BTN.shape[-1], axis=-1)
-    news_BTD = []
-    for k in range(len(olds_BTD)):
-        new_BTD = post_BTN[..., k, None] * output_BTD
-        for j, old_BTD in enumerate(olds_BTD):
-            new_BTD = new_BTD + comb_BTNN[..., j, k, None] * old_BTD
-        news_BTD.append(new_BTD)
-    return jnp.concatenate(news_BTD, axis=-1).astype(x_BTM.dtype)
-
-
-def collapse(
-    x_BTM: Float[Array, "B T M"], weight_BTN: Float32[Array, "B T N"]
-) -> Float[Array, "B T D"]:
-    """The weighted sum of the streams, in float32, returned in x's dtype."""
-    parts = jnp.split(x_BTM.astype(jnp.float32), weight_BTN.shape[-1], axis=-1)
-    total = functools.reduce(
-        jnp.add, [weight_BTN[..., j, None] * part_BTD for j, part_BTD in enumerate(parts)]
-    )
-    return total.astype(x_BTM.dtype)
+    return _run("post", impl, (), (output_BTD, x_BTM, post_BTN, comb_BTNN))
 
 
 def head(
@@ -119,7 +87,30 @@ def head(
     *,
     eps: float,
     norm_eps: float,
+    impl: Impl = "auto",
 ) -> Float[Array, "B T D"]:
-    """Collapse the streams once and for all, before the final norm."""
-    mix_BTN = mixes(x_BTM, fn_NM, norm_eps)
-    return collapse(x_BTM, jax.nn.sigmoid(mix_BTN * scale_1[0] + base_N[None, None]) + eps)
+    """Collapse the streams once and for all, before the final norm.
+
+    Raises:
+      NotImplementedError: no such form, or it does not take these arguments.
+    """
+    static = {"eps": eps, "norm_eps": norm_eps}
+    return _run("head", impl, tuple(static.items()), (x_BTM, fn_NM, base_N, scale_1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(name: str, impl: Impl, static: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    return dispatch("hyper", name, impl, _FORMS, *args, **dict(static))
+
+
+def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
+    return _run(name, impl, static, args), args
+
+
+def _backward(name: str, impl: Impl, static: Any, args: Any, grads: Any) -> Any:
+    """Of the reference, whatever ran forward."""
+    run = functools.partial(getattr(reference, name), **dict(static))
+    return (jax.vjp(run, *args)[1](grads),)
+
+
+_run.defvjp(_forward, _backward)

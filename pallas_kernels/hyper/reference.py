@@ -1,0 +1,114 @@
+"""Hyper-connections in plain maths.
+
+Axis letters: as in the package.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+
+def mixes(
+    x_BTM: Float[Array, "B T M"], fn_QM: Float[Array, "Q M"], eps: float
+) -> Float32[Array, "B T Q"]:
+    """The mixing logits: a projection of the streams' root-mean-square norm, in float32."""
+    x32_BTM = x_BTM.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTM), axis=-1, keepdims=True) + eps)
+    highest = jax.lax.Precision.HIGHEST
+    fn32_QM = fn_QM.astype(jnp.float32)
+    return jnp.einsum("btm,qm->btq", x32_BTM, fn32_QM, precision=highest) * inverse_BT1
+
+
+def sinkhorn(
+    logits_BTNN: Float32[Array, "B T N N"], *, steps: int, eps: float
+) -> Float32[Array, "B T N N"]:
+    """Alternately normalise rows and columns.
+
+    Args:
+      logits_BTNN: one N x N matrix per token, any range.
+      steps: row/column passes; the checkpoint's `hc_sinkhorn_iters`.
+      eps: added to the softmax and to every divisor.
+
+    Returns:
+      Non-negative matrices whose columns (summed over the first N) are 1 within eps, and rows
+      nearly so.
+    """
+    # Tokens last: a 4 x 4 matrix per token would leave vector lanes empty.
+    m_NNBT = jax.nn.softmax(jnp.moveaxis(logits_BTNN, (2, 3), (0, 1)), axis=1) + eps
+    add = lambda parts: functools.reduce(jnp.add, parts)
+    streams = range(m_NNBT.shape[0])
+    over_rows = lambda m: m / (add([m[j] for j in streams])[None] + eps)
+    over_columns = lambda m: m / (add([m[:, k] for k in streams])[:, None] + eps)
+    balance = lambda _, m: over_rows(over_columns(m))
+    m_NNBT = jax.lax.fori_loop(0, steps - 1, balance, over_rows(m_NNBT))
+    return jnp.moveaxis(m_NNBT, (0, 1), (2, 3))
+
+
+def pre(
+    x_BTM: Float[Array, "B T M"],
+    fn_QM: Float[Array, "Q M"],
+    base_Q: Float32[Array, " Q"],
+    scale_3: Float32[Array, " 3"],
+    *,
+    streams: int,
+    steps: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Float[Array, "B T D"], Float32[Array, "B T N"], Float32[Array, "B T N N"]]:
+    """The mixing logits through sigmoids and the Sinkhorn iteration."""
+    mix_BTQ = mixes(x_BTM, fn_QM, norm_eps)
+    part = lambda start, stop, i: (
+        mix_BTQ[..., start:stop] * scale_3[i] + base_Q[None, None, start:stop]
+    )
+    pre_BTN = jax.nn.sigmoid(part(0, streams, 0)) + eps
+    post_BTN = 2 * jax.nn.sigmoid(part(streams, 2 * streams, 1))
+    logits_BTQ = part(2 * streams, None, 2)
+    logits_BTNN = logits_BTQ.reshape(*logits_BTQ.shape[:2], streams, streams)
+    comb_BTNN = sinkhorn(logits_BTNN, steps=steps, eps=eps)
+    return collapse(x_BTM, pre_BTN), post_BTN, comb_BTNN
+
+
+def post(
+    output_BTD: Float[Array, "B T D"],
+    x_BTM: Float[Array, "B T M"],
+    post_BTN: Float[Array, "B T N"],
+    comb_BTNN: Float[Array, "B T N N"],
+) -> Float[Array, "B T M"]:
+    """Stream by stream, side by side as they were."""
+    wide = post_BTN.dtype
+    output_BTD = output_BTD.astype(wide)
+    olds_BTD = jnp.split(x_BTM.astype(wide), post_BTN.shape[-1], axis=-1)
+    news_BTD = []
+    for k in range(len(olds_BTD)):
+        new_BTD = post_BTN[..., k, None] * output_BTD
+        for j, old_BTD in enumerate(olds_BTD):
+            new_BTD = new_BTD + comb_BTNN[..., j, k, None] * old_BTD
+        news_BTD.append(new_BTD)
+    return jnp.concatenate(news_BTD, axis=-1).astype(x_BTM.dtype)
+
+
+def collapse(
+    x_BTM: Float[Array, "B T M"], weight_BTN: Float32[Array, "B T N"]
+) -> Float[Array, "B T D"]:
+    """The weighted sum of the streams, in float32, returned in x's dtype."""
+    parts = jnp.split(x_BTM.astype(jnp.float32), weight_BTN.shape[-1], axis=-1)
+    total = functools.reduce(
+        jnp.add, [weight_BTN[..., j, None] * part_BTD for j, part_BTD in enumerate(parts)]
+    )
+    return total.astype(x_BTM.dtype)
+
+
+def head(
+    x_BTM: Float[Array, "B T M"],
+    fn_NM: Float[Array, "N M"],
+    base_N: Float32[Array, " N"],
+    scale_1: Float32[Array, " 1"],
+    *,
+    eps: float,
+    norm_eps: float,
+) -> Float[Array, "B T D"]:
+    """Collapse the streams once and for all, before the final norm."""
+    mix_BTN = mixes(x_BTM, fn_NM, norm_eps)
+    return collapse(x_BTM, jax.nn.sigmoid(mix_BTN * scale_1[0] + base_N[None, None]) + eps)

@@ -1,0 +1,48 @@
+"""A block's new streams.
+
+Axis letters: as in the package; R tokens of a block, G of a group, V channels of a chunk.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+_GROUP = 16  # tokens: a register of bfloat16
+_CHUNK = 512  # channels
+
+
+def kernel(
+    streams: int,
+    weights_ref: Any,  # [N + N * N, R]
+    output_ref: Any,  # [R, D]
+    x_ref: Any,  # [R, M]
+    out_ref: Any,  # [R, M]
+    square_ref: Any,  # [128, 128]
+) -> None:
+    """Weights of a token come along lanes, and are used along sublanes."""
+    N, (Q, R), D = streams, weights_ref.shape, output_ref.shape[1]
+    square_ref[:Q, :R] = weights_ref[...]
+    square_ref[...] = square_ref[...].T
+    chunk, group = math.gcd(D, _CHUNK), math.gcd(R, _GROUP)
+
+    def tokens(g: Any, _: Any) -> None:
+        rows = pl.ds(pl.multiple_of(g * group, group), group)
+        weights_GV = square_ref[rows]
+        weight = lambda q: weights_GV[:, q : q + 1]
+
+        def channels(c: Any, _: Any) -> None:
+            lanes = lambda stream: pl.ds(pl.multiple_of(c * chunk, chunk) + stream * D, chunk)
+            output_GV = output_ref[rows, lanes(0)].astype(jnp.float32)
+            olds_GV = [x_ref[rows, lanes(j)].astype(jnp.float32) for j in range(N)]
+            for k in range(N):
+                new_GV = weight(k) * output_GV
+                for j, old_GV in enumerate(olds_GV):
+                    new_GV = new_GV + weight(N + j * N + k) * old_GV
+                out_ref[rows, lanes(k)] = new_GV.astype(out_ref.dtype)
+
+        jax.lax.fori_loop(0, D // chunk, channels, None)
+
+    jax.lax.fori_loop(0, R // group, tokens, None)

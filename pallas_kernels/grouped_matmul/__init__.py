@@ -14,13 +14,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight
 from pallas_kernels.implementations import Impl, dispatch
 
 __all__ = ["LoraWeight", "Weight", "expert_mlp"]
 
-_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def expert_mlp(

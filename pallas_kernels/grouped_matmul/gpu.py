@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import gpu_matmul, gpu_weights, lora, sorting
+from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 from pallas_kernels.implementations import Unsupported
+
+__all__ = ["expert_mlp", "expert_mlp_backward", "make_steps"]
 
 
 def expert_mlp(

@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.implementations import Impl, dispatch
-from pallas_kernels.sparse_attention import reference, tpu, xla
+from pallas_kernels.sparse_attention import gpu, reference, tpu, xla
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 __all__ = ["Fp8Rows", "decode", "prefill"]
 
-_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def decode(

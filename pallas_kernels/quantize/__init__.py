@@ -150,6 +150,8 @@ def linear(
     """
     if isinstance(w, Fp8Weight | Fp4Weight):
         return _linear_quantised(x, w, precision, impl)
+    # XLA multiplies plain arrays best, and differentiates them.
+    impl = "xla" if impl == "auto" else impl
     return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
 
 

@@ -41,7 +41,6 @@ class Case:
       inputs: makes the arrays; its `jax.eval_shape` gives their shapes for a compiler.
       bytes: that have to be read and written at least.
       flops: of the matrix products.
-      forms: what to compare, beside the reference.
     """
 
     op: str
@@ -50,7 +49,6 @@ class Case:
     inputs: Callable[[], tuple[Any, ...]]
     bytes: int
     flops: int
-    forms: tuple[str, ...] = ("tpu", "gpu", "xla")
 
 
 def cases(divide: int = 1) -> Iterator[Case]:
@@ -225,16 +223,11 @@ def _hyper(model: str, tokens: int, divide: int) -> Case:
             jnp.ones(3, jnp.float32),
         )
 
-    def run(*args: Any, impl: str) -> Any:
-        assert impl in ("xla", "reference")
-        return hyper.pre(*args, streams=streams, steps=20, eps=1e-6, norm_eps=1e-6)
-
     return Case(
         op="hyper.pre",
         name=f"{model}, {tokens} tokens",
-        run=run,
+        run=functools.partial(hyper.pre, streams=streams, steps=20, eps=1e-6, norm_eps=1e-6),
         inputs=inputs,
         bytes=tokens * hidden * (2 * streams + 2) + 4 * mixes * streams * hidden,
         flops=2 * tokens * mixes * streams * hidden,
-        forms=("xla",),
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dense_attention, indexer_topk, sparse_attention
+from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
 from v4jax import cache, compress, layers, sharding
 from v4jax.cache import LayerCache
 from v4jax.compress import Compressor
@@ -70,9 +70,10 @@ def attend(
     cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
     latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
     q_BTHK = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.num_attention_heads)
-    q_BTHK = layers.rotate(layers.head_norm(q_BTHK, cfg.rms_norm_eps, numerics), table)
+    norm = rotary.Norm(cfg.rms_norm_eps, float32=not numerics.float32_islands)
+    q_BTHK = layers.rotate(q_BTHK, table, norm=norm)
     kv_BTK = layers.rms_norm(layers.linear(x_BTD, p.kv_KD), p.kv_norm_K, cfg.rms_norm_eps)
-    kv_BTK = layers.rotate(kv_BTK, table)
+    kv_BTK = layers.rotate(kv_BTK[:, :, None], table, heads=None)[:, :, 0]
     if numerics.rounded_cache:
         kv_BTK = layers.round_kv(kv_BTK, cfg.qk_rope_head_dim)
 
@@ -148,7 +149,7 @@ def _query(
     """The indexer's queries, and its weight for each head with all scales in it."""
     cfg = context.cfg
     q_BTIJ = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.index_n_heads)
-    q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed)
+    q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed, heads="index_heads")
     if context.numerics.rounded_cache:
         q_BTIJ = layers.round_index(q_BTIJ)
     scale = cfg.index_head_dim**-0.5 * cfg.index_n_heads**-0.5

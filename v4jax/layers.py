@@ -1,6 +1,7 @@
 """Norms, rotary embedding and linear maps.
 
-Axis letters: B batch, T tokens, D channels of the value at hand, P rotary pairs.
+Axis letters: B batch, T tokens, D channels of the value at hand, H heads, K head dim, Q rotary
+pairs.
 """
 
 import functools
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels import quantize
+from pallas_kernels import quantize, rotary
 from pallas_kernels.quantize.leaves import FP8_BLOCK
 from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
@@ -72,15 +73,6 @@ def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Arra
     return (x32 * inverse * scale).astype(x.dtype)
 
 
-def head_norm(
-    x: Float[Array, "*rows D"], eps: float, numerics: Numerics
-) -> Float[Array, "*rows D"]:
-    """Norm without weight; DeepSeek's runtime squares and averages in the model's dtype."""
-    squared = jnp.square(x if numerics.float32_islands else x.astype(jnp.float32))
-    mean = jnp.mean(squared, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean + jnp.asarray(eps, mean.dtype)).astype(x.dtype)
-
-
 @functools.lru_cache
 def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
     """Radians per position of each rotary pair, rounded to float32 step by step as published."""
@@ -106,31 +98,32 @@ def rope_table(
     dtype: Any,
     *,
     compressed: bool,
-) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
+) -> tuple[Float[Array, "B T Q"], Float[Array, "B T Q"]]:
     """Cosine and sine at each position, for sliding layers or for compressed ones (YaRN)."""
     theta, yarn = (cfg.compress_rope_theta, cfg.yarn) if compressed else (cfg.rope_theta, None)
-    frequency_P = jnp.asarray(inverse_frequencies(cfg.qk_rope_head_dim, theta, yarn), jnp.float32)
-    angle_BTP = position_BT[..., None].astype(jnp.float32) * frequency_P[None, None]
+    frequency_Q = jnp.asarray(inverse_frequencies(cfg.qk_rope_head_dim, theta, yarn), jnp.float32)
+    angle_BTQ = position_BT[..., None].astype(jnp.float32) * frequency_Q[None, None]
     kept = jnp.float32 if numerics.float32_islands else dtype
-    return jnp.cos(angle_BTP).astype(kept), jnp.sin(angle_BTP).astype(kept)
+    return jnp.cos(angle_BTQ).astype(kept), jnp.sin(angle_BTQ).astype(kept)
 
 
 def rotate(
-    x: Float[Array, "B T *heads D"],
-    table: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
+    x_BTHK: Float[Array, "B T H K"],
+    table: tuple[Float[Array, "B T Q"], Float[Array, "B T Q"]],
     *,
+    norm: rotary.Norm | None = None,
     inverse: bool = False,
-) -> Float[Array, "B T *heads D"]:
-    """RoPE on the last 2P channels, neighbouring channels paired; `inverse` turns back."""
-    middle = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(part.astype(jnp.float32), middle) for part in table)
-    if inverse:
-        sin = -sin
-    rope_dim = 2 * cos.shape[-1]
-    plain, turned = x[..., :-rope_dim], x[..., -rope_dim:].astype(jnp.float32)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], axis=-1)
+    heads: str | None = "heads",
+) -> Float[Array, "B T H K"]:
+    """RoPE on the last 2Q channels after `norm`; `inverse` turns back. `heads` names the axis."""
+    cos_BTQ, sin_BTQ = table
+    axes = ("batch", None, heads)
+    return sharding.per_device(
+        functools.partial(rotary.rotate, norm=norm),
+        *(x_BTHK, cos_BTQ, -sin_BTQ if inverse else sin_BTQ),
+        axes=(axes, ("batch",), ("batch",)),
+        out=axes,
+    )
 
 
 def round_kv(x: Float[Array, "*rows D"], rope_dim: int) -> Float[Array, "*rows D"]:

@@ -1,7 +1,9 @@
 """The routed experts by Pallas kernels for Hopper GPUs (Mosaic).
 
-Rows are sorted by expert; a step is up to a tile of one expert's rows, wherever they begin. Two
-kernels: gate, up and activation in one, down in another, each with as many steps as there may be.
+Rows are sorted by expert; a step is those of a tile of rows that are one expert's. Tiles begin at
+multiples of eight, as copies of them must: the first of an expert may have others' rows before its
+own. Two kernels: gate, up and activation in one, down in another, each with as many steps as there
+may be.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
 P = T * A rows, S steps, R rows of a tile.
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import gpu_matmul, gpu_weights, lora, sorting
+from pallas_kernels.grouped_matmul.gpu_matmul import TILING
 from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 from pallas_kernels.implementations import Unsupported
 
@@ -72,9 +75,9 @@ class Steps:
       order_P: which of the T * A rows stands there.
       real: rows that have an expert; they come first.
       expert_S: each step's expert.
-      row_S: its first row.
+      row_S: its first row, one of the first eight of its tile.
       count_S: its rows; 0 for steps that are not needed.
-      rows: of a tile, the most that a step has.
+      rows: of a tile, which begins at a multiple of eight.
     """
 
     order_P: Any
@@ -93,12 +96,16 @@ def make_steps(expert_TA: Int[Array, "T A"], experts: int, rows: int) -> Steps:
     search = functools.partial(jnp.searchsorted, method="compare_all")
     bound = search(key_P, jnp.arange(experts + 1)).astype(jnp.int32)
     start_E, end_E = bound[:-1], bound[1:]
-    steps_E = -(-(end_E - start_E) // rows)
+    first_E = start_E & -TILING
+    steps_E = jnp.where(end_E > start_E, -(-(end_E - first_E) // rows), 0)
     last_E = jnp.cumsum(steps_E, dtype=jnp.int32)
-    step_S = jnp.arange(P // rows + min(experts, P), dtype=jnp.int32)
+    # n rows that begin at the eighth of a tile, the worst case, are in (n + 7 + rows - 1) // rows.
+    most = (P + min(experts, P) * (rows + TILING - 2)) // rows
+    step_S = jnp.arange(most, dtype=jnp.int32)
     expert_S = jnp.minimum(search(last_E, step_S, side="right").astype(jnp.int32), experts - 1)
-    row_S = (start_E - (last_E - steps_E) * rows)[expert_S] + step_S * rows
-    count_S = jnp.clip(end_E[expert_S] - row_S, 0, rows)
+    tile_S = (first_E - (last_E - steps_E) * rows)[expert_S] + step_S * rows
+    row_S = jnp.maximum(tile_S, start_E[expert_S])
+    count_S = jnp.maximum(jnp.minimum(tile_S + rows, end_E[expert_S]) - row_S, 0)
     row_S = jnp.where(count_S > 0, row_S, 0)
     return Steps(order_P, bound[-1], expert_S, row_S, count_S, rows)
 

@@ -29,6 +29,7 @@ from pallas_kernels.grouped_matmul.gpu_weights import (
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS
+TILING = 8  # rows of whose multiples tiles begin
 _UNIT = 64  # rows that a warpgroup multiplies at once
 _SLOTS = 3
 _LAYOUT = plgpu.Layout.WGMMA
@@ -127,8 +128,8 @@ class _Call:
             body,
             out_type=jax.ShapeDtypeStruct((x_PK.shape[0], self.outputs), x_PK.dtype),
             # The columns of a tile of rows next to each other: they read the same rows.
-            grid=(self.outputs // self.columns, len(steps.expert_S)),
-            grid_names=("columns", "step"),
+            grid=(len(steps.expert_S), self.outputs // self.columns),
+            grid_names=("step", "columns"),
             num_threads=4,
             thread_name="warpgroup",
             scratch_types=self._scratch(),
@@ -169,7 +170,7 @@ class _Call:
             def _(i: int = i) -> None:
                 plgpu.set_max_registers(88, action="decrease")
                 at = lambda k: (layer[0], expert, k * CHANNELS, first + self.offsets[i])
-                rows = x.at[pl.ds(row, self.rows)] if i == 0 else None
+                rows = x.at[pl.ds(row & -TILING, self.rows)] if i == 0 else None
                 self._bring(weights[i], at, rows, _PREFIX[i], smem)
 
         @pl.when(warpgroup < 2)
@@ -241,22 +242,23 @@ class _Call:
 
         accumulator = plgpu.WGMMAAccumulatorRef((height, width), jnp.float32)
         sums: Any = pl.run_scoped(accumulate, accumulator, accumulator)
+        start, skipped = (row & -TILING) + top, row & (TILING - 1)
         if number is not None:
-            number = load(number.at[pl.ds(row + top, height)], _LAYOUT.reduce(1))
+            number = load(number.at[pl.ds(start, height)], _LAYOUT.reduce(1))
             number = jax.lax.broadcast_in_dim(number, (height, width), (0,))
-        wanted = jnp.minimum(jnp.maximum(count - top, 0), height)
+        span = [jnp.clip(end - top, 0, height) for end in (skipped, skipped + count)]
         tiled, plain = smem["tiled"].at[warpgroup], smem["plain"].at[warpgroup]
         for i, result in enumerate(self.finish(sums[0], sums[1], number)):
             for piece in range(0, width, _UNIT):
                 column = first + self.offsets[i] + left + piece
                 there = out.at[:, pl.ds(column, _UNIT)]
                 result_piece = result[:, piece : piece + _UNIT].astype(jnp.bfloat16)
-                _write(result_piece, tiled, plain, there, row + top, wanted)
+                _write(result_piece, tiled, plain, there, start, span)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _write(result: Array, tiled: Any, plain: Any, out: Any, row: Array, count: Array) -> None:
-    """The first `count` rows of a piece to `out` from a row on.
+def _write(result: Array, tiled: Any, plain: Any, out: Any, start: Array, span: Any) -> None:
+    """The rows of a piece from one to another to `out`, where the piece's first is row `start`.
 
     A product's registers fit tiles without bank conflicts, and any number of rows can be copied
     from plain shared memory only: so results go through both.
@@ -267,13 +269,14 @@ def _write(result: Array, tiled: Any, plain: Any, out: Any, row: Array, count: A
     copied = plgpu.Layout.SMEM_GMEM_COPY(plain.shape, jnp.bfloat16, 128)
     plain[...] = plgpu.layout_cast(tiled[...], copied)
     plgpu.commit_smem()
-    size = _UNIT
+    first, last = span
+    count, size = last - first, _UNIT
     while size:
         # The larger pieces come first.
-        done = count & ~(2 * size - 1)
+        done = first + (count & ~(2 * size - 1))
 
         def copy(done: Array = done, size: int = size) -> None:
-            there = out.at[pl.ds(row + done, size)]
+            there = out.at[pl.ds(start + done, size)]
             plgpu.copy_smem_to_gmem(plain.at[pl.ds(done, size)], there)
 
         pl.when((count & size) != 0)(copy)

@@ -25,6 +25,9 @@ from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 HEADS = 64
 _GATHERER = 2  # the warpgroup
+# Registers of a thread that gathers, and of one that attends. Three warpgroups start with 168 each:
+# had they more together afterwards, they would wait for them for ever.
+_GATHERING, _ATTENDING = 56, 224
 _STAGES = 2
 _LOG2E = math.log2(math.e)
 _TILE = plgpu.Layout.WGMMA
@@ -82,9 +85,10 @@ def attend(
     return plgpu.kernel(
         call.run,
         out_type=out_type,
-        # Heads of a query next to each other: they read the same rows.
-        grid=(B * T * (H // HEADS), parts),
-        grid_names=("query_heads", "part"),
+        # Heads of a query next to each other: they read the same rows. The last dim may be as long as
+        # one likes, others up to 65535.
+        grid=(parts, B * T * (H // HEADS)),
+        grid_names=("part", "query_heads"),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=call.scratch(),
@@ -151,7 +155,7 @@ class _Call:
 
         @pl.when(warpgroup == _GATHERER)
         def _() -> None:
-            plgpu.set_max_registers(64, action="decrease")
+            plgpu.set_max_registers(_GATHERING, action="decrease")
             plgpu.copy_gmem_to_smem(rows.at[b, t, part], smem["row_NC"], smem["q_here"])
             plgpu.copy_gmem_to_smem(q.at[b, t, heads], smem["q_hK"], smem["q_here"])
             plgpu.copy_gmem_to_smem(sink.at[heads], smem["sink_h"], smem["q_here"])
@@ -164,7 +168,7 @@ class _Call:
 
         @pl.when(warpgroup != _GATHERER)
         def _() -> None:
-            plgpu.set_max_registers(224, action="increase")
+            plgpu.set_max_registers(_ATTENDING, action="increase")
             plgpu.barrier_wait(smem["q_here"])
             largest_h, total_h, values = self._attend(warpgroup, part == 0, smem)
             inverse_h = 1.0 / jnp.where(total_h == 0, 1.0, total_h)

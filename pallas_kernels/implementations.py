@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
@@ -28,6 +29,68 @@ def require(op: str, impl: str, known: Collection[str]) -> None:
     """
     if impl not in known:
         raise NotImplementedError(f"{op} has no '{impl}' form; pass one of {sorted(known)}.")
+
+
+def check_arrays(
+    op: str,
+    arrays: Mapping[str, Any],
+    *,
+    integers: Collection[str] = (),
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Refuse arrays that are not what their names say: x_BTD has dims B, T and D, scale_3 has 3.
+
+    Doors ask before any form is traced, so that a mistake gets one answer whatever form runs.
+
+    Args:
+      op: for messages.
+      arrays: by name; one without an underscore is a scalar.
+      integers: which of them are of signed integers; the others are of floats.
+      sizes: of letters that are known already.
+
+    Returns:
+      The sizes of all letters.
+
+    Raises:
+      TypeError: another dtype.
+      ValueError: another number of dims, or a size that differs from that of an array before.
+    """
+    found = dict(sizes or {})
+    for name, array in arrays.items():
+        dtype, integer = jnp.result_type(array), name in integers
+        if not jnp.issubdtype(dtype, jnp.signedinteger if integer else jnp.floating):
+            kind = "signed integers" if integer else "floats"
+            raise TypeError(f"{op}: {name} is {dtype}; it takes {kind}.")
+        found |= check_shape(op, name, array, found)
+    return found
+
+
+def check_shape(op: str, name: str, array: Any, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of the letters of a name.
+
+    Raises:
+      ValueError: as for `check_arrays`.
+    """
+    axes = name.rpartition("_")[2] if "_" in name else ""
+    shape = getattr(array, "shape", ())
+    known = {axis: int(axis) for axis in axes if axis.isdigit()} | dict(sizes)
+    same = all(known.get(axis, size) == size for axis, size in zip(axes, shape, strict=False))
+    if len(axes) != len(shape) or not same:
+        told = lambda axis: axis.isdigit() or axis not in known
+        wanted = ", ".join(axis if told(axis) else f"{axis}={known[axis]}" for axis in axes)
+        raise ValueError(f"{op}: {name} has shape {shape}, not ({wanted}).")
+    return dict(zip(axes, shape, strict=True))
+
+
+def check_dtype(op: str, name: str, array: Any, *dtypes: Any) -> None:
+    """Refuse other dtypes than these.
+
+    Raises:
+      TypeError: naming them.
+    """
+    if array.dtype not in [jnp.dtype(dtype) for dtype in dtypes]:
+        wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise TypeError(f"{op}: {name} is {array.dtype}; it takes {wanted}.")
 
 
 def dispatch(
@@ -58,7 +121,7 @@ def dispatch(
         for key, platform in _PLATFORMS.items()
         if key in having
     }
-    return _by_target(run("xla"), kernels, args)
+    return _by_target(f"{op}.{name}", run("xla"), kernels, args)
 
 
 def _or_else(kernel: _Form, other: _Form) -> _Form:
@@ -77,7 +140,9 @@ _choice = Primitive("kernel_choice")
 _choice.multiple_results = True
 
 
-def _by_target(default: _Form, kernels: Mapping[str, _Form], args: tuple[Any, ...]) -> Any:
+def _by_target(
+    name: str, default: _Form, kernels: Mapping[str, _Form], args: tuple[Any, ...]
+) -> Any:
     if not kernels:
         return default(*args)
     leaves, tree = jax.tree.flatten(args)
@@ -85,7 +150,7 @@ def _by_target(default: _Form, kernels: Mapping[str, _Form], args: tuple[Any, ..
     flat = lambda form: lambda *leaves: jax.tree.leaves(form(*tree.unflatten(leaves)))
     forms = tuple((platform, flat(form)) for platform, form in kernels.items())
     mesh = jax.sharding.get_abstract_mesh()
-    outs = _choice.bind(*leaves, default=jaxpr, kernels=forms, mesh=mesh)
+    outs = _choice.bind(*leaves, name=name, default=jaxpr, kernels=forms, mesh=mesh)
     return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
@@ -100,7 +165,7 @@ def _(*leaves: Any, **params: Any) -> Any:
 
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
-    def rule(context: Any, *values: Any, default: Any, kernels: Any, mesh: Any) -> Any:
+    def rule(context: Any, *values: Any, default: Any, kernels: Any, mesh: Any, **_: Any) -> Any:
         run = dict(kernels).get(platform, jaxpr_as_fun(default))
         with jax.sharding.use_abstract_mesh(mesh):
             return mlir.lower_fun(run, multiple_results=True)(context, *values)
@@ -113,12 +178,22 @@ for _platform in _PLATFORMS.values():
     mlir.register_lowering(_choice, _lowering(_platform), platform=_platform)
 
 
-def _batched(leaves: Any, dims: Any, *, default: Any, kernels: Any, mesh: Any) -> Any:
+def _batched(leaves: Any, dims: Any, *, name: str, default: Any, kernels: Any, mesh: Any) -> Any:
     del mesh
     over = lambda form: jax.vmap(form, in_axes=tuple(dims))
     forms = {platform: over(form) for platform, form in kernels}
-    outs = _by_target(over(jaxpr_as_fun(default)), forms, tuple(leaves))
+    outs = _by_target(name, over(jaxpr_as_fun(default)), forms, tuple(leaves))
     return outs, [0] * len(outs)
 
 
 batching.primitive_batchers[_choice] = _batched
+
+
+def _differentiated(*_: Any, name: str, **__: Any) -> Any:
+    raise NotImplementedError(
+        f"{name} has no derivative of this order with impl='auto'; impl='reference' may have."
+    )
+
+
+# Doors define the derivatives that there are before they come here.
+ad.primitive_jvps[_choice] = _differentiated

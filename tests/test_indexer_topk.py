@@ -216,7 +216,8 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
 
 
 def test_a_form_that_does_not_exist_is_refused_by_name() -> None:
-    args = (*whole_numbers(0, 1, 1, 1, 1, 1), jnp.int32(0), jnp.ones((1, 1), jnp.int32))
+    case = map(jnp.asarray, whole_numbers(0, 1, 1, 1, 1, 1))
+    args = (*case, jnp.int32(0), jnp.ones((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match=r"no 'none' form"):
         # Under the annotations' check, which would refuse it first.
         inspect.unwrap(indexer_topk.select)(*args, k=1, impl="none")

@@ -12,11 +12,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
-from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight, check_expert
+from pallas_kernels.implementations import Impl, check_arrays, check_shape, dispatch
 
 __all__ = ["LoraWeight", "Weight", "expert_mlp"]
 
@@ -42,12 +44,12 @@ def expert_mlp(
       x_TD: tokens.
       expert_TA: ids of each token's experts. Ids that are not 0 .. E - 1 contribute nothing; a
         repeated id counts as often as it stands there.
-      weight_TA: routing weights.
+      weight_TA: routing weights; where an id contributes nothing, any.
       w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype, quantised,
         or either with a low-rank update; only the chosen experts of `layer` are read.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
-      layer: which layer of the stack.
+      layer: which layer of the stack, 0 to L - 1.
       limit: gate is at most this, up between its negative and it.
       weight_first: the routing weight multiplies the hidden activation (DeepSeek's runtime),
         not the expert's output (transformers).
@@ -59,11 +61,28 @@ def expert_mlp(
 
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: a dtype that is not the contract's.
+      ValueError: shapes that do not fit together.
     """
+    _check(x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
+    if expert_TA.size == 0:
+        return jnp.zeros(x_TD.shape, accumulator(x_TD.dtype))
+    layer = jnp.asarray(layer)
     arrays = (x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
     if impl == "reference":
         return reference.expert_mlp(*arrays, limit=limit, weight_first=weight_first)
     return _expert_mlp((limit, weight_first, impl), arrays)
+
+
+def _check(
+    x_TD: Any, expert_TA: Any, weight_TA: Any, w1: Any, w3: Any, w2: Any, layer: Any
+) -> None:
+    op = "grouped_matmul.expert_mlp"
+    arrays = {"x_TD": x_TD, "expert_TA": expert_TA, "weight_TA": weight_TA, "layer": layer}
+    sizes = check_arrays(op, arrays, integers=("expert_TA", "layer"))
+    for name, w in (("w1_LEFD", w1), ("w3_LEFD", w3), ("w2_LEDF", w2)):
+        check_expert(op, name, w)
+        sizes |= check_shape(op, name, w, sizes)
 
 
 @jax.tree_util.register_dataclass

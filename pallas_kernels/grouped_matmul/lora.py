@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import quantize
 from pallas_kernels.dtypes import accumulator
+from pallas_kernels.implementations import check_arrays
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+from pallas_kernels.quantize.leaves import check_weight
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +41,23 @@ class LoraWeight:
 
 
 Weight = Float[Array, "..."] | Fp8Weight | Fp4Weight | LoraWeight
+
+
+def check_expert(op: str, name: str, w: Any) -> None:
+    """Refuse stacks whose parts do not fit together, as `Weight` has them.
+
+    Raises:
+      TypeError: a dtype.
+      ValueError: a shape.
+    """
+    base = w.base if isinstance(w, LoraWeight) else w
+    check_weight(op, name, base)
+    if not isinstance(base, Fp8Weight | Fp4Weight):
+        check_arrays(op, {name: base})
+    if isinstance(w, LoraWeight):
+        sizes = dict(zip("LENK", base.shape, strict=False))
+        factors = {f"{name}.a_LErK": w.a, f"{name}.b_LENr": w.b}
+        check_arrays(op, factors, sizes=sizes)
 
 
 def linear(x: Float[Array, "R K"], w: Weight, *, impl: Any) -> Float[Array, "R N"]:

@@ -229,7 +229,7 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
             packed = _part(k + b * FP8_BLOCK, FP8_BLOCK, 2)
             values = tpu_codes.e2m1_values(codes_ref[packed, columns])
             x = x_ref[:, _part(k + b * FP8_BLOCK, FP8_BLOCK)]
-            block = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // FP4_BLOCK
+            block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
             apart = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(_GROUP)]
             products = _dot(jnp.concatenate(apart), values)
             for i in range(_GROUP):
@@ -242,10 +242,9 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
 
 def _part(start: Any, size: int, per: int = 1) -> Any:
     """So many channels, of which a row holds `per`; `start` is a multiple of `size`."""
-    first = start // per
-    return pl.ds(
-        first if isinstance(first, int) else pl.multiple_of(first, size // per), size // per
-    )
+    if isinstance(start, int):
+        return pl.ds(start // per, size // per)
+    return pl.ds(pl.multiple_of(jax.lax.div(start, per), size // per), size // per)
 
 
 def _fp4_scale(scale_ref: Any, k: Any, columns: Any, ck: int) -> Array:
@@ -266,7 +265,7 @@ def _dequantise_fp8(codes_ref: Any, wide_ref: Any, dense_ref: Any, row: Any, kee
         columns = pl.ds(n, cn)
         for b in range(ck // FP8_BLOCK):
             at = _part(k + b * FP8_BLOCK, FP8_BLOCK)
-            scale = wide_ref[pl.ds(row + k // FP8_BLOCK + b, 1), columns]
+            scale = wide_ref[pl.ds(row + _part(k, ck, FP8_BLOCK).start + b, 1), columns]
             values = tpu_codes.e4m3_values(codes_ref[at, columns], keeps).astype(jnp.float32)
             dense_ref[at, columns] = (values * scale).astype(dense_ref.dtype)
 

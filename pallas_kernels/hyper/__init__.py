@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.hyper import reference, tpu
 from pallas_kernels.hyper.reference import sinkhorn
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 
 __all__ = ["head", "post", "pre", "sinkhorn"]
 
@@ -45,7 +45,7 @@ def pre(
       base_Q: added to the logits.
       scale_3: multiplies the logits of each of the three.
       streams: N.
-      steps: row/column passes of `sinkhorn`.
+      steps: row/column passes of `sinkhorn`, at least 1.
       eps: added to the streams' weights, and of `sinkhorn`.
       norm_eps: the norm's.
       impl: 'auto' takes the best form for the compile target.
@@ -56,7 +56,13 @@ def pre(
 
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: an array that is not of floats.
+      ValueError: shapes that do not fit together, or no streams or steps.
     """
+    if streams < 1 or steps < 1:
+        raise ValueError(f"hyper.pre: {streams} streams and {steps} steps; it takes at least 1.")
+    arrays = {"x_BTM": x_BTM, "fn_QM": fn_QM, "base_Q": base_Q, "scale_3": scale_3}
+    _check("hyper.pre", arrays, streams, Q=streams * (2 + streams))
     static = {"streams": streams, "steps": steps, "eps": eps, "norm_eps": norm_eps}
     return _run("pre", impl, tuple(static.items()), (x_BTM, fn_QM, base_Q, scale_3))
 
@@ -74,8 +80,12 @@ def post(
     Computed in the weights' dtype, returned in x's.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
+      NotImplementedError, TypeError, ValueError: as for `pre`.
     """
+    N = post_BTN.shape[-1]
+    arrays = {"x_BTM": x_BTM, "output_BTD": output_BTD}
+    arrays |= {"post_BTN": post_BTN, "comb_BTNN": comb_BTNN}
+    _check("hyper.post", arrays, N, D=x_BTM.shape[-1] // max(N, 1))
     return _run("post", impl, (), (output_BTD, x_BTM, post_BTN, comb_BTNN))
 
 
@@ -92,10 +102,18 @@ def head(
     """Collapse the streams once and for all, before the final norm.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
+      NotImplementedError, TypeError, ValueError: as for `pre`.
     """
+    arrays = {"x_BTM": x_BTM, "fn_NM": fn_NM, "base_N": base_N, "scale_1": scale_1}
+    _check("hyper.head", arrays, fn_NM.shape[0])
     static = {"eps": eps, "norm_eps": norm_eps}
     return _run("head", impl, tuple(static.items()), (x_BTM, fn_NM, base_N, scale_1))
+
+
+def _check(op: str, arrays: dict[str, Any], streams: int, **sizes: int) -> None:
+    found = check_arrays(op, arrays, sizes={"N": streams, **sizes})
+    if streams < 1 or found["M"] % streams:
+        raise ValueError(f"{op}: x_BTM has {found['M']} channels, not {streams} equal streams.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -148,5 +148,7 @@ def _require(x_BTM: Any, streams: int, *dtypes: Any) -> None:
             f"{takes} streams of a multiple of {LANES} channels, up to {_MOST_BYTES} bytes in all,"
             f" not {streams} of {channels // streams}."
         )
+    if x_BTM.size == 0:
+        raise Unsupported(f"{takes} at least one token.")
     if streams * (2 + streams) > LANES // 3:
         raise Unsupported(f"{takes} up to 5 streams, not {streams}.")

@@ -14,11 +14,22 @@ import types
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import dispatch
+from pallas_kernels.implementations import check_arrays, dispatch
 from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
-from pallas_kernels.indexer_topk.keys import Fp4Keys, Fp8Keys, Keys, PagedKeys, to_fp4, to_fp8
+from pallas_kernels.indexer_topk.keys import (
+    Fp4Keys,
+    Fp8Keys,
+    Keys,
+    PagedKeys,
+    check,
+    entries,
+    seen,
+    to_fp4,
+    to_fp8,
+)
 from pallas_kernels.indexer_topk.sharded import select_sharded
 
 __all__ = [
@@ -53,15 +64,22 @@ def select(
       q_BTIJ: index queries.
       weights_BTI: each head's weight, all scale factors in it.
       keys: index keys of all layers of a stack; quantised ones stand for code times scale.
-      layer: the layer to read.
-      visible_BT: only entries below this exist for the query, 0 to S; the rest may be garbage.
-      k: entries to choose; may exceed S.
+      layer: the layer to read, 0 to L - 1.
+      visible_BT: only entries below this exist for the query; the rest may be garbage. Less than
+        0 counts as 0, more than S as S.
+      k: entries to choose, at least 1; may exceed S.
       impl: 'auto' takes the best form for the compile target.
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: a dtype that is not the contract's.
+      ValueError: shapes that do not fit together, or k below 1.
     """
-    args = q_BTIJ, weights_BTI, keys, layer, visible_BT
-    return dispatch("indexer_topk", "select", impl, _FORMS, *args, k=k)
+    check("indexer_topk.select", q_BTIJ, weights_BTI, keys, layer, visible_BT, k)
+    room = entries(keys)
+    if 0 in (*visible_BT.shape, room):
+        return jnp.full((*visible_BT.shape, k), -1, jnp.int32)
+    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), seen(visible_BT, room)
+    return dispatch("indexer_topk", "select", impl, _FORMS, *jax.lax.stop_gradient(args), k=k)
 
 
 def scores(
@@ -80,7 +98,11 @@ def scores(
       impl: 'auto' is 'xla', which serves every platform.
     Raises:
       NotImplementedError: no such form.
+      TypeError: a dtype that is not a float's.
+      ValueError: shapes that do not fit together.
     """
+    arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "keys_BSJ": keys_BSJ}
+    check_arrays("indexer_topk.scores", arrays)
     return _scores(impl, (q_BTIJ, weights_BTI, keys_BSJ))
 
 

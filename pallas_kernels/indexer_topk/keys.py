@@ -9,7 +9,10 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.implementations import check_arrays, check_dtype, check_shape
 
 FP4_BLOCK = 32  # channels per scale
 SCALE_ROW = 128  # entries' scales that lie side by side
@@ -78,6 +81,48 @@ def entries(keys: Keys) -> int:
             return keys.codes.shape[3]
         case _:
             return keys.shape[2]
+
+
+def check(
+    op: str, q_BTIJ: Any, weights_BTI: Any, keys: Any, layer: Any, visible_BT: Any, k: Any
+) -> None:
+    """Refuse what the contract is not about.
+
+    Raises:
+      TypeError: a dtype.
+      ValueError: a shape, or k below 1.
+    """
+    arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI}
+    arrays |= {"layer": layer, "visible_BT": visible_BT}
+    sizes = check_arrays(op, arrays, integers=("layer", "visible_BT"))
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"{op}: k is {k!r}; it takes whole numbers from 1 on.")
+    _check_keys(op, keys, sizes)
+
+
+def _check_keys(op: str, keys: Any, sizes: dict[str, int]) -> None:
+    known = {letter: sizes[letter] for letter in "BJ"}
+    if isinstance(keys, PagedKeys):
+        arrays = {"keys.pages_LPNJ": keys.pages, "keys.table_BM": keys.table}
+        check_arrays(op, arrays, integers=("keys.table_BM",), sizes=known)
+    elif isinstance(keys, Fp8Keys | Fp4Keys):
+        fp8, e8m0 = isinstance(keys, Fp8Keys), jnp.float8_e8m0fnu
+        check_dtype(op, "keys.codes", keys.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)
+        check_dtype(op, "keys.scale", keys.scale, e8m0, *[jnp.float32] * fp8)
+        blocks = 1 if fp8 else sizes["J"] // FP4_BLOCK
+        known |= {"G": -(-entries(keys) // SCALE_ROW), "E": blocks * SCALE_ROW}
+        known["H"] = sizes["J"] // 2
+        name = "keys.codes_LBSJ" if fp8 else "keys.codes_LBHS"
+        known |= check_shape(op, name, keys.codes, known)
+        check_shape(op, "keys.scale_LBGE", keys.scale, known)
+    else:
+        check_arrays(op, {"keys_LBSJ": keys}, sizes=known)
+
+
+def seen(visible_BT: Int[Array, "B T"], room: int) -> Int32[Array, "B T"]:
+    """How many of so many entries are visible; less than 0 is 0, more than there are is all."""
+    wide = jnp.promote_types(visible_BT.dtype, jnp.int32)
+    return jnp.clip(visible_BT.astype(wide), 0, room).astype(jnp.int32)
 
 
 def gathered(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import dispatch
 from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
-from pallas_kernels.indexer_topk.keys import Keys, entries, gathered
+from pallas_kernels.indexer_topk.keys import Keys, check, entries, gathered, seen
 
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
@@ -38,20 +38,25 @@ def select_sharded(
       keys: this device's slice: entries d * S to (d + 1) * S - 1 on device d of the axis.
       layer: the layer to read.
       visible_BT: entries, of all slices together, that exist for the query.
-      k: entries to choose.
+      k: entries to choose, at least 1.
       axis: the mesh axis.
       impl: form of the local choice.
     Returns:
       Indices among the entries of all slices, ascending, then -1; on every device the same.
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError, ValueError: as for `select`.
     """
+    check("indexer_topk.select_sharded", q_BTIJ, weights_BTI, keys, layer, visible_BT, k)
     here = entries(keys)
+    if 0 in (*visible_BT.shape, here):
+        return jnp.full((*visible_BT.shape, k), -1, jnp.int32)
     first = jax.lax.axis_index(axis).astype(jnp.int32) * here
-    seen_BT = jnp.clip(visible_BT.astype(jnp.int32) - first, 0, here)
-    args = q_BTIJ, weights_BTI, keys, layer, seen_BT
+    visible_BT = seen(visible_BT, here * jax.lax.axis_size(axis))
+    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), seen(visible_BT - first, here)
+    args = jax.lax.stop_gradient(args)
     local_BTk = dispatch("indexer_topk", "select", impl, _FORMS, *args, k=min(k, here))
-    score_BTk = _scores_of(q_BTIJ, weights_BTI, keys, layer, local_BTk)
+    score_BTk = _scores_of(*args[:4], local_BTk)
     index_BTk = jnp.where(local_BTk >= 0, local_BTk + first, -1)
     join = lambda x: jax.lax.all_gather(x, axis, axis=2, tiled=True)
     return merged(join(score_BTk), join(index_BTk), k)

@@ -66,7 +66,7 @@ def choose(
 
     @pl.when(visible > k)
     def _best() -> None:
-        rows = (visible + LANES - 1) // LANES
+        rows = jax.lax.div(visible + LANES - 1, LANES)
         blank(keys_ref, written)
         key, last = cut(keys_ref, peaks_ref, rows, k)
         mark(keys_ref, chosen_ref, counts_ref, rows, key, last)
@@ -77,14 +77,14 @@ def choose(
 def blank(keys_ref: Any, start: Int32[Array, ""]) -> None:
     """From this row on, a multiple of 8, nothing is there as far as a loop's last step reaches."""
     step = min(_STEP, keys_ref.shape[0])
-    end = (start + step - 1) // step * step
+    end = jax.lax.div(start + step - 1, step) * step
 
     def body(index: Any, carry: Any) -> Any:
         at = pl.multiple_of(start + index * 8, 8)
         keys_ref[pl.ds(at, 8), :] = jnp.full((8, LANES), NOTHING, jnp.int32)
         return carry
 
-    jax.lax.fori_loop(0, (end - start) // 8, body, 0)
+    jax.lax.fori_loop(0, jax.lax.div(end - start, 8), body, 0)
 
 
 def _count(keys_ref: Any, rows: Int32[Array, ""], hits: Hits) -> Int32[Array, ""]:
@@ -99,7 +99,7 @@ def _count(keys_ref: Any, rows: Int32[Array, ""], hits: Hits) -> Int32[Array, ""
         ones = jnp.where(hit, 1, 0).reshape(step // wide, wide, LANES)
         return count_W + jnp.sum(ones, axis=0)
 
-    steps = (rows + step - 1) // step
+    steps = jax.lax.div(rows + step - 1, step)
     return jnp.sum(jax.lax.fori_loop(0, steps, body, jnp.zeros((wide, LANES), jnp.int32)))
 
 
@@ -227,7 +227,7 @@ def mark(
             counts_ref[at, pl.ds(0, per_group)] = of_group
         return carry
 
-    jax.lax.fori_loop(0, (rows + step - 1) // step, body, 0)
+    jax.lax.fori_loop(0, jax.lax.div(rows + step - 1, step), body, 0)
 
 
 def listed(
@@ -248,7 +248,7 @@ def listed(
             found_PL = jnp.where(group_P1 == group.astype(jnp.float32), rows_PL, found_PL)
         return found_PL
 
-    steps = (rows + step - 1) // step
+    steps = jax.lax.div(rows + step - 1, step)
     found_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
     upto_PL = _dot(found_PL.astype(jnp.bfloat16), _upper(), (1, 0))
     lane_1P = _dot(jnp.ones((8, LANES), jnp.bfloat16), _bits(upto_PL <= rank_P1), (1, 1))[:1]

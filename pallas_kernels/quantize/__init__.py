@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Impl, dispatch
@@ -21,7 +22,7 @@ from pallas_kernels.quantize.checkpoint import (
     fp8_from_checkpoint,
     fp8_to_checkpoint,
 )
-from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight
+from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight, check_weight
 
 __all__ = [
     "Fp4Weight",
@@ -54,18 +55,24 @@ def fake_quant_fp8(
     Each block of the last axis gets the scale 2^ceil(log2(amax / 448)); values are rounded to
     nearest, ties to even. The gradient passes straight through.
 
+    What is infinite or NaN stays so, and takes all meaning from the rest of its block. A value
+    within half a step of the largest that x's dtype has may become infinite.
+
     Args:
-      x: any float dtype; rounded in float32.
+      x: at least one dim, any float dtype; rounded in float32.
       block: channels per scale; the last block may be shorter.
       amax_floor: least amax of a block, so that zeros have a scale.
-      impl: 'tpu' takes blocks of 32, 64 and 128; all forms give the same bits.
+      impl: 'tpu' takes blocks of 32, 64 and 128; all forms give the same bits of finite blocks.
 
     Returns:
       The shape and dtype of x.
 
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: x is no array of floats.
+      ValueError: x has no dims, or the block is not at least 1.
     """
+    _check_rows("quantize.fake_quant_fp8", x, block)
     settings = (("block", block), ("amax_floor", amax_floor))
     return _straight_through(x, "fake_quant_fp8", settings, impl)
 
@@ -77,13 +84,25 @@ def fake_quant_fp4(
 
     Otherwise as `fake_quant_fp8`.
     """
+    _check_rows("quantize.fake_quant_fp4", x, block)
     return _straight_through(x, "fake_quant_fp4", (("block", block),), impl)
+
+
+def _check_rows(op: str, x: Any, block: Any = 1) -> None:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"{op}: x is {jnp.result_type(x)}; it takes floats.")
+    if not jnp.ndim(x):
+        raise ValueError(f"{op}: x has no dims; its last is that of the channels.")
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"{op}: block is {block!r}; it takes whole numbers from 1 on.")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _straight_through(
     x: Float[Array, "*rows K"], name: str, settings: tuple[tuple[str, Any], ...], impl: Impl
 ) -> Float[Array, "*rows K"]:
+    if x.size == 0:
+        return x
     return dispatch("quantize", name, impl, _ROUNDING, x, **dict(settings))
 
 
@@ -97,8 +116,10 @@ def hadamard(x: Float[Array, "*rows K"], *, impl: Impl = "auto") -> Float[Array,
 
     Raises:
       ValueError: K is not a power of two.
+      TypeError: x is no array of floats.
       NotImplementedError: no such form, or it does not take these arguments.
     """
+    _check_rows("quantize.hadamard", x)
     channels = x.shape[-1]
     if channels < 1 or channels & (channels - 1):
         raise ValueError(
@@ -135,8 +156,8 @@ def linear(
     Differentiable in x, and in w where that is an array: quantised weights are constants.
 
     Args:
-      x: rows of input channels.
-      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
+      x: rows of input channels, or one row.
+      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype; one matrix.
       precision: of the matmul, as in `jnp.einsum`.
       impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
         'tpu' and 'gpu' (FP8) tile by tile on the chip; 'auto' takes the best form for the
@@ -147,12 +168,23 @@ def linear(
 
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: x is no array of floats, or parts of w are of other dtypes than `Weight` says.
+      ValueError: shapes that do not fit together.
     """
+    _check_linear(x, w)
     if isinstance(w, Fp8Weight | Fp4Weight):
         return _linear_quantised(x, w, precision, impl)
     # XLA multiplies plain arrays best, and differentiates them.
     impl = "xla" if impl == "auto" else impl
     return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
+
+
+def _check_linear(x: Any, w: Any) -> None:
+    op = "quantize.linear"
+    _check_rows(op, x)
+    check_weight(op, "w", w)
+    if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: w stands for {w.shape}, not for (N, K={x.shape[-1]}) as x asks.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

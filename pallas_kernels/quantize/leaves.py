@@ -7,7 +7,10 @@ import dataclasses
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.implementations import check_dtype
 
 FP8_BLOCK = 128  # one scale per 128 x 128 block
 FP4_BLOCK = 32  # one scale per 32 input channels of each output channel
@@ -19,8 +22,9 @@ class Fp8Weight:
     """E4M3 in blocks of 128 x 128. The last block of either dim may be short.
 
     Attributes:
-      codes: float8_e4m3fn [..., K, N].
-      scale: float8_e8m0fnu or float32 [..., ceil(K / 128), ceil(N / 128)].
+      codes: float8_e4m3fn [..., K, N]; what a NaN stands for differs between chips.
+      scale: float8_e8m0fnu or float32 [..., ceil(K / 128), ceil(N / 128)], finite, at least
+        2^-126.
     """
 
     codes: Any
@@ -43,7 +47,7 @@ class Fp4Weight:
 
     Attributes:
       codes: uint8 [..., K / 2, N].
-      scale: float8_e8m0fnu [..., K / 32, N].
+      scale: float8_e8m0fnu [..., K / 32, N], finite, at least 2^-126.
     """
 
     codes: Any
@@ -57,3 +61,24 @@ class Fp4Weight:
 
 
 Weight: TypeAlias = Float[Array, "..."] | Fp8Weight | Fp4Weight
+
+
+def check_weight(op: str, name: str, w: Any) -> None:
+    """Refuse codes and scales that do not fit together; arrays pass.
+
+    Raises:
+      TypeError: a dtype.
+      ValueError: a shape.
+    """
+    if not isinstance(w, Fp8Weight | Fp4Weight):
+        return
+    fp8, e8m0 = isinstance(w, Fp8Weight), jnp.float8_e8m0fnu
+    check_dtype(op, f"{name}.codes", w.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)
+    check_dtype(op, f"{name}.scale", w.scale, e8m0, *[jnp.float32] * fp8)
+    *stack, rows, n = w.codes.shape
+    parts = (-(-rows // FP8_BLOCK), -(-n // FP8_BLOCK)) if fp8 else (2 * rows // FP4_BLOCK, n)
+    if w.scale.shape != (*stack, *parts) or (not fp8 and 2 * rows % FP4_BLOCK):
+        raise ValueError(
+            f"{op}: {name}.scale has shape {w.scale.shape}, which does not fit codes of shape"
+            f" {w.codes.shape}: blocks are {'128 x 128' if fp8 else '16 bytes of a column'}."
+        )

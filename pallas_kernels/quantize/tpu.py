@@ -146,14 +146,15 @@ def _over_chunks(bk: int, bn: int, run: Any) -> None:
     start = lambda i, size, count: pl.multiple_of(i * size, size) if count > 1 else 0
 
     def body(i: Any, carry: None) -> None:
-        run(start(i % along_k, ck, along_k), start(i // along_k, cn, along_n), ck, cn)
+        at_k, at_n = jax.lax.rem(i, along_k), jax.lax.div(i, along_k)
+        run(start(at_k, ck, along_k), start(at_n, cn, along_n), ck, cn)
 
     jax.lax.fori_loop(0, along_k * along_n, body, None)
 
 
 def _part(at: Any, multiple: int, by: int) -> Any:
     """`at / by`, where `at` counts whole multiples."""
-    return at if isinstance(at, int) else pl.multiple_of(at // by, multiple // by)
+    return at if isinstance(at, int) else pl.multiple_of(jax.lax.div(at, by), multiple // by)
 
 
 def _fp8_products(
@@ -180,7 +181,7 @@ def _fp8_products(
         blocks = ck // FP8_BLOCK
         block = _part(k * bk + at_k, ck, FP8_BLOCK) if wide_ref.shape[0] > blocks else 0
         scale = wide_ref[pl.ds(block, blocks), :]
-        scale = tpu_codes.spread(scale, (n * bn + at_n) // FP8_BLOCK, cn)
+        scale = tpu_codes.spread(scale, jax.lax.div(n * bn + at_n, FP8_BLOCK), cn)
         total = sum_ref[:, pl.ds(at_n, cn)]
         for b in range(blocks):
             at = pl.ds(at_k + b * FP8_BLOCK, FP8_BLOCK)
@@ -227,7 +228,7 @@ def _fp4_products(
     for g in range(bk // FP8_BLOCK):
         # In float32, whose layout does not depend on the number of rows.
         x = x_ref[:, g * FP8_BLOCK : (g + 1) * FP8_BLOCK].astype(jnp.float32)
-        block = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // FP4_BLOCK
+        block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
         apart = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(group)]
         apart_ref[g] = jnp.concatenate(apart).astype(x_ref.dtype)
 
@@ -239,7 +240,7 @@ def _fp4_products(
         for b in range(ck // FP8_BLOCK):
             at = _part(at_k, ck, 2) + b * FP8_BLOCK // 2
             values = tpu_codes.e2m1_values(codes_ref[pl.ds(at, FP8_BLOCK // 2), pl.ds(at_n, cn)])
-            products = _dot(apart_ref[at_k // FP8_BLOCK + b], values, precision)
+            products = _dot(apart_ref[_part(at_k, ck, FP8_BLOCK) + b], values, precision)
             for i in range(group):
                 row = b * group + i
                 total += products[i * R : (i + 1) * R] * scale[row : row + 1]
@@ -363,7 +364,7 @@ def _dequantise_fp8(
         blocks = ck // FP8_BLOCK
         first = _part(at_k if own else k * bk + at_k, ck, FP8_BLOCK) if rows > blocks else 0
         scale = tpu_codes.spread(
-            wide_ref[pl.ds(first, blocks), :], (n * bn + at_n) // FP8_BLOCK, cn
+            wide_ref[pl.ds(first, blocks), :], jax.lax.div(n * bn + at_n, FP8_BLOCK), cn
         )
         for b in range(blocks):
             at = (pl.ds(at_k + b * FP8_BLOCK, FP8_BLOCK), pl.ds(at_n, cn))

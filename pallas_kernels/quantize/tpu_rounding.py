@@ -108,8 +108,8 @@ def _round(
     columns = x_ref.shape[1] // _LANES
 
     def body(i: Any, carry: None) -> None:
-        row = pl.multiple_of(i // columns * _ROWS, _ROWS)
-        column = pl.multiple_of(i % columns * _LANES, _LANES)
+        row = pl.multiple_of(jax.lax.div(i, columns) * _ROWS, _ROWS)
+        column = pl.multiple_of(jax.lax.rem(i, columns) * _LANES, _LANES)
         at = (pl.ds(row, _ROWS), pl.ds(column, _LANES))
         x_RL = x_ref[at].astype(jnp.float32)
         if channels % block:

@@ -8,46 +8,38 @@ import threading
 import types
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
-from jax._src.pallas.mosaic_gpu import core
+import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
 from jax._src.state.types import TransposeTransform
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters import mlir
 
 _OLD = jax.__version_info__ < (0, 11)
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted(*, races: bool = False) -> Iterator[None]:
     """Kernels traced in here are interpreted; trace anew (a fresh `jax.jit`), wait for results.
 
-    JAX 0.11 also looks for races, of which the last kernel must have none.
+    JAX 0.11 also looks for races, of which the last kernel must have none unless `races`.
     """
-    with contextlib.ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         if _OLD:
-            _fill_gaps(stack)
-        settings = params.InterpretGPUParams(detect_races=not _OLD)
+            _fill_gaps(patch)
+        stack.callback(gpu_callbacks.reset_gpu_interpret_mode_state)
+        look = not (_OLD or races)
+        settings = params.InterpretGPUParams(detect_races=look)
         stack.enter_context(params.force_gpu_interpret_mode(settings))
         yield
-        if not _OLD:
-            assert not gpu_callbacks.get_races().races_found  # pyright: ignore
+        assert not (look and gpu_callbacks.get_races().races_found)
 
 
-def _fill_gaps(stack: contextlib.ExitStack) -> None:
-    """What the interpreter of JAX 0.10 lacks: layouts that are no-ops, transposed operands."""
-    mlir.register_lowering(core.layout_cast_p, lambda _, x, **__: [x], platform="cpu")
-    patch = lambda where, name, new: stack.enter_context(mock.patch.object(where, name, new))
-
-    def load(ref: Any, idx: Any, *, layout: Any, optimized: bool) -> jax.Array:
-        del idx, optimized
-        return plgpu.layout_cast(ref[...], layout)
-
-    # The signature tells kernels which version of JAX there is.
-    patch(plgpu, "load", load)
+def _fill_gaps(patch: pytest.MonkeyPatch) -> None:
+    """What JAX 0.10 lacks: layouts, which interpreters ignore, and transposed operands."""
+    patch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+    patch.setattr(plgpu, "load", lambda ref, *_, **__: ref[...])
     keep, here = gpu_callbacks._remove_noop_transforms, threading.local()
 
     def untransposed(transforms: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,5 +51,5 @@ def _fill_gaps(stack: contextlib.ExitStack) -> None:
         transposed, here.transposed = here.transposed, False
         return np.matmul(a, b.T if transposed else b, dtype=dtype)
 
-    patch(gpu_callbacks, "_remove_noop_transforms", untransposed)
-    patch(gpu_callbacks, "np", types.SimpleNamespace(**(vars(np) | {"matmul": matmul})))
+    patch.setattr(gpu_callbacks, "_remove_noop_transforms", untransposed)
+    patch.setattr(gpu_callbacks, "np", types.SimpleNamespace(**(vars(np) | {"matmul": matmul})))

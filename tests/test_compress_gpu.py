@@ -1,4 +1,6 @@
-"""Pooling on NVIDIA GPUs: equal to plain maths where interpreted, compiled for H200.
+"""The GPU kernels make the reference's entries where interpreted, and compile for H200.
+
+As in test_compress_tpu, what follows a sum that needs no rounding is compared bit for bit.
 
 Axis letters: as in the package.
 """
@@ -11,172 +13,109 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.compress import gpu, reference
+from pallas_kernels import compress, targets
+from pallas_kernels.compress import gpu, gpu_finish, reference
+from pallas_kernels.compress.shapes import SHAPES, Shape
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.targets import lowered, temporaries
-from tests.mosaic_gpu import interpreted, races_found
+from tests.gpu_kernels import interpreted
+from tests.test_compress import CLOSE, chunk, complete, settings, steps, text
+from tests.test_compress_tpu import full_size, one_outweighs
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+# Four pieces of a window, of which three are under way; blocks of two windows, with two warpgroups
+# and with one.
+HCA = Shape(ratio=64, dim=128, overlap=1, rotated=64, rounding="fp8")
+CSA = Shape(ratio=4, dim=256, overlap=2, rotated=64, rounding="fp8")
+INDEX = Shape(ratio=4, dim=128, overlap=2, rotated=32, rounding="fp4")
+SMALL = {"hca": HCA, "csa": CSA, "index": INDEX}
 
 
-def inputs(B: int, n: int, M: int, K: int, overlap: int, dtype: Any = BF16) -> list[jax.Array]:
-    draw = np.random.default_rng(M + n).standard_normal
-    tokens = (B, (n + overlap - 1) * M, overlap * K)
-    gate_BXC, bias_MC = 4 * draw(tokens), draw((M, overlap * K))
-    first_B = jnp.arange(B, dtype=jnp.int32) * 3
-    return [
-        jnp.asarray(draw(tokens), dtype),
-        jnp.asarray(gate_BXC, dtype),
-        jnp.asarray(bias_MC, F32),
-        first_B,
-    ]
+def run(name: str, args: Any, static: dict[str, Any], *, races: bool = False) -> np.ndarray:
+    with interpreted(races=races):
+        got = jax.jit(functools.partial(getattr(gpu, name), **static))(*args)
+        return np.asarray(got, np.float32)
 
 
-@pytest.mark.parametrize(
-    ("B", "n", "M", "K", "overlap", "dtype"),
-    [
-        (2, 1, 32, 128, 1, BF16),  # one step
-        (1, 5, 32, 256, 1, F32),  # two blocks, the last reaching back
-        (2, 1, 4, 128, 2, F32),  # one step, without and with a predecessor
-        (2, 18, 4, 128, 2, BF16),  # two blocks of 16
-        (1, 2, 12, 128, 1, BF16),  # a window that is no multiple of a step
-    ],
-)
-def test_entries_are_those_of_plain_maths(
-    B: int, n: int, M: int, K: int, overlap: int, dtype: Any
-) -> None:
-    args = inputs(B, n, M, K, overlap, dtype)
-    with interpreted():
-        got_BnK = jax.jit(functools.partial(gpu.pool, overlap=overlap))(*args)
-    # float32 sums of up to 32 terms of magnitude 3, and the rounding of exp.
-    np.testing.assert_allclose(got_BnK, reference.pool(*args, overlap=overlap), atol=4e-6)
+@pytest.mark.parametrize(("name", "start_B"), [("hca", [3]), ("csa", [7]), ("index", [0, 7])])
+def test_rounded_entries_of_a_chunk_are_the_references(name: str, start_B: list[int]) -> None:
+    """From the text's start or amid a window, which the chunk does not complete."""
+    shape, static = SMALL[name], settings(SMALL[name], BF16)
+    T = (2 if name == "hca" else 4) * shape.ratio - 1
+    of = one_outweighs(text(shape, len(start_B), T + max(start_B), BF16))
+    args = chunk(shape, of, start_B, T, poison=np.nan)
+    got_BnK = run("prefill", args, static)
+    # Op by op: compiled as one, XLA leaves out roundings to bfloat16 between.
+    expected_BnK = np.asarray(reference.prefill(*args, **static), np.float32)
+    for b, start in enumerate(start_B):
+        n = complete(shape, start, T)
+        np.testing.assert_array_equal(got_BnK[b, :n], expected_BnK[b, :n])
 
 
-def test_what_precedes_window_0_counts_for_nothing() -> None:
-    kv_BXC, gate_BXC, bias_MC, first_B = inputs(2, 1, 4, 128, 2)
-    poisoned = [x.at[0, :4].set(jnp.nan) for x in (kv_BXC, gate_BXC)]
-    with interpreted():
-        pool = jax.jit(functools.partial(gpu.pool, overlap=2))
-        clean_BnK = pool(kv_BXC, gate_BXC, bias_MC, first_B)
-        np.testing.assert_array_equal(pool(*poisoned, bias_MC, first_B), clean_BnK)
-
-
-def test_no_race_is_found() -> None:
-    with interpreted(detect_races=True):
-        jax.block_until_ready(
-            jax.jit(functools.partial(gpu.pool, overlap=2))(*inputs(1, 2, 4, 128, 2))
-        )
-        assert not races_found()
+@pytest.mark.parametrize("name", ["hca", "index"])
+def test_steps_from_a_ring_that_wraps(name: str) -> None:
+    shape, window_B = SMALL[name], [0, -1, 7]
+    of = text(shape, len(window_B), 8 * shape.ratio, BF16)
+    args, static = steps(shape, one_outweighs(of), window_B), settings(shape, BF16)
+    expected_B1K = np.asarray(reference.decode(*args, **static), np.float32)
+    np.testing.assert_array_equal(run("decode", args, static), expected_B1K)
 
 
 @pytest.mark.parametrize(
-    ("B", "n", "M", "K", "overlap"),
-    [
-        (1, 64, 128, 512, 1),  # HCA: 8192 tokens
-        (8, 1, 128, 512, 1),  # one step of each row
-        (1, 2048, 4, 512, 2),  # CSA
-        (8, 1, 4, 512, 2),
-        (1, 2048, 4, 128, 2),  # CSA's index keys
-    ],
+    ("M", "n", "overlap", "dtype"), [(96, 2, 1, BF16), (4, 3, 2, F32), (6, 1, 2, BF16)]
 )
-@pytest.mark.parametrize("dtype", [BF16, F32])
-def test_full_size_compiles_for_h200_without_temporaries(
-    B: int, n: int, M: int, K: int, overlap: int, dtype: Any
-) -> None:
-    args = jax.eval_shape(lambda: inputs(B, n, M, K, overlap, dtype))
-    program = lowered("h200", functools.partial(gpu.pool, overlap=overlap), *args)
-    assert "mosaic_gpu" in program.as_text()
-    assert temporaries(program.compile()) == 0
+def test_all_of_a_windows_tokens_are_pooled(M: int, n: int, overlap: int, dtype: Any) -> None:
+    """Of three windows in blocks of two, the second is pooled and written twice."""
+    draw = np.random.default_rng(M).standard_normal
+    tokens = (2, (n + overlap - 1) * M, overlap * 128)
+    kv_BXC, gate_BXC = (jnp.asarray(x, dtype) for x in (draw(tokens), 4 * draw(tokens)))
+    bias_MC = jnp.asarray(draw((M, overlap * 128)), F32)
+    args = kv_BXC, gate_BXC, bias_MC, jnp.arange(2, dtype=jnp.int32) * 3
+    got_BnK = run("pool", args, {"overlap": overlap}, races=n == 3)
+    np.testing.assert_allclose(got_BnK, reference.pool(*args, overlap=overlap), **CLOSE)
 
 
-def finishing(K: int, n: int, B: int) -> tuple[Any, Any, dict[str, Any]]:
-    """The norm's weight, the rotary table and what is static."""
-    draw = np.random.default_rng(5).standard_normal
-    angle_BnQ = draw((B, n, 16))
-    table = tuple(jnp.asarray(f(angle_BnQ), F32) for f in (np.cos, np.sin))
-    static = {"eps": 1e-6, "rounding": "none", "dtype": F32}
-    return jnp.asarray(1 + 0.1 * draw(K), F32), table, static
+def test_a_chunk_shorter_than_a_window() -> None:
+    static = settings(INDEX, F32, "none")
+    args = chunk(INDEX, text(INDEX, 2, 16), [2, 9], 3, poison=np.nan)
+    expected_BnK = reference.prefill(*args, **static)
+    np.testing.assert_allclose(run("prefill", args, static), expected_BnK, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("T", "M", "overlap", "start"),
-    [
-        (64, 4, 2, (0, 7)),  # two blocks; at the text's start, and amid a window
-        (70, 32, 1, (32, 95)),  # the last window incomplete
-        (3, 4, 2, (2, 9)),  # less than a window
-    ],
-)
-def test_a_chunk_makes_the_entries_of_plain_maths(
-    T: int, M: int, overlap: int, start: tuple[int, int]
-) -> None:
-    draw, K, n = np.random.default_rng(T).standard_normal, 128, -(-T // M)
-    C = overlap * K
-    rows_BTC, before_BPC = (jnp.asarray(draw((2, X, 2 * C)), F32) for X in (T, overlap * M))
-    scale_K, table, static = finishing(K, n, 2)
-    start_B, bias_MC = jnp.asarray(start, jnp.int32), jnp.asarray(draw((M, C)), F32)
-    args = rows_BTC, before_BPC, start_B, bias_MC, scale_K, table
-    run = functools.partial(gpu.prefill, overlap=overlap, **static)
-    with interpreted():
-        got_BnK = np.asarray(jax.jit(run)(*args))
-    want_BnK = np.asarray(reference.prefill(*args, overlap=overlap, **static))
-    window_Bn = np.asarray(start)[:, None] // M + np.arange(n)
-    whole_Bn = (window_Bn + 1) * M <= np.asarray(start)[:, None] + T
-    # As for the pooled sums; the norm divides by about 0.3.
-    np.testing.assert_allclose(got_BnK[whole_Bn], want_BnK[whole_Bn], atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("M", "overlap", "R", "windows"), [(4, 2, 13, (0, -1, 5)), (16, 1, 24, (-2, 0, 7))]
-)
-def test_a_step_makes_the_entries_of_plain_maths(
-    M: int, overlap: int, R: int, windows: tuple[int, ...]
-) -> None:
-    """Rings that wrap amid a window; rows that want no entry."""
-    draw, K = np.random.default_rng(R).standard_normal, 128
-    C = overlap * K
-    scale_K, table, static = finishing(K, 1, 3)
-    ring_LBRC, bias_MC = jnp.asarray(draw((2, 3, R, 2 * C)), F32), jnp.asarray(draw((M, C)), F32)
-    args = ring_LBRC, jnp.int32(1), jnp.asarray(windows, jnp.int32), bias_MC, scale_K, table
-    run = functools.partial(gpu.decode, overlap=overlap, **static)
-    with interpreted():
-        got_B1K = np.asarray(jax.jit(run)(*args))
-    np.testing.assert_allclose(
-        got_B1K, reference.decode(*args, overlap=overlap, **static), atol=2e-5
-    )
-
-
-@pytest.mark.parametrize(
-    ("M", "overlap", "K", "rounding"),
-    [(128, 1, 512, "fp8"), (4, 2, 512, "fp8"), (4, 2, 128, "fp4")],
-)
+@pytest.mark.parametrize("name", ["flash hca", "flash csa", "flash index"])
 @pytest.mark.parametrize("step", [False, True])
-def test_the_chain_compiles_for_h200(
-    M: int, overlap: int, K: int, rounding: str, step: bool
-) -> None:
-    """Beside entries, only the first windows' tokens are copied, 4 MiB in float32 at most."""
-    struct, C, B, T, i32 = jax.ShapeDtypeStruct, overlap * K, 8 if step else 1, 8192, jnp.int32
-    n = 1 if step else T // M
-    rest = struct((M, C), F32), struct((K,), BF16), (struct((B, n, 32), F32),) * 2
-    static = {"overlap": overlap, "eps": 1e-6, "rounding": rounding, "dtype": BF16}
-    if step:
-        tokens = struct((20, B, overlap * M + 8, 2 * C), F32), struct((), i32), struct((B,), i32)
-    else:
-        tokens = *(struct((B, X, 2 * C), F32) for X in (T, overlap * M)), struct((B,), i32)
-    run = functools.partial(gpu.decode if step else gpu.prefill, **static)
-    program = lowered("h200", run, *tokens, *rest)
-    assert "mosaic_gpu" in program.as_text()
-    pooled = 4 * B * n * K
-    assert temporaries(program.compile()) <= 4 * pooled + 4 * 2**20
+def test_full_size_compiles_for_h200(name: str, step: bool) -> None:
+    """Temporaries: the first windows' tokens, twice, and the rotary table; no sums."""
+    shape = SHAPES[name]
+    assert shape == SHAPES[name.replace("flash", "pro")]
+    B, T = (8, 1) if step else (1, 8192)
+    door = functools.partial(compress.decode if step else compress.prefill)
+    structs = full_size(shape, B, T)
+    program = targets.compiled("h200", functools.partial(door, **settings(shape, BF16)), *structs)
+    assert (program.as_text() or "").count("mosaic_gpu") >= 1
+    table = 2 * 4 * B * -(-T // shape.ratio) * gpu_finish.CHANNELS
+    first = 0 if step else 5 * 4 * shape.overlap * shape.ratio * 2 * shape.channels
+    assert targets.temporaries(program) <= table + first + 2**16
 
 
-@pytest.mark.parametrize(
-    ("M", "K", "dtype", "what"),
-    [
-        (4, 64, F32, "multiple of 128"),
-        (256, 128, F32, "128 tokens"),
-        (4, 128, jnp.float16, "float16"),
-    ],
-)
-def test_what_it_does_not_take_is_refused(M: int, K: int, dtype: Any, what: str) -> None:
-    with pytest.raises(Unsupported, match=what):
-        gpu.pool(*inputs(1, 1, M, K, 1, dtype), overlap=1)
+@pytest.mark.parametrize(("M", "B", "n", "overlap"), [(128, 1, 64, 1), (4, 8, 1, 2)])
+def test_the_first_step_alone_compiles_for_h200(M: int, B: int, n: int, overlap: int) -> None:
+    struct = jax.ShapeDtypeStruct
+    tokens = struct((B, (n + overlap - 1) * M, overlap * 512), BF16)
+    rest = struct((M, overlap * 512), F32), struct((B,), jnp.int32)
+    pool = functools.partial(gpu.pool, overlap=overlap)
+    program = targets.compiled("h200", pool, tokens, tokens, *rest)
+    assert targets.temporaries(program) == 0
+
+
+def test_what_it_does_not_take_is_refused() -> None:
+    refusals = [
+        (Shape(4, 64, 1, 32, "none"), F32, "multiple of 128"),
+        (Shape(4, 128, 1, 32, "none"), jnp.float16, "float16"),
+        (Shape(4, 256, 1, 32, "fp4"), F32, "FP4, not 32 of 256"),
+        (Shape(4, 256, 1, 192, "none"), F32, "turns up to 128"),
+    ]
+    for shape, dtype, what in refusals:
+        args = chunk(shape, text(shape, 1, 4), [0], 4)
+        args[0] = args[0].astype(dtype)
+        with pytest.raises(Unsupported, match=what):
+            gpu.prefill(*args, **settings(shape))

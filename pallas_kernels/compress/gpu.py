@@ -1,15 +1,14 @@
-"""Pooling on NVIDIA GPUs from Hopper on: tokens are read once, where they lie.
+"""Entries on NVIDIA GPUs from Hopper on: tokens are read once, where they lie, and entries written.
 
-A block of threads brings the tokens of a few windows to shared memory (TMA) and keeps a running
-softmax per channel in registers. What follows, on one row where there were M, is XLA's: the norm
-needs all channels of an entry, and a fused pass over entries moves a fraction of the tokens' bytes.
+A block of threads has a warpgroup for every 128 channels of its windows' entries. Each pools its
+own (`gpu_pool`); norm, RoPE, Hadamard transform and rounding follow in registers (`gpu_finish`).
+XLA only writes the rotary table's values twice each, as long as channels: a thread cannot choose
+what it reads by its own number, in JAX 0.10 or 0.11.
 
-Axis letters: as in the package; W windows of a block, O series, V channels of a block, D a token's
-kv and gate, H tokens of the first windows.
+Axis letters: as in the package; W windows of a block, V channels of a warpgroup, D a token's kv and
+gate, H tokens of the first windows.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.compress import reference
+from pallas_kernels.compress import gpu_finish, gpu_pool
+from pallas_kernels.compress.gpu_finish import CHANNELS, Finish
+from pallas_kernels.compress.gpu_pool import Pieces
 from pallas_kernels.implementations import Unsupported
 
-# A warpgroup's threads, each of which keeps a channel.
-_CHANNELS = 128
-# Tokens of a block, of all series: 64 KiB of bfloat16, so that three blocks share a multiprocessor.
-_TOKENS = 128
-# Tokens between two looks at the running maximum.
-_STEP = 8
-# Rows of a ring that one copy brings, and bytes of it that shared memory holds.
-_RING_ROWS, _RING_BYTES = 256, 216 * 2**10
+# A block has up to 1024 threads.
+_WARPGROUPS = 8
+# References, row of the batch, first entry, columns of a series (of kv, or of the gate) -> how a
+# piece is brought, where its tokens are, and whether the entry is wanted if it may not be.
+_Source = Callable[..., tuple[Callable[..., None], gpu_pool.Place, Any]]
 
 
 def pool(
@@ -43,25 +41,28 @@ def pool(
     """As the package says.
 
     Raises:
-      Unsupported: unless entries have a multiple of 128 channels and windows at most 128 tokens,
-        in bfloat16 or float32.
+      Unsupported: unless entries have a multiple of 128 channels, 1024 at most, in bfloat16 or
+        float32.
     """
     _require(bias_MC, overlap, kv_BXC, gate_BXC)
     M, (B, X, _) = bias_MC.shape[0], kv_BXC.shape
     n = X // M - overlap + 1
+    pieces = _pieces(bias_MC, overlap, n, (kv_BXC.dtype, gate_BXC.dtype), each_window=False)
+    N = pieces.tokens
 
-    def copies(refs: Any, row: Any, entry: Any, columns: Any, tiles: Any, here: Any) -> Any:
-        windows = tiles[0].shape[1] // M
-        for series in range(overlap):
-            tokens = pl.ds((entry + series) * M, windows * M)
-            for source, tile in zip(refs[:2], tiles, strict=True):
-                part = source.at[row, tokens, columns(series)]
-                plgpu.copy_gmem_to_smem(part, tile.at[series], here)
-        return refs[2][row]
+    def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
+        def bring(piece: Any, tiles: Any, here: Any) -> None:
+            for series in range(overlap):
+                tokens = pl.ds((entry + series) * M + piece * N, pieces.windows * N)
+                for ref, tile in zip(refs[:2], tiles, strict=True):
+                    part = ref.at[row, tokens, columns(series)]
+                    plgpu.copy_gmem_to_smem(part, tile.at[series], here)
 
-    arrives = lambda windows: 2 * overlap
+        return bring, _in_order(refs[2][row] + entry, overlap, N), None
+
     arrays = kv_BXC, gate_BXC, first_B.astype(jnp.int32)
-    return _pool_blocks(copies, arrives, arrays, bias_MC, (B, n), overlap)
+    dtypes = kv_BXC.dtype, gate_BXC.dtype
+    return _entries("compress_pool", source, arrays, bias_MC, pieces, (B, n), dtypes)
 
 
 def prefill(
@@ -80,43 +81,49 @@ def prefill(
     """As the package says. Only the first windows, which begin before the chunk, are copied.
 
     Raises:
-      Unsupported: as for `pool`.
+      Unsupported: as for `pool`; more than 128 turned channels; FP4 of other than 128 channels.
     """
     _require(bias_MC, overlap, rows_BTC, before_BPC)
+    finish = _finish(scale_K, table, eps, rounding, dtype)
     (M, C), (B, T, _) = bias_MC.shape, rows_BTC.shape
     n = -(-T // M)
     start_B = start_B.astype(jnp.int32)
     head_BHC = _head(rows_BTC, before_BPC, start_B, M)
+    pieces = _pieces(bias_MC, overlap, n, (rows_BTC.dtype,) * 2, each_window=True)
+    N = pieces.tokens
 
-    def copies(refs: Any, row: Any, entry: Any, columns: Any, tiles: Any, here: Any) -> Any:
+    def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
         rows_ref, head_ref, start_ref = refs
         start = start_ref[row]
 
-        def copy(source: Any, first: Any, place: Any) -> None:
-            series, window = place
-            to = pl.ds(window * M, M)
-            for half, tile in enumerate(tiles):
-                part = source.at[row, pl.ds(first, M), columns(series, half * C)]
-                plgpu.copy_gmem_to_smem(part, tile.at[series, to], here)
+        def bring(piece: Any, tiles: Any, here: Any) -> None:
+            def copy(ref: Any, first: Any, series: int, window: Any) -> None:
+                for half, tile in enumerate(tiles):
+                    part = ref.at[row, pl.ds(first, N), columns(series, half * C)]
+                    to = tile.at[series, pl.ds(window * N, N)]
+                    plgpu.copy_gmem_to_smem(part, to, here)
 
-        def bring(series: int, window: Any) -> None:
-            # Windows count from that of the chunk's first token; those up to it are in the head.
-            index = entry + window + series - overlap + 1
-            place = series, window
-            pl.when(index <= 0)(lambda: copy(head_ref, (index + overlap - 1) * M, place))
-            if n > 1:
-                # What an incomplete window reads does not matter, but must be there.
-                first = jnp.minimum(index * M - jax.lax.rem(start, M), T - M)
-                pl.when(index > 0)(lambda: copy(rows_ref, first, place))
+            def one(series: int, window: Any) -> None:
+                # Windows count from that of the chunk's first token, which the head ends with.
+                index = entry + window + series - overlap + 1
+                first = index * M + piece * N
+                in_head = first + (overlap - 1) * M
+                pl.when(index <= 0)(lambda: copy(head_ref, in_head, series, window))
+                if n > 1:
+                    # What an incomplete window reads does not matter, but must be there.
+                    in_rows = jnp.minimum(first - jax.lax.rem(start, M), T - N)
+                    pl.when(index > 0)(lambda: copy(rows_ref, in_rows, series, window))
 
-        for series in range(overlap):
-            pl.loop(0, tiles[0].shape[1] // M)(functools.partial(bring, series))
-        return jax.lax.div(start, M)
+            for series in range(overlap):
+                pl.loop(0, pieces.windows)(lambda window, series=series: one(series, window))
 
-    arrives = lambda windows: 2 * overlap * windows
-    arrays = rows_BTC, head_BHC, start_B
-    pooled_BnK = _pool_blocks(copies, arrives, arrays, bias_MC, (B, n), overlap)
-    return reference._finish(pooled_BnK.astype(dtype), scale_K, table, eps, rounding)
+        return bring, _in_order(jax.lax.div(start, M) + entry, overlap, N), None
+
+    arrays, dtypes = (rows_BTC, head_BHC, start_B), (rows_BTC.dtype,) * 2
+    norm = scale_K, *map(gpu_finish.in_lanes, table)
+    return _entries(
+        "compress_prefill", source, arrays, bias_MC, pieces, (B, n), dtypes, (finish, norm)
+    )
 
 
 def decode(
@@ -135,41 +142,87 @@ def decode(
     """As the package says. Reads the whole ring of a row, which is little longer than its windows.
 
     Raises:
-      Unsupported: as for `pool`, and where the ring is too long for shared memory.
+      Unsupported: as for `prefill`.
     """
     _require(bias_MC, overlap, ring_LBRC)
-    C, (_, B, R, _) = bias_MC.shape[1], ring_LBRC.shape
-    tile = (overlap, R, _CHANNELS)
-    if R > _RING_ROWS or 2 * math.prod(tile) * ring_LBRC.dtype.itemsize > _RING_BYTES:
-        raise Unsupported(
-            f"The GPU kernel takes rings of up to {_RING_ROWS} rows, {_RING_BYTES} bytes of them"
-            f" per {_CHANNELS} channels, not {R} of {ring_LBRC.dtype} for {overlap} windows."
-        )
-    K = C // overlap
-    pooled_BK = plgpu.kernel(
-        functools.partial(_pool_ring, overlap=overlap),
-        out_type=jax.ShapeDtypeStruct((B, K), jnp.float32),
-        grid=(B, K // _CHANNELS),
-        grid_names=("row", "channels"),
-        scratch_types=_scratch(tile, ring_LBRC.dtype, ring_LBRC.dtype, 2 * overlap),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="compress_decode",
-    )(ring_LBRC, layer.astype(jnp.int32).reshape(1), window_B.astype(jnp.int32), bias_MC)
-    pooled_B1K = pooled_BK[:, None].astype(dtype)
-    entry_B1K = reference._finish(pooled_B1K, scale_K, table, eps, rounding)
-    return jnp.where((window_B >= 0)[:, None, None], entry_B1K, jnp.zeros((), dtype))
+    finish = _finish(scale_K, table, eps, rounding, dtype)
+    (M, C), (_, B, R, _) = bias_MC.shape, ring_LBRC.shape
+    dtypes = (ring_LBRC.dtype,) * 2
+    N = min(R, gpu_pool.most_tokens(*dtypes, overlap))
+    pieces = Pieces(1, N, -(-R // N), overlap, C // overlap // CHANNELS, copies=2 * overlap)
+
+    def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
+        del entry
+        ring_ref, layer_ref, window_ref = refs
+        window = window_ref[row]
+        # The last piece reaches back.
+        start = lambda piece: jnp.minimum(piece * N, R - N)
+
+        def bring(piece: Any, tiles: Any, here: Any) -> None:
+            for series in range(overlap):
+                for half, tile in enumerate(tiles):
+                    at = layer_ref[0], row, pl.ds(start(piece), N), columns(series, half * C)
+                    plgpu.copy_gmem_to_smem(ring_ref.at[at], tile.at[series], here)
+
+        def place(_: Any, series: int, piece: Any, i: Any) -> Any:
+            # A whole number of rings is added lest the remainder be negative.
+            begins = (window + series - overlap + 1) * M + -(-overlap * M // R) * R
+            after = start(piece) + i - jax.lax.rem(begins, R)
+            token = jnp.where(after < 0, after + R, after)
+            counts = (token < M) & (start(piece) + i >= piece * N)
+            return i, jnp.minimum(token, M - 1), counts & (window + series >= overlap - 1)
+
+        return bring, place, window >= 0
+
+    arrays = ring_LBRC, layer.astype(jnp.int32).reshape(1), window_B.astype(jnp.int32)
+    norm = scale_K, *map(gpu_finish.in_lanes, table)
+    return _entries(
+        "compress_decode", source, arrays, bias_MC, pieces, (B, 1), dtypes, (finish, norm)
+    )
 
 
 def _require(bias_MC: Any, overlap: int, *tokens: Any) -> None:
-    M, C = bias_MC.shape
-    if C // overlap % _CHANNELS or M > _TOKENS:
+    channels = bias_MC.shape[1] // overlap
+    if channels % CHANNELS or channels > _WARPGROUPS * CHANNELS:
         raise Unsupported(
-            f"The GPU kernel takes windows of up to {_TOKENS} tokens and entries of a multiple of"
-            f" {_CHANNELS} channels, not of {M} and {C // overlap}."
+            f"The GPU kernel takes entries of a multiple of {CHANNELS} channels, up to"
+            f" {_WARPGROUPS * CHANNELS}, not of {channels}."
         )
     dtypes = [x.dtype for x in (bias_MC, *tokens)]
     if not set(dtypes) <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         raise Unsupported(f"The GPU kernel takes bfloat16 and float32, not {dtypes}.")
+
+
+def _finish(scale_K: Any, table: Any, eps: float, rounding: str, dtype: Any) -> Finish:
+    channels, rotated = len(scale_K), 2 * table[0].shape[-1]
+    if rotated > CHANNELS or (rounding == "fp4" and channels != CHANNELS):
+        raise Unsupported(
+            f"The GPU kernel turns up to {CHANNELS} channels and rounds entries of {CHANNELS} to"
+            f" FP4, not {rotated} of {channels} with rounding {rounding!r}."
+        )
+    return Finish(channels, rotated, eps, rounding, dtype)
+
+
+def _pieces(
+    bias_MC: Any, overlap: int, entries: int, dtypes: tuple[Any, Any], *, each_window: bool
+) -> Pieces:
+    """Of whole windows if they are short, of one window otherwise; by one copy, or one for each."""
+    M, C = bias_MC.shape
+    most = gpu_pool.most_tokens(*dtypes, overlap)
+    tokens = max(n for n in range(1, min(M, most) + 1) if M % n == 0)
+    windows = min(entries, most // M) if tokens == M else 1
+    copies = 2 * overlap * (windows if each_window else 1)
+    return Pieces(windows, tokens, M // tokens, overlap, C // overlap // CHANNELS, copies)
+
+
+def _in_order(first: Any, overlap: int, tokens: int) -> gpu_pool.Place:
+    """Where a block's tokens are whose first window is `first`, copied window by window."""
+
+    def place(window: Any, series: int, piece: Any, i: Any) -> Any:
+        exists = first + window + series >= overlap - 1
+        return window * tokens + i, piece * tokens + i, exists
+
+    return place
 
 
 def _head(rows_BTC: Any, before_BPC: Any, start_B: Any, ratio: int) -> Float[Array, "B H D"]:
@@ -181,160 +234,79 @@ def _head(rows_BTC: Any, before_BPC: Any, start_B: Any, ratio: int) -> Float[Arr
     return jax.vmap(cut)(tokens_BXC, ratio - start_B % ratio)
 
 
-def _scratch(tile: tuple[int, ...], kv: Any, gate: Any, arrivals: int) -> list[Any]:
-    return [plgpu.SMEM(tile, kv), plgpu.SMEM(tile, gate), plgpu.Barrier(num_arrivals=arrivals)]
-
-
-def _pool_blocks(
-    copies: Callable[..., Any],
-    arrives: Callable[[int], int],
+def _entries(
+    name: str,
+    source: _Source,
     arrays: tuple[Array, ...],
     bias_MC: Float[Array, "M C"],
+    pieces: Pieces,
     entries: tuple[int, int],
-    overlap: int,
-) -> Float32[Array, "B n K"]:
-    """Entries of many windows.
+    dtypes: tuple[Any, Any],
+    finishing: tuple[Finish, tuple[Array, ...]] | None = None,
+) -> Float[Array, "B n K"]:
+    """Run the kernel.
 
     Args:
-      copies: starts bringing a block's tokens to shared memory; gives the row's first window.
-      arrives: how many copies that is, of so many windows.
+      name: of the kernel.
+      source: of a block's tokens.
       arrays: its own.
       bias_MC: as in the package.
+      pieces: of a block's tokens.
       entries: B and n.
-      overlap: as in the package.
+      dtypes: of kv and gate.
+      finishing: with its arrays; without, sums are written as they are.
     """
-    (M, C), (B, n) = bias_MC.shape, entries
-    K, W = C // overlap, min(n, max(1, _TOKENS // (M * overlap)))
+    (B, n), W, K = entries, pieces.windows, pieces.warpgroups * CHANNELS
+    finish, norm = finishing or (None, ())
+    dtype = finish.dtype if finish else jnp.float32
 
-    def body(bias_ref: Any, *refs: Any) -> None:
-        *sources, out_BnK, kv_OXV, gate_OXV, here = refs
-        row, channel = jax.lax.axis_index("row"), jax.lax.axis_index("channels") * _CHANNELS
-        columns = lambda series, half=0: pl.ds(half + series * K + channel, _CHANNELS)
-        # The last block reaches back; what it shares with the one before, both write alike.
+    def body(*refs: Any, **smem: Any) -> None:
+        *inputs, out_BnK = refs
+        sources, bias_ref, norm_refs = (
+            inputs[: len(arrays)],
+            inputs[len(arrays)],
+            inputs[len(arrays) + 1 :],
+        )
+        row, warpgroup = jax.lax.axis_index("row"), jax.lax.axis_index("warpgroup")
         entry = jnp.minimum(jax.lax.axis_index("block") * W, n - W)
-        first = copies(sources, row, entry, columns, (kv_OXV, gate_OXV), here) + entry
-        plgpu.barrier_wait(here)
+        columns = lambda series, left=0: pl.ds(left + series * K + warpgroup * CHANNELS, CHANNELS)
+        bring, place, wanted = source(sources, row, entry, columns)
+        entries_WV = smem["entries"].at[warpgroup]
 
-        @pl.loop(0, W)
-        def _(window: Array) -> None:
-            row_of = lambda series, token: window * M + token
-            exists = lambda series: first + window + series >= overlap - 1
-            biases = [bias_ref.at[:, columns(series)] for series in range(overlap)]
-            entry_V = _pool_window(kv_OXV, gate_OXV, biases, row_of, exists)
-            out_BnK[row, entry + window, pl.ds(channel, _CHANNELS)] = entry_V
+        def make() -> None:
+            biases = [bias_ref.at[:, columns(series)] for series in range(pieces.overlap)]
+            gpu_pool.run(pieces, bring, place, biases, warpgroup, smem)
+            if finish:
+                x_F = finish(norm_refs, (row, entry), warpgroup, smem)
+            else:
+                x_F = gpu_finish.read(smem["line"].at[warpgroup], 0, W * CHANNELS)
+            entries_WV[...] = x_F.astype(dtype).reshape(W, CHANNELS)
 
-    tile = (overlap, W * M, _CHANNELS)
+        if wanted is None:
+            make()
+        else:
+            pl.when(wanted)(make)
+
+            @pl.when(jnp.logical_not(wanted))
+            def _() -> None:
+                entries_WV[...] = jnp.zeros((W, CHANNELS), dtype)
+
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(entries_WV, out_BnK.at[row, pl.ds(entry, W), columns(0)])
+        plgpu.wait_smem_to_gmem(0)
+
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, n, K), jnp.float32),
-        grid=(B, -(-n // W), K // _CHANNELS),
-        grid_names=("row", "block", "channels"),
-        scratch_types=_scratch(tile, arrays[0].dtype, arrays[1].dtype, arrives(W)),
+        out_type=jax.ShapeDtypeStruct((B, n, K), dtype),
+        grid=(B, -(-n // W)),
+        grid_names=("row", "block"),
+        num_threads=pieces.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={
+            **pieces.scratch(*dtypes),
+            **gpu_finish.scratch(W, pieces.warpgroups),
+            "entries": plgpu.SMEM((pieces.warpgroups, W, CHANNELS), dtype),
+        },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="compress_pool",
-    )(bias_MC, *arrays)
-
-
-def _pool_ring(
-    ring_LBRC: Any,
-    layer_1: Any,
-    window_B: Any,
-    bias_MC: Any,
-    out_BK: Any,
-    kv_ORV: Any,
-    gate_ORV: Any,
-    here: Any,
-    *,
-    overlap: int,
-) -> None:
-    (M, C), (K, R) = bias_MC.shape, (out_BK.shape[1], ring_LBRC.shape[2])
-    row, channel = jax.lax.axis_index("row"), jax.lax.axis_index("channels") * _CHANNELS
-    window = window_B[row]
-    columns = [series * K + channel for series in range(overlap)]
-
-    @pl.when(window < 0)
-    def _() -> None:
-        out_BK[row, pl.ds(channel, _CHANNELS)] = _per_thread(0.0)
-
-    @pl.when(window >= 0)
-    def _() -> None:
-        for series, column in enumerate(columns):
-            for half, tile in enumerate((kv_ORV, gate_ORV)):
-                part = ring_LBRC.at[layer_1[0], row, :, pl.ds(half * C + column, _CHANNELS)]
-                plgpu.copy_gmem_to_smem(part, tile.at[series], here)
-        plgpu.barrier_wait(here)
-        # A whole number of rings is added lest the remainder be negative.
-        begins = lambda series: (window + series - overlap + 1) * M + -(-M // R) * R
-        row_of = lambda series, token: jax.lax.rem(begins(series) + token, R)
-        exists = lambda series: window + series >= overlap - 1
-        biases = [bias_MC.at[:, pl.ds(column, _CHANNELS)] for column in columns]
-        entry_V = _pool_window(kv_ORV, gate_ORV, biases, row_of, exists)
-        out_BK[row, pl.ds(channel, _CHANNELS)] = entry_V
-
-
-def _pool_window(
-    kv_OXV: Any,
-    gate_OXV: Any,
-    biases: list[Any],
-    row_of: Callable[[int, Any], Any],
-    exists: Callable[[int], Any],
-) -> Float32[Array, " V"]:
-    """One entry's channels.
-
-    Args:
-      kv_OXV: reference to tokens of each series.
-      gate_OXV: as kv_OXV.
-      biases: reference to the bias of each series, [M, V].
-      row_of: where in X a token of a series is.
-      exists: whether a series' window does.
-    """
-    running = tuple(_per_thread(value) for value in (-jnp.inf, 0.0, 0.0))
-    steps = biases[0].shape[0] // _tokens_of_step(biases[0])
-    # A window's own tokens first: then the maximum is a number when the others may be missing.
-    for series in reversed(range(len(biases))):
-        add = functools.partial(
-            _add_tokens,
-            kv_OXV.at[series],
-            gate_OXV.at[series],
-            biases[series],
-            functools.partial(row_of, series),
-            exists(series),
-        )
-        running = jax.lax.fori_loop(0, steps, add, running)
-    return running[2] / running[1]
-
-
-def _per_thread(value: float) -> Array:
-    """A constant in the layout of what is read, as a loop's carry needs it."""
-    constant = jnp.full((_CHANNELS,), value, jnp.float32)
-    return plgpu.layout_cast(constant, plgpu.Layout.WG_STRIDED((_CHANNELS,), vec_size=1))
-
-
-def _tokens_of_step(bias_MV: Any) -> int:
-    return math.gcd(bias_MV.shape[0], _STEP)
-
-
-def _add_tokens(
-    kv_XV: Any,
-    gate_XV: Any,
-    bias_MV: Any,
-    row_of: Callable[[Any], Any],
-    exists: Any,
-    step: Any,
-    running: Any,
-) -> Any:
-    """Take a few tokens into the running maximum, sum of weights and weighted sum."""
-    count = _tokens_of_step(bias_MV)
-    largest, total, weighted = running
-    tokens = [step * count + i for i in range(count)]
-    read = lambda ref, at: ref[at].astype(jnp.float32)
-    logits = [read(gate_XV, row_of(token)) + read(bias_MV, token) for token in tokens]
-    logits = [jnp.where(exists, logit, -jnp.inf) for logit in logits]
-    new = functools.reduce(jnp.maximum, logits, largest)
-    kept = jnp.exp(largest - new)
-    total, weighted = total * kept, weighted * kept
-    for token, logit in zip(tokens, logits, strict=True):
-        weight = jnp.exp(logit - new)
-        total += weight
-        weighted += weight * jnp.where(exists, read(kv_XV, row_of(token)), 0.0)
-    return new, total, weighted
+        kernel_name=name,
+    )(*arrays, bias_MC, *norm)

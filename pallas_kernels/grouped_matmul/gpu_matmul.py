@@ -24,8 +24,8 @@ from pallas_kernels.grouped_matmul.gpu_weights import (
     TILED,
     Format,
     arrays_of,
-    load,
 )
+from pallas_kernels.mosaic_gpu import load
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS

@@ -9,7 +9,6 @@ Axis letters: N output channels, K input channels (64 of a tile), S slots.
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
@@ -164,10 +164,3 @@ def e2m1(code: Array) -> Array:
 def _layout(rows: int, columns: int) -> Any:
     """Of registers on their way to a tile, so that it is written without bank conflicts."""
     return plgpu.Layout.SMEM_GMEM_COPY((rows, columns), jnp.bfloat16, 128)
-
-
-def load(ref: Any, layout: Any) -> Array:
-    """What a reference holds in this layout, optimised for it or not."""
-    # JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
-    no_default = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *[()] * no_default, layout=layout, optimized=False)

@@ -22,6 +22,7 @@ from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
 from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
 from pallas_kernels.indexer_topk.reference import ordered
+from pallas_kernels.mosaic_gpu import load
 
 # Heads come in multiples of 64 too: what a tile of a product holds.
 TILE = HEADS = 64
@@ -124,7 +125,7 @@ def score_chunk(
         for tile in range(depth):
             pl.when(tile < tiles)(functools.partial(fetch, smem, depth, jnp.int32(tile)))
         plgpu.barrier_wait(smem["here"])
-        weights = gpu_select.load(smem["weights_I"], _BY_HEAD)
+        weights = load(smem["weights_I"], _BY_HEAD)
 
         @pl.loop(0, tiles)
         def _(tile: Array) -> None:
@@ -135,7 +136,7 @@ def score_chunk(
             score_X = _tile_scores(slot, weights, heads, smem)
             if "scale_DY" in smem:
                 of_tile = pl.ds(start - _scales_start(start, arrays[1]), TILE)
-                scale_X = gpu_select.load(smem["scale_DY"].at[slot, of_tile], _BY_ENTRY)
+                scale_X = load(smem["scale_DY"].at[slot, of_tile], _BY_ENTRY)
                 score_X *= scale_X if scale_X.dtype == jnp.float32 else _power_of_two(scale_X)
             key_X = ordered(score_X)
             entry_X = start + gpu_select.iota((TILE,), 0, _BY_ENTRY)
@@ -151,7 +152,7 @@ def score_chunk(
 def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
     """Scores of the tile in one slot."""
     if "codes_DXJ" in smem:
-        codes_XJ = gpu_select.load(smem["codes_DXJ"].at[slot], plgpu.Layout.WGMMA)
+        codes_XJ = load(smem["codes_DXJ"].at[slot], plgpu.Layout.WGMMA)
         smem["keys_XJ"][...] = codes_XJ.astype(jnp.float32).astype(jnp.bfloat16)
         dots_XI = gpu_select.product(smem["keys_XJ"], smem["q_JI"])
     else:

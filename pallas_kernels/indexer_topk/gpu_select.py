@@ -10,7 +10,6 @@ Axis letters: R rows (64), C columns (128): entry R * 128 + C; V slots of a bloc
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu import load
 
 ROWS, COLUMNS, SLOTS = 64, 128, 64
 SIZE = ROWS * COLUMNS
@@ -34,13 +35,6 @@ _MATRIX, _BY_ROW, _BY_COLUMN = (
     plgpu.Layout.WGMMA.reduce(1),
     plgpu.Layout.WGMMA.reduce(0),
 )
-# JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
-_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()
-
-
-def load(ref: Any, layout: Any) -> Array:
-    """What a reference to shared memory holds, as a register array of this layout."""
-    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def iota(shape: tuple[int, ...], dim: int, layout: Any = _MATRIX) -> Array:

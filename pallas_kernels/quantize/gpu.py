@@ -8,7 +8,6 @@ of a block, X channels of a tile, C columns of a tile.
 """
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.quantize import tpu_codes
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight
 
@@ -26,8 +26,6 @@ _BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _DEPTH = 3  # tiles under way; two blocks of threads fit a multiprocessor's memory
 _BLOCKS = 264  # of threads: two on each multiprocessor of an H200
 _PART_BYTES = 2**21  # of float32 sums of parts of K
-# JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
-_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()
 
 
 def linear(
@@ -92,9 +90,7 @@ def _sums(
         def add(tile: Array, sum_MC: Float32[Array, "M C"]) -> Float32[Array, "M C"]:
             slot = jax.lax.rem(tile, _DEPTH)
             plgpu.barrier_wait(smem["here_D"].at[slot])
-            codes_XC = plgpu.load(
-                smem["codes_DXC"].at[slot], *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False
-            )
+            codes_XC = load(smem["codes_DXC"].at[slot], plgpu.Layout.WGMMA)
             smem["dense_XC"][...] = codes_XC.astype(jnp.float32).astype(jnp.bfloat16)
             products_MC = _product(smem["x_DMX"].at[slot], smem["dense_XC"])
             plgpu.commit_smem()  # all warps have read what is overwritten next

@@ -85,8 +85,8 @@ def attend(
     return plgpu.kernel(
         call.run,
         out_type=out_type,
-        # Heads of a query next to each other: they read the same rows. The last dim may be as long as
-        # one likes, others up to 65535.
+        # Heads of a query next to each other: they read the same rows. Only the last dim may be
+        # longer than 65535.
         grid=(parts, B * T * (H // HEADS)),
         grid_names=("part", "query_heads"),
         num_threads=3,

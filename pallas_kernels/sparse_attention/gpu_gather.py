@@ -8,7 +8,6 @@ Axis letters: C rows of a chunk, N chunks, K channels, J channels of a block.
 """
 
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -104,7 +104,8 @@ def _lay_out_bytes(row_C: Any, stage: Any, keys: Any) -> None:
     """As `rows.decode`, 64 channels at a time; of a row's last unit the scales come second."""
     half = lambda byte: stage.at[:, byte // _WIDTH, pl.ds(byte % _WIDTH, rows.BLOCK)]
     layout = _layout(rows.BLOCK)
-    words = lambda byte: _load_bytes(half(byte), layout).astype(jnp.int32)
+    # Rows lie a multiple of 128 bytes apart: some bank conflicts.
+    words = lambda byte: mosaic_gpu.load(half(byte), layout).astype(jnp.int32)
     scale_CJ = jax.lax.bitcast_convert_type(words(_SCALE) << 23, jnp.float32)
     channel_CJ = jax.lax.broadcasted_iota(jnp.int32, scale_CJ.shape, 1)
     channel_CJ = plgpu.layout_cast(channel_CJ, layout)
@@ -117,13 +118,6 @@ def _lay_out_bytes(row_C: Any, stage: Any, keys: Any) -> None:
     rotated_CJ = words(_LOW) << 16 | words(_HIGH) << 24
     rotated_CJ = jax.lax.bitcast_convert_type(rotated_CJ, jnp.float32).astype(jnp.bfloat16)
     _put(rotated_CJ, row_C, keys.at[:, pl.ds(rows.CODES, rows.ROTATED)])
-
-
-def _load_bytes(ref: Any, layout: Any) -> Array:
-    """As `load`, of rows that lie a multiple of 128 bytes apart: some bank conflicts."""
-    # JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
-    no_default = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *[()] * no_default, layout=layout, optimized=False)
 
 
 def e4m3(code: Array) -> Array:

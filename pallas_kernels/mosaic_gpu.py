@@ -1,0 +1,15 @@
+"""What JAX 0.10 and 0.11 say differently of Mosaic GPU kernels."""
+
+import inspect
+from typing import Any
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+# JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
+_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """What a reference holds, as a register array of this layout; bank conflicts are accepted."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)

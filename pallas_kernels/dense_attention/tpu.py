@@ -20,7 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.dense_attention import xla
+from pallas_kernels.dense_attention.tpu_backward import prefill_backward
 from pallas_kernels.implementations import Unsupported
+
+__all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 _LANES = 128
 # Rows and entries whose logits, 2 to 4 MB of float32, leave room for everything twice in 56 MiB.
@@ -35,7 +38,6 @@ _BLOCKS = 2**16
 _LOWEST = -1e30
 
 decode_backward = xla.decode_backward
-prefill_backward = xla.prefill_backward
 
 
 def decode(

@@ -135,9 +135,8 @@ def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
 
 
 def _backward(name: str, impl: Impl, *arrays: Any, **static: Any) -> Any:
-    """Kernels have no backward form: XLA's serves."""
-    if impl not in ("auto", "reference"):
-        impl = "xla"
+    """The GPU's kernels have no backward form: XLA's serves."""
+    impl = "xla" if impl == "gpu" else impl
     return dispatch("sparse_attention", name, impl, _FORMS, *arrays, **static)
 
 

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.sparse_attention import tpu_decode, tpu_prefill
+from pallas_kernels.sparse_attention import tpu_backward, tpu_decode, tpu_prefill, xla
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 from pallas_kernels.sparse_attention.tpu_gather import LANES, packing
+from pallas_kernels.tpu_attention_backward import Gradients
 
 _QUERIES = 8
+
+decode_backward = xla.decode_backward
 
 
 def decode(
@@ -68,6 +71,39 @@ def prefill(
         layer.astype(jnp.int32),
         _fill(indices_BTk.astype(jnp.int32), -1),
         sink_H.astype(jnp.float32)[:, None],
+        window=window,
+        scale=scale,
+    )
+
+
+def prefill_backward(
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    start_B: Int[Array, " B"],
+    pool_LBSK: Pool,
+    layer: Int[Array, ""],
+    indices_BTk: Int[Array, "B T k"],
+    sink_H: Float[Array, " H"],
+    *,
+    window: int,
+    scale: float,
+) -> Gradients:
+    """Gradients of queries, window, pool and sink."""
+    _require(q_BTHK, window_BXK, pool_LBSK)
+    if isinstance(pool_LBSK, Fp8Rows):
+        raise Unsupported("the gradient of sparse_attention.prefill on TPUs takes no Fp8Rows.")
+    return tpu_backward.call(
+        grad_BTHK,
+        out_BTHK,
+        q_BTHK,
+        window_BXK,
+        start_B,
+        pool_LBSK,
+        layer,
+        _fill(indices_BTk.astype(jnp.int32), -1),
+        sink_H,
         window=window,
         scale=scale,
     )

@@ -9,6 +9,8 @@ Axis letters: as in the package; W windows of a block, V channels of a warpgroup
 gate, H tokens of the first windows.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +49,8 @@ def pool(
     _require(bias_MC, overlap, kv_BXC, gate_BXC)
     M, (B, X, _) = bias_MC.shape[0], kv_BXC.shape
     n = X // M - overlap + 1
-    pieces = _pieces(bias_MC, overlap, n, (kv_BXC.dtype, gate_BXC.dtype), each_window=False)
+    dtypes = kv_BXC.dtype, gate_BXC.dtype
+    pieces = _pieces(bias_MC, overlap, n, dtypes, each_window=False)
     N = pieces.tokens
 
     def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
@@ -61,8 +64,8 @@ def pool(
         return bring, _in_order(refs[2][row] + entry, overlap, N), None
 
     arrays = kv_BXC, gate_BXC, first_B.astype(jnp.int32)
-    dtypes = kv_BXC.dtype, gate_BXC.dtype
-    return _entries("compress_pool", source, arrays, bias_MC, pieces, (B, n), dtypes)
+    call = _Call(name="compress_pool", source=source, pieces=pieces, dtypes=dtypes, entries=(B, n))
+    return call(arrays, bias_MC)
 
 
 def prefill(
@@ -85,45 +88,22 @@ def prefill(
     """
     _require(bias_MC, overlap, rows_BTC, before_BPC)
     finish = _finish(scale_K, table, eps, rounding, dtype)
-    (M, C), (B, T, _) = bias_MC.shape, rows_BTC.shape
+    M, (B, T, _) = len(bias_MC), rows_BTC.shape
     n = -(-T // M)
     start_B = start_B.astype(jnp.int32)
     head_BHC = _head(rows_BTC, before_BPC, start_B, M)
-    pieces = _pieces(bias_MC, overlap, n, (rows_BTC.dtype,) * 2, each_window=True)
-    N = pieces.tokens
-
-    def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
-        rows_ref, head_ref, start_ref = refs
-        start = start_ref[row]
-
-        def bring(piece: Any, tiles: Any, here: Any) -> None:
-            def copy(ref: Any, first: Any, series: int, window: Any) -> None:
-                for half, tile in enumerate(tiles):
-                    part = ref.at[row, pl.ds(first, N), columns(series, half * C)]
-                    to = tile.at[series, pl.ds(window * N, N)]
-                    plgpu.copy_gmem_to_smem(part, to, here)
-
-            def one(series: int, window: Any) -> None:
-                # Windows count from that of the chunk's first token, which the head ends with.
-                index = entry + window + series - overlap + 1
-                first = index * M + piece * N
-                in_head = first + (overlap - 1) * M
-                pl.when(index <= 0)(lambda: copy(head_ref, in_head, series, window))
-                if n > 1:
-                    # What an incomplete window reads does not matter, but must be there.
-                    in_rows = jnp.minimum(first - jax.lax.rem(start, M), T - N)
-                    pl.when(index > 0)(lambda: copy(rows_ref, in_rows, series, window))
-
-            for series in range(overlap):
-                pl.loop(0, pieces.windows)(lambda window, series=series: one(series, window))
-
-        return bring, _in_order(jax.lax.div(start, M) + entry, overlap, N), None
-
-    arrays, dtypes = (rows_BTC, head_BHC, start_B), (rows_BTC.dtype,) * 2
-    norm = scale_K, *map(gpu_finish.in_lanes, table)
-    return _entries(
-        "compress_prefill", source, arrays, bias_MC, pieces, (B, n), dtypes, (finish, norm)
+    dtypes = rows_BTC.dtype, rows_BTC.dtype
+    pieces = _pieces(bias_MC, overlap, n, dtypes, each_window=True)
+    call = _Call(
+        name="compress_prefill",
+        source=_chunk_source(pieces, M, T),
+        pieces=pieces,
+        dtypes=dtypes,
+        entries=(B, n),
+        finish=finish,
     )
+    norm = scale_K, *map(gpu_finish.in_lanes, table)
+    return call((rows_BTC, head_BHC, start_B), bias_MC, norm)
 
 
 def decode(
@@ -147,7 +127,7 @@ def decode(
     _require(bias_MC, overlap, ring_LBRC)
     finish = _finish(scale_K, table, eps, rounding, dtype)
     (M, C), (_, B, R, _) = bias_MC.shape, ring_LBRC.shape
-    dtypes = (ring_LBRC.dtype,) * 2
+    dtypes = ring_LBRC.dtype, ring_LBRC.dtype
     N = min(R, gpu_pool.most_tokens(*dtypes, overlap))
     pieces = Pieces(1, N, -(-R // N), overlap, C // overlap // CHANNELS, copies=2 * overlap)
 
@@ -161,8 +141,9 @@ def decode(
         def bring(piece: Any, tiles: Any, here: Any) -> None:
             for series in range(overlap):
                 for half, tile in enumerate(tiles):
-                    at = layer_ref[0], row, pl.ds(start(piece), N), columns(series, half * C)
-                    plgpu.copy_gmem_to_smem(ring_ref.at[at], tile.at[series], here)
+                    rows, part = pl.ds(start(piece), N), columns(series, half * C)
+                    tokens = ring_ref.at[layer_ref[0], row, rows, part]
+                    plgpu.copy_gmem_to_smem(tokens, tile.at[series], here)
 
         def place(_: Any, series: int, piece: Any, i: Any) -> Any:
             # A whole number of rings is added lest the remainder be negative.
@@ -175,10 +156,15 @@ def decode(
         return bring, place, window >= 0
 
     arrays = ring_LBRC, layer.astype(jnp.int32).reshape(1), window_B.astype(jnp.int32)
-    norm = scale_K, *map(gpu_finish.in_lanes, table)
-    return _entries(
-        "compress_decode", source, arrays, bias_MC, pieces, (B, 1), dtypes, (finish, norm)
+    call = _Call(
+        name="compress_decode",
+        source=source,
+        pieces=pieces,
+        dtypes=dtypes,
+        entries=(B, 1),
+        finish=finish,
     )
+    return call(arrays, bias_MC, (scale_K, *map(gpu_finish.in_lanes, table)))
 
 
 def _require(bias_MC: Any, overlap: int, *tokens: Any) -> None:
@@ -215,6 +201,41 @@ def _pieces(
     return Pieces(windows, tokens, M // tokens, overlap, C // overlap // CHANNELS, copies)
 
 
+def _chunk_source(pieces: Pieces, ratio: int, tokens: int) -> _Source:
+    """Windows of a chunk of so many tokens, the first of them from the head."""
+    overlap, N = pieces.overlap, pieces.tokens
+    gate = overlap * pieces.warpgroups * CHANNELS
+
+    def source(refs: Any, row: Any, entry: Any, columns: Any) -> Any:
+        rows_ref, head_ref, start_ref = refs
+        start = start_ref[row]
+
+        def bring(piece: Any, tiles: Any, here: Any) -> None:
+            def copy(ref: Any, first: Any, series: int, window: Any) -> None:
+                for half, tile in enumerate(tiles):
+                    part = ref.at[row, pl.ds(first, N), columns(series, half * gate)]
+                    to = tile.at[series, pl.ds(window * N, N)]
+                    plgpu.copy_gmem_to_smem(part, to, here)
+
+            def one(series: int, window: Any) -> None:
+                # Windows count from that of the chunk's first token, which the head ends with.
+                index = entry + window + series - overlap + 1
+                first = index * ratio + piece * N
+                in_head = first + (overlap - 1) * ratio
+                pl.when(index <= 0)(lambda: copy(head_ref, in_head, series, window))
+                if tokens > ratio:
+                    # What an incomplete window reads does not matter, but must be there.
+                    in_rows = jnp.minimum(first - jax.lax.rem(start, ratio), tokens - N)
+                    pl.when(index > 0)(lambda: copy(rows_ref, in_rows, series, window))
+
+            for series in range(overlap):
+                pl.loop(0, pieces.windows)(functools.partial(one, series))
+
+        return bring, _in_order(jax.lax.div(start, ratio) + entry, overlap, N), None
+
+    return source
+
+
 def _in_order(first: Any, overlap: int, tokens: int) -> gpu_pool.Place:
     """Where a block's tokens are whose first window is `first`, copied window by window."""
 
@@ -234,79 +255,90 @@ def _head(rows_BTC: Any, before_BPC: Any, start_B: Any, ratio: int) -> Float[Arr
     return jax.vmap(cut)(tokens_BXC, ratio - start_B % ratio)
 
 
-def _entries(
-    name: str,
-    source: _Source,
-    arrays: tuple[Array, ...],
-    bias_MC: Float[Array, "M C"],
-    pieces: Pieces,
-    entries: tuple[int, int],
-    dtypes: tuple[Any, Any],
-    finishing: tuple[Finish, tuple[Array, ...]] | None = None,
-) -> Float[Array, "B n K"]:
-    """Run the kernel.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One kernel.
 
-    Args:
+    Attributes:
       name: of the kernel.
       source: of a block's tokens.
-      arrays: its own.
-      bias_MC: as in the package.
-      pieces: of a block's tokens.
-      entries: B and n.
+      pieces: of them.
       dtypes: of kv and gate.
-      finishing: with its arrays; without, sums are written as they are.
+      entries: B and n.
+      finish: what follows; without, sums are written as they are.
     """
-    (B, n), W, K = entries, pieces.windows, pieces.warpgroups * CHANNELS
-    finish, norm = finishing or (None, ())
-    dtype = finish.dtype if finish else jnp.float32
 
-    def body(*refs: Any, **smem: Any) -> None:
-        *inputs, out_BnK = refs
-        sources, bias_ref, norm_refs = (
-            inputs[: len(arrays)],
-            inputs[len(arrays)],
-            inputs[len(arrays) + 1 :],
-        )
-        row, warpgroup = jax.lax.axis_index("row"), jax.lax.axis_index("warpgroup")
-        entry = jnp.minimum(jax.lax.axis_index("block") * W, n - W)
-        columns = lambda series, left=0: pl.ds(left + series * K + warpgroup * CHANNELS, CHANNELS)
-        bring, place, wanted = source(sources, row, entry, columns)
-        entries_WV = smem["entries"].at[warpgroup]
+    name: str
+    source: _Source
+    pieces: Pieces
+    dtypes: tuple[Any, Any]
+    entries: tuple[int, int]
+    finish: Finish | None = None
+
+    def __call__(
+        self,
+        arrays: tuple[Array, ...],
+        bias_MC: Float[Array, "M C"],
+        norm: tuple[Array, ...] = (),
+    ) -> Float[Array, "B n K"]:
+        """Entries, given the source's arrays, the bias, and the arrays of `finish`."""
+        (B, n), W, warpgroups = self.entries, self.pieces.windows, self.pieces.warpgroups
+        dtype = self.finish.dtype if self.finish else jnp.float32
+
+        def body(*refs: Any, **smem: Any) -> None:
+            *inputs, out_BnK = refs
+            sources, bias = inputs[: len(arrays)], inputs[len(arrays)]
+            row, warpgroup = jax.lax.axis_index("row"), jax.lax.axis_index("warpgroup")
+            entry = jnp.minimum(jax.lax.axis_index("block") * W, n - W)
+            span, entries_WV = (row, entry), smem["entries"].at[warpgroup]
+            self._make(sources, bias, inputs[len(arrays) + 1 :], span, entries_WV, smem)
+            plgpu.commit_smem()
+            there = out_BnK.at[row, pl.ds(entry, W), pl.ds(warpgroup * CHANNELS, CHANNELS)]
+            plgpu.copy_smem_to_gmem(entries_WV, there)
+            plgpu.wait_smem_to_gmem(0)
+
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((B, n, warpgroups * CHANNELS), dtype),
+            grid=(B, -(-n // W)),
+            grid_names=("row", "block"),
+            num_threads=warpgroups,
+            thread_name="warpgroup",
+            scratch_types={
+                **self.pieces.scratch(*self.dtypes),
+                **gpu_finish.scratch(W, warpgroups),
+                "entries": plgpu.SMEM((warpgroups, W, CHANNELS), dtype),
+            },
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            kernel_name=self.name,
+        )(*arrays, bias_MC, *norm)
+
+    def _make(
+        self, sources: Any, bias_MC: Any, norm: Any, span: Any, entries_WV: Any, smem: Any
+    ) -> None:
+        """One warpgroup's channels of a block's entries."""
+        pieces, warpgroup = self.pieces, jax.lax.axis_index("warpgroup")
+        channels = pieces.warpgroups * CHANNELS
+
+        def columns(series: int, left: int = 0) -> Any:
+            return pl.ds(left + series * channels + warpgroup * CHANNELS, CHANNELS)
+
+        bring, place, wanted = self.source(sources, *span, columns)
 
         def make() -> None:
-            biases = [bias_ref.at[:, columns(series)] for series in range(pieces.overlap)]
+            biases = [bias_MC.at[:, columns(series)] for series in range(pieces.overlap)]
             gpu_pool.run(pieces, bring, place, biases, warpgroup, smem)
-            if finish:
-                x_F = finish(norm_refs, (row, entry), warpgroup, smem)
+            if self.finish:
+                x_F = self.finish(norm, span, warpgroup, smem)
             else:
-                x_F = gpu_finish.read(smem["line"].at[warpgroup], 0, W * CHANNELS)
-            entries_WV[...] = x_F.astype(dtype).reshape(W, CHANNELS)
+                x_F = gpu_finish.read(smem["line"].at[warpgroup], 0, pieces.windows * CHANNELS)
+            entries_WV[...] = x_F.astype(entries_WV.dtype).reshape(entries_WV.shape)
 
         if wanted is None:
             make()
-        else:
-            pl.when(wanted)(make)
+            return
+        pl.when(wanted)(make)
 
-            @pl.when(jnp.logical_not(wanted))
-            def _() -> None:
-                entries_WV[...] = jnp.zeros((W, CHANNELS), dtype)
-
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(entries_WV, out_BnK.at[row, pl.ds(entry, W), columns(0)])
-        plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((B, n, K), dtype),
-        grid=(B, -(-n // W)),
-        grid_names=("row", "block"),
-        num_threads=pieces.warpgroups,
-        thread_name="warpgroup",
-        scratch_types={
-            **pieces.scratch(*dtypes),
-            **gpu_finish.scratch(W, pieces.warpgroups),
-            "entries": plgpu.SMEM((pieces.warpgroups, W, CHANNELS), dtype),
-        },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name=name,
-    )(*arrays, bias_MC, *norm)
+        @pl.when(jnp.logical_not(wanted))
+        def _() -> None:
+            entries_WV[...] = jnp.zeros(entries_WV.shape, entries_WV.dtype)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import grouped_matmul, quantize
 from pallas_kernels.grouped_matmul import LoraWeight, lora
 from pallas_kernels.grouped_matmul.shapes import Shape
-from tests.test_grouped_matmul import LIMIT, SMALL, assert_close, expected, inputs, quantized
+from tests.test_grouped_matmul import LIMIT, SMALL, assert_close, expected, inputs, quantized, run
 
 WEIGHTS = ("w1_LEFD", "w3_LEFD", "w2_LEDF")
 
@@ -88,6 +88,18 @@ def test_any_routing_has_the_references_gradients(data: st.DataObject) -> None:
     expert_TA = data.draw(st.lists(row, min_size=12, max_size=12))
     args = arguments("low rank", 12) | {"expert_TA": jnp.asarray(expert_TA, jnp.int32)}
     assert_same_gradients(args)
+
+
+@pytest.mark.parametrize(("tokens", "weight_first"), [(3, True), (40, False)])
+def test_the_weight_of_no_expert_may_be_anything(tokens: int, weight_first: bool) -> None:
+    args = arguments("float32", tokens)
+    nobody_TA = (jnp.arange(2 * tokens) % 3 == 0).reshape(tokens, 2)
+    args["expert_TA"] = jnp.where(nobody_TA, SMALL.experts, args["expert_TA"])
+    nan = args | {"weight_TA": jnp.where(nobody_TA, jnp.nan, args["weight_TA"])}
+    got, want = (gradients(a, "xla", weight_first) for a in (nan, args))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    out, clean = (run(a, "xla", weight_first=weight_first) for a in (nan, args))
+    np.testing.assert_array_equal(out, clean)
 
 
 def test_bfloat16_gradients_come_in_the_inputs_dtype() -> None:

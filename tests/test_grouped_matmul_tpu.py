@@ -162,6 +162,32 @@ def test_interpreted_gradients_equal_the_references(form: str, tokens: int) -> N
         jax.tree.map(lambda x, y: assert_close(np.asarray(x), np.asarray(y)), got, want)
 
 
+def test_interpreted_gradients_of_bfloat16_are_off_by_its_rounding() -> None:
+    """Also where ids are nobody's, and the weights beside them anything."""
+    args = with_weights(inputs(SMALL, 13, layers=1), "bfloat16")
+    nobody_TA = (jnp.arange(26) % 5 == 0).reshape(13, 2)
+    args["expert_TA"] = jnp.where(nobody_TA, -1, args["expert_TA"])
+    names = ("x_TD", "weight_TA", *WEIGHTS)
+
+    def gradients(args: dict[str, Any], impl: Any) -> Any:
+        def loss(values: dict[str, Any]) -> jax.Array:
+            run = grouped_matmul.expert_mlp
+            out_TD = run(**args | values, limit=LIMIT, weight_first=False, impl=impl)
+            return jnp.sum(jnp.sin(out_TD))
+
+        return jax.jit(jax.grad(loss))({name: args[name] for name in names})
+
+    wide = {name: args[name].astype(jnp.float32) for name in names}
+    want = gradients(args | wide, "reference")
+    nan = args | {"weight_TA": jnp.where(nobody_TA, jnp.nan, args["weight_TA"])}
+    with kernels.interpreted():
+        got = gradients(nan, "tpu")
+        for name in names:
+            ours, theirs = (np.asarray(x[name], np.float64) for x in (got, want))
+            # Rounding by 2^-9 in each of a few places.
+            assert np.linalg.norm(ours - theirs) <= 2.0**-6 * np.linalg.norm(theirs), name
+
+
 def structs(model: str, form: str, tokens: int) -> tuple[Any, ...]:
     shape, S = SHAPES[model], jax.ShapeDtypeStruct
     E, A, D, F = shape.experts, shape.choices, shape.hidden, shape.expert_hidden

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from pallas_kernels import targets
 from pallas_kernels.implementations import Unsupported, dispatch
@@ -47,6 +48,21 @@ def test_the_target_chooses(target: Any) -> None:
     text = targets.lowered(target, door(**forms), STRUCT).as_text()
     found = [number for number in ("3.0", "5.0", "7.0") if f"dense<{number}" in text]
     assert found == ["5.0" if target == "v5p" else "7.0"]
+
+
+def test_a_program_for_several_platforms_holds_the_form_of_each() -> None:
+    forms: dict[str, Any] = {"tpu": times(5.0), "gpu": times(7.0), "xla": times(3.0)}
+    run = jax.jit(jax.vmap(door(**forms)))
+    module = export.export(run, platforms=["cpu", "tpu", "cuda"])(STRUCT).mlir_module()
+    assert all(f"dense<{number}" in module for number in ("3.0", "5.0", "7.0"))
+    assert jax.eval_shape(run, STRUCT).shape == STRUCT.shape
+
+
+def test_a_derivative_that_no_door_defines_is_refused_by_name() -> None:
+    run = door(xla=times(3.0), tpu=times(5.0))
+    x = jnp.ones((8, 128))
+    with pytest.raises(NotImplementedError, match=r"^op\.scale has no derivative"):
+        jax.jvp(run, (x,), (x,))
 
 
 def test_xla_serves_where_the_kernel_does_not() -> None:

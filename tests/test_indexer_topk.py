@@ -95,6 +95,37 @@ def test_edges_of_what_is_visible(impl: str) -> None:
     check(case_of(np.tile(np.arange(2048), (8, 1))), visible_B[:, None], 128, impl)
 
 
+@pytest.mark.parametrize("impl", FORMS)
+def test_visible_outside_of_what_there_is_is_none_or_all(impl: str) -> None:
+    """The best entry is the last; bounds that a sum could carry beyond an int32."""
+    visible_B = np.array([-(2**31), -1, 301, 2**31 - 1])
+    case = case_of(np.tile(np.arange(300), (4, 1)))
+    arrays = [jnp.asarray(x) for x in (*case, np.int32(0), visible_B.astype(np.int32)[:, None])]
+    chosen_Bk = SELECT(*arrays, k=2, impl=impl)[:, 0]
+    np.testing.assert_array_equal(chosen_Bk, [[-1, -1], [-1, -1], [298, 299], [298, 299]])
+
+
+@pytest.mark.parametrize(("B", "T", "S"), [(0, 1, 5), (1, 0, 5), (1, 1, 0)])
+def test_where_there_is_nothing_nothing_is_chosen(B: int, T: int, S: int) -> None:
+    arrays = [jnp.asarray(x) for x in (*whole_numbers(0, B, T, 2, 4, S), np.int32(0))]
+    chosen_BTk = SELECT(*arrays, jnp.full((B, T), S, jnp.int32), k=3)
+    np.testing.assert_array_equal(chosen_BTk, np.full((B, T, 3), -1))
+
+
+def test_gradients_stop_at_the_choice() -> None:
+    q_BTIJ, weights_BTI, keys_LBSJ = map(jnp.asarray, whole_numbers(0, 1, 2, 2, 4, 9))
+
+    def loss(q_BTIJ: jax.Array) -> jax.Array:
+        visible_BT = jnp.full((1, 2), 9, jnp.int32)
+        chosen_BTk = SELECT(q_BTIJ, weights_BTI, keys_LBSJ, jnp.int32(0), visible_BT, k=3)
+        return jnp.sum(q_BTIJ) * jnp.sum(chosen_BTk).astype(jnp.float32)
+
+    # The number of the choice's indices stands for a constant.
+    grad_BTIJ = jax.grad(loss)(q_BTIJ)
+    np.testing.assert_array_equal(grad_BTIJ, jnp.full_like(q_BTIJ, grad_BTIJ[0, 0, 0, 0]))
+    assert float(grad_BTIJ[0, 0, 0, 0]) > 0
+
+
 def hard_rows(S: int) -> dict[str, np.ndarray]:
     rng, at = np.random.default_rng(3), np.arange(S)
     zeros = rng.choice([0.0, -0.0], S)

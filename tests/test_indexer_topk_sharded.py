@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import targets
-from pallas_kernels.indexer_topk import reference, select_sharded, to_fp8
+from pallas_kernels import indexer_topk, targets
+from pallas_kernels.indexer_topk import select_sharded, to_fp8
 from tests.test_indexer_topk import case_of, hard_rows, whole_numbers
 
 WHOLE, CUT = PartitionSpec(), PartitionSpec(None, None, "context")
@@ -31,11 +31,14 @@ def sharded(mesh: Mesh, k: int, impl: Any) -> Any:
     )
 
 
-def check(case: Any, visible_BT: Any, k: int, layer: int = 0, impl: str = "xla") -> None:
-    mesh = Mesh(np.array(jax.devices()), ("context",))
+def check(
+    case: Any, visible_BT: Any, k: int, layer: int = 0, impl: str = "xla", devices: int = 8
+) -> None:
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("context",))
     args = [jax.tree.map(jnp.asarray, x) for x in case]
     args += [jnp.int32(layer), jnp.asarray(visible_BT, jnp.int32)]
-    np.testing.assert_array_equal(sharded(mesh, k, impl)(*args), reference.select(*args, k=k))
+    want = indexer_topk.select(*args, k=k, impl="reference")
+    np.testing.assert_array_equal(sharded(mesh, k, impl)(*args), want)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +54,14 @@ def test_slices_make_the_choice_of_the_whole(S: int, k: int) -> None:
     check(whole_numbers(S, 2, 3, 4, 8, S), visible_BT, k, layer=1)
 
 
-def test_hard_scores_merge_exactly() -> None:
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_hard_scores_merge_exactly(devices: int) -> None:
     """Ties across devices fall to the lowest index, NaN comes first, -inf before nothing."""
     rows = np.stack(list(hard_rows(320).values()))
-    check(case_of(rows), np.full((len(rows), 1), 300), 64)
+    visible_BT = np.full((len(rows), 1), 300)
+    # More than there are, and bounds that a difference would carry beyond an int32.
+    visible_BT[:4, 0] = 321, 2**31 - 1, -(2**31), -1
+    check(case_of(rows), visible_BT, 64, devices=devices)
 
 
 def test_slices_of_fp8_keys() -> None:

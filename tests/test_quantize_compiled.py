@@ -53,6 +53,19 @@ def test_the_tpu_kernel_gives_the_references_bits(
     assert_same_bits(rounded(name, x), expected)
 
 
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_what_is_not_finite_stays_so_and_spoils_its_own_block_only(name: str) -> None:
+    """Of the rest of its block forms may make different things."""
+    clean = np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32)
+    x = clean.copy()
+    x[:4, 5] = np.nan, -np.nan, np.inf, -np.inf
+    for y in (rounded(name, jnp.asarray(x)), ROUNDINGS[name](jnp.asarray(x), impl="reference")):
+        np.testing.assert_array_equal(np.asarray(y)[:4, 5], x[:4, 5])
+        whole = np.asarray(ROUNDINGS[name](jnp.asarray(clean), impl="reference"))
+        assert_same_bits(np.asarray(y)[:, 128:], whole[:, 128:])
+        assert_same_bits(np.asarray(y)[4], whole[4])
+
+
 def test_two_cores_do_not_race() -> None:
     x = jnp.asarray(values(0, 260, 1024), jnp.bfloat16)
     y = rounded("fp8 by 128", x, detect_races=True, num_cores_or_threads=2)

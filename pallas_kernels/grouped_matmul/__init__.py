@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight, check_expert
-from pallas_kernels.implementations import Impl, check_arrays, check_shape, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 
 __all__ = ["LoraWeight", "Weight", "expert_mlp"]
 
@@ -81,8 +81,7 @@ def _check(
     arrays = {"x_TD": x_TD, "expert_TA": expert_TA, "weight_TA": weight_TA, "layer": layer}
     sizes = check_arrays(op, arrays, integers=("expert_TA", "layer"))
     for name, w in (("w1_LEFD", w1), ("w3_LEFD", w3), ("w2_LEDF", w2)):
-        check_expert(op, name, w)
-        sizes |= check_shape(op, name, w, sizes)
+        sizes = check_expert(op, name, w, sizes)
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import quantize
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.implementations import check_arrays
+from pallas_kernels.implementations import check_arrays, check_shape
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.quantize.leaves import check_weight
 
@@ -43,21 +43,26 @@ class LoraWeight:
 Weight = Float[Array, "..."] | Fp8Weight | Fp4Weight | LoraWeight
 
 
-def check_expert(op: str, name: str, w: Any) -> None:
-    """Refuse stacks whose parts do not fit together, as `Weight` has them.
+def check_expert(op: str, name: str, w: Any, sizes: dict[str, int]) -> dict[str, int]:
+    """Refuse a stack that is not what its name says, or whose parts do not fit together.
+
+    Returns:
+      The sizes of the letters, those given and those of the name.
 
     Raises:
       TypeError: a dtype.
       ValueError: a shape.
     """
     base = w.base if isinstance(w, LoraWeight) else w
-    check_weight(op, name, base)
-    if not isinstance(base, Fp8Weight | Fp4Weight):
-        check_arrays(op, {name: base})
+    if isinstance(base, Fp8Weight | Fp4Weight):
+        check_weight(op, name, base)
+        sizes = sizes | check_shape(op, name, base, sizes)
+    else:
+        sizes = check_arrays(op, {name: base}, sizes=sizes)
     if isinstance(w, LoraWeight):
-        sizes = dict(zip("LENK", base.shape, strict=False))
         factors = {f"{name}.a_LErK": w.a, f"{name}.b_LENr": w.b}
-        check_arrays(op, factors, sizes=sizes)
+        check_arrays(op, factors, sizes=dict(zip("LENK", base.shape, strict=True)))
+    return sizes
 
 
 def linear(x: Float[Array, "R K"], w: Weight, *, impl: Any) -> Float[Array, "R N"]:

@@ -52,7 +52,7 @@ def expert_mlp_backward(
         row_R = jnp.arange(R)
         real_R = (row_R >= steps.low_S[s]) & (row_R < steps.high_S[s])
         token_R = jax.lax.dynamic_slice(token_P, (start,), (R,))
-        weight_R = jax.lax.dynamic_slice(weight_P, (start,), (R,))
+        weight_R = jnp.where(real_R, jax.lax.dynamic_slice(weight_P, (start,), (R,)), 0)
         only = lambda x_RD: jnp.where(real_R[:, None], x_RD, jnp.zeros_like(x_RD))
         ours = [sorting.take(w, layer, expert) for w in weights]
         values = [sorting.take(p, layer, expert) for p in parts]

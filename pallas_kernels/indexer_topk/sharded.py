@@ -30,7 +30,10 @@ def select_sharded(
     axis: str,
     impl: Literal["auto", "tpu", "gpu", "xla", "reference"] = "auto",
 ) -> Int32[Array, "B T k"]:
-    """`select` over entries that are cut along a mesh axis; call it inside `jax.shard_map`.
+    """`select` over entries that are cut along a mesh axis.
+
+    Call it inside `jax.shard_map` with `check_vma=False`: that what leaves every device is the
+    same is beyond what JAX can infer.
 
     Args:
       q_BTIJ: index queries, on every device the same.

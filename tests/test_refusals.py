@@ -1,0 +1,181 @@
+"""A wrong argument gets one answer that names it, whatever form would run."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul, hyper, indexer_topk, quantize
+from pallas_kernels.grouped_matmul import LoraWeight
+from pallas_kernels.indexer_topk import PagedKeys, to_fp4, to_fp8
+from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+
+FORMS = ("auto", "reference", "xla", "tpu", "gpu")
+
+
+def of(*shape: int, dtype: Any = jnp.float32) -> Any:
+    return jnp.ones(shape, dtype)
+
+
+KEYS = of(2, 2, 300, 64)
+FP8_KEYS, FP4_KEYS = to_fp8(KEYS), to_fp4(KEYS)
+PAGES = PagedKeys(of(2, 9, 20, 64), of(2, 15, dtype=jnp.int32))
+INDEXER: dict[str, Any] = {
+    "q_BTIJ": of(2, 3, 4, 64),
+    "weights_BTI": of(2, 3, 4),
+    "keys": KEYS,
+    "layer": jnp.int32(1),
+    "visible_BT": of(2, 3, dtype=jnp.int32),
+    "k": 16,
+}
+FP8 = Fp8Weight(of(2, 4, 256, 128, dtype=jnp.float8_e4m3fn), of(2, 4, 2, 1))
+FP4 = Fp4Weight(of(2, 4, 128, 128, dtype=jnp.uint8), of(2, 4, 8, 128, dtype=jnp.float8_e8m0fnu))
+LORA = LoraWeight(of(2, 4, 128, 256), of(2, 4, 8, 256), of(2, 4, 128, 8), 0.5)
+EXPERTS: dict[str, Any] = {
+    "x_TD": of(5, 256),
+    "expert_TA": of(5, 2, dtype=jnp.int32),
+    "weight_TA": of(5, 2),
+    "w1_LEFD": of(2, 4, 128, 256),
+    "w3_LEFD": of(2, 4, 128, 256),
+    "w2_LEDF": of(2, 4, 256, 128),
+    "layer": jnp.int32(0),
+    "limit": 2.0,
+    "weight_first": True,
+}
+MATRIX = Fp8Weight(of(256, 128, dtype=jnp.float8_e4m3fn), of(2, 1))
+NORM = {"eps": 1e-6, "norm_eps": 1e-6}
+PRE = {"x_BTM": of(1, 3, 256), "fn_QM": of(8, 256), "base_Q": of(8), "scale_3": of(3)}
+PRE |= NORM | {"streams": 2, "steps": 2}
+POST = {"output_BTD": of(1, 3, 128), "x_BTM": of(1, 3, 256)}
+POST |= {"post_BTN": of(1, 3, 2), "comb_BTNN": of(1, 3, 2, 2)}
+HEAD = {"x_BTM": of(1, 3, 256), "fn_NM": of(2, 256), "base_N": of(2), "scale_1": of(1), **NORM}
+
+
+def changed(tree: Any, **parts: Any) -> Any:
+    return dataclasses.replace(tree, **parts)
+
+
+def refused(door: Any, args: dict[str, Any], wrong: dict[str, Any], error: Any, match: str) -> None:
+    for impl in FORMS:
+        with pytest.raises(error, match=match):
+            # Under the annotations' check, which would refuse some of it first.
+            inspect.unwrap(door)(**args | wrong, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"k": 0}, ValueError, "k is 0; it takes whole numbers from 1 on"),
+        ({"k": -3}, ValueError, "k is -3"),
+        ({"k": 2.0}, ValueError, r"k is 2\.0"),
+        ({"visible_BT": of(2, 4, dtype=jnp.int32)}, ValueError, r"visible_BT .* \(B=2, T=3\)"),
+        ({"visible_BT": of(2, dtype=jnp.int32)}, ValueError, r"visible_BT has shape \(2,\)"),
+        ({"visible_BT": of(2, 3)}, TypeError, "visible_BT is float32; it takes signed integers"),
+        ({"layer": of(1, dtype=jnp.int32)}, ValueError, r"layer has shape \(1,\), not \(\)"),
+        ({"q_BTIJ": of(2, 3, 4, 64, dtype=jnp.int8)}, TypeError, "q_BTIJ is int8; .* floats"),
+        ({"weights_BTI": of(2, 3, 3)}, ValueError, r"weights_BTI .*I=4\)"),
+        ({"keys": KEYS[..., :32]}, ValueError, r"keys_LBSJ .*J=64\)"),
+        ({"keys": KEYS[0]}, ValueError, r"keys_LBSJ has shape \(2, 300, 64\)"),
+        ({"keys": KEYS[:, :1]}, ValueError, r"keys_LBSJ .*B=2"),
+        (
+            {"keys": changed(FP8_KEYS, scale=FP8_KEYS.scale[:, :, :1])},
+            ValueError,
+            r"keys\.scale_LBGE .*G=3",
+        ),
+        (
+            {"keys": changed(FP8_KEYS, codes=FP8_KEYS.codes.view(jnp.uint8))},
+            TypeError,
+            r"keys\.codes is uint8; it takes float8_e4m3fn",
+        ),
+        (
+            {"keys": changed(FP4_KEYS, scale=FP4_KEYS.scale[..., :128])},
+            ValueError,
+            r"keys\.scale_LBGE .*E=256",
+        ),
+        (
+            {"keys": changed(FP4_KEYS, codes=FP4_KEYS.codes[:, :, 1:])},
+            ValueError,
+            r"keys\.codes_LBHS .*H=32",
+        ),
+        ({"keys": changed(PAGES, table=PAGES.table[:1])}, ValueError, r"keys\.table_BM .*B=2"),
+    ],
+)
+def test_of_the_indexer(wrong: dict[str, Any], error: Any, match: str) -> None:
+    refused(indexer_topk.select, INDEXER, wrong, error, rf"^indexer_topk\.select: {match}")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"x_TD": of(5, 128)}, ValueError, r"w1_LEFD .*D=128\)"),
+        ({"x_TD": of(5, 256, dtype=jnp.int32)}, TypeError, "x_TD is int32"),
+        ({"expert_TA": of(3, 2, dtype=jnp.int32)}, ValueError, r"expert_TA .* \(T=5, A\)"),
+        ({"expert_TA": of(5, 2)}, TypeError, "expert_TA is float32"),
+        ({"weight_TA": of(5, 1)}, ValueError, r"weight_TA .*A=2\)"),
+        ({"w1_LEFD": of(4, 128, 256)}, ValueError, r"w1_LEFD .* \(L, E, F, D=256\)"),
+        ({"w3_LEFD": of(2, 4, 64, 256)}, ValueError, r"w3_LEFD .*F=128"),
+        ({"w2_LEDF": of(2, 3, 256, 128)}, ValueError, r"w2_LEDF .*E=4"),
+        ({"w2_LEDF": of(2, 4, 128, 256)}, ValueError, r"w2_LEDF .*D=256, F=128"),
+        ({"w1_LEFD": changed(FP8, scale=FP8.scale[:, :, :1])}, ValueError, r"w1_LEFD\.scale"),
+        (
+            {"w1_LEFD": changed(FP4, scale=FP4.scale.astype(jnp.float32))},
+            TypeError,
+            r"w1_LEFD\.scale is float32; it takes float8_e8m0fnu",
+        ),
+        ({"w3_LEFD": changed(LORA, a=LORA.a[:, :, :4])}, ValueError, r"w3_LEFD\.b_LENr .* r=4"),
+        ({"w3_LEFD": changed(LORA, b=LORA.b[:, :, :64])}, ValueError, r"w3_LEFD\.b_LENr .*N=128"),
+    ],
+)
+def test_of_the_experts(wrong: dict[str, Any], error: Any, match: str) -> None:
+    door = grouped_matmul.expert_mlp
+    refused(door, EXPERTS, wrong, error, rf"^grouped_matmul\.expert_mlp: {match}")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"x": of(2, 128)}, ValueError, r"w stands for \(128, 256\), not for \(N, K=128\)"),
+        ({"x": of(2, 256, dtype=jnp.int32)}, TypeError, "x is int32"),
+        ({"x": jnp.float32(1)}, ValueError, "x has no dims"),
+        ({"w": of(3, 4, 256)}, ValueError, r"w stands for \(3, 4, 256\)"),
+        ({"w": changed(MATRIX, scale=of(3, 1))}, ValueError, r"w\.scale has shape \(3, 1\)"),
+        ({"w": changed(MATRIX, codes=of(256, 128))}, TypeError, r"w\.codes is float32"),
+    ],
+)
+def test_of_a_matmul(wrong: dict[str, Any], error: Any, match: str) -> None:
+    args = {"x": of(2, 256), "w": MATRIX}
+    refused(quantize.linear, args, wrong, error, rf"^quantize\.linear: {match}")
+
+
+@pytest.mark.parametrize("door", [quantize.fake_quant_fp8, quantize.fake_quant_fp4])
+def test_of_a_rounding(door: Any) -> None:
+    args = {"x": of(2, 64), "block": 32}
+    for block in (0, -1, 2.0):
+        refused(door, args, {"block": block}, ValueError, f"block is {block}")
+    refused(door, args, {"x": of(2, 64, dtype=jnp.int32)}, TypeError, "x is int32")
+    refused(door, args, {"x": np.float32(1)}, ValueError, "x has no dims")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "match"),
+    [
+        ("pre", {"fn_QM": of(7, 256)}, "fn_QM .*Q=8"),
+        ("pre", {"base_Q": of(7)}, "base_Q .*Q=8"),
+        ("pre", {"scale_3": of(1)}, r"scale_3 has shape \(1,\), not \(3\)"),
+        ("pre", {"steps": 0}, "2 streams and 0 steps"),
+        (
+            "pre",
+            {"x_BTM": of(1, 3, 255), "fn_QM": of(8, 255)},
+            "x_BTM has 255 channels, not 2 equal",
+        ),
+        ("post", {"output_BTD": of(1, 3, 64)}, "output_BTD .*D=128"),
+        ("post", {"comb_BTNN": of(1, 3, 2, 3)}, "comb_BTNN .*N=2, N=2"),
+        ("head", {"base_N": of(3)}, "base_N .*N=2"),
+    ],
+)
+def test_of_hyper_connections(name: str, wrong: dict[str, Any], match: str) -> None:
+    args: Any = {"pre": PRE, "post": POST, "head": HEAD}[name]
+    refused(getattr(hyper, name), args, wrong, ValueError, rf"^hyper\.{name}: {match}")

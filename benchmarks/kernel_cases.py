@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import (
+    compress,
     dense_attention,
     grouped_matmul,
     hyper,
@@ -20,8 +21,10 @@ from pallas_kernels import (
     quantize,
     sparse_attention,
 )
+from pallas_kernels.compress.shapes import SHAPES as COMPRESSORS
 from pallas_kernels.dense_attention.shapes import SHAPES as DENSE
 from pallas_kernels.grouped_matmul.shapes import SHAPES as EXPERTS
+from pallas_kernels.indexer_topk.keys import to_fp8
 from pallas_kernels.indexer_topk.shapes import SHAPES as INDEXER
 from pallas_kernels.quantize.shapes import SHAPES as MATRICES
 from pallas_kernels.sparse_attention.shapes import SHAPES as SPARSE
@@ -57,6 +60,11 @@ def cases(divide: int = 1) -> Iterator[Case]:
         for tokens, rows, entries in ((1, 8, 262144), (512, 1, 32768)):
             yield _select(model, rows, tokens, entries // divide, divide)
             yield _sparse(model, rows, tokens, entries // divide, divide)
+        # The entries of a million tokens.
+        yield _select(model, 8, 1, 262144 // divide, divide, narrow=True)
+        for kind in ("hca", "csa", "index"):
+            for tokens in (1, 8192):
+                yield _compress(f"{model} {kind}", tokens, divide)
         for tokens, rows, entries in ((1, 8, 8192), (4096, 1, 8192)):
             yield _dense(model, rows, max(1, tokens // divide), entries // divide, divide)
         for tokens in (8, 4096):
@@ -71,39 +79,48 @@ def _normal(*shape: int, dtype: Any = _bf16, seed: int = 0) -> Any:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
+def _whole(size: int, unit: int) -> int:
+    """The next multiple: kernels take whole tiles, and small cases are to show what they do."""
+    return -(-size // unit) * unit
+
+
 def _codes(*shape: int, dtype: Any) -> Any:
     """Arbitrary bits, made byte by byte: floats would take four times the memory."""
     bits = jax.random.bits(jax.random.key(3), shape, jnp.uint8)
     return bits if dtype == jnp.uint8 else (bits & 0x77).view(dtype)
 
 
-def _select(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
+def _select(
+    model: str, rows: int, tokens: int, entries: int, divide: int, *, narrow: bool = False
+) -> Case:
+    """`narrow`: queries and keys in E4M3, a scale per key."""
     shape = INDEXER[model]
     heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
 
     def inputs() -> tuple[Any, ...]:
         visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
+        keys = _normal(1, rows, entries, dim, seed=2)
         return (
-            _normal(rows, tokens, heads, dim),
+            _normal(rows, tokens, heads, dim, dtype=jnp.float8_e4m3fn if narrow else _bf16),
             _normal(rows, tokens, heads, dtype=jnp.float32, seed=1),
-            _normal(1, rows, entries, dim, seed=2),
+            to_fp8(keys) if narrow else keys,
             jnp.int32(0),
             visible_BT,
         )
 
     return Case(
         op="indexer_topk.select",
-        name=f"{model} {rows}x{tokens} queries, {entries} entries",
+        name=f"{model} {rows}x{tokens} queries, {entries} entries{' in fp8' if narrow else ''}",
         run=functools.partial(indexer_topk.select, k=k),
         inputs=inputs,
-        bytes=2 * rows * entries * dim,
+        bytes=rows * entries * (dim + 1 if narrow else 2 * dim),
         flops=2 * rows * tokens * entries * heads * dim,
     )
 
 
 def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
     shape = SPARSE[model]
-    heads, dim, k = shape.heads // divide, shape.head_dim, max(1, shape.k // divide)
+    heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
 
     def inputs() -> tuple[Any, ...]:
         chosen_Bk = jnp.arange(k, dtype=jnp.int32)[None] * (entries // k)
@@ -136,7 +153,7 @@ def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Ca
 
 def _dense(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
     shape = DENSE[model]
-    heads, dim = shape.heads // divide, shape.head_dim
+    heads, dim = max(1, shape.heads // divide), shape.head_dim
 
     def inputs() -> tuple[Any, ...]:
         visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
@@ -167,7 +184,8 @@ def _dense(model: str, rows: int, tokens: int, entries: int, divide: int) -> Cas
 
 def _experts(model: str, tokens: int, weights: str, divide: int) -> Case:
     shape = EXPERTS[model].divided(divide)
-    E, A, D, F = shape.experts, shape.choices, shape.hidden, shape.expert_hidden
+    E, A = shape.experts, shape.choices
+    D, F = _whole(shape.hidden, 256), _whole(shape.expert_hidden, 128)
 
     def inputs() -> tuple[Any, ...]:
         matrix = functools.partial(_weight, weights)
@@ -201,13 +219,49 @@ def _weight(kind: str, stack: tuple[int, ...], n: int, k: int) -> Any:
 
 def _linear(matrix: str, tokens: int, divide: int) -> Case:
     shape = MATRICES[matrix].divided(divide)
+    n, k = _whole(shape.n, 128), _whole(shape.k, 128)
     return Case(
         op="quantize.linear",
         name=f"{matrix} fp8, {tokens} tokens",
         run=quantize.linear,
-        inputs=lambda: (_normal(tokens, shape.k), _weight("fp8", (), shape.n, shape.k)),
-        bytes=shape.n * shape.k + 2 * tokens * (shape.n + shape.k),
-        flops=2 * tokens * shape.n * shape.k,
+        inputs=lambda: (_normal(tokens, k), _weight("fp8", (), n, k)),
+        bytes=n * k + 2 * tokens * (n + k),
+        flops=2 * tokens * n * k,
+    )
+
+
+def _compress(name: str, tokens: int, divide: int) -> Case:
+    """Eight rows' steps, or a prompt; small ones are not rounded, for a step of it is no error."""
+    shape, step = COMPRESSORS[name], tokens == 1
+    M, C, K, overlap = shape.ratio, shape.channels, shape.dim, shape.overlap
+    rows, tokens = (8, 1) if step else (1, max(2 * M, tokens // divide))
+    entries = -(-tokens // M)
+
+    def inputs() -> tuple[Any, ...]:
+        angle_BnQ = _normal(rows, entries, shape.rotated // 2, dtype=jnp.float32, seed=3)
+        bias_MC, scale_K = _normal(M, C, dtype=jnp.float32, seed=4), 1 + _normal(K, seed=5) / 8
+        rest = (bias_MC, scale_K, (jnp.cos(angle_BnQ), jnp.sin(angle_BnQ)))
+        draw = functools.partial(_normal, dtype=jnp.float32)
+        if step:
+            ring_LBRC = draw(1, rows, shape.ring, 2 * C)
+            return (ring_LBRC, jnp.int32(0), jnp.arange(rows, dtype=jnp.int32), *rest)
+        before_BPC = draw(rows, overlap * M, 2 * C, seed=1)
+        return (draw(rows, tokens, 2 * C), before_BPC, jnp.zeros(rows, jnp.int32), *rest)
+
+    return Case(
+        op=f"compress.{'decode' if step else 'prefill'}",
+        name=f"{name}, {rows}x{tokens} tokens",
+        run=functools.partial(
+            compress.decode if step else compress.prefill,
+            overlap=overlap,
+            eps=1e-6,
+            rounding=shape.rounding if divide == 1 else "none",
+            dtype=_bf16,
+        ),
+        inputs=inputs,
+        # Of a step, the half of a token's channels that its series is.
+        bytes=rows * (8 * K * overlap * M if step else 8 * C * tokens) + 2 * rows * entries * K,
+        flops=0,
     )
 
 

@@ -3,15 +3,18 @@
     python -m benchmarks.kernels [--only indexer_topk] [--divide 8] [--output benchmarks/results]
 
 Every form is compared with the reference on inputs `--divide` times smaller; only a form that
-agrees is timed, at full size, beside XLA's form. Prints a table, appends JSONL. On a CPU there are
-no kernels to run: XLA's forms are checked, and timed at the small sizes.
+agrees is timed, at full size, beside XLA's form and, on a GPU where there is torch, beside torch's
+own way (`torch_cases`). Prints a table, appends JSONL. On a CPU there are no kernels to run: XLA's
+forms are checked, and timed at the small sizes.
 """
 
 import argparse
 import datetime
+import importlib.util
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,8 @@ def main() -> int:
     device = jax.devices()[0]
     kernel = {"tpu": "tpu", "gpu": "gpu"}.get(device.platform)
     forms = [kernel, "xla"] if kernel else ["xla"]
+    if kernel == "gpu" and _has_torch():
+        forms.append("torch")
     print(f"{device.device_kind}, jax {jax.__version__}")
     rows: list[dict[str, Any]] = []
     pairs = zip(cases(args.divide), cases(1 if kernel else args.divide), strict=True)
@@ -67,6 +72,11 @@ def _measure(small: Case, full: Case, form: str, device: Any) -> dict[str, Any]:
             row["seconds"] = _seconds(full, form)
     except NotImplementedError as refusal:
         row["refusal"] = str(refusal)
+    except RuntimeError as failure:
+        # Of JAX or of torch.
+        if not any(words in str(failure) for words in ("RESOURCE_EXHAUSTED", "out of memory")):
+            raise
+        row["refusal"] = "more memory than there is"
     if "seconds" in row and device.device_kind in PEAKS:
         bandwidth, speed = PEAKS[device.device_kind]
         row["bound_seconds"] = max(full.bytes / bandwidth, full.flops / speed)
@@ -77,12 +87,46 @@ def _measure(small: Case, full: Case, form: str, device: Any) -> dict[str, Any]:
 def _error(case: Case, form: str) -> float:
     """Largest difference over the reference's largest value; choices must be the same."""
     inputs = jax.jit(case.inputs)()
-    run = lambda impl: jax.jit(lambda *args: case.run(*args, impl=impl))(*inputs)
-    pairs = zip(jax.tree.leaves(run(form)), jax.tree.leaves(run("reference")), strict=True)
-    return max(_difference(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs)
+    ours, theirs = (_program(case, name, inputs)() for name in (form, "reference"))
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(difference(_array(ours, form), np.asarray(theirs)) for ours, theirs in pairs)
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _array(result: Any, form: str) -> np.ndarray:
+    if form != "torch":
+        return np.asarray(result)
+    from benchmarks import torch_cases
+
+    return torch_cases.array(result)
+
+
+def _has_torch() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _program(case: Case, form: str, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    """Queues the case's work once, and gives what will be its result.
+
+    Raises:
+      NotImplementedError: the form does not take it, or there is none.
+    """
+    if form != "torch":
+        program = jax.jit(lambda *args: case.run(*args, impl=form)).lower(*inputs).compile()
+        return lambda: program(*inputs)
+    from benchmarks import torch_cases
+
+    run = torch_cases.form(case)
+    if run is None:
+        raise NotImplementedError("not compared with torch")
+    tensors = torch_cases.tensors(inputs)
+    return lambda: run(*tensors)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     if np.issubdtype(theirs.dtype, np.integer):
         # Scores that differ in the last place may change places at the end of the choice.
         return float(np.mean([len(set(a) ^ set(b)) / a.size for a, b in _lines(ours, theirs)]))
@@ -97,21 +141,30 @@ def _lines(ours: np.ndarray, theirs: np.ndarray) -> Any:
 
 def _seconds(case: Case, form: str, calls: int = 20) -> float:
     """Per call, of calls queued one after another: the median of five such queues."""
-    inputs = jax.jit(case.inputs)()
-    program = jax.jit(lambda *args: case.run(*args, impl=form)).lower(*inputs).compile()
-    result = jax.block_until_ready(program(*inputs))
+    program = _program(case, form, jax.jit(case.inputs)())
+    wait = _wait(form)
+    result = program()
+    wait(result)
     times = []
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(calls):
-            result = program(*inputs)
-        jax.block_until_ready(result)
+            result = program()
+        wait(result)
         times.append((time.perf_counter() - began) / calls)
     return float(np.median(times))
 
 
+def _wait(form: str) -> Callable[[Any], Any]:
+    if form != "torch":
+        return jax.block_until_ready
+    import torch
+
+    return lambda _: torch.cuda.synchronize()
+
+
 def _print(row: dict[str, Any]) -> None:
-    head = f"{row['op']:28} {row['case']:44} {row['form']:4}"
+    head = f"{row['op']:28} {row['case']:44} {row['form']:5}"
     if "refusal" in row:
         print(f"{head} {row['refusal']}")
     elif not row["agrees"]:

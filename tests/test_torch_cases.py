@@ -1,0 +1,38 @@
+"""What the benchmarks time in torch is what our kernels compute."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import kernels, torch_cases
+from benchmarks.kernel_cases import Case, cases
+
+SMALL = [
+    case
+    for case in cases(32)
+    if case.name.startswith("flash")
+    and torch_cases.form(case)
+    and not case.name.endswith((" 4096 tokens", " 512 tokens"))
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}, {case.name}")
+def test_torch_computes_the_same(case: Case) -> None:
+    inputs = jax.jit(case.inputs)()
+    run = torch_cases.form(case)
+    assert run is not None
+    got = torch_cases.array(run(*torch_cases.tensors(inputs)))
+    expected = np.asarray(jax.jit(lambda *args: case.run(*args, impl="reference"))(*inputs))
+    assert got.shape == expected.shape
+    assert kernels.difference(got, expected) <= kernels.TOLERANCE
+
+
+def test_every_op_that_torch_has_is_among_them() -> None:
+    ops = {case.op for case in SMALL}
+    assert ops == {
+        "indexer_topk.select",
+        "sparse_attention.decode",
+        "sparse_attention.prefill",
+        "quantize.linear",
+        "grouped_matmul.expert_mlp",
+    }

@@ -109,16 +109,6 @@ def test_merging_is_a_tournament_in_rounds() -> None:
     assert np.all(np.asarray(got)[0, 100:] == -1)
 
 
-def test_scales_are_read_from_where_copies_may_begin() -> None:
-    """From multiples of 16 bytes, whatever eighth entry the last tile begins at."""
-    scale_LBS = np.zeros((1, 1, 1152), np.uint8)
-    for start in range(0, 1152 - 64 + 8, 8):
-        first = int(gpu_scores._scales_start(start, scale_LBS))
-        assert first % 16 == 0
-        assert 0 <= first <= start
-        assert start + 64 <= first + 128 <= 1152
-
-
 def test_exponents_are_powers_of_two() -> None:
     codes = np.arange(255, dtype=np.uint8)  # 255 is NaN
     want = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e8m0fnu).astype(jnp.float32)

@@ -165,12 +165,8 @@ def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
 
 
 def _scales_start(start: Any, scale_LBS: Any) -> Any:
-    """Where to read 128 scales, the least that a warpgroup copies, among them a tile's.
-
-    Copies of whole lines begin at multiples of 16 bytes; tiles, which may reach back, at any eighth
-    entry.
-    """
-    return jnp.minimum(start & -16, scale_LBS.shape[2] - 2 * TILE)
+    """Where to read 128 scales, the least that a warpgroup copies, among them a tile's."""
+    return jnp.minimum(start, scale_LBS.shape[2] - 2 * TILE)
 
 
 def _power_of_two(exponent: Array) -> Array:

@@ -13,9 +13,8 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from pallas_kernels import dense_attention, targets
-from pallas_kernels.dense_attention import reference, xla
-from pallas_kernels.dense_attention.shapes import SHAPES
+from pallas_kernels import dense_attention
+from pallas_kernels.dense_attention import reference
 from tests.test_dense_attention import PREFILL, SCALE, Decode, Prefill, decode_case, prefill_case
 
 OF_DECODE = ("q_BTHK", "window_BRK", "pool_LBSK", "sink_H")
@@ -119,25 +118,3 @@ def test_gradients_of_the_reference_are_finite_differences() -> None:
     arrays = [jnp.asarray(getattr(case, name)) for name in OF_PREFILL]
     # Differences of float32 over steps of 1e-2.
     jax.test_util.check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-2, rtol=2e-3, atol=2e-3)
-
-
-def test_gradients_at_full_size_need_no_logits_in_memory() -> None:
-    """A training row of 4096 tokens, whose logits of 64 heads would be 4 GB and more."""
-    shape, T, S = SHAPES["flash"], 4096, 1024
-    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-    rows = array(1, T, shape.heads, shape.head_dim)
-    program = targets.compiled(
-        "v6e",
-        functools.partial(xla.prefill_backward, window=shape.window, scale=1.0),
-        rows,
-        rows,
-        rows,
-        array(1, shape.window + T, shape.head_dim),
-        array(1, dtype=jnp.int32),
-        array(1, 1, S, shape.head_dim),
-        array(dtype=jnp.int32),
-        array(1, T, dtype=jnp.int32),
-        array(shape.heads, dtype=jnp.float32),
-    )
-    # Sums of window and pool in float32 are 11 MB.
-    assert targets.temporaries(program) <= 16e6

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import quantize
 from v4jax import attention, hyper, moe
 from v4jax.cache import LayerCache
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
+from v4jax.layers import OfLayer
 from v4jax.params import Declare
 
 
@@ -31,8 +33,8 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """A segment's weights: one Block and one Experts per position of its pattern, L times each.
 
-    A scan slices blocks layer by layer. Experts stay whole, because slicing would copy every
-    expert of the layer to read the few that were chosen.
+    A scan slices the blocks' arrays layer by layer. Quantised weights and experts stay whole:
+    slicing would copy what a kernel reads where it lies, and of experts also those not chosen.
     """
 
     def __init__(self, cfg: ModelConfig, pattern: tuple[LayerKind, ...], repeats: int) -> None:
@@ -67,10 +69,16 @@ def run_stack(
     context: Context,
 ) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
     """All layers of a segment. Its caches are carried whole, so that they are updated in place."""
+    leaves, tree = jax.tree.flatten(p.blocks, is_leaf=_quantised)
 
     def one_repeat(carry, step):
         x_BTM, states = carry
-        layer, blocks = step
+        layer, arrays = step
+        of_layer = [
+            OfLayer(leaf, layer) if array is None else array
+            for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+        blocks = tree.unflatten(of_layer)
         updated = []
         for position, kind in enumerate(pattern):
             experts = p.experts[position]
@@ -80,6 +88,11 @@ def run_stack(
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
-    steps = (jnp.arange(repeats, dtype=jnp.int32), p.blocks)
+    arrays = [None if _quantised(leaf) else leaf for leaf in leaves]
+    steps = (jnp.arange(repeats, dtype=jnp.int32), arrays)
     (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
     return x_BTM, states
+
+
+def _quantised(leaf: object) -> bool:
+    return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)

@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, D channels of the value at hand, H heads, K hea
 pairs.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,10 +16,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, rotary
-from pallas_kernels.quantize.leaves import FP8_BLOCK
 from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
 from v4jax.numerics import Numerics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfLayer:
+    """One layer's matrix of a quantised stack, not sliced: a kernel reads it where it lies.
+
+    Attributes:
+      stack: Fp8Weight or Fp4Weight, [L, ...].
+      layer: which of them.
+    """
+
+    stack: Any
+    layer: Any
 
 
 def value(weight: Any) -> Any:
@@ -28,7 +42,10 @@ def value(weight: Any) -> Any:
 
 def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
-    return quantize.linear(x, value(weight))
+    weight = value(weight)
+    if isinstance(weight, OfLayer):
+        return quantize.linear(x, weight.stack, layer=weight.layer)
+    return quantize.linear(x, weight)
 
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
@@ -39,30 +56,25 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
-    weight_QP, groups = value(weight_QP), x_BTGP.shape[2]
-    whole_blocks = weight_QP.shape[0] // groups % FP8_BLOCK == 0
-    if isinstance(weight_QP, quantize.Fp8Weight) and whole_blocks:
-        return sharding.per_device(
-            _group_by_group,
-            *(x_BTGP, weight_QP),
-            axes=(("batch", None, "heads", None), (None, "heads")),
-            out=("batch", None, "heads"),
-        )
-    dense_QP = quantize.dense(weight_QP, x_BTGP.dtype)
-    dense_GOP = dense_QP.reshape(groups, -1, dense_QP.shape[-1])
-    out_BTGO = jnp.einsum("btgp,gop->btgo", x_BTGP, dense_GOP, preferred_element_type=jnp.float32)
-    return out_BTGO.reshape(*x_BTGP.shape[:2], -1).astype(x_BTGP.dtype)
+    weight_QP, layer = value(weight_QP), None
+    if isinstance(weight_QP, OfLayer):
+        weight_QP, layer = weight_QP.stack, weight_QP.layer
+    if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
+        return _by_group(x_BTGP, weight_QP, layer)
+    stack = () if layer is None else (None,)
+    return sharding.per_device(
+        _by_group,
+        *(x_BTGP, weight_QP, layer),
+        axes=(("batch", None, "heads", None), (*stack, None, "heads"), ()),
+        out=("batch", None, "heads"),
+    )
 
 
-def _group_by_group(
-    x_BTGP: Float[Array, "B T G P"], weight_QP: quantize.Fp8Weight
+def _by_group(
+    x_BTGP: Float[Array, "B T G P"], weight: Any, layer: Int[Array, ""] | None
 ) -> Float[Array, "B T Q"]:
-    """One matmul after another, so that no weight is dequantised whole."""
-    groups = x_BTGP.shape[2]
-    split = lambda part: jnp.split(part, groups, axis=-1)
-    weights = map(quantize.Fp8Weight, split(weight_QP.codes), split(weight_QP.scale))
-    outs = [quantize.linear(x_BTGP[:, :, g], weight) for g, weight in enumerate(weights)]
-    return jnp.concatenate(outs, axis=-1)
+    x_BTC = x_BTGP.reshape(*x_BTGP.shape[:2], -1)
+    return quantize.linear(x_BTC, weight, layer=layer, groups=x_BTGP.shape[2])
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:

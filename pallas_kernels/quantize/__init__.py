@@ -1,6 +1,6 @@
 """Quantised formats: rounding, weights kept in the checkpoint's bits, matmuls with them.
 
-Axis letters: K input channels, N output channels.
+Axis letters: K input channels, N output channels, G groups.
 """
 
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import Impl, dispatch
 from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
@@ -145,9 +145,11 @@ def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
 
 
 def linear(
-    x: Float[Array, "*rows K"],
+    x: Float[Array, "*rows GK"],
     w: Weight,
     *,
+    layer: Int[Array, ""] | None = None,
+    groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
     impl: Impl = "auto",
 ) -> Float[Array, "*rows N"]:
@@ -157,7 +159,9 @@ def linear(
 
     Args:
       x: rows of input channels, or one row.
-      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype; one matrix.
+      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
+      layer: which matrix to take where w is a stack of them; kernels read it where it lies.
+      groups: G, a divisor of N: N / G outputs each take K channels of x, their group's own.
       precision: of the matmul, as in `jnp.einsum`.
       impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
         'tpu' and 'gpu' (FP8) tile by tile on the chip; 'auto' takes the best form for the
@@ -171,39 +175,51 @@ def linear(
       TypeError: x is no array of floats, or parts of w are of other dtypes than `Weight` says.
       ValueError: shapes that do not fit together.
     """
-    _check_linear(x, w)
+    _check_linear(x, w, layer, groups)
     if isinstance(w, Fp8Weight | Fp4Weight):
-        return _linear_quantised(x, w, precision, impl)
+        return _linear_quantised(x, w, layer, groups, precision, impl)
     # XLA multiplies plain arrays best, and differentiates them.
     impl = "xla" if impl == "auto" else impl
-    return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
+    static = {"groups": groups, "precision": precision}
+    return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **static)
 
 
-def _check_linear(x: Any, w: Any) -> None:
+def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     op = "quantize.linear"
     _check_rows(op, x)
     check_weight(op, "w", w)
-    if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: w stands for {w.shape}, not for (N, K={x.shape[-1]}) as x asks.")
+    if len(w.shape) != (2 if layer is None else 3):
+        wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"
+        raise ValueError(f"{op}: w stands for {w.shape}; it takes {wanted}.")
+    N, K = w.shape[-2:]
+    if groups < 1 or N % groups or groups * K != x.shape[-1]:
+        raise ValueError(
+            f"{op}: x has {x.shape[-1]} channels; {groups} groups of a matrix of {N} x {K} take "
+            f"{groups * K}, and groups divide {N}."
+        )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _linear_quantised(
-    x: Float[Array, "*rows K"],
+    x: Float[Array, "*rows GK"],
     w: Fp8Weight | Fp4Weight,
+    layer: Int[Array, ""] | None,
+    groups: int,
     precision: jax.lax.PrecisionLike,
     impl: Impl,
 ) -> Float[Array, "*rows N"]:
-    return dispatch("quantize", "linear", impl, _FORMS, x, w, precision=precision)
+    static = {"groups": groups, "precision": precision}
+    return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **static)
 
 
-def _forward(x: Any, w: Any, precision: Any, impl: Impl) -> Any:
-    return _linear_quantised(x, w, precision, impl), w
+def _forward(x: Any, w: Any, layer: Any, groups: int, precision: Any, impl: Impl) -> Any:
+    return _linear_quantised(x, w, layer, groups, precision, impl), (w, layer)
 
 
-def _backward(precision: Any, impl: Impl, w: Any, dy: Any) -> Any:
-    name = "linear_backward"
-    return dispatch("quantize", name, impl, _FORMS, dy, w, precision=precision), None
+def _backward(groups: int, precision: Any, impl: Impl, kept: Any, dy: Any) -> Any:
+    static = {"groups": groups, "precision": precision}
+    dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, *kept, **static)
+    return dx, None, None
 
 
 _linear_quantised.defvjp(_forward, _backward)

@@ -3,8 +3,8 @@
 A block of threads owns 128 columns. A 128 x 128 tile of codes has one scale: it becomes bfloat16
 in shared memory, exactly, and its product with the rows is multiplied by the scale in registers.
 
-Axis letters: R rows, K input channels, N output channels, Z parts of K, D tiles under way, M rows
-of a block, X channels of a tile, C columns of a tile.
+Axis letters: L layers of a stack, G groups, R rows, K input channels, N output channels, Z parts
+of K, D tiles under way, M rows of a block, X channels of a tile, C columns of a tile.
 """
 
 import functools
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.quantize import tpu_codes
-from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight
+from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight, of_layer
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -29,7 +29,12 @@ _PART_BYTES = 2**21  # of float32 sums of parts of K
 
 
 def linear(
-    x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
+    x: Float[Array, "*rows GK"],
+    w: Weight,
+    layer: Int[Array, ""] | None = None,
+    *,
+    groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows N"]:
     """As `quantize.linear`, for bfloat16 and FP8 weights.
 
@@ -37,22 +42,25 @@ def linear(
       Unsupported: another kind of weight, dtype, or a matrix that is not whole blocks of 128.
     """
     del precision  # products of bfloat16 are exact
-    if not isinstance(w, Fp8Weight) or w.codes.ndim != 2:
+    if not isinstance(w, Fp8Weight) or w.codes.ndim != (2 if layer is None else 3):
         raise Unsupported("The GPU form of linear takes one matrix in FP8.")
-    (N, K), x_RK = w.shape, x.reshape(-1, x.shape[-1])
-    if x.dtype != jnp.bfloat16 or N % FP8_BLOCK or K % FP8_BLOCK or x.size == 0:
+    (N, K), x_RK = w.shape[-2:], x.reshape(-1, x.shape[-1])
+    if x.dtype != jnp.bfloat16 or N % (groups * FP8_BLOCK) or K % FP8_BLOCK or x.size == 0:
         raise Unsupported(
             f"The GPU form of linear takes bfloat16 and whole blocks of {FP8_BLOCK}; not"
-            f" {x.dtype} {x.shape} times {N} x {K}."
+            f" {x.dtype} {x.shape} times {groups} groups of {N} x {K}."
         )
     tpu_codes.refuse_partitioning()
     rows = 128 if len(x_RK) > 64 else 64
     x_RK = jnp.pad(x_RK, ((0, -len(x_RK) % (8 if rows == 64 else rows)), (0, 0)))
     parts = _parts(len(x_RK), N, K, rows)
     # A number in 16384: not worth a conversion of its own in each block of threads.
-    sums_ZRN = _sums(x_RK, w.codes, w.scale.astype(jnp.float32), rows=rows, parts=parts)
+    scale_kn = of_layer(w.scale, layer).astype(jnp.float32)
+    layer_1 = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32)[None]
+    codes_LKN = w.codes if w.codes.ndim == 3 else w.codes[None]
+    sums_ZRN = _sums(x_RK, layer_1, codes_LKN, scale_kn, groups=groups, rows=rows, parts=parts)
     y_RN = sums_ZRN[0] if parts == 1 else jnp.sum(sums_ZRN, axis=0).astype(x.dtype)
-    return y_RN[: x.size // K].reshape(*x.shape[:-1], N)
+    return y_RN[: x.size // (groups * K)].reshape(*x.shape[:-1], N)
 
 
 def _parts(R: int, N: int, K: int, rows: int) -> int:
@@ -63,25 +71,35 @@ def _parts(R: int, N: int, K: int, rows: int) -> int:
 
 
 def _sums(
-    x_RK: Float[Array, "R K"], codes_KN: Any, scale_kn: Any, *, rows: int, parts: int
+    x_RK: Float[Array, "R GK"],
+    layer_1: Int[Array, " 1"],
+    codes_LKN: Any,
+    scale_kn: Any,
+    *,
+    groups: int,
+    rows: int,
+    parts: int,
 ) -> Float[Array, "Z R N"]:
-    (R, K), N = x_RK.shape, codes_KN.shape[1]
+    R, (_, K, N) = len(x_RK), codes_LKN.shape
     tiles, taken = K // FP8_BLOCK // parts, min(R, rows)
     dtype = x_RK.dtype if parts == 1 else jnp.float32
 
-    def body(x_ref: Any, codes_ref: Any, scale_ref: Any, out_ref: Any, **smem: Any) -> None:
+    def body(
+        x_ref: Any, layer_ref: Any, codes_ref: Any, scale_ref: Any, out_ref: Any, **smem: Any
+    ) -> None:
         at = tuple(jax.lax.axis_index(name) for name in ("part", "column", "row"))
         part, column, row = at
         columns = pl.ds(column * FP8_BLOCK, FP8_BLOCK)
-        first = part * tiles
+        first, layer = part * tiles, layer_ref[0]
+        of_group = column // (N // groups // FP8_BLOCK) * K
 
         def fetch(tile: Any) -> None:
             slot, here = jax.lax.rem(tile, _DEPTH), smem["here_D"].at[jax.lax.rem(tile, _DEPTH)]
-            channels = pl.ds((first + tile) * FP8_BLOCK, FP8_BLOCK)
+            at = (first + tile) * FP8_BLOCK
             # Rows that there are not hold anything, and stay on their own.
-            x = x_ref.at[pl.ds(row * rows, taken), channels]
+            x = x_ref.at[pl.ds(row * rows, taken), pl.ds(of_group + at, FP8_BLOCK)]
             plgpu.copy_gmem_to_smem(x, smem["x_DMX"].at[slot, pl.ds(0, taken)], here)
-            codes = codes_ref.at[channels, columns]
+            codes = codes_ref.at[layer, pl.ds(at, FP8_BLOCK), columns]
             plgpu.copy_gmem_to_smem(codes, smem["codes_DXC"].at[slot], here)
 
         for tile in range(min(_DEPTH, tiles)):
@@ -114,7 +132,7 @@ def _sums(
         scratch_types=_room(rows, dtype),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="linear_fp8",
-    )(x_RK, codes_KN, scale_kn)
+    )(x_RK, layer_1, codes_LKN, scale_kn)
 
 
 def _room(rows: int, dtype: Any) -> dict[str, Any]:

@@ -63,6 +63,14 @@ class Fp4Weight:
 Weight: TypeAlias = Float[Array, "..."] | Fp8Weight | Fp4Weight
 
 
+def of_layer(w: Any, layer: Array | None) -> Any:
+    """One matrix of a stack, sliced; `w` itself where `layer` is None."""
+    if layer is None:
+        return w
+    one = lambda part: jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False)
+    return jax.tree.map(one, w)
+
+
 def check_weight(op: str, name: str, w: Any) -> None:
     """Refuse codes and scales that do not fit together; arrays pass.
 

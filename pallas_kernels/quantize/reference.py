@@ -10,10 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
+from pallas_kernels.quantize.leaves import (
+    FP4_BLOCK,
+    FP8_BLOCK,
+    Fp4Weight,
+    Fp8Weight,
+    Weight,
+    of_layer,
+)
 
 MANTISSA = 23  # bits of a float32's mantissa
 BIAS = 127
@@ -138,26 +145,45 @@ def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
 
 
 def linear(
-    x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
+    x: Float[Array, "*rows GK"],
+    w: Weight,
+    layer: Int[Array, ""] | None = None,
+    *,
+    groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows N"]:
     """Dequantise, then multiply; accumulate in float32 or wider, return x's dtype."""
-    wide = accumulator(x.dtype)
+    wide, w = accumulator(x.dtype), of_layer(w, layer)
     w_NK = dense(w, x.dtype) if isinstance(w, Fp8Weight | Fp4Weight) else w
-    # Two dims and an explicit transpose: for one row XLA then reads a weight sliced from a stack in
-    # place, at 1.5 times the speed of the copy that it makes for an einsum.
-    x_RK = x.reshape(-1, x.shape[-1])
-    y_RN = jnp.matmul(x_RK, w_NK.T, precision=precision, preferred_element_type=wide)
+    matmul = {"precision": precision, "preferred_element_type": wide}
+    if groups > 1:
+        x_RGK = x.reshape(-1, groups, w_NK.shape[1])
+        w_GnK = w_NK.reshape(groups, -1, w_NK.shape[1])
+        y_RN = jnp.einsum("rgk,gnk->rgn", x_RGK, w_GnK, **matmul)
+    else:
+        # Two dims and an explicit transpose: for one row XLA then reads a weight sliced from a
+        # stack in place, at 1.5 times the speed of the copy that it makes for an einsum.
+        y_RN = jnp.matmul(x.reshape(-1, x.shape[-1]), w_NK.T, **matmul)
     return y_RN.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)
 
 
 def linear_backward(
     dy: Float[Array, "*rows N"],
     w: Fp8Weight | Fp4Weight,
+    layer: Int[Array, ""] | None = None,
     *,
+    groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "*rows K"]:
+) -> Float[Array, "*rows GK"]:
     """The gradient of x: dy times the matrix, accumulated as `linear` does."""
-    wide = accumulator(dy.dtype)
-    w_NK = dense(w, dy.dtype)
-    dx = jnp.matmul(dy, w_NK, precision=precision, preferred_element_type=wide)
-    return dx.astype(dy.dtype)
+    w_NK = dense(of_layer(w, layer), dy.dtype)
+    matmul = {"precision": precision, "preferred_element_type": accumulator(dy.dtype)}
+    if groups > 1:
+        dy_RGn = dy.reshape(-1, groups, w_NK.shape[0] // groups)
+        w_GnK = w_NK.reshape(groups, -1, w_NK.shape[1])
+        # Products are exact in float32, to which XLA's CPU backend has no such matmul of bfloat16.
+        wide = accumulator(dy.dtype)
+        dx = jnp.einsum("rgn,gnk->rgk", dy_RGn.astype(wide), w_GnK.astype(wide), **matmul)
+    else:
+        dx = jnp.matmul(dy, w_NK, **matmul)
+    return dx.reshape(*dy.shape[:-1], groups * w_NK.shape[1]).astype(dy.dtype)

@@ -4,24 +4,41 @@ Axis letters: R rows, K input channels, N output channels, B blocks of K, C chan
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.quantize import reference
-from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight, Weight
+from pallas_kernels.quantize.leaves import (
+    FP4_BLOCK,
+    FP8_BLOCK,
+    Fp4Weight,
+    Fp8Weight,
+    Weight,
+    of_layer,
+)
 
 _STRIP = 2**22
 
 
 def linear(
-    x: Float[Array, "*rows K"], w: Weight, *, precision: jax.lax.PrecisionLike = None
+    x: Float[Array, "*rows GK"],
+    w: Weight,
+    layer: Int[Array, ""] | None = None,
+    *,
+    groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows N"]:
     """Few rows: a sum per block, times its scale. Many: weights times scales, then one matmul."""
-    if not isinstance(w, Fp8Weight | Fp4Weight):
-        return reference.linear(x, w, precision=precision)
+    w = of_layer(w, layer)
+    if not isinstance(w, Fp8Weight | Fp4Weight) or not _cuts(w, groups):
+        return reference.linear(x, w, groups=groups, precision=precision)
+    if groups > 1:
+        return _by_group(functools.partial(linear, precision=precision), x, w, groups)
     code_BCN, scale_BN = _blocks(w)
     B, C, N = code_BCN.shape
     x_RK = x.reshape(-1, x.shape[-1])
@@ -43,13 +60,34 @@ def linear(
     return y_RN.reshape(*x.shape[:-1], N).astype(x.dtype)
 
 
+def _cuts(w: Fp8Weight | Fp4Weight, groups: int) -> bool:
+    """Whether groups of N are whole blocks."""
+    return groups == 1 or isinstance(w, Fp4Weight) or w.shape[0] // groups % FP8_BLOCK == 0
+
+
+def _by_group(
+    run: Callable[[Any, Any], Array], x: Float[Array, "*rows C"], w: Any, groups: int
+) -> Float[Array, "*rows D"]:
+    """One matmul after another, so that no weight is dequantised whole."""
+    split = lambda part: jnp.split(part, groups, axis=-1)
+    weights = map(type(w), split(w.codes), split(w.scale))
+    return jnp.concatenate(list(map(run, split(x), weights)), axis=-1)
+
+
 def linear_backward(
     dy: Float[Array, "*rows N"],
     w: Fp8Weight | Fp4Weight,
+    layer: Int[Array, ""] | None = None,
     *,
+    groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "*rows K"]:
+) -> Float[Array, "*rows GK"]:
     """The gradient of x, strip by strip of K, so that no dequantised weight is held whole."""
+    w = of_layer(w, layer)
+    if not _cuts(w, groups):
+        return reference.linear_backward(dy, w, groups=groups, precision=precision)
+    if groups > 1:
+        return _by_group(functools.partial(linear_backward, precision=precision), dy, w, groups)
     (N, K), rows = w.shape, w.codes.shape[0]
     dy_RN = dy.reshape(-1, N)
     strips = _strips(w)

@@ -1,0 +1,73 @@
+"""Sizes of tiles, and how their parts are walked through inside a kernel.
+
+Axis letters: K input channels, N output channels.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.implementations import Unsupported
+
+VMEM_BYTES = 56 * 2**20
+
+
+def divisor(extent: int, most: int, unit: int) -> int:
+    """The largest divisor of the extent up to `most` that counts whole units; or one unit."""
+    sizes = range(min(most, extent) // unit * unit, unit, -unit)
+    return next((size for size in sizes if extent % size == 0), unit)
+
+
+def channels(K: int, most: int) -> int:
+    """Channels per tile: whole thousands, because scales are read in whole tiles of eight rows."""
+    if K % 1024 == 0:
+        return divisor(K, most, 1024)
+    if K <= 4096:
+        return K
+    raise Unsupported(f"The TPU form of linear takes K over 4096 in 1024s, not {K}.")
+
+
+def columns(N: int, most: int) -> int:
+    """A power of two of columns per tile; an even number of tiles, for chips of two cores."""
+    if N <= 128:
+        return N
+    size = 2 ** int(math.log2(max(min(most, N // 2), 128)))
+    while size > 128 and N % (2 * size):
+        size //= 2
+    return size if N % size == 0 else min(512, most)
+
+
+def over_chunks(bk: int, bn: int, run: Any) -> None:
+    """`run(at_k, at_n, ck, cn)` for parts small enough to unroll; one part's start is static."""
+    ck, cn = 1024 if bk % 1024 == 0 else bk, bn if bn % 128 else divisor(bn, 512, 128)
+    along_k, along_n = bk // ck, bn // cn
+    start = lambda i, size, count: pl.multiple_of(i * size, size) if count > 1 else 0
+
+    def body(i: Any, carry: None) -> None:
+        at_k, at_n = jax.lax.rem(i, along_k), jax.lax.div(i, along_k)
+        run(start(at_k, ck, along_k), start(at_n, cn, along_n), ck, cn)
+
+    jax.lax.fori_loop(0, along_k * along_n, body, None)
+
+
+def part_of(at: Any, multiple: int, by: int) -> Any:
+    """`at / by`, where `at` counts whole multiples."""
+    return at if isinstance(at, int) else pl.multiple_of(jax.lax.div(at, by), multiple // by)
+
+
+def dot(x: Array, values: Array, precision: Any, *, transposed: bool = False) -> Array:
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(
+        x, values.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def in_hbm(stack: Any) -> Any:
+    """Keep XLA from bringing all of a stack to VMEM, for a kernel that reads one layer of it."""
+    pin = lambda part: pltpu.with_memory_space_constraint(part, pltpu.HBM)
+    return jax.tree.map(lambda part: pin(part) if len(part) > 1 else part, stack)

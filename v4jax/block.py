@@ -3,6 +3,8 @@
 Axis letters: L layers of a stack, B batch, T tokens, M streams side by side.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -88,11 +90,21 @@ def run_stack(
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
-    arrays = [None if _quantised(leaf) else leaf for leaf in leaves]
+    arrays = [_sliced(leaf, context) for leaf in leaves]
     steps = (jnp.arange(repeats, dtype=jnp.int32), arrays)
     (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
     return x_BTM, states
 
 
-def _quantised(leaf: object) -> bool:
+def _quantised(leaf: Any) -> bool:
     return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)
+
+
+def _sliced(leaf: Any, context: Context) -> Any:
+    """What a scan slices of a stacked weight; None of quantised ones."""
+    if _quantised(leaf):
+        return None
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        # Looked up here: inside the scan a TPU would spread a table's rows of six over 128 lanes.
+        return leaf[:, context.tokens_BT]
+    return leaf

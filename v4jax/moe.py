@@ -17,7 +17,10 @@ from v4jax.params import Declare
 
 
 class Router(nnx.Module):
-    """Scores for all experts; `bias_E` (learned choice) or `expert_ids_VA` (choice by token id)."""
+    """Scores for all experts; `bias_E` (learned choice) or `expert_ids_VA` (choice by token id).
+
+    A block that runs holds instead of the table what it says of the block's tokens, [B, T, A].
+    """
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         experts = cfg.n_routed_experts
@@ -61,7 +64,7 @@ def route(
         biased_BTE = score_BTE + layers.value(p.bias_E)[None, None]
         expert_BTA = jax.lax.top_k(biased_BTE, cfg.num_experts_per_tok)[1]
     else:
-        expert_BTA = layers.value(p.expert_ids_VA)[context.tokens_BT]
+        expert_BTA = layers.value(p.expert_ids_VA)
     weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)
     # The floor is transformers'; it is below float32's resolution of any sum that is not zero.
     total_BT1 = jnp.maximum(jnp.sum(weight_BTA, axis=-1, keepdims=True), 1e-20)

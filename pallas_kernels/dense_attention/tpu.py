@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from pallas_kernels.dense_attention import xla
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import in_hbm
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
@@ -174,7 +175,7 @@ def _attend(
         jnp.broadcast_to(sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
         visible_BN1Q,
         window,
-        pool_LBSK,
+        in_hbm(pool_LBSK),
     )
     return out.reshape(q_BTHK.shape)
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import lora, tpu_weights
 from pallas_kernels.grouped_matmul.plan import Plan
+from pallas_kernels.mosaic_tpu import in_hbm
 
 _VMEM_BYTES = 56 * 2**20
 _BLOCK_BYTES = {True: 9 * 2**19, False: 8 * 2**20}  # of a step's weights, by whether rows are few
@@ -125,7 +126,7 @@ def grouped(
         plan.high_S,
         number_M1R,
         list(rows),
-        [w.arrays for w in weights],
+        in_hbm([w.arrays for w in weights]),
     )
     return [*got[:-1], jnp.sum(got[-1], axis=0)] if summed else list(got)
 

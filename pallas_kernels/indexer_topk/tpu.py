@@ -22,6 +22,7 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu_choice as choice
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
 from pallas_kernels.indexer_topk.tpu_scores import LANES, PEAKS, TILE, score_block
+from pallas_kernels.mosaic_tpu import in_hbm
 
 _QUERIES = 8
 # Long blocks hide more of the time that a product takes to appear, but a prompt sees less of them.
@@ -69,7 +70,7 @@ def select(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
         name="indexer_topk_select",
-    )(*scalars, q_BTIJ, weights_BTI, *arrays)
+    )(*scalars, q_BTIJ, weights_BTI, *in_hbm(arrays))
 
 
 @dataclasses.dataclass(frozen=True)

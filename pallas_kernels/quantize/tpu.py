@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.quantize import tpu_codes, tpu_few, tpu_many, tpu_tiles
+from pallas_kernels.mosaic_tpu import in_hbm
+from pallas_kernels.quantize import tpu_codes, tpu_few, tpu_many
 from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight
 
 _FEW = {Fp8Weight: 128, Fp4Weight: 16}  # rows up to which products are scaled
@@ -75,4 +76,4 @@ def _checked(x: Array, w: Weight, layer: Array | None, groups: int) -> Fp8Weight
     if groups > 1 and N // groups % 128:
         raise Unsupported(f"The TPU form of linear takes groups of 128s of N, not {N // groups}.")
     tpu_codes.refuse_partitioning()
-    return tpu_tiles.in_hbm(w) if layer is not None else jax.tree.map(lambda part: part[None], w)
+    return jax.tree.map(lambda part: part[None], w) if layer is None else in_hbm(w)

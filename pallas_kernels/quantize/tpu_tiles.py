@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.implementations import Unsupported
@@ -65,9 +64,3 @@ def dot(x: Array, values: Array, precision: Any, *, transposed: bool = False) ->
     return jax.lax.dot_general(
         x, values.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def in_hbm(stack: Any) -> Any:
-    """Keep XLA from bringing all of a stack to VMEM, for a kernel that reads one layer of it."""
-    pin = lambda part: pltpu.with_memory_space_constraint(part, pltpu.HBM)
-    return jax.tree.map(lambda part: pin(part) if len(part) > 1 else part, stack)

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention.tpu_softmax import attend
 
@@ -67,7 +68,7 @@ def call(
         window_BRK,
         window_mask_BTN,
         sink_H1,
-        pool_LBSW,
+        in_hbm(pool_LBSW),
     )
 
 

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
 from pallas_kernels.sparse_attention.tpu_softmax import attend
@@ -67,7 +68,7 @@ def call(
         q_BTHK,
         sink_H1,
         whole(window_BXK, 0),
-        pool_LBSK,
+        in_hbm(pool_LBSK),
     )
 
 

@@ -225,9 +225,8 @@ def _overlapped(parts_BGAK: Float32[Array, "B G A K"], group: int) -> Float32[Ar
     if groups == 1:
         return parts_BGAK[:, 0]
     own, more = parts_BGAK[:, :, :group], parts_BGAK[:, :, group:]
-    flat = lambda x: x.reshape(batch, groups * group, dim)
-    more = _pad(more, 2, 2 * group - keys)
-    return _pad(flat(own), 1, group) + jnp.pad(flat(more), ((0, 0), (group, 0), (0, 0)))
+    body = own.at[:, 1:, : keys - group].add(more[:, :-1])
+    return jnp.concatenate([body.reshape(batch, groups * group, dim), more[:, -1]], axis=1)
 
 
 def _of_stack(parts_PBSK: Any, pool_LBSK: Any, layer: Any) -> Any:

@@ -113,6 +113,13 @@ def test_tpus_read_the_streams_once(target: Any, name: str, op: str) -> None:
         assert cost["bytes accessed"] <= 2 * B * T * shape.hidden
 
 
+def test_any_number_of_tokens_compiles() -> None:
+    for op, T in (("pre", 3), ("post", 3), ("post", 67), ("head", 3)):
+        shape = SHAPES["flash"]
+        program = targets.compiled("v5p", run(op, shape), *structs(op, shape, 1, T))
+        assert "tpu_custom_call" in (program.as_text() or "")
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_gpus_keep_no_streams_between(name: str, op: str) -> None:

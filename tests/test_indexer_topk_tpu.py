@@ -221,3 +221,19 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_xla() -> None:
     np.testing.assert_array_equal(
         indexer_topk.select(*args, k=2), indexer_topk.select(*args, k=2, impl="reference")
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "k", "match"),
+    [
+        (jnp.float16, 64, 8, "not 64 numbers in float16"),
+        (jnp.float32, 256, 8, "512 bytes each"),
+        (jnp.bfloat16, 64, 5000, "k up to 4096"),
+    ],
+)
+def test_what_would_not_compile_is_refused_first(dtype: Any, dim: int, k: int, match: str) -> None:
+    struct = jax.ShapeDtypeStruct
+    args = struct((1, 1, 4, dim), dtype), struct((1, 1, 4), jnp.float32)
+    args += struct((1, 1, 8192, dim), dtype), struct((), jnp.int32), struct((1, 1), jnp.int32)
+    with pytest.raises(Unsupported, match=match):
+        jax.eval_shape(functools.partial(SELECT, k=k), *args)

@@ -94,6 +94,8 @@ def test_other_blocks_are_refused_by_the_kernel_and_left_to_xla() -> None:
     with pytest.raises(Unsupported, match="32, 64 and 128, not 24"):
         quantize.fake_quant_fp8(x, block=24, impl="tpu")
     np.testing.assert_array_equal(quantize.fake_quant_fp8(x, block=24), x)
+    with pytest.raises(Unsupported, match="16384 channels, not 65536"):
+        jax.eval_shape(functools.partial(ROUNDINGS["fp4 by 32"], impl="tpu"), struct(8, 65536))
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:

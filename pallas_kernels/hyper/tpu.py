@@ -81,12 +81,13 @@ def post(
     _require(x_BTM, N, post_BTN.dtype, comb_BTNN.dtype)
     R, M = x_BTM.shape[0] * x_BTM.shape[1], x_BTM.shape[2]
     weights_QR = jnp.concatenate([post_BTN.reshape(R, N).T, comb_BTNN.reshape(R, N * N).T])
-    block, along = _blocks(R, LANES)
+    # Whole groups, so that each lies where memory is read; of a number of tokens, any.
+    block, along = _blocks(pl.cdiv(R, tpu_post.GROUP) * tpu_post.GROUP, LANES)
     return pl.pallas_call(
         functools.partial(tpu_post.kernel, N),
         grid=(pl.cdiv(R, block),),
         in_specs=[
-            along((len(weights_QR), block), 1),
+            along((len(weights_QR), LANES), 1),
             along((block, M // N), 0),
             along((block, M), 0),
         ],

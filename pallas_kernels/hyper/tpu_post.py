@@ -10,26 +10,26 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-_GROUP = 16  # tokens: a register of bfloat16
+GROUP = 16  # tokens: a register of bfloat16
 _CHUNK = 512  # channels
 
 
 def kernel(
     streams: int,
-    weights_ref: Any,  # [N + N * N, R]
+    weights_ref: Any,  # [N + N * N, 128]
     output_ref: Any,  # [R, D]
     x_ref: Any,  # [R, M]
     out_ref: Any,  # [R, M]
     square_ref: Any,  # [128, 128]
 ) -> None:
     """Weights of a token come along lanes, and are used along sublanes."""
-    N, (Q, R), D = streams, weights_ref.shape, output_ref.shape[1]
-    square_ref[:Q, :R] = weights_ref[...]
+    N, Q, (R, D) = streams, len(weights_ref), output_ref.shape
+    square_ref[:Q] = weights_ref[...]
     square_ref[...] = square_ref[...].T
-    chunk, group = math.gcd(D, _CHUNK), math.gcd(R, _GROUP)
+    chunk = math.gcd(D, _CHUNK)
 
     def tokens(g: Any, _: Any) -> None:
-        rows = pl.ds(pl.multiple_of(g * group, group), group)
+        rows = pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
         weights_GV = square_ref[rows]
         weight = lambda q: weights_GV[:, q : q + 1]
 
@@ -45,4 +45,4 @@ def kernel(
 
         jax.lax.fori_loop(0, D // chunk, channels, None)
 
-    jax.lax.fori_loop(0, R // group, tokens, None)
+    jax.lax.fori_loop(0, R // GROUP, tokens, None)

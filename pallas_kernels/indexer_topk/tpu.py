@@ -31,6 +31,9 @@ _PIECES = 32  # pages of a block
 _VMEM = 48 * 2**20
 _MOST_SCORES = _VMEM // 2 // 4
 _MOST_SCALARS = 2**17  # half of the scalar memory
+_MOST_CHOSEN = 4096
+_MOST_KEY_BYTES = 512
+_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
 
 
 def select(
@@ -127,8 +130,15 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
         raise Unsupported(f"{takes} {_MOST_SCORES} scores of a block of queries, not {scores}.")
     if scalars > _MOST_SCALARS:
         raise Unsupported(f"{takes} {_MOST_SCALARS} lengths and pages, not {scalars}.")
-    if q_BTIJ.dtype.itemsize > 4:
-        raise Unsupported(f"{takes} no {q_BTIJ.dtype}.")
+    if plan.k > _MOST_CHOSEN:
+        raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {plan.k}.")
+    stored = keys.pages if isinstance(keys, PagedKeys) else keys
+    for array in (q_BTIJ, *([] if isinstance(stored, Fp8Keys | Fp4Keys) else [stored])):
+        if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
+            raise Unsupported(
+                f"{takes} queries and keys in bfloat16, float32 or E4M3, of up to"
+                f" {_MOST_KEY_BYTES} bytes each, not {array.shape[3]} numbers in {array.dtype}."
+            )
 
 
 def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:

@@ -42,6 +42,8 @@ def matmul(
         group_tiles, inner, out_size, block = K // bk, group_N // bn, groups * K, bk
     else:
         bk, bn = tpu_tiles.channels(K, 1024), tpu_tiles.columns(group_N, min(1024, most // K))
+        if K * bn > most:
+            raise Unsupported(f"The TPU form of linear does not take K = {K} in {x_RI.dtype}.")
         group_tiles, inner, out_size, block = pl.cdiv(group_N, bn), K // bk, N, bn
     bm = min(512, -(-R // 16) * 16)
     group = lambda o: jax.lax.div(o, group_tiles)

@@ -21,6 +21,8 @@ from pallas_kernels.quantize import reference, tpu_codes
 _LANES = 128
 _ROWS = 128  # that go through the registers at once
 _BLOCK_BYTES = 2**20
+_MOST_CHANNELS = 2**14  # of which as few rows as go through the registers at once fit
+_VMEM_BYTES = 48 * 2**20
 
 
 def fake_quant_fp8(
@@ -79,6 +81,8 @@ def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array)
     """Run a kernel on blocks of rows, its channels up to whole lanes; the others it sees whole."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.size == 0:
         raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x.dtype} {x.shape}.")
+    if x.shape[-1] > _MOST_CHANNELS:
+        raise Unsupported(f"The TPU form takes {_MOST_CHANNELS} channels, not {x.shape[-1]}.")
     tpu_codes.refuse_partitioning()
     x_RK = x.reshape(-1, x.shape[-1])
     R, K = x_RK.shape
@@ -91,7 +95,9 @@ def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array)
         in_specs=[spec, *(pl.BlockSpec(other.shape, lambda r: (0, 0)) for other in others)],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(x_RK.shape, x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
+        ),
         name=name,
     )(x_RK, *others)
     return y_RK.reshape(x.shape)

@@ -266,3 +266,28 @@ def test_what_kernels_do_not_take_is_refused_and_left_to_xla() -> None:
     with pytest.raises(NotImplementedError, match="D and F in 128s"):
         door(impl="tpu")
     assert_close(np.asarray(door(impl="auto")), expected(args))
+
+
+@pytest.mark.parametrize(
+    ("form", "D", "F", "match"),
+    [("float32", 16384, 16384, "no room"), ("fp8", 256, 640, "do not take 640 FP8 channels")],
+)
+def test_what_would_not_compile_is_refused_first(form: str, D: int, F: int, match: str) -> None:
+    E, T, S = 8, 4096, jax.ShapeDtypeStruct
+    x_TD = S((T, D), jnp.float32)
+
+    def weight(n: int, k: int) -> Any:
+        codes, scale = (
+            S((1, E, k, n), jnp.float8_e4m3fn),
+            S((1, E, k // 128, n // 128), jnp.float32),
+        )
+        return quantize.Fp8Weight(codes, scale) if form == "fp8" else S((1, E, n, k), jnp.float32)
+
+    def loss(x_TD: Any, *others: Any) -> jax.Array:
+        door = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
+        return jnp.sum(door(x_TD, *others, impl="tpu"))
+
+    choice = S((T, 2), jnp.int32), S((T, 2), jnp.float32)
+    weights = weight(F, D), weight(F, D), weight(D, F)
+    with pytest.raises(NotImplementedError, match=match):
+        jax.eval_shape(jax.grad(loss), x_TD, *choice, *weights, S((), jnp.int32))

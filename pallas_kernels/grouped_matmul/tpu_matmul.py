@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import lora, tpu_weights
 from pallas_kernels.grouped_matmul.plan import Plan
+from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
 
 _VMEM_BYTES = 56 * 2**20
 _BLOCK_BYTES = {True: 9 * 2**19, False: 8 * 2**20}  # of a step's weights, by whether rows are few
 _HELD_BYTES = 36 * 2**20  # of two steps' weights and what is dequantised
+_MOST_BYTES = 52 * 2**20  # of these and two steps' rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ def grouped(
       Arrays [P, O] in the dtype of the rows, then the sums [M, 1, R].
     """
     O, R, dtype = terms[0].outputs, plan.rows, rows[0].dtype
-    W = _columns(terms, R, dtype.itemsize)
+    W, held = _columns(terms, R, dtype.itemsize)
+    if held + 2 * R * dtype.itemsize * sum(x.shape[1] for x in rows) > _MOST_BYTES:
+        raise Unsupported(f"The TPU form has no room for {name} with rows of {rows[0].shape[1]}.")
     number_M1R = jnp.zeros((plan.tiles, 1, R), jnp.float32) if number_M1R is None else number_M1R
     reader = tpu_weights.Reader(plan, layer, W, dtype)
     weights = [reader.form(t.weight, t.transposed) for t in terms]
@@ -177,8 +181,8 @@ def _swapped(b_LENr: Array) -> Array:
     return jnp.swapaxes(b_LENr, 2, 3)
 
 
-def _columns(terms: Sequence[Term], R: int, itemsize: int) -> int:
-    """As many channels as fit, an even number of blocks for chips of two cores."""
+def _columns(terms: Sequence[Term], R: int, itemsize: int) -> tuple[int, float]:
+    """As many channels as fit, an even number of blocks for chips of two cores; bytes they take."""
     O, few = terms[0].outputs, R <= tpu_weights.FEW
     block = sum(t.inputs * tpu_weights.bytes_each(t.weight) for t in terms)
     quantised = lambda t: not isinstance(t.weight, jax.Array)
@@ -189,7 +193,8 @@ def _columns(terms: Sequence[Term], R: int, itemsize: int) -> int:
     unit = max(tpu_weights.unit(t.weight, t.transposed) for t in terms)
     sizes = [size for size in range(unit, O + 1, unit) if O % size == 0]
     even = [size for size in sizes if O // size % 2 == 0] or sizes
-    return max((size for size in even if size <= most), default=even[0] if even else O)
+    W = max((size for size in even if size <= most), default=even[0] if even else O)
+    return W, W * (2 * block + dense)
 
 
 def _step(

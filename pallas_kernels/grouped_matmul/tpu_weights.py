@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.plan import Plan
+from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight, tpu_codes
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
@@ -106,6 +107,8 @@ class Reader:
         )
 
     def _fp8_many(self, w: Fp8Weight, transposed: bool) -> Form:
+        if transposed and _divisor(w.shape[2], 512) == FP8_BLOCK < w.shape[2]:
+            raise Unsupported(f"The TPU form's gradients do not take {w.shape[2]} FP8 channels.")
         scale_S, scale_spec = self._fp8_scale(w)
         keeps, blocks = tpu_codes.keeps_e4m3(), self.W // FP8_BLOCK
         shape = (self.W, w.shape[2]) if transposed else (w.shape[3], self.W)

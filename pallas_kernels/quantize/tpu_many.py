@@ -41,9 +41,7 @@ def matmul(
         bk, bn = _own_k(stack, group_N, most), tpu_tiles.divisor(group_N, 1024, 128)
         group_tiles, inner, out_size, block = K // bk, group_N // bn, groups * K, bk
     else:
-        bk, bn = tpu_tiles.channels(K, 1024), tpu_tiles.columns(group_N, min(1024, most // K))
-        if K * bn > most:
-            raise Unsupported(f"The TPU form of linear does not take K = {K} in {x_RI.dtype}.")
+        bk, bn = tpu_tiles.channels(K, 1024), _own_n(group_N, K, most)
         group_tiles, inner, out_size, block = pl.cdiv(group_N, bn), K // bk, N, bn
     bm = min(512, -(-R // 16) * 16)
     group = lambda o: jax.lax.div(o, group_tiles)
@@ -95,6 +93,14 @@ def matmul(
         ),
         name="linear_backward" if transposed else "linear_many_rows",
     )(layer_1, x_RI, stack.codes, stack.scale)
+
+
+def _own_n(N: int, K: int, most: int) -> int:
+    """Columns of which all K weights are kept dequantised, at most so many numbers."""
+    size = tpu_tiles.columns(N, min(1024, most // K))
+    if K * size > most:
+        raise Unsupported(f"The TPU form of linear does not take so many input channels: {K}.")
+    return size
 
 
 def _place(o: Any, i: Any, *, group_tiles: int, inner: int, transposed: bool) -> tuple[Any, Any]:

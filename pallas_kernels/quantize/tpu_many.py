@@ -44,7 +44,7 @@ def matmul(
         bk, bn = tpu_tiles.channels(K, 1024), _own_n(group_N, K, most)
         group_tiles, inner, out_size, block = pl.cdiv(group_N, bn), K // bk, N, bn
     bm = min(512, -(-R // 16) * 16)
-    group = lambda o: jax.lax.div(o, group_tiles)
+    own = lambda o, m, i, layer: (m, jax.lax.div(o, group_tiles) * inner + i)
     place = functools.partial(_place, group_tiles=group_tiles, inner=inner, transposed=transposed)
 
     def tile(o: Any, m: Any, i: Any, layer: Any) -> tuple[Any, Any, Any]:
@@ -72,10 +72,7 @@ def matmul(
             num_scalar_prefetch=1,
             grid=(groups * group_tiles, pl.cdiv(R, bm), inner),
             in_specs=[
-                pl.BlockSpec(
-                    (bm, bn if transposed else bk),
-                    lambda o, m, i, layer: (m, group(o) * inner + i),
-                ),
+                pl.BlockSpec((bm, bn if transposed else bk), own),
                 pl.BlockSpec((None, bk // packed, bn), tile),
                 pl.BlockSpec((None, *scale_block), scale_index),
             ],

@@ -5,6 +5,7 @@ channels, N output channels, B blocks of K, L layers of a stack.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,30 +52,17 @@ def matmul(
         # The tiles are read for the first rows; then the last one stays.
         return (layer[0], *place(o, jnp.where(m == 0, i, inner - 1)))
 
-    one_scale = stack.scale.shape[1:]
-    scale_block, scale_index = one_scale, lambda o, m, i, layer: (layer[0], 0, 0)
-    wide = (8, 128)  # of nothing
-    if isinstance(stack, Fp8Weight):
-        wide = (bk // FP8_BLOCK, one_scale[1]) if transposed else one_scale
-    else:
-        scale_block, scale_index = (bk // FP4_BLOCK, bn), tile
-    kernel = functools.partial(
-        _dense_tiles,
-        dequantise=_dequantise_fp8 if isinstance(stack, Fp8Weight) else _dequantise_fp4,
-        place=place,
-        precision=precision,
-        transposed=transposed,
-        keeps=tpu_codes.keeps_e4m3(),
-    )
+    scale_spec, wide, dequantise = _of_format(stack, (bk, bn), tile, transposed)
+    settings = {"precision": precision, "transposed": transposed, "keeps": tpu_codes.keeps_e4m3()}
     return pl.pallas_call(
-        kernel,
+        functools.partial(_dense_tiles, dequantise=dequantise, place=place, **settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(groups * group_tiles, pl.cdiv(R, bm), inner),
             in_specs=[
                 pl.BlockSpec((bm, bn if transposed else bk), own),
                 pl.BlockSpec((None, bk // packed, bn), tile),
-                pl.BlockSpec((None, *scale_block), scale_index),
+                scale_spec,
             ],
             out_specs=pl.BlockSpec((bm, block), lambda o, m, i, layer: (m, o)),
             scratch_shapes=[
@@ -90,6 +78,18 @@ def matmul(
         ),
         name="linear_backward" if transposed else "linear_many_rows",
     )(layer_1, x_RI, stack.codes, stack.scale)
+
+
+def _of_format(
+    stack: Fp8Weight | Fp4Weight, tile: tuple[int, int], index: Any, transposed: bool
+) -> tuple[Any, tuple[int, ...], Callable[..., None]]:
+    """What a step reads of the scales, the shape of what it keeps of them, how it dequantises."""
+    (bk, bn), one = tile, stack.scale.shape[1:]
+    if isinstance(stack, Fp4Weight):
+        # Nothing is kept.
+        return pl.BlockSpec((None, bk // FP4_BLOCK, bn), index), (8, 128), _dequantise_fp4
+    whole = pl.BlockSpec((None, *one), lambda o, m, i, layer: (layer[0], 0, 0))
+    return whole, (bk // FP8_BLOCK, one[1]) if transposed else one, _dequantise_fp8
 
 
 def _own_n(N: int, K: int, most: int) -> int:

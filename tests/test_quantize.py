@@ -340,6 +340,51 @@ def test_linear_differentiates_its_input_through_quantised_weights(form: str, ro
     )
 
 
+def stack_and_rows(
+    form: str, groups: int, n: int, k: int, rows: int, dtype: Any
+) -> tuple[Any, np.ndarray, Any]:
+    """Three matrices, the last as numbers too, and rows for its groups."""
+    w, w_NK = weight(form, n, k)
+    stack = jax.tree.map(lambda part: jnp.stack([jnp.zeros_like(part)] * 2 + [part]), w)
+    x = np.random.default_rng(2).standard_normal((rows, groups * k))
+    return stack, w_NK, jnp.asarray(x, dtype)
+
+
+def by_group(x: Any, w_NK: np.ndarray, groups: int) -> np.ndarray:
+    """Each group of outputs from its own channels, in float64."""
+    x_RGK = np.asarray(x, np.float64).reshape(len(x), groups, -1)
+    w_GNK = w_NK.astype(np.float64).reshape(groups, -1, w_NK.shape[1])
+    return np.einsum("rgk,gnk->rgn", x_RGK, w_GNK).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("form", [*FORMATS, "dense"])
+@pytest.mark.parametrize(("groups", "n", "rows"), [(1, 100, 3), (2, 256, 90), (4, 100, 3)])
+def test_linear_takes_a_layer_of_a_stack_and_groups_of_channels(
+    impl: str, form: str, groups: int, n: int, rows: int
+) -> None:
+    stack, w_NK, x = stack_and_rows(form, groups, n, 96, rows, jnp.float32)
+    run = lambda x: quantize.linear(x, stack, layer=jnp.int32(2), groups=groups, impl=impl)
+    limit = CLOSE * by_group(np.abs(x), np.abs(w_NK), groups)
+    assert np.all(np.abs(run(x) - by_group(x, w_NK, groups)) <= limit)
+    gradient = jax.grad(lambda x: jnp.sum(run(x)))(x)[0].reshape(groups, -1)
+    w_GNK = w_NK.reshape(groups, -1, 96)
+    limit = CLOSE * np.abs(w_GNK).sum(axis=1).max()
+    np.testing.assert_allclose(gradient, w_GNK.sum(axis=1), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"groups": 2}, "x has 96 channels; 2 groups of a matrix of 100 x 96 take 192"),
+        ({"layer": jnp.int32(0)}, "takes a stack of matrices"),
+    ],
+)
+def test_groups_and_layers_that_do_not_fit_are_refused(settings: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        quantize.linear(jnp.ones((2, 96)), weight("fp8", 100, 96)[0], **settings)
+
+
 def test_a_form_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(NotImplementedError, match=r"'gpu' form; pass one of \['auto', 'reference'"):
         quantize.hadamard(jnp.ones((1, 2)), impl="gpu")

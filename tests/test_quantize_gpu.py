@@ -11,7 +11,7 @@ from pallas_kernels import quantize, targets
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize.shapes import SHAPES
 from tests.gpu_kernels import interpreted
-from tests.test_quantize import CLOSE_BFLOAT16, relative_error, weight
+from tests.test_quantize import CLOSE_BFLOAT16, by_group, relative_error, stack_and_rows, weight
 from tests.test_quantize_tpu import matrix
 
 LINEAR = functools.partial(quantize.linear, impl="gpu")
@@ -36,6 +36,15 @@ def check(form: str, n: int, k: int, rows: int) -> None:
 )
 def test_rows_times_dequantised_weights(form: str, n: int, k: int, rows: int) -> None:
     check(form, n, k, rows)
+
+
+def test_a_layer_of_a_stack_and_groups_are_read_where_they_lie() -> None:
+    stack, w_NK, x = stack_and_rows("fp8", 2, 256, 256, 5, jnp.bfloat16)
+    run = lambda x: LINEAR(x, stack, layer=jnp.int32(2), groups=2)
+    with interpreted():
+        y = jax.block_until_ready(jax.jit(run)(x))
+    limit = CLOSE_BFLOAT16 * by_group(np.abs(x), np.abs(w_NK), 2)
+    assert np.all(np.abs(np.asarray(y, np.float64) - by_group(x, w_NK, 2)) <= limit)
 
 
 def test_gradient_of_x_is_xlas() -> None:

@@ -17,7 +17,15 @@ from pallas_kernels.quantize import tpu, tpu_codes, xla
 from pallas_kernels.quantize.shapes import SHAPES
 from pallas_kernels.targets import Target
 from tests.kernels import interpreted, races_found
-from tests.test_quantize import CLOSE, CLOSE_BFLOAT16, every_code, leaf, weight
+from tests.test_quantize import (
+    CLOSE,
+    CLOSE_BFLOAT16,
+    by_group,
+    every_code,
+    leaf,
+    stack_and_rows,
+    weight,
+)
 
 CHIPS: tuple[Target, ...] = ("v5p", "v6e", "tpu7x")
 FULL = [name for name in SHAPES if not name.startswith("bench")]
@@ -52,6 +60,35 @@ def check(form: str, n: int, k: int, rows: int, dtype: Any = jnp.bfloat16, **par
     assert y.shape == (rows, n)
     assert y.dtype == x.dtype
     assert_close(y, x, w_NK, CLOSE if dtype == jnp.float32 else CLOSE_BFLOAT16)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("rows", [5, 150])
+def test_a_layer_of_a_stack_and_groups_are_read_where_they_lie(form: str, rows: int) -> None:
+    stack, w_NK, x = stack_and_rows(form, 2, 512, 256, rows, jnp.float32)
+    run = lambda x: quantize.linear(x, stack, layer=jnp.int32(2), groups=2, impl="tpu")
+    with interpreted():
+        y, pull = jax.vjp(jax.jit(run), x)
+        (dx,) = pull(jnp.ones_like(y))
+    limit = CLOSE * by_group(np.abs(x), np.abs(w_NK), 2)
+    assert np.all(np.abs(y - by_group(x, w_NK, 2)) <= limit)
+    columns_GK = w_NK.reshape(2, -1, 256).sum(axis=1)
+    limit = CLOSE * np.abs(w_NK.reshape(2, -1, 256)).sum(axis=1).max()
+    np.testing.assert_allclose(dx[0].reshape(2, -1), columns_GK, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("rows", [1, 1024])
+@pytest.mark.parametrize("target", CHIPS)
+def test_no_weight_is_copied_from_a_stack_or_for_a_group(target: Target, rows: int) -> None:
+    """The grouped output projection of Flash: 8 groups, 20 layers, 33.5 MB each."""
+    of = lambda *dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    stack = quantize.Fp8Weight(
+        of(20, 4096, 8192, dtype=jnp.float8_e4m3fn), of(20, 32, 64, dtype=jnp.float8_e8m0fnu)
+    )
+    run = lambda x, stack, layer: quantize.linear(x, stack, layer=layer, groups=8)
+    x, layer = of(rows, 8 * 4096, dtype=jnp.bfloat16), of(dtype=jnp.int32)
+    program = targets.compiled(target, run, x, stack, layer)
+    assert targets.temporaries(program) <= 2**20
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def linear(
       ValueError: shapes that do not fit together.
     """
     _check_linear(x, w, layer, groups)
+    layer = layer if layer is None else jnp.asarray(layer)
     if isinstance(w, Fp8Weight | Fp4Weight):
         return _linear_quantised(x, w, layer, groups, precision, impl)
     # XLA multiplies plain arrays best, and differentiates them.
@@ -217,8 +218,11 @@ def _forward(x: Any, w: Any, layer: Any, groups: int, precision: Any, impl: Impl
 
 
 def _backward(groups: int, precision: Any, impl: Impl, kept: Any, dy: Any) -> Any:
+    w, layer = kept
+    # A layer's number that is known while tracing comes back as NumPy's.
+    layer = layer if layer is None else jnp.asarray(layer)
     static = {"groups": groups, "precision": precision}
-    dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, *kept, **static)
+    dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, w, layer, **static)
     return dx, None, None
 
 

@@ -52,14 +52,37 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     assert analysis.argument_size_in_bytes > 0
 
 
+def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: int) -> jax.stages.Lowered:
+    """For one chip, the weights in the release's bytes."""
+    mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
+    return aot.lower(cfg, step, mesh, batch=1, kept="fp4", **sizes)
+
+
 @pytest.mark.slow
 def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
-    """Flash-sized layers, one of each kind: no scores, no copied pool, no dequantised weight."""
+    """Flash's first 7 layers, of every kind, the last four scanned.
+
+    No scores, no copied pool, and no weight that is dequantised, or copied out of its stack.
+    """
     flash = config.preset("flash")
-    kinds = {layer.attention: layer for layer in reversed(flash.layers)}
-    few = dataclasses.replace(flash, layers=tuple(kinds.values()))
-    mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
-    lowered = aot.lower(few, "decode", mesh, batch=1, capacity=2**20, kept="fp4")
-    program = lowered.compile()
+    few = dataclasses.replace(flash, layers=flash.layers[:7])
+    program = lowered_for_v6e(few, "decode", capacity=2**20).compile()
     assert "indexer_topk_select" in str(program.as_text())
     assert targets.temporaries(program) < 64e6
+
+
+@pytest.mark.slow
+def test_a_prompt_needs_a_third_of_the_references_memory() -> None:
+    """A Flash-sized CSA layer over 8192 tokens, beside its attention alone in the plain form."""
+    flash, tokens = config.preset("flash"), 8192
+    kind = next(layer for layer in flash.layers if layer.attention == "csa")
+    one = dataclasses.replace(flash, layers=(kind,), num_nextn_predict_layers=0)
+    program = lowered_for_v6e(one, "prefill", capacity=tokens, tokens=tokens).compile()
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    weights = analysis.argument_size_in_bytes
+    # The plain form's logits alone: a float32 per query, head and key.
+    keys = tokens // kind.ratio + flash.sliding_window + tokens
+    logits = 4 * tokens * flash.num_attention_heads * keys
+    assert targets.temporaries(program) < logits / 3
+    assert weights + targets.temporaries(program) < (weights + logits) / 3

@@ -361,7 +361,7 @@ def by_group(x: Any, w_NK: np.ndarray, groups: int) -> np.ndarray:
 @pytest.mark.parametrize("form", [*FORMATS, "dense"])
 @pytest.mark.parametrize(("groups", "n", "rows"), [(1, 100, 3), (2, 256, 90), (4, 100, 3)])
 def test_linear_takes_a_layer_of_a_stack_and_groups_of_channels(
-    impl: str, form: str, groups: int, n: int, rows: int
+    impl: Any, form: str, groups: int, n: int, rows: int
 ) -> None:
     stack, w_NK, x = stack_and_rows(form, groups, n, 96, rows, jnp.float32)
     run = lambda x: quantize.linear(x, stack, layer=jnp.int32(2), groups=groups, impl=impl)

@@ -6,7 +6,7 @@ softmax are float32; probabilities are rounded to the keys' dtype before they me
 Rows that see nothing give 0. What is not visible may be garbage. Queries, window, pool and sink get
 gradients, computed in blocks from anew computed logits; of the pool only the layer's.
 
-TPU kernels compute the attention, XLA the gradients.
+TPU kernels compute the attention and prefill's gradients, XLA those of decode.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S entries there is room for.

@@ -117,11 +117,8 @@ def _sums(
 
         zeros = plgpu.layout_cast(jnp.zeros((rows, FP8_BLOCK), jnp.float32), plgpu.Layout.WGMMA)
         sum_MC = jax.lax.fori_loop(0, tiles, add, zeros)
-        smem["out_MC"][...] = sum_MC.astype(dtype)
-        plgpu.commit_smem()
         out = out_ref.at[part, pl.ds(row * rows, taken), columns]
-        plgpu.copy_smem_to_gmem(smem["out_MC"].at[pl.ds(0, taken)], out)
-        plgpu.wait_smem_to_gmem(0)
+        _write(sum_MC, smem["out_MC"], out, taken)
 
     return plgpu.kernel(
         body,
@@ -133,6 +130,14 @@ def _sums(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="linear_fp8",
     )(x_RK, layer_1, codes_LKN, scale_kn)
+
+
+def _write(sum_MC: Float32[Array, "M C"], own_MC: Any, out: Any, taken: int) -> None:
+    """The rows that there are, through shared memory."""
+    own_MC[...] = sum_MC.astype(own_MC.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own_MC.at[pl.ds(0, taken)], out)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _room(rows: int, dtype: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ All in one process: two that load libtpu exclude each other.
 import dataclasses
 import resource
 import time
+from typing import Any
 
 import jax
 import pytest
@@ -52,7 +53,7 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     assert analysis.argument_size_in_bytes > 0
 
 
-def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: int) -> jax.stages.Lowered:
+def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: Any) -> jax.stages.Lowered:
     """For one chip, the weights in the release's bytes."""
     mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
     return aot.lower(cfg, step, mesh, batch=1, kept="fp4", **sizes)

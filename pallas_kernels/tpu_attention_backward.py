@@ -174,7 +174,7 @@ def _grid(
     """Parts, rows of the batch, and a part's blocks."""
     entries, once = sizes.entries, pl.Buffered(1)
     block = lambda p, b, s, *_: (b, sizes.at(p, s), 0)
-    group = lambda p, b, s, *_: (b, sizes.at(p, s) // sizes.group, 0, 0)
+    group = lambda p, b, s, *_: (b, jax.lax.div(sizes.at(p, s), sizes.group), 0, 0)
     near = lambda p, b, s, *_: (b, pl.multiple_of(sizes.at(p, s) * sizes.block, 8), 0)
     per_block = lambda *dims: pl.BlockSpec((None, None, *dims), lambda *at: (*block(*at), 0))
     rows = pl.BlockSpec((None, sizes.rows, dim), block)

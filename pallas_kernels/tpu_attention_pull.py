@@ -92,7 +92,8 @@ class Sizes:
 
     def at(self, part: Any, step: Any) -> Any:
         """The block that a part takes in a step."""
-        return (step // self.group * self.parts + part) * self.group + step % self.group
+        turn, place = jax.lax.div(step, self.group), jax.lax.rem(step, self.group)
+        return (turn * self.parts + part) * self.group + place
 
 
 class Inputs(NamedTuple):
@@ -139,7 +140,7 @@ def kernel(
     """A grid step: part, row of the batch, block."""
     part, b, step = (pl.program_id(axis) for axis in range(3))
     first = sizes.at(part, step) * sizes.block
-    pl.when(step % sizes.group == 0)(lambda: _clear(outputs.window))
+    pl.when(jax.lax.rem(step, sizes.group) == 0)(lambda: _clear(outputs.window))
     rows = _Rows(inputs.q, inputs.grad, _row_sums(inputs.grad, inputs.out), scale)
     keys_XK, mask_XR = _near(inputs, first, start_B[b], sizes.window)
     pool = None if seen is None else _Pool(sizes, seen, rows, inputs, outputs, scratch)
@@ -148,7 +149,7 @@ def kernel(
     if pool is not None:
         pl.when(step == 0)(lambda: _clear(outputs.pool))
         end = pool.seen.begin(inputs.seen, scratch.seen)
-        steps = pl.cdiv(end, sizes.width)
+        steps = jax.lax.div(end + sizes.width - 1, sizes.width)
         if far is None:
             more_EK, more_ER = pool.read(0)
             keys_XK = jnp.concatenate([keys_XK, more_EK])
@@ -161,7 +162,7 @@ def kernel(
     log_total_1R = whole[0] + jnp.log2(whole[1])
 
     scratch.q[...], keys_grad_XK = rows.pull(keys_XK, logits_XR, log_total_1R)
-    at = pl.multiple_of(first % (sizes.group * sizes.block), 8)
+    at = pl.multiple_of(jax.lax.rem(first, sizes.group * sizes.block), 8)
     outputs.window[pl.ds(at, sizes.near)] += keys_grad_XK[: sizes.near]
     if far is not None:
         jax.lax.fori_loop(0, steps, far.pull, log_total_1R)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
+from benchmarks.kernel_cases import cases
 from pallas_kernels import (
     dense_attention,
     grouped_matmul,
@@ -224,3 +225,24 @@ def test_a_kernel_that_asks_which_chip_is_here(run: Any, structs: Any) -> None:
     """Exported where there is no TPU; a floor division of traced numbers in it would ask."""
     text = export.export(jax.jit(run), platforms=["tpu"])(*structs).mlir_module()
     assert "tpu_custom_call" in text
+
+
+# The first of each op's cases, and of compress those whose entries overlap.
+EXPORTED = {case.op: case for case in reversed(list(cases())) if "hca" not in case.name}
+
+
+@pytest.mark.parametrize("op", EXPORTED)
+def test_an_op_that_asks_which_chip_is_here(op: str) -> None:
+    case = EXPORTED[op]
+    run = jax.jit(functools.partial(case.run, impl="tpu"))
+    structs: Any = jax.eval_shape(case.inputs)
+    assert "tpu_custom_call" in export.export(run, platforms=["tpu"])(*structs).mlir_module()
+
+
+def test_a_gradient_that_asks_which_chip_is_here() -> None:
+    """Sparse attention's is the same kernel."""
+    case = EXPORTED["dense_attention.prefill"]
+    structs: Any = jax.eval_shape(case.inputs)
+    pull = lambda *args: jax.vjp(lambda q: case.run(q, *args[1:], impl="tpu"), args[0])[1](args[0])
+    text = export.export(jax.jit(pull), platforms=["tpu"])(*structs).mlir_module()
+    assert "prefill_backward" in text

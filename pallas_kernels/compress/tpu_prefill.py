@@ -164,7 +164,7 @@ def _kernel(plan: _Plan, settings: dict[str, Any], start_ref: Any, *refs: Any) -
 
             head_ref[u, plan.before :] = unit_ref[0, : G * ratio]
         read = lambda u, at, *size: head_ref.at[u][_rows(ratio - past + at, *size)]
-        pooled_ref[c, :G] = one(read, first=start_ref[b] // ratio + j * plan.windows)
+        pooled_ref[c, :G] = one(read, first=jax.lax.div(start_ref[b], ratio) + j * plan.windows)
 
     def group(g: Any, _: Any) -> None:
         base = g * G * ratio - (plan.overlap - 1) * ratio - past

@@ -101,7 +101,8 @@ def prefill(
         )
     keys = window_BXK.shape[1]
     last = pl.cdiv(keys, near) - 1
-    at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(i * block // near + part, last), 0)
+    begin = lambda i: jax.lax.div(i * block, near)
+    at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(begin(i) + part, last), 0)
     parts = 1 if near == keys else 2
     return _attend(
         q_BTHK,
@@ -193,7 +194,7 @@ def _grid(
 
     def pool_at(i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, *rest: Any) -> Any:
         # What nobody sees is not fetched: the index stays.
-        last = jnp.maximum((most_M[b * blocks + i] + width - 1) // width - 1, 0)
+        last = jnp.maximum(jax.lax.div(most_M[b * blocks + i] + width - 1, width) - 1, 0)
         return layer_1[0], b, jnp.minimum(s, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
@@ -371,7 +372,7 @@ def _band(
     near = refs[0].shape[0]
     width = len(refs) * near
     first = i * block
-    origin = first // near * near
+    origin = jax.lax.div(first, near) * near
     exists = lambda e: (e >= window - start) & (e < keys)
     e_Y1 = origin + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
     seen_Y1 = exists(e_Y1) & (e_Y1 > first) & (e_Y1 < first + block + window)

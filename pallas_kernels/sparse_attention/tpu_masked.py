@@ -93,7 +93,7 @@ def attend(
     scratch.largest[...] = jnp.tile(sink_H1, (queries, 1))
     scratch.total[...] = jnp.ones(scratch.total.shape, jnp.float32)
     scratch.value[...] = jnp.zeros(scratch.value.shape, jnp.float32)
-    steps = (last + STEP) // STEP
+    steps = jax.lax.div(last + STEP, STEP)
     fetch = lambda i: _copy(entries_ref, scratch.entries, sems, i, "start")
     pl.when(steps > 0)(lambda: fetch(jnp.int32(0)))
     window_YK, near_QY = window

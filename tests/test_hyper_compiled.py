@@ -99,7 +99,7 @@ def test_gradients_are_the_references(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["pro"])
+@pytest.mark.parametrize("name", ["flash", "pro"])
 @pytest.mark.parametrize("target", targets.TPU_TOPOLOGIES)
 def test_tpus_read_the_streams_once(target: Any, name: str, op: str) -> None:
     shape = SHAPES[name]

@@ -17,7 +17,7 @@ from pallas_kernels.rotary import Norm, reference
 from tests.kernels import interpreted, races_found
 
 NORMS = [None, Norm(1e-6, float32=True), Norm(1e-6, float32=False)]
-HEADS = {"pro": (128, 512), "index": (64, 128)}
+HEADS = {"flash": (64, 512), "pro": (128, 512), "index": (64, 128)}
 
 
 def inputs(B: int, T: int, H: int, K: int, Q: int, dtype: Any) -> tuple[Any, Any, Any]:

@@ -42,10 +42,14 @@ def value(weight: Any) -> Any:
 
 def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+    matrix, layer = _matrix(weight)
+    return quantize.linear(x, matrix, layer=layer)
+
+
+def _matrix(weight: Any) -> tuple[Any, Any]:
+    """A weight, and which layer's where it is a stack, else None."""
     weight = value(weight)
-    if isinstance(weight, OfLayer):
-        return quantize.linear(x, weight.stack, layer=weight.layer)
-    return quantize.linear(x, weight)
+    return (weight.stack, weight.layer) if isinstance(weight, OfLayer) else (weight, None)
 
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
@@ -56,9 +60,7 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
-    weight_QP, layer = value(weight_QP), None
-    if isinstance(weight_QP, OfLayer):
-        weight_QP, layer = weight_QP.stack, weight_QP.layer
+    weight_QP, layer = _matrix(weight_QP)
     if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
         return _by_group(x_BTGP, weight_QP, layer)
     stack = () if layer is None else (None,)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize
+from pallas_kernels.rotary import reference as rotary
 
 FP8_BLOCK, FP4_BLOCK = 64, 32
 
@@ -107,7 +108,8 @@ def _finish(
     x32_BnK = x_BnK.astype(jnp.float32)
     inverse_Bn1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BnK), axis=-1, keepdims=True) + eps)
     scale_11K = scale_K.astype(jnp.float32)[None, None]
-    turned_BnK = _turn((x32_BnK * inverse_Bn1 * scale_11K).astype(x_BnK.dtype), table)
+    normed_BnK = (x32_BnK * inverse_Bn1 * scale_11K).astype(x_BnK.dtype)
+    turned_BnK = rotary.rotate(normed_BnK[:, :, None], *table, norm=None)[:, :, 0]
     if rounding == "fp4":
         return quantize.fake_quant_fp4(quantize.hadamard(turned_BnK), block=FP4_BLOCK)
     straight = x_BnK.shape[-1] - 2 * table[0].shape[-1]
@@ -115,14 +117,3 @@ def _finish(
         return turned_BnK
     rounded = quantize.fake_quant_fp8(turned_BnK[..., :straight], block=FP8_BLOCK)
     return jnp.concatenate([rounded, turned_BnK[..., straight:]], axis=-1)
-
-
-def _turn(x_BnK: Float[Array, "B n K"], table: Any) -> Float[Array, "B n K"]:
-    """RoPE on the last 2Q channels, neighbouring channels paired."""
-    cos, sin = (part.astype(jnp.float32) for part in table)
-    straight = x_BnK.shape[-1] - 2 * cos.shape[-1]
-    turned = x_BnK[..., straight:].astype(jnp.float32)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    turned = pairs.reshape(turned.shape).astype(x_BnK.dtype)
-    return jnp.concatenate([x_BnK[..., :straight], turned], axis=-1)

@@ -10,13 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.compress.reference import FP4_BLOCK, FP8_BLOCK
 from pallas_kernels.quantize import reference as formats
-
-LANES = 128
+from pallas_kernels.rotary.tpu import LANES, turn
 
 
 def finish(
@@ -51,7 +49,7 @@ def finish(
     scale_1K = scale_1K.astype(jnp.float32)
     for i, x_RV in enumerate(columns_RV):
         columns_RV[i] = kept(x_RV * inverse_R1 * scale_1K[:, i * LANES : (i + 1) * LANES])
-    columns_RV[-1] = kept(_turn(columns_RV[-1], cos_RV, sin_RV, rotated))
+    columns_RV[-1] = kept(turn(columns_RV[-1], cos_RV, sin_RV, rotated))
     if rounding == "fp4":
         x_RV = kept(_hadamard(columns_RV[0], dtype))
         columns_RV = [formats.rounded(x_RV, _amax(x_RV, FP4_BLOCK), formats.E2M1)]
@@ -84,18 +82,6 @@ def in_pairs(part: Float[Array, "..."], dim: int) -> Float32[Array, "R V"]:
 
 def _lane(x: Any) -> Int32[Array, "R V"]:
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-
-
-def _turn(
-    x_RV: Float32[Array, "R V"], cos_RV: Any, sin_RV: Any, rotated: int
-) -> Float32[Array, "R V"]:
-    """RoPE on the last lanes."""
-    lane_RV = _lane(x_RV)
-    # Lane 127 has no right neighbour and lane 0 no left one; neither is asked for.
-    right_RV, left_RV = pltpu.roll(x_RV, LANES - 1, 1), pltpu.roll(x_RV, 1, 1)
-    other_RV = jnp.where((lane_RV & 1) == 0, -right_RV, left_RV)
-    turned_RV = x_RV * cos_RV + other_RV * sin_RV
-    return jnp.where(lane_RV >= LANES - rotated, turned_RV, x_RV)
 
 
 def _hadamard(x_RV: Float32[Array, "R V"], dtype: Any) -> Float32[Array, "R V"]:

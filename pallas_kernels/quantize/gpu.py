@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.quantize import tpu_codes
-from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight, of_layer
+from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight, as_stack, of_layer
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -56,8 +56,7 @@ def linear(
     parts = _parts(len(x_RK), N, K, rows)
     # A number in 16384: not worth a conversion of its own in each block of threads.
     scale_kn = of_layer(w.scale, layer).astype(jnp.float32)
-    layer_1 = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32)[None]
-    codes_LKN = w.codes if w.codes.ndim == 3 else w.codes[None]
+    codes_LKN, layer_1 = as_stack(w.codes, layer)
     sums_ZRN = _sums(x_RK, layer_1, codes_LKN, scale_kn, groups=groups, rows=rows, parts=parts)
     y_RN = sums_ZRN[0] if parts == 1 else jnp.sum(sums_ZRN, axis=0).astype(x.dtype)
     return y_RN[: x.size // (groups * K)].reshape(*x.shape[:-1], N)

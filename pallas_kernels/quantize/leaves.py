@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import check_dtype
 
@@ -69,6 +69,13 @@ def of_layer(w: Any, layer: Array | None) -> Any:
         return w
     one = lambda part: jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False)
     return jax.tree.map(one, w)
+
+
+def as_stack(w: Any, layer: Array | None) -> tuple[Any, Int[Array, " 1"]]:
+    """A stack [L, ...] and which layer to take, for kernels: a single matrix is a stack of one."""
+    if layer is None:
+        return jax.tree.map(lambda part: part[None], w), jnp.zeros(1, jnp.int32)
+    return w, layer.astype(jnp.int32)[None]
 
 
 def check_weight(op: str, name: str, w: Any) -> None:

@@ -50,7 +50,7 @@ def rotate(
             f"not {B * T} of {H}."
         )
     tokens = max(8, _BLOCK_BYTES // (H * K * dtype.itemsize) // 8 * 8)
-    tables = [in_pairs(part.reshape(B * T, -1), LANES) for part in (cos_BTQ, sin_BTQ)]
+    tables = [_in_pairs(part.reshape(B * T, -1)) for part in (cos_BTQ, sin_BTQ)]
     heads = pl.BlockSpec((tokens, H, K), lambda i: (i, 0, 0))
     table = pl.BlockSpec((tokens, LANES), lambda i: (i, 0))
     out_RHK = pl.pallas_call(
@@ -97,10 +97,10 @@ def _normed(x_HK: Float32[Array, "H K"], norm: Norm, dtype: Any) -> Float32[Arra
     return kept(x_HK * inverse_H1)
 
 
-def in_pairs(part_RQ: Float[Array, "R Q"], lanes: int) -> Float32[Array, "R V"]:
+def _in_pairs(part_RQ: Float[Array, "R Q"]) -> Float32[Array, "R V"]:
     """A table's values twice each, in the last lanes."""
     twice_RV = jnp.repeat(part_RQ.astype(jnp.float32), 2, axis=1)
-    return jnp.pad(twice_RV, ((0, 0), (lanes - twice_RV.shape[1], 0)))
+    return jnp.pad(twice_RV, ((0, 0), (LANES - twice_RV.shape[1], 0)))
 
 
 def turn(

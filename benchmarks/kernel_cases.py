@@ -24,7 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.compress.shapes import SHAPES as COMPRESSORS
 from pallas_kernels.dense_attention.shapes import SHAPES as DENSE
 from pallas_kernels.grouped_matmul.shapes import SHAPES as EXPERTS
-from pallas_kernels.indexer_topk.keys import to_fp8
+from pallas_kernels.indexer_topk.keys import FP4_BLOCK, to_fp4, to_fp8
 from pallas_kernels.indexer_topk.shapes import SHAPES as INDEXER
 from pallas_kernels.quantize.shapes import SHAPES as MATRICES
 from pallas_kernels.sparse_attention.shapes import SHAPES as SPARSE
@@ -61,7 +61,8 @@ def cases(divide: int = 1) -> Iterator[Case]:
             yield _select(model, rows, tokens, entries // divide, divide)
             yield _sparse(model, rows, tokens, entries // divide, divide)
         # The entries of a million tokens.
-        yield _select(model, 8, 1, 262144 // divide, divide, narrow=True)
+        for held in ("fp8", "fp4"):
+            yield _select(model, 8, 1, 262144 // divide, divide, held)
         for kind in ("hca", "csa", "index"):
             for tokens in (1, 8192):
                 yield _compress(f"{model} {kind}", tokens, divide)
@@ -91,29 +92,31 @@ def _codes(*shape: int, dtype: Any) -> Any:
 
 
 def _select(
-    model: str, rows: int, tokens: int, entries: int, divide: int, *, narrow: bool = False
+    model: str, rows: int, tokens: int, entries: int, divide: int, held: str = "bf16"
 ) -> Case:
-    """`narrow`: queries and keys in E4M3, a scale per key."""
+    """`held`: how keys are; with 'fp8' queries are too."""
     shape = INDEXER[model]
     heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
+    width = {"bf16": 2 * dim, "fp8": dim + 1, "fp4": dim // 2 + dim // FP4_BLOCK}[held]
+    into = {"bf16": lambda keys: keys, "fp8": to_fp8, "fp4": to_fp4}[held]
 
     def inputs() -> tuple[Any, ...]:
         visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
         keys = _normal(1, rows, entries, dim, seed=2)
         return (
-            _normal(rows, tokens, heads, dim, dtype=jnp.float8_e4m3fn if narrow else _bf16),
+            _normal(rows, tokens, heads, dim, dtype=jnp.float8_e4m3fn if held == "fp8" else _bf16),
             _normal(rows, tokens, heads, dtype=jnp.float32, seed=1),
-            to_fp8(keys) if narrow else keys,
+            into(keys),
             jnp.int32(0),
             visible_BT,
         )
 
     return Case(
         op="indexer_topk.select",
-        name=f"{model} {rows}x{tokens} queries, {entries} entries{' in fp8' if narrow else ''}",
+        name=f"{model} {rows}x{tokens} queries, {entries} entries in {held}",
         run=functools.partial(indexer_topk.select, k=k),
         inputs=inputs,
-        bytes=rows * entries * (dim + 1 if narrow else 2 * dim),
+        bytes=rows * entries * width,
         flops=2 * rows * tokens * entries * heads * dim,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.kernel_cases import Case
-from pallas_kernels.indexer_topk.keys import Fp8Keys, dense
+from pallas_kernels.indexer_topk.keys import Fp4Keys, Fp8Keys, dense
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.quantize import reference as quantize
 
@@ -36,7 +36,7 @@ def tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
 def _plain(x: Any) -> jax.Array:
     if isinstance(x, Fp8Weight | Fp4Weight):
         return jax.jit(lambda w: quantize.dense(w, jnp.bfloat16))(x)
-    if isinstance(x, Fp8Keys):
+    if isinstance(x, Fp8Keys | Fp4Keys):
         return jax.jit(lambda keys: dense(keys, jnp.int32(0))[None].astype(jnp.bfloat16))(x)
     return x.astype(jnp.bfloat16) if x.dtype == jnp.float8_e4m3fn else x
 

@@ -5,8 +5,10 @@
 A TPU core starts one bundle of instructions per cycle, so that the bundles of a loop's body times
 its iterations are the cycles it takes when no copy is waited for. The schedule tells the first,
 and the second where it is a constant; a loop whose end depends on the data shows '?', and what is
-run on some iterations only stands as a part of its own. Prints a table, appends JSONL. The bound
-beside it is the time for the bytes and the flops that the case needs at least.
+run on some iterations only stands as a part of its own. A bundle has room for four vector
+operations: how much of it a part fills stands behind its bundles, and at 100% only fewer
+operations could make it faster. Prints a table, appends JSONL. The bound beside it is the time for
+the bytes and the flops that the case needs at least.
 """
 
 import argparse
@@ -26,18 +28,29 @@ CHIPS = {
     "v6e": (1.75e9, 1.64e12, 918e12),
     "tpu7x": (2.2e9, 3.69e12, 1153e12),
 }
+_SLOTS = 4  # vector operations per bundle, on each of these chips
 _SHORT = 8  # bundles of another depth in between: spilled registers, empty branches
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s+((?:> ?)*)\{")
+# Loads, stores and what goes to the matrix unit have slots of their own.
+_VECTOR = re.compile(r"= +v(?!ld|st|pop|mat|delay|sync)")
 _TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 
 
 @dataclasses.dataclass
 class Part:
-    """A run of bundles at one depth of loops, and how often its loop runs (0: unknown)."""
+    """A run of bundles at one depth of loops.
+
+    Attributes:
+      depth: loops around it.
+      bundles: of instructions.
+      trips: how often its loop runs; 0 where that is not known.
+      vector: operations of the vector unit.
+    """
 
     depth: int
     bundles: int = 0
     trips: int = 0
+    vector: int = 0
 
 
 def main() -> int:
@@ -82,10 +95,12 @@ def parts(bundles: str) -> list[Part]:
             if found[-1].bundles <= _SHORT and len(found) > 1:
                 short = found.pop()
                 found[-1].bundles += short.bundles
+                found[-1].vector += short.vector
                 found[-1].trips = found[-1].trips or short.trips
             if found[-1].depth != depth or tag in ("LB", "LH", "PB"):
                 found.append(Part(depth))
         found[-1].bundles += 1
+        found[-1].vector += len(_VECTOR.findall(line))
         if trips := _TRIPS.search(line):
             found[-1].trips = int(trips[1])
     return found
@@ -132,8 +147,9 @@ def _print(row: dict[str, Any]) -> None:
             found
             if isinstance(found, str)
             else " ".join(
-                f"{'>' * depth}{bundles}" + (f"x{trips}" if trips else "x?" if depth else "")
-                for depth, bundles, trips in found
+                f"{'>' * depth}{bundles}({vector / _SLOTS / bundles:.0%})"
+                + (f"x{trips}" if trips else "x?" if depth else "")
+                for depth, bundles, trips, vector in found
             )
         )
         print(f"       {name}: {text}", flush=True)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32, Int32
 from pallas_kernels.indexer_topk import tpu_choice as choice
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK
 from pallas_kernels.indexer_topk.reference import ordered
+from pallas_kernels.quantize import tpu_codes
 
 LANES = 128
 TILE = 8 * LANES  # keys whose scores are one vector
@@ -54,7 +55,8 @@ def score_block(
       tiles: of 1024 keys in the block.
     """
     fp4 = key_refs[0].dtype == jnp.uint8
-    scale = None if scale_ref is None else _float32(scale_ref[0, 0])
+    unit = tpu_codes.E2M1_UNIT if fp4 else 1.0
+    scale = None if scale_ref is None else _float32(scale_ref[0, 0]) * unit
     for tile in range(tiles):
         scale_of_tile = None if scale is None else scale[tile * 8 : tile * 8 + 8]
         if fp4:
@@ -99,21 +101,17 @@ def _tile_of_keys(key_refs: Any, tile: int) -> Any:
 
 
 def _tile_of_fp4(codes_ref: Any, scale: Any, tile: int, dtype: Any) -> Any:
-    """Keys by channel, [J, 1024]; each byte of a word is unpacked at its place."""
-    words = pltpu.bitcast(codes_ref[0, 0, :, pl.ds(tile * TILE, TILE)], jnp.uint32)
-
-    def e4m3(words: Any) -> Any:
-        # Read as E4M3, E2M1 is 2^-6 of itself: exponents start lower.
-        sign, magnitude = (words & 0x08080808) << 4, (words & 0x07070707) << 2
-        return pltpu.bitcast(sign | magnitude, jnp.float8_e4m3fn)
-
-    code_JX = jnp.concatenate([e4m3(words), e4m3(words >> 4)], axis=0)
+    """Keys by channel, [J, 1024]; `scale` is `E2M1_UNIT` times theirs."""
+    packed = codes_ref[0, 0, :, pl.ds(tile * TILE, TILE)]
+    # Products with powers of two are exact either way; before TPU7x float32 takes fewer packings.
+    wide = jnp.bfloat16 if tpu_codes.keeps_e4m3() else jnp.float32
+    value_JX = jnp.concatenate([half.astype(wide) for half in tpu_codes.e2m1_halves(packed)])
     along = lambda block: jnp.concatenate(
         [scale[row : row + 1, block * LANES : (block + 1) * LANES] for row in range(8)], axis=1
     )
     blocks = range(scale.shape[1] // LANES)
-    scale_KX = [jnp.broadcast_to(along(block) * 64.0, (FP4_BLOCK, TILE)) for block in blocks]
-    return (code_JX.astype(jnp.float32) * jnp.concatenate(scale_KX, axis=0)).astype(dtype)
+    scale_KX = [jnp.broadcast_to(along(block).astype(wide), (FP4_BLOCK, TILE)) for block in blocks]
+    return (value_JX * jnp.concatenate(scale_KX)).astype(dtype)
 
 
 def _tile_of_scores(

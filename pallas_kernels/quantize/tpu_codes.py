@@ -55,12 +55,17 @@ def e4m3_values(codes_KN: Float[Array, "K N"], keeps: bool) -> Float[Array, "K N
 E2M1_UNIT = 2.0**14  # E2M1 codes read as E5M2, which all chips convert, are this much too small
 
 
-def e2m1_values(packed_JN: UInt8[Array, "J N"]) -> Float[Array, "K N"]:
-    """Values over `E2M1_UNIT` in bfloat16, in the order of K; J is a multiple of 32."""
+def e2m1_halves(packed_JN: UInt8[Array, "J N"]) -> list[Float[Array, "J N"]]:
+    """The low and the high nibbles' values over `E2M1_UNIT`, in float8_e5m2."""
     word = pltpu.bitcast(packed_JN, jnp.int32)
     low = (word & 0x07070707) << 1 | (word & 0x08080808) << 4
     high = (word >> 3) & 0x0E0E0E0E | (word & _SIGN)
-    halves = [pltpu.bitcast(half, jnp.float8_e5m2).astype(jnp.bfloat16) for half in (low, high)]
+    return [pltpu.bitcast(half, jnp.float8_e5m2) for half in (low, high)]
+
+
+def e2m1_values(packed_JN: UInt8[Array, "J N"]) -> Float[Array, "K N"]:
+    """Values over `E2M1_UNIT` in bfloat16, in the order of K; J is a multiple of 32."""
+    halves = [half.astype(jnp.bfloat16) for half in e2m1_halves(packed_JN)]
     step = FP4_BLOCK // 2
     parts = [half[at : at + step] for at in range(0, len(packed_JN), step) for half in halves]
     return jnp.concatenate(parts)

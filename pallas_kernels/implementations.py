@@ -99,7 +99,8 @@ def dispatch(
     """Run the function `name` of one form.
 
     'auto' leaves the choice to the compile target, not to the host that traces. Where there is no
-    kernel, or it does not take these arguments, XLA's form serves.
+    kernel, it does not take these arguments or the compiler would have to partition it, XLA's form
+    serves.
 
     Args:
       op: for messages.
@@ -114,14 +115,22 @@ def dispatch(
     having = {key for key, form in forms.items() if hasattr(form, name)}
     require(f"{op}.{name}", impl, having | {"auto"})
     run = lambda key: lambda *args: getattr(forms[key], name)(*args, **static)
+    if impl in _PLATFORMS and _partitioned():
+        raise Unsupported(f"{op}.{name}: compilers do not partition kernels: use jax.shard_map.")
     if impl != "auto":
         return run(impl)(*args)
     kernels = {
         platform: _or_else(run(key), run("xla"))
         for key, platform in _PLATFORMS.items()
-        if key in having
+        if key in having and not _partitioned()
     }
     return _by_target(f"{op}.{name}", run("xla"), kernels, args)
+
+
+def _partitioned() -> bool:
+    """Whether what is traced here is for the compiler to split over a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and set(mesh.axis_names) > set(mesh.manual_axes)
 
 
 def _or_else(kernel: _Form, other: _Form) -> _Form:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import targets
 from pallas_kernels.implementations import Unsupported, dispatch
@@ -69,6 +71,19 @@ def test_xla_serves_where_the_kernel_does_not() -> None:
     forms: dict[str, Any] = {"tpu": form(unable), "xla": times(3.0)}
     text = targets.lowered("v6e", door(**forms), STRUCT).as_text()
     assert "dense<3.0" in text
+
+
+def test_where_the_compiler_would_have_to_partition_a_kernel_xla_serves() -> None:
+    forms: dict[str, Any] = {"tpu": times(5.0), "xla": times(3.0)}
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=targets.devices("v5p")[:2])  # noqa: TID251
+    x = jax.ShapeDtypeStruct(STRUCT.shape, STRUCT.dtype, sharding=NamedSharding(mesh, P("x")))
+    text = lambda run: jax.jit(run).lower(x).as_text()
+    by_device = lambda x: jax.shard_map(door(**forms), in_specs=P("x"), out_specs=P("x"))(x)
+    with jax.set_mesh(mesh):
+        assert "dense<3.0" in text(door(**forms))
+        assert "dense<5.0" in text(by_device)
+        with pytest.raises(Unsupported, match=r"op\.scale: .* use jax\.shard_map"):
+            text(door("tpu", **forms))
 
 
 def test_a_wish_is_kept_or_refused() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 
 from pallas_kernels import quantize, targets
 from pallas_kernels.implementations import Unsupported
@@ -187,13 +186,6 @@ def test_what_the_kernel_does_not_take_is_refused_or_left_to_xla(
     with pytest.raises(Unsupported, match="takes"):
         quantize.linear(x, w, impl="tpu")
     assert_close(quantize.linear(x, w), x, w_NK, CLOSE_BFLOAT16)
-
-
-def test_where_the_compiler_would_have_to_partition_xla_serves() -> None:
-    w, _ = weight("fp8", 128, 256)
-    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,))  # noqa: TID251
-    with jax.set_mesh(mesh), pytest.raises(Unsupported, match="shard_map"):
-        quantize.linear(rows_of(2, 256, jnp.bfloat16), w, impl="tpu")
 
 
 def matrix(form: str, n: int, k: int) -> Any:

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_gpu import load
-from pallas_kernels.quantize import tpu_codes
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, Weight, as_stack, of_layer
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -50,7 +49,6 @@ def linear(
             f"The GPU form of linear takes bfloat16 and whole blocks of {FP8_BLOCK}; not"
             f" {x.dtype} {x.shape} times {groups} groups of {N} x {K}."
         )
-    tpu_codes.refuse_partitioning()
     rows = 128 if len(x_RK) > 64 else 64
     x_RK = jnp.pad(x_RK, ((0, -len(x_RK) % (8 if rows == 64 else rows)), (0, 0)))
     parts = _parts(len(x_RK), N, K, rows)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
-from pallas_kernels.quantize import tpu_codes, tpu_few, tpu_many
+from pallas_kernels.quantize import tpu_few, tpu_many
 from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight, as_stack
 
 _FEW = {Fp8Weight: 128, Fp4Weight: 16}  # rows up to which products are scaled
@@ -73,5 +73,4 @@ def _checked(
         raise Unsupported(f"The TPU form of linear takes K in 128s (FP8) or 256s (FP4), not {K}.")
     if groups > 1 and N // groups % 128:
         raise Unsupported(f"The TPU form of linear takes groups of 128s of N, not {N // groups}.")
-    tpu_codes.refuse_partitioning()
     return as_stack(w if layer is None else in_hbm(w), layer)

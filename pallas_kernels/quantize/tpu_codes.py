@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
-from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
 _LOW7, _SIGN = 0x7F7F7F7F, -0x7F7F7F80  # of each byte of a word
-
-
-def refuse_partitioning() -> None:
-    """Refuse to be traced where the compiler would have to partition a kernel: it does not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes):
-        raise Unsupported("The compiler does not partition TPU kernels: use jax.shard_map.")
 
 
 def keeps_e4m3() -> bool:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.quantize import reference, tpu_codes
+from pallas_kernels.quantize import reference
 
 _LANES = 128
 _ROWS = 128  # that go through the registers at once
@@ -83,7 +83,6 @@ def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array)
         raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x.dtype} {x.shape}.")
     if x.shape[-1] > _MOST_CHANNELS:
         raise Unsupported(f"The TPU form takes {_MOST_CHANNELS} channels, not {x.shape[-1]}.")
-    tpu_codes.refuse_partitioning()
     x_RK = x.reshape(-1, x.shape[-1])
     R, K = x_RK.shape
     width = -(-K // _LANES) * _LANES

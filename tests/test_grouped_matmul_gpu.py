@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import quantize, targets
-from pallas_kernels.grouped_matmul import LoraWeight, gpu, gpu_matmul, gpu_weights, reference
+from pallas_kernels.grouped_matmul import LoraWeight, gpu, gpu_matmul, reference
 from pallas_kernels.grouped_matmul.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
 from tests import gpu_kernels
@@ -96,18 +96,6 @@ def test_each_row_is_in_one_step_of_its_expert(seed: int, T: int, E: int, rows: 
         assert (expert_P[row : row + count] == expert).all()
     np.testing.assert_array_equal(seen_P, (expert_P >= 0) & (expert_P < E))
     assert steps.real == seen_P.sum()
-
-
-def test_codes_of_four_bits_become_numbers() -> None:
-    got = np.asarray(gpu_weights.e2m1(jnp.arange(16, dtype=jnp.int32)))
-    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    np.testing.assert_array_equal(got, np.concatenate([sizes, -sizes]))
-
-
-def test_exponents_become_powers_of_two() -> None:
-    exponent = np.arange(1, 255, dtype=np.uint8)
-    got = np.asarray(gpu_weights.power_of_two(jnp.asarray(exponent)))
-    np.testing.assert_array_equal(got, 2.0 ** (exponent.astype(np.float32) - 127))
 
 
 STRUCT = jax.ShapeDtypeStruct

@@ -164,10 +164,11 @@ def test_a_scale_for_every_weight_or_a_product_for_every_block(chip: Target, row
     assert kept(chip, quantize.linear, S((rows, K), BF16), fp8(N, K)) <= most / 4
 
 
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("rows", [16, 1024])
-def test_codes_of_four_bits_unpacked_in_device_memory(rows: int) -> None:
+def test_codes_of_four_bits_unpacked_in_device_memory(chip: Target, rows: int) -> None:
     N, K = 8192, 4096
-    assert kept("v5p", quantize.linear, S((rows, K), BF16), fp4(N, K)) <= N * K / 16
+    assert kept(chip, quantize.linear, S((rows, K), BF16), fp4(N, K)) <= N * K / 16
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ Axis letters: N output channels, K input channels (64 of a tile), S slots.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,13 +19,12 @@ from jaxtyping import Array
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_gpu import load
-from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+from pallas_kernels.quantize import Fp4Weight, Fp8Weight, gpu_codes
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
 CHANNELS = 64
 STAGES = 3
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_HALF = FP4_BLOCK // 2  # rows of bytes
 
 
 def check(w: lora.Weight) -> None:
@@ -115,52 +113,15 @@ class Format:
     def dequantise(self, arrays: Any, at: Any, slot: Array, tile: Any, smem: Any) -> None:
         """Make a tile of the codes staged in a slot."""
         if self.kind is Fp4Weight:
-            self._dequantise_fp4(slot, tile, smem)
+            gpu_codes.write_fp4(smem["codes"].at[slot], smem["scale"].at[slot], tile)
             return
         layer, expert, k, n = at
         block = jax.lax.div(k, FP8_BLOCK), jax.lax.div(n, FP8_BLOCK)
         scale = arrays[1][layer, expert, *block]
         if scale.dtype != jnp.float32:
-            scale = power_of_two(scale)
+            scale = gpu_codes.power_of_two(scale)
         for row in range(0, CHANNELS, 32):
             rows = pl.ds(row, 32)
-            layout = _layout(32, self.columns)
+            layout = gpu_codes.tile_layout(32, self.columns)
             codes_KN = load(smem["codes"].at[slot, rows], layout)
             tile[rows, :] = (codes_KN.astype(jnp.float32) * scale).astype(jnp.bfloat16)
-
-    def _dequantise_fp4(self, slot: Array, tile: Any, smem: Any) -> None:
-        layout = _layout(_HALF, self.columns)
-        for block in range(CHANNELS // FP4_BLOCK):
-            codes = smem["codes"].at[slot, pl.ds(block * _HALF, _HALF)]
-            code_KN = load(codes, layout).astype(jnp.int32)
-            scale_N = power_of_two(load(smem["scale"].at[slot, block], layout.reduce(0)))
-            scale_KN = jax.lax.broadcast_in_dim(scale_N, code_KN.shape, (1,))
-            scale_KN = plgpu.layout_cast(scale_KN, layout)
-            for half in range(2):
-                value_KN = e2m1(code_KN >> 4 if half else code_KN & 15) * scale_KN
-                rows = pl.ds(block * FP4_BLOCK + half * _HALF, _HALF)
-                tile[rows, :] = value_KN.astype(jnp.bfloat16)
-
-
-def power_of_two(exponent: Array) -> Array:
-    """E8M0 as float32: 2^(e - 127). The least, which would be subnormal, is 0."""
-    return jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
-
-
-def e2m1(code: Array) -> Array:
-    """The numbers of E2M1 codes in integers of 32 bits, in float32.
-
-    Exponent and mantissa move to where a float32 has them; 0 and 0.5, which are subnormal, are
-    made as differences from 1.
-    """
-    subnormal = (code & 6) == 0
-    exponent = jnp.where(subnormal, 127 << 23, 126 << 23)
-    moved = jax.lax.bitcast_convert_type(((code & 7) << 22) + exponent, jnp.float32)
-    size = moved - jnp.where(subnormal, 1.0, 0.0)
-    return jnp.where((code & 8) == 0, size, -size)
-
-
-@functools.cache
-def _layout(rows: int, columns: int) -> Any:
-    """Of registers on their way to a tile, so that it is written without bank conflicts."""
-    return plgpu.Layout.SMEM_GMEM_COPY((rows, columns), jnp.bfloat16, 128)

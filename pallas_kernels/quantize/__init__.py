@@ -164,8 +164,8 @@ def linear(
       groups: G, a divisor of N: N / G outputs each take K channels of x, their group's own.
       precision: of the matmul, as in `jnp.einsum`.
       impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
-        'tpu' and 'gpu' (FP8) tile by tile on the chip; 'auto' takes the best form for the
-        compile target.
+        'tpu' and 'gpu' (in bfloat16) tile by tile on the chip; 'auto' takes the best form for
+        the compile target.
 
     Returns:
       Accumulated in float32 (or wider, if x is), in x's dtype.

@@ -1,4 +1,4 @@
-"""Matmuls with quantised weights on NVIDIA GPUs: interpreted against float64 sums, compiled for H200."""
+"""Quantised weights on NVIDIA GPUs: interpreted against float64 sums, compiled for H200."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ LINEAR = functools.partial(quantize.linear, impl="gpu")
         ("fp8", 256, 256, 150, 264),
         ("fp4", 256, 1024, 5, 264),
         ("fp4", 128, 320, 70, 1),
-        ("fp4", 256, 448, 5, 2),  # seven tiles, which two parts do not share
+        ("fp4", 128, 768, 5, 2),  # in two parts of six tiles
         ("fp4", 256, 128, 150, 264),
     ],
 )

@@ -14,6 +14,7 @@ from jax.interpreters import ad, batching, mlir
 
 Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+_KINDS = {"signed integers": jnp.signedinteger, "booleans": jnp.bool_, "floats": jnp.floating}
 _Form = Callable[..., Any]
 
 
@@ -36,6 +37,7 @@ def check_arrays(
     arrays: Mapping[str, Any],
     *,
     integers: Collection[str] = (),
+    booleans: Collection[str] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Refuse arrays that are not what their names say: x_BTD has dims B, T and D, scale_3 has 3.
@@ -45,7 +47,8 @@ def check_arrays(
     Args:
       op: for messages.
       arrays: by name; one without an underscore is a scalar.
-      integers: which of them are of signed integers; the others are of floats.
+      integers: which of them are of signed integers.
+      booleans: which of them are of booleans; the others are of floats.
       sizes: of letters that are known already.
 
     Returns:
@@ -57,9 +60,10 @@ def check_arrays(
     """
     found = dict(sizes or {})
     for name, array in arrays.items():
-        dtype, integer = jnp.result_type(array), name in integers
-        if not jnp.issubdtype(dtype, jnp.signedinteger if integer else jnp.floating):
-            kind = "signed integers" if integer else "floats"
+        dtype, kind = jnp.result_type(array), "floats"
+        if name in integers or name in booleans:
+            kind = "signed integers" if name in integers else "booleans"
+        if not jnp.issubdtype(dtype, _KINDS[kind]):
             raise TypeError(f"{op}: {name} is {dtype}; it takes {kind}.")
         found |= check_shape(op, name, array, found)
     return found

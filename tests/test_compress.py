@@ -166,13 +166,6 @@ def test_where_no_entry_is_wanted_it_is_zero_whatever_the_ring_holds(window_B: l
     assert np.isfinite(got_B1K).all()
 
 
-def test_wrong_sizes_are_named() -> None:
-    shape = BENCH["csa"]
-    args = chunk(shape, text(shape, 1, 16), [0], 16)
-    with pytest.raises(ValueError, match=r"takes 8 rows before .* not 4, .* of 4 entries, not 4"):
-        compress.prefill(args[0], args[1][:, :4], *args[2:], **settings(shape))
-
-
 def test_a_form_that_there_is_not_is_refused() -> None:
     tokens_BXC, bias_MC = jnp.ones((1, 8, 4)), jnp.ones((4, 4))
     with pytest.raises(NotImplementedError, match=r"compress\.pool has no 'tpu' form"):

@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul, hyper, indexer_topk, quantize
+from pallas_kernels import (
+    compress,
+    dense_attention,
+    grouped_matmul,
+    hyper,
+    indexer_topk,
+    quantize,
+    rotary,
+    sparse_attention,
+)
 from pallas_kernels.grouped_matmul import LoraWeight
 from pallas_kernels.indexer_topk import PagedKeys, to_fp4, to_fp8
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+from pallas_kernels.sparse_attention import Fp8Rows
 
 FORMS = ("auto", "reference", "xla", "tpu", "gpu")
 
@@ -51,6 +61,19 @@ PRE = {"x_BTM": of(1, 3, 256), "fn_QM": of(8, 256), "base_Q": of(8), "scale_3": 
 PRE |= NORM | {"streams": 2, "steps": 2}
 POST = {"output_BTD": of(1, 3, 128), "x_BTM": of(1, 3, 256)}
 POST |= {"post_BTN": of(1, 3, 2), "comb_BTNN": of(1, 3, 2, 2)}
+HEADS = {"x_BTHK": of(1, 3, 2, 16), "cos_BTQ": of(1, 3, 4), "sin_BTQ": of(1, 3, 4)}
+INTEGERS = of(2, 3, dtype=jnp.int32)
+ATTENTION = {"q_BTHK": of(2, 3, 4, 512), "pool_LBSK": of(2, 2, 32, 512), "layer": jnp.int32(1)}
+ATTENTION |= {"sink_H": of(4), "scale": 1.0}
+RING = {"window_BRK": of(2, 8, 512), "window_mask_BTR": of(2, 3, 8, dtype=bool)}
+CHUNK = {"window_BXK": of(2, 11, 512), "start_B": INTEGERS[:, 0], "window": 8}
+WINDOWS = {"bias_MC": of(4, 256), "scale_K": of(128), "table": (of(2, 3, 16), of(2, 3, 16))}
+WINDOWS |= {"overlap": 2, "eps": 1e-6, "rounding": "fp8", "dtype": jnp.float32}
+PREFILL = {"rows_BTC": of(2, 11, 512), "before_BPC": of(2, 8, 512), "start_B": INTEGERS[:, 0]}
+DECODE = {"ring_LBRC": of(2, 2, 16, 512), "layer": jnp.int32(1), "window_B": INTEGERS[:, 0]}
+DECODE |= {"table": (of(2, 1, 16), of(2, 1, 16))}
+POOL = {"kv_BXC": of(2, 12, 256), "gate_BXC": of(2, 12, 256), "first_B": INTEGERS[:, 0]}
+POOL |= {"bias_MC": of(4, 256), "overlap": 2}
 HEAD = {"x_BTM": of(1, 3, 256), "fn_NM": of(2, 256), "base_N": of(2), "scale_1": of(1), **NORM}
 
 
@@ -179,3 +202,114 @@ def test_of_a_rounding(door: Any) -> None:
 def test_of_hyper_connections(name: str, wrong: dict[str, Any], match: str) -> None:
     args: Any = {"pre": PRE, "post": POST, "head": HEAD}[name]
     refused(getattr(hyper, name), args, wrong, ValueError, rf"^hyper\.{name}: {match}")
+
+
+@pytest.mark.parametrize("op", [dense_attention, sparse_attention])
+@pytest.mark.parametrize(
+    ("name", "wrong", "error", "match"),
+    [
+        ("decode", {"q_BTHK": of(2, 3, 2048)}, ValueError, r"q_BTHK has shape \(2, 3, 2048\)"),
+        ("decode", {"window_BRK": of(2, 8, 64)}, ValueError, r"window_BRK .* \(B=2, R, K=512\)"),
+        (
+            "decode",
+            {"window_mask_BTR": of(2, 3, 8, dtype=jnp.int32)},
+            TypeError,
+            "window_mask_BTR is int32; it takes booleans",
+        ),
+        ("decode", {"window_mask_BTR": of(2, 3, 7, dtype=bool)}, ValueError, "window_mask_BTR"),
+        ("decode", {"pool_LBSK": of(2, 32, 512)}, ValueError, "pool_LBSK has shape"),
+        ("decode", {"pool_LBSK": of(2, 1, 32, 512)}, ValueError, "pool_LBSK .*B=2"),
+        ("decode", {"layer": jnp.float32(1)}, TypeError, "layer is float32"),
+        ("decode", {"sink_H": of(3)}, ValueError, r"sink_H has shape \(3,\), not \(H=4\)"),
+        ("prefill", {"window_BXK": of(1, 11, 512)}, ValueError, "window_BXK .*B=2"),
+        ("prefill", {"window_BXK": of(2, 12, 512)}, ValueError, "window_BXK has 12 keys"),
+        ("prefill", {"start_B": of(2)}, TypeError, "start_B is float32; it takes signed integers"),
+        ("prefill", {"start_B": INTEGERS}, ValueError, "start_B has shape"),
+        ("prefill", {"layer": INTEGERS[0]}, ValueError, r"layer has shape \(3,\), not \(\)"),
+    ],
+)
+def test_of_attention(op: Any, name: str, wrong: Any, error: Any, match: str) -> None:
+    seen = (
+        {"visible_BT": INTEGERS} if op is dense_attention else {"indices_BTk": INTEGERS[..., None]}
+    )
+    args: Any = ATTENTION | seen | (RING if name == "decode" else CHUNK)
+    short = op.__name__.rpartition(".")[2]
+    refused(getattr(op, name), args, wrong, error, rf"^{short}\.{name}: {match}")
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_of_the_entries_attended_to(name: str) -> None:
+    chunk: Any = ATTENTION | (RING if name == "decode" else CHUNK)
+    dense, args = getattr(dense_attention, name), chunk | {"visible_BT": INTEGERS}
+    refused(dense, args, {"visible_BT": INTEGERS[:, :2]}, ValueError, r"visible_BT .*T=3\)")
+    refused(dense, args, {"visible_BT": of(2, 3)}, TypeError, "visible_BT is float32")
+    sparse, args = getattr(sparse_attention, name), chunk | {"indices_BTk": INTEGERS[..., None]}
+    data = of(2, 2, 32, 640, dtype=jnp.uint8)
+    for wrong, error, match in (
+        ({"indices_BTk": INTEGERS}, ValueError, r"indices_BTk has shape \(2, 3\)"),
+        ({"indices_BTk": of(2, 3, 1)}, TypeError, "indices_BTk is float32"),
+        ({"pool_LBSK": data}, TypeError, "pool_LBSK is uint8; it takes floats"),
+        ({"pool_LBSK": Fp8Rows(data[..., :584])}, ValueError, r"pool_LBSK\.data_LBSW .*W=640"),
+        ({"pool_LBSK": Fp8Rows(data[:, :1])}, ValueError, r"pool_LBSK\.data_LBSW .*B=2"),
+        (
+            {"pool_LBSK": Fp8Rows(data.view(jnp.int8))},
+            TypeError,
+            r"pool_LBSK\.data is int8; it takes uint8",
+        ),
+    ):
+        refused(sparse, args, wrong, error, match)
+    narrow: Any = {"q_BTHK": of(2, 3, 4, 64), "pool_LBSK": Fp8Rows(data)}
+    narrow["window_BRK" if name == "decode" else "window_BXK"] = of(
+        2, 8 + 3 * (name != "decode"), 64
+    )
+    refused(sparse, args, narrow, ValueError, r"pool_LBSK has shape \(2, 2, 32, 512\).*K=64")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error", "match"),
+    [
+        ("prefill", {"overlap": 3}, ValueError, "overlap is 3; it takes 1 and 2"),
+        ("prefill", {"rounding": "bf16"}, ValueError, "rounding is 'bf16'"),
+        ("prefill", {"rows_BTC": of(2, 11, 256)}, ValueError, "rows_BTC .*C=512"),
+        ("prefill", {"before_BPC": of(2, 4, 512)}, ValueError, "before_BPC .*P=8"),
+        ("prefill", {"start_B": of(2)}, TypeError, "start_B is float32"),
+        ("prefill", {"bias_MC": of(256)}, ValueError, "bias_MC has shape"),
+        ("prefill", {"bias_MC": of(4, 255)}, ValueError, r"bias_MC .* \(M, 2 \* K\)"),
+        ("prefill", {"scale_K": of(64)}, ValueError, "scale_K .*K=128"),
+        ("prefill", {"table": (of(2, 2, 16),) * 2}, ValueError, r"table\[0\]_BnQ .*n=3"),
+        ("prefill", {"table": (of(2, 3, 16), of(2, 3, 8))}, ValueError, r"table\[1\]_BnQ .*Q=16"),
+        ("prefill", {"table": (of(2, 3, 65),) * 2}, ValueError, "scale_K has 128 channels; 65"),
+        ("decode", {"ring_LBRC": of(2, 16, 512)}, ValueError, "ring_LBRC has shape"),
+        (
+            "decode",
+            {"ring_LBRC": of(2, 2, 16, 512, dtype=jnp.int8)},
+            TypeError,
+            "ring_LBRC is int8",
+        ),
+        ("decode", {"layer": INTEGERS[0, :1]}, ValueError, r"layer has shape \(1,\)"),
+        ("decode", {"window_B": of(2)}, TypeError, "window_B is float32"),
+        ("decode", {"window_B": INTEGERS[0]}, ValueError, "window_B .*B=2"),
+        ("decode", {"table": WINDOWS["table"]}, ValueError, r"table\[0\]_BnQ .*n=1"),
+        ("pool", {"gate_BXC": of(2, 8, 256)}, ValueError, "gate_BXC .*X=12"),
+        ("pool", {"bias_MC": of(4, 128)}, ValueError, "kv_BXC .*C=128"),
+        ("pool", {"bias_MC": of(5, 256)}, ValueError, r"kv_BXC has 12 tokens, .* n \+ 1 .* of 5"),
+        ("pool", {"first_B": of(2)}, TypeError, "first_B is float32"),
+    ],
+)
+def test_of_compression(name: str, wrong: Any, error: Any, match: str) -> None:
+    args: Any = {"prefill": WINDOWS | PREFILL, "decode": WINDOWS | DECODE, "pool": POOL}[name]
+    refused(getattr(compress, name), args, wrong, error, rf"^compress\.{name}: {match}")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"x_BTHK": of(1, 3, 16)}, ValueError, r"x_BTHK has shape \(1, 3, 16\)"),
+        ({"x_BTHK": of(1, 3, 2, 16, dtype=jnp.int32)}, TypeError, "x_BTHK is int32"),
+        ({"cos_BTQ": of(1, 2, 4)}, ValueError, "cos_BTQ .*T=3"),
+        ({"sin_BTQ": of(1, 3, 5)}, ValueError, "sin_BTQ .*Q=4"),
+        ({"x_BTHK": of(1, 3, 2, 6)}, ValueError, "x_BTHK has 6 channels; 4 pairs"),
+    ],
+)
+def test_of_rotary(wrong: dict[str, Any], error: Any, match: str) -> None:
+    refused(rotary.rotate, HEADS, wrong, error, rf"^rotary\.rotate: {match}")

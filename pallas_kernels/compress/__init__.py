@@ -18,13 +18,13 @@ rows, n entries, Q rotary pairs, X tokens of the windows.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.compress import gpu, reference, tpu, xla
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 
 Rounding = Literal["none", "fp8", "fp4"]
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
@@ -63,18 +63,15 @@ def prefill(
       ceil(T / M) entries. Those whose windows the chunk does not complete are arbitrary.
 
     Raises:
-      ValueError: before_BPC has not P rows, or the table not n.
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: a dtype that is not the contract's.
+      ValueError: shapes that do not fit together, another overlap or rounding.
     """
-    ratio, entries = len(bias_MC), -(-rows_BTC.shape[1] // len(bias_MC))
-    if before_BPC.shape[1] != overlap * ratio or table[0].shape[1] != entries:
-        raise ValueError(
-            f"compress.prefill takes {overlap * ratio} rows before the chunk, not"
-            f" {before_BPC.shape[1]}, and a table of {entries} entries, not {table[0].shape[1]}."
-        )
-    args = rows_BTC, before_BPC, start_B, bias_MC, scale_K, table
+    tokens = {"rows_BTC": rows_BTC, "before_BPC": before_BPC, "start_B": start_B}
+    rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
-    return _run("prefill", impl, tuple(static.items()), args)
+    _check_entries("compress.prefill", tokens, *rest, overlap, rounding)
+    return _run("prefill", impl, tuple(static.items()), (*tokens.values(), *rest))
 
 
 def decode(
@@ -109,11 +106,13 @@ def decode(
       impl: as for `prefill`.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
+      NotImplementedError, TypeError, ValueError: as for `prefill`.
     """
-    args = ring_LBRC, layer, window_B, bias_MC, scale_K, table
+    tokens = {"ring_LBRC": ring_LBRC, "layer": layer, "window_B": window_B}
+    rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
-    return _run("decode", impl, tuple(static.items()), args)
+    _check_entries("compress.decode", tokens, *rest, overlap, rounding)
+    return _run("decode", impl, tuple(static.items()), (*tokens.values(), *rest))
 
 
 def pool(
@@ -140,10 +139,45 @@ def pool(
       affair: such entries are not visible yet.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
+      NotImplementedError, TypeError, ValueError: as for `prefill`.
     """
+    op = "compress.pool"
+    sizes = _check_windows(op, bias_MC, overlap)
+    tokens = {"kv_BXC": kv_BXC, "gate_BXC": gate_BXC, "first_B": first_B}
+    sizes = check_arrays(op, tokens, integers=("first_B",), sizes=sizes)
+    if sizes["X"] % sizes["M"] or sizes["X"] < (overlap - 1) * sizes["M"]:
+        raise ValueError(
+            f"{op}: kv_BXC has {sizes['X']} tokens, not those of n + {overlap - 1} windows of "
+            f"{sizes['M']}."
+        )
     args = kv_BXC, gate_BXC, bias_MC, first_B
     return _run("pool", impl, (("overlap", overlap),), args)
+
+
+def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
+    """Sizes M, C, K and P."""
+    if overlap not in (1, 2):
+        raise ValueError(f"{op}: overlap is {overlap!r}; it takes 1 and 2.")
+    sizes = check_arrays(op, {"bias_MC": bias_MC})
+    if not sizes["M"] or sizes["C"] % overlap:
+        raise ValueError(f"{op}: bias_MC has shape {bias_MC.shape}, not (M, {overlap} * K).")
+    return sizes | {"K": sizes["C"] // overlap, "P": overlap * sizes["M"]}
+
+
+def _check_entries(
+    op: str, tokens: Any, bias_MC: Any, scale_K: Any, table: Any, overlap: int, rounding: str
+) -> None:
+    """Entries are as many as the windows of a chunk, or one."""
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"{op}: rounding is {rounding!r}; it takes {get_args(Rounding)}.")
+    sizes = _check_windows(op, bias_MC, overlap)
+    integers = ("start_B", "layer", "window_B")
+    sizes = check_arrays(op, tokens, integers=integers, sizes=sizes | {"C": 2 * sizes["C"]})
+    sizes["n"] = -(-sizes.get("T", 1) // sizes["M"])
+    ends = {"scale_K": scale_K, "table[0]_BnQ": table[0], "table[1]_BnQ": table[1]}
+    sizes = check_arrays(op, ends, sizes=sizes)
+    if 2 * sizes["Q"] > sizes["K"]:
+        raise ValueError(f"{op}: scale_K has {sizes['K']} channels; {sizes['Q']} pairs do not fit.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.dense_attention import reference, tpu, xla
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 
 _FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
@@ -51,11 +51,20 @@ def decode(
       impl: 'auto' takes the best form for the compile target.
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: a dtype that is not the contract's.
+      ValueError: shapes that do not fit together.
     """
-    return _decode(
-        (scale, impl),
-        (q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, visible_BT, sink_H),
-    )
+    arrays = {
+        "q_BTHK": q_BTHK,
+        "window_BRK": window_BRK,
+        "window_mask_BTR": window_mask_BTR,
+        "pool_LBSK": pool_LBSK,
+        "layer": layer,
+        "visible_BT": visible_BT,
+        "sink_H": sink_H,
+    }
+    _check("dense_attention.decode", arrays)
+    return _decode((scale, impl), tuple(arrays.values()))
 
 
 def prefill(
@@ -85,15 +94,26 @@ def prefill(
       scale: multiplies q . key.
       impl: as for `decode`.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      ValueError: window_BXK has not window + T keys.
+      NotImplementedError, TypeError, ValueError: as for `decode`.
     """
-    queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
-    softmax.require_chunk_window("dense_attention.prefill", keys, window, queries)
-    return _prefill(
-        (window, scale, impl),
-        (q_BTHK, window_BXK, start_B, pool_LBSK, layer, visible_BT, sink_H),
-    )
+    arrays = {
+        "q_BTHK": q_BTHK,
+        "window_BXK": window_BXK,
+        "start_B": start_B,
+        "pool_LBSK": pool_LBSK,
+        "layer": layer,
+        "visible_BT": visible_BT,
+        "sink_H": sink_H,
+    }
+    sizes = _check("dense_attention.prefill", arrays)
+    softmax.require_chunk_window("dense_attention.prefill", sizes["X"], window, sizes["T"])
+    return _prefill((window, scale, impl), tuple(arrays.values()))
+
+
+def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
+    there = {name: x for name, x in arrays.items() if name != "pool_LBSK" or x is not None}
+    integers = ("start_B", "layer", "visible_BT")
+    return check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 from pallas_kernels.rotary import reference, tpu
 from pallas_kernels.rotary.reference import Norm
 
@@ -41,7 +41,15 @@ def rotate(
       impl: 'auto' takes the best form for the compile target.
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: an array that is not of floats.
+      ValueError: shapes that do not fit together.
     """
+    arrays = {"x_BTHK": x_BTHK, "cos_BTQ": cos_BTQ, "sin_BTQ": sin_BTQ}
+    sizes = check_arrays("rotary.rotate", arrays)
+    if 2 * sizes["Q"] > sizes["K"]:
+        raise ValueError(
+            f"rotary.rotate: x_BTHK has {sizes['K']} channels; {sizes['Q']} pairs do not fit."
+        )
     return _rotate(norm, impl, (x_BTHK, cos_BTQ, sin_BTQ))
 
 

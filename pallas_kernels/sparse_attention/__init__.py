@@ -15,11 +15,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.implementations import Impl, dispatch
-from pallas_kernels.sparse_attention import gpu, reference, tpu, xla
+from pallas_kernels.implementations import (
+    Impl,
+    check_arrays,
+    check_dtype,
+    check_shape,
+    dispatch,
+)
+from pallas_kernels.sparse_attention import gpu, reference, rows, tpu, xla
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 __all__ = ["Fp8Rows", "decode", "prefill"]
@@ -53,9 +60,20 @@ def decode(
       impl: 'auto' takes the best form for the compile target.
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
+      TypeError: a dtype that is not the contract's.
+      ValueError: shapes that do not fit together.
     """
-    arrays = (q_BTHK, window_BRK, window_mask_BTR, pool_LBSK, layer, indices_BTk, sink_H)
-    return _decode((scale, impl), arrays)
+    arrays = {
+        "q_BTHK": q_BTHK,
+        "window_BRK": window_BRK,
+        "window_mask_BTR": window_mask_BTR,
+        "pool_LBSK": pool_LBSK,
+        "layer": layer,
+        "indices_BTk": indices_BTk,
+        "sink_H": sink_H,
+    }
+    _check("sparse_attention.decode", arrays)
+    return _decode((scale, impl), tuple(arrays.values()))
 
 
 def prefill(
@@ -85,13 +103,33 @@ def prefill(
       scale: multiplies q . key.
       impl: as for `decode`.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      ValueError: window_BXK has not window + T keys.
+      NotImplementedError, TypeError, ValueError: as for `decode`.
     """
-    queries, keys = q_BTHK.shape[1], window_BXK.shape[1]
-    softmax.require_chunk_window("sparse_attention.prefill", keys, window, queries)
-    arrays = (q_BTHK, window_BXK, start_B, pool_LBSK, layer, indices_BTk, sink_H)
-    return _prefill((window, scale, impl), arrays)
+    arrays = {
+        "q_BTHK": q_BTHK,
+        "window_BXK": window_BXK,
+        "start_B": start_B,
+        "pool_LBSK": pool_LBSK,
+        "layer": layer,
+        "indices_BTk": indices_BTk,
+        "sink_H": sink_H,
+    }
+    sizes = _check("sparse_attention.prefill", arrays)
+    softmax.require_chunk_window("sparse_attention.prefill", sizes["X"], window, sizes["T"])
+    return _prefill((window, scale, impl), tuple(arrays.values()))
+
+
+def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
+    pool, arrays = arrays["pool_LBSK"], dict(arrays)
+    if isinstance(pool, Fp8Rows):
+        del arrays["pool_LBSK"]
+    integers = ("start_B", "layer", "indices_BTk")
+    sizes = check_arrays(op, arrays, integers=integers, booleans=("window_mask_BTR",))
+    if isinstance(pool, Fp8Rows):
+        check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
+        check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})
+        check_shape(op, "pool_LBSK", pool, sizes)
+    return sizes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -166,6 +166,9 @@ def test_of_the_experts(wrong: dict[str, Any], error: Any, match: str) -> None:
         ({"w": of(3, 4, 256)}, ValueError, r"w stands for \(3, 4, 256\)"),
         ({"w": changed(MATRIX, scale=of(3, 1))}, ValueError, r"w\.scale has shape \(3, 1\)"),
         ({"w": changed(MATRIX, codes=of(256, 128))}, TypeError, r"w\.codes is float32"),
+        ({"layer": 0.0}, TypeError, "layer is float32; it takes signed integers"),
+        ({"layer": np.bool_(1)}, TypeError, "layer is bool"),
+        ({"layer": of(1, dtype=jnp.int32)}, ValueError, r"layer has shape \(1,\), not \(\)"),
     ],
 )
 def test_of_a_matmul(wrong: dict[str, Any], error: Any, match: str) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
@@ -172,7 +172,8 @@ def linear(
 
     Raises:
       NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: x is no array of floats, or parts of w are of other dtypes than `Weight` says.
+      TypeError: x is no array of floats, the layer no integer, or parts of w are of other dtypes
+        than `Weight` says.
       ValueError: shapes that do not fit together.
     """
     _check_linear(x, w, layer, groups)
@@ -188,6 +189,8 @@ def linear(
 def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     op = "quantize.linear"
     _check_rows(op, x)
+    if layer is not None:
+        check_arrays(op, {"layer": layer}, integers=("layer",))
     check_weight(op, "w", w)
     if len(w.shape) != (2 if layer is None else 3):
         wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"

@@ -316,3 +316,12 @@ def test_of_compression(name: str, wrong: Any, error: Any, match: str) -> None:
 )
 def test_of_rotary(wrong: dict[str, Any], error: Any, match: str) -> None:
     refused(rotary.rotate, HEADS, wrong, error, rf"^rotary\.rotate: {match}")
+
+
+@pytest.mark.parametrize("op", [dense_attention, sparse_attention, compress])
+def test_a_layer_may_be_a_plain_number(op: Any) -> None:
+    args = WINDOWS | DECODE if op is compress else ATTENTION | RING
+    seen = {dense_attention: {"visible_BT": INTEGERS}, compress: {}}
+    args |= seen.get(op, {"indices_BTk": INTEGERS[..., None]})
+    run = inspect.unwrap(op.decode)
+    np.testing.assert_array_equal(run(**args | {"layer": 1}), run(**args))

@@ -21,6 +21,7 @@ import functools
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.compress import gpu, reference, tpu, xla
@@ -108,7 +109,7 @@ def decode(
     Raises:
       NotImplementedError, TypeError, ValueError: as for `prefill`.
     """
-    tokens = {"ring_LBRC": ring_LBRC, "layer": layer, "window_B": window_B}
+    tokens = {"ring_LBRC": ring_LBRC, "layer": jnp.asarray(layer), "window_B": window_B}
     rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
     _check_entries("compress.decode", tokens, *rest, overlap, rounding)

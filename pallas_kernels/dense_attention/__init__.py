@@ -16,6 +16,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
@@ -59,7 +60,7 @@ def decode(
         "window_BRK": window_BRK,
         "window_mask_BTR": window_mask_BTR,
         "pool_LBSK": pool_LBSK,
-        "layer": layer,
+        "layer": jnp.asarray(layer),
         "visible_BT": visible_BT,
         "sink_H": sink_H,
     }
@@ -101,7 +102,7 @@ def prefill(
         "window_BXK": window_BXK,
         "start_B": start_B,
         "pool_LBSK": pool_LBSK,
-        "layer": layer,
+        "layer": jnp.asarray(layer),
         "visible_BT": visible_BT,
         "sink_H": sink_H,
     }

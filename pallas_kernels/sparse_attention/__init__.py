@@ -68,7 +68,7 @@ def decode(
         "window_BRK": window_BRK,
         "window_mask_BTR": window_mask_BTR,
         "pool_LBSK": pool_LBSK,
-        "layer": layer,
+        "layer": jnp.asarray(layer),
         "indices_BTk": indices_BTk,
         "sink_H": sink_H,
     }
@@ -110,7 +110,7 @@ def prefill(
         "window_BXK": window_BXK,
         "start_B": start_B,
         "pool_LBSK": pool_LBSK,
-        "layer": layer,
+        "layer": jnp.asarray(layer),
         "indices_BTk": indices_BTk,
         "sink_H": sink_H,
     }

@@ -19,6 +19,7 @@ from pallas_kernels import (
     hyper,
     indexer_topk,
     quantize,
+    rotary,
     sparse_attention,
 )
 from pallas_kernels.compress.shapes import SHAPES as COMPRESSORS
@@ -27,6 +28,7 @@ from pallas_kernels.grouped_matmul.shapes import SHAPES as EXPERTS
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK, to_fp4, to_fp8
 from pallas_kernels.indexer_topk.shapes import SHAPES as INDEXER
 from pallas_kernels.quantize.shapes import SHAPES as MATRICES
+from pallas_kernels.rotary.shapes import SHAPES as HEADS
 from pallas_kernels.sparse_attention.shapes import SHAPES as SPARSE
 
 MODELS = ("flash", "pro")
@@ -74,6 +76,9 @@ def cases(divide: int = 1) -> Iterator[Case]:
             for matrix in ("query", "output"):
                 yield _linear(f"{model} {matrix}", tokens, divide)
             yield _hyper(model, tokens, divide)
+        # The prompt first: for steps TPUs have XLA's form.
+        for rows, tokens in ((1, 4096), (8, 1)):
+            yield _rotate(model, rows, max(1, tokens // divide))
 
 
 def _normal(*shape: int, dtype: Any = _bf16, seed: int = 0) -> Any:
@@ -287,4 +292,23 @@ def _hyper(model: str, tokens: int, divide: int) -> Case:
         inputs=inputs,
         bytes=tokens * hidden * (2 * streams + 2) + 4 * mixes * streams * hidden,
         flops=2 * tokens * mixes * streams * hidden,
+    )
+
+
+def _rotate(model: str, rows: int, tokens: int) -> Case:
+    """Attention's queries, normed before."""
+    shape = HEADS[model]
+    heads, dim, pairs = shape.heads, shape.dim, shape.rotated // 2
+
+    def inputs() -> tuple[Any, ...]:
+        angle_BTQ = _normal(rows, tokens, pairs, dtype=jnp.float32, seed=1)
+        return (_normal(rows, tokens, heads, dim), jnp.cos(angle_BTQ), jnp.sin(angle_BTQ))
+
+    return Case(
+        op="rotary.rotate",
+        name=f"{model}, {rows}x{tokens} tokens",
+        run=functools.partial(rotary.rotate, norm=rotary.Norm(1e-6, float32=False)),
+        inputs=inputs,
+        bytes=rows * tokens * (2 * 2 * heads * dim + 2 * 4 * pairs),
+        flops=0,
     )

@@ -124,6 +124,8 @@ def _dumped(chip: str, index: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         dump = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": dump}
+        # Or the last line of a refusal would be about tracebacks.
+        settings["JAX_TRACEBACK_FILTERING"] = "off"
         command = [sys.executable, "-m", "benchmarks.tpu_cycles", "--worker", chip, str(index)]
         done = subprocess.run(
             command, env=os.environ | settings, capture_output=True, text=True, check=False

@@ -88,22 +88,10 @@ def gradients(
     Raises:
       Unsupported: too many heads, a long window, or a pool that VMEM does not hold.
     """
-    grad_BTHK, out_BTHK, q_BTHK = chunk
+    q_BTHK = chunk[-1]
     batch, queries, heads, dim = q_BTHK.shape
     sizes = _sizes(q_BTHK, pool_LBSK, block, window)
-    rows = lambda x: _pad(x, 1, -queries % block).reshape(batch, -1, dim)
-    last = (sizes.blocks - 1) * block + sizes.near
-    sink_H2 = jnp.maximum(sink_H.astype(jnp.float32) * LOG2_E, _LOWEST)
-    inputs = Inputs(
-        q=rows(q_BTHK),
-        grad=rows(grad_BTHK),
-        out=rows(out_BTHK),
-        sink=jnp.tile(sink_H2, block)[None],
-        query=jnp.repeat(jnp.arange(block, dtype=jnp.int32), heads)[None],
-        window=_pad(window_BXK, 1, last - window_BXK.shape[1]),
-        seen=None if seen is None else seen.array,
-        pool=pool_LBSK,
-    )
+    inputs = _inputs(sizes, chunk, window_BXK, pool_LBSK, seen, sink_H)
     settings = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     )
@@ -155,6 +143,32 @@ def _sizes(q_BTHK: Any, pool_LBSK: Any, block: int, window: int) -> Sizes:
         window=window,
         near=pl.cdiv(block + window, _TILE) * _TILE,
         entries=entries,
+    )
+
+
+def _inputs(
+    sizes: Sizes,
+    chunk: tuple[Array, Array, Array],
+    window_BXK: Float[Array, "B X K"],
+    pool_LBSK: Float[Array, "L B S K"] | None,
+    seen: Seen | None,
+    sink_H: Float[Array, " H"],
+) -> Inputs:
+    """Whole blocks, with the heads of a query as rows."""
+    batch, queries, heads, dim = chunk[0].shape
+    block = sizes.block
+    grad, out, q = (_pad(x, 1, -queries % block).reshape(batch, -1, dim) for x in chunk)
+    last = (sizes.blocks - 1) * block + sizes.near
+    sink_H2 = jnp.maximum(sink_H.astype(jnp.float32) * LOG2_E, _LOWEST)
+    return Inputs(
+        q=q,
+        grad=grad,
+        out=out,
+        sink=jnp.tile(sink_H2, block)[None],
+        query=jnp.repeat(jnp.arange(block, dtype=jnp.int32), heads)[None],
+        window=_pad(window_BXK, 1, last - window_BXK.shape[1]),
+        seen=None if seen is None else seen.array,
+        pool=pool_LBSK,
     )
 
 

@@ -95,20 +95,15 @@ def grouped(
     number_M1R = jnp.zeros((plan.tiles, 1, R), jnp.float32) if number_M1R is None else number_M1R
     reader = tpu_weights.Reader(plan, layer, W, dtype)
     weights = [reader.form(t.weight, t.transposed) for t in terms]
-    tile = lambda width, n: pl.BlockSpec((R, width), lambda n_, s, l, e, t, *_: (t[s], n(n_)))
-    out_specs = [tile(W, lambda n: n)] * outputs
-    out_shape = [jax.ShapeDtypeStruct((plan.tiles * R, O), dtype)] * outputs
-    if summed:
-        index = lambda n, s, l, e, t, *_: (n, t[s], 0, 0)
-        out_specs.append(pl.BlockSpec((None, None, 1, R), index))
-        out_shape.append(jax.ShapeDtypeStruct((O // W, plan.tiles, 1, R), jnp.float32))
+    row = lambda width: pl.BlockSpec((R, width), lambda n, s, l, e, t, *_: (t[s], 0))
+    out_specs, out_shape = _written(plan, O, W, dtype, outputs, summed=summed)
     totals = 1 + max(t.total for t in terms)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=(O // W, plan.steps),
         in_specs=[
             pl.BlockSpec((None, 1, R), lambda n, s, l, e, t, *_: (t[s], 0, 0)),
-            [tile(x.shape[1], lambda n: 0) for x in rows],
+            [row(x.shape[1]) for x in rows],
             [w.specs for w in weights],
         ],
         out_specs=out_specs,
@@ -133,6 +128,21 @@ def grouped(
         in_hbm([w.arrays for w in weights]),
     )
     return [*got[:-1], jnp.sum(got[-1], axis=0)] if summed else list(got)
+
+
+def _written(
+    plan: Plan, width: int, block: int, dtype: Any, outputs: int, *, summed: bool
+) -> tuple[list[Any], list[Any]]:
+    """Blocks and shapes of what `grouped` gives, sums last: one for each block of columns."""
+    R = plan.rows
+    column = pl.BlockSpec((R, block), lambda n, s, l, e, t, *_: (t[s], n))
+    specs: list[Any] = [column] * outputs
+    shapes = [jax.ShapeDtypeStruct((plan.tiles * R, width), dtype)] * outputs
+    if summed:
+        index = lambda n, s, l, e, t, *_: (n, t[s], 0, 0)
+        specs.append(pl.BlockSpec((None, None, 1, R), index))
+        shapes.append(jax.ShapeDtypeStruct((width // block, plan.tiles, 1, R), jnp.float32))
+    return specs, shapes
 
 
 class Products:

@@ -97,25 +97,11 @@ def score_chunk(
       on, and of the `buffers`.
     """
     first, end, room = span
-    arrays, paged = source
+    arrays, _ = source
 
     def fetch(smem: Any, depth: int, tile: Any) -> None:
-        slot, start = jax.lax.rem(tile, depth), start_of(first + tile * TILE, room)
-        here = smem["tile_here_D"].at[slot]
-        if paged:
-            pages, table = arrays
-            size = pages.shape[2]
-            page, within = table[row, start // size], jax.lax.rem(start, size)
-            keys_XJ = pages.at[layer, page, pl.ds(within, TILE)]
-        else:
-            keys_XJ = arrays[0].at[layer, row, pl.ds(start, TILE)]
-        to = smem["codes_DXJ" if "codes_DXJ" in smem else "keys_DXJ"]
-        plgpu.copy_gmem_to_smem(keys_XJ, to.at[slot], here)
-        if "scale_DY" in smem:
-            scale_LBS = arrays[1]
-            scales = pl.ds(_scales_start(start, scale_LBS), 2 * TILE)
-            scale_Y = scale_LBS.at[layer, row, scales]
-            plgpu.copy_gmem_to_smem(scale_Y, smem["scale_DY"].at[slot], here)
+        start = start_of(first + tile * TILE, room)
+        _fetch(source, layer, row, start, smem, jax.lax.rem(tile, depth))
 
     def run(score_ref: Any, smem: Any) -> None:
         depth = smem["tile_here_D"].shape[0]
@@ -147,6 +133,26 @@ def score_chunk(
             pl.when(tile + depth < tiles)(functools.partial(fetch, smem, depth, tile + depth))
 
     return run
+
+
+def _fetch(source: Any, layer: Array, row: Array, start: Any, smem: Any, slot: Any) -> None:
+    """Begin to copy the tile that starts with this entry, and its scales, to one slot."""
+    arrays, paged = source
+    here = smem["tile_here_D"].at[slot]
+    if paged:
+        pages, table = arrays
+        size = pages.shape[2]
+        page, within = table[row, start // size], jax.lax.rem(start, size)
+        keys_XJ = pages.at[layer, page, pl.ds(within, TILE)]
+    else:
+        keys_XJ = arrays[0].at[layer, row, pl.ds(start, TILE)]
+    to = smem["codes_DXJ" if "codes_DXJ" in smem else "keys_DXJ"]
+    plgpu.copy_gmem_to_smem(keys_XJ, to.at[slot], here)
+    if "scale_DY" in smem:
+        scale_LBS = arrays[1]
+        scales = pl.ds(_scales_start(start, scale_LBS), 2 * TILE)
+        scale_Y = scale_LBS.at[layer, row, scales]
+        plgpu.copy_gmem_to_smem(scale_Y, smem["scale_DY"].at[slot], here)
 
 
 def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:

@@ -23,3 +23,20 @@ def forget_programs() -> Iterator[None]:
     """Drop each module's compiled programs: their memory maps would exhaust the process's."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Host programs without LLVM's optimisations, which take longer than small models run.
+
+    For whole models; what tests bits, kernels or other compilers is compiled as for users.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests first: a long one begun last would leave the other worker idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
+# Several threads take longer over matrices this small, the more so beside another worker's.
+torch.set_num_threads(1)
+
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,

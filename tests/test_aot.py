@@ -18,11 +18,12 @@ from v4jax.config import ModelConfig
 
 
 def lower_seconds(cfg: ModelConfig, step: Step) -> float:
+    """Of processor time: the machine is shared."""
     mesh = aot.topology_mesh("v5p:2x2x1")
-    began = time.perf_counter()
+    began = time.process_time()
     lowered = aot.lower(cfg, step, mesh, batch=8, capacity=8192)
     assert "stablehlo" in lowered.as_text()[:10_000]
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])
@@ -35,8 +36,8 @@ def test_the_full_model_lowers_for_v5p_in_30_seconds_and_4_gb(name: str, step: S
 def test_43_layers_lower_in_the_time_of_5() -> None:
     flash = config.preset("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:5])
-    # The best of three, because the machine is shared.
-    best = lambda cfg: min(lower_seconds(cfg, "decode") for _ in range(3) if not jax.clear_caches())
+    # The better of two, because the first warms up.
+    best = lambda cfg: min(lower_seconds(cfg, "decode") for _ in range(2) if not jax.clear_caches())
     assert best(flash) < 1.5 * best(few)
 
 

@@ -19,6 +19,7 @@ from v4jax import demo, native
 from v4jax.__main__ import main
 from v4jax.chat import encode_chat
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMMANDS = ("demo", "inspect", "convert", "export", "generate")
 Capsys = pytest.CaptureFixture[str]
 

@@ -14,6 +14,7 @@ from v4jax import cache as caches
 from v4jax import steps
 from v4jax.numerics import HF, OFFICIAL, Numerics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CFG = models.config(SLIDING, CSA, HCA, CSA)
 LENGTH = 90
 TOKENS = models.tokens(CFG, 2, LENGTH)
@@ -143,7 +144,7 @@ def test_selecting_more_entries_than_there_are_sees_them_all() -> None:
 
 
 def test_text_grows_without_a_new_program() -> None:
-    runner = Runner(CFG, 2, 4 * LENGTH)
+    runner = Runner(models.config(CSA, HCA), 2, 4 * LENGTH)
     runner.feed(TOKENS[:, :9])
     step = lambda at: runner.feed(TOKENS[:, at : at + 1])
     step(9)

@@ -16,6 +16,8 @@ from v4jax.convert import convert, export
 from v4jax.language_model import LanguageModel
 from v4jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -275,7 +275,13 @@ def test_what_exists_here_is_returned_as_it_is(tmp_path: Path, monkeypatch: Any)
 @pytest.mark.parametrize(
     "path", ["./org/name", "/org", "a/b/c", "flash", "../x", "~/x", "org/na me"]
 )
-def test_what_cannot_be_an_id_is_not_looked_up(path: str):
+def test_what_cannot_be_an_id_is_not_looked_up(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Nothing of these names is beside or within the directory.
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="no such file or directory, and no Hub id either"):
         hub.resolve(path)
 

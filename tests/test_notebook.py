@@ -16,6 +16,8 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     # Its checkpoint goes where pytest cleans up.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    # As in conftest's quick_compilation.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for cell, kept in zip(notebook.cells, nbformat.read(FILE, as_version=4).cells, strict=True):
         if cell.cell_type == "code":

@@ -18,14 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import lora
-from pallas_kernels.grouped_matmul.gpu_weights import (
-    CHANNELS,
-    STAGES,
-    TILED,
-    Format,
-    arrays_of,
-)
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.grouped_matmul.gpu_weights import CHANNELS, STAGES, Format, arrays_of
+from pallas_kernels.mosaic_gpu import TILED, load
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS

@@ -18,13 +18,12 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.mosaic_gpu import TILED, load
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight, gpu_codes
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
 CHANNELS = 64
 STAGES = 3
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def check(w: lora.Weight) -> None:

@@ -22,7 +22,7 @@ from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
 from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
 from pallas_kernels.indexer_topk.reference import ordered
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.mosaic_gpu import TILED, load
 
 # Heads come in multiples of 64 too: what a tile of a product holds.
 TILE = HEADS = 64
@@ -56,7 +56,7 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
 
 def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     """Shared memory for `score_chunk`."""
-    matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=gpu_select.TILED)
+    matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
     narrow = isinstance(keys, Fp8Keys)
     # The bfloat16 form of a tile of codes takes its share.
     depth = (_AHEAD // (TILE * dim) - 2) if narrow else _AHEAD // (TILE * dim * 2)

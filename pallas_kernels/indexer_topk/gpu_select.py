@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.mosaic_gpu import TILED, load
 
 ROWS, COLUMNS, SLOTS = 64, 128, 64
 SIZE = ROWS * COLUMNS
@@ -28,8 +28,6 @@ NOTHING = -(2**31)
 _DIGITS, _DIGIT_BITS = 3, 11
 
 _i32, _f32, _f16 = jnp.int32, jnp.float32, jnp.float16
-# How products want operands of 16 bits to lie.
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _MATRIX, _BY_ROW, _BY_COLUMN = (
     plgpu.Layout.WGMMA,
     plgpu.Layout.WGMMA.reduce(1),

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mosaic_gpu import TILED
 from pallas_kernels.quantize import gpu_codes, gpu_tiles
-from pallas_kernels.quantize.gpu_tiles import COLUMNS, TILED
+from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP4_BLOCK, Fp4Weight
 
 CHANNELS = 64  # of a tile

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.mosaic_gpu import TILED, load
 from pallas_kernels.quantize import gpu_tiles
-from pallas_kernels.quantize.gpu_tiles import COLUMNS, TILED
+from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, of_layer
 
 _BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))

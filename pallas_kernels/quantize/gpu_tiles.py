@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
 COLUMNS = 128  # of a block of threads
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _GRID = ("part", "column", "row")
 _WRITTEN = 64  # rows at once
 

@@ -42,6 +42,7 @@ _TILE = 16
 _POOL_BYTES = 24 * 2**20
 _VMEM_BYTES = 56 * 2**20
 _LOWEST = -1e30
+_NOWHERE = 2**31 - 1
 
 
 def queries_of_a_block(queries: int, heads: int, most: int) -> int:
@@ -65,6 +66,7 @@ def gradients(
     layer: Int[Array, ""],
     seen: Seen | None,
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None,
     *,
     block: int,
     window: int,
@@ -81,6 +83,7 @@ def gradients(
       layer: the layer that was read.
       seen: which entries; None without a pool.
       sink_H: a logit per head.
+      first_BT: position from which each query sees keys of the window; None: 0.
       block: queries of a block.
       window: tokens that a query sees.
       scale: of the logits.
@@ -91,13 +94,14 @@ def gradients(
     q_BTHK = chunk[-1]
     batch, queries, heads, dim = q_BTHK.shape
     sizes = _sizes(q_BTHK, pool_LBSK, block, window)
-    inputs = _inputs(sizes, chunk, window_BXK, pool_LBSK, seen, sink_H)
+    low_BN1R = None if first_BT is None else _lowest(first_BT, start_B, sizes)
+    inputs = _inputs(sizes, chunk, window_BXK, low_BN1R, pool_LBSK, seen, sink_H)
     settings = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     )
     (found,) = pl.pallas_call(
         functools.partial(kernel, sizes=sizes, seen=seen, scale=scale),
-        grid_spec=_grid(sizes, batch, dim, q_BTHK.dtype, seen),
+        grid_spec=_grid(sizes, batch, dim, q_BTHK.dtype, seen, bounded=first_BT is not None),
         out_shape=(_out_shapes(sizes, batch, dim, q_BTHK.dtype),),
         compiler_params=settings,
         name=name,
@@ -150,6 +154,7 @@ def _inputs(
     sizes: Sizes,
     chunk: tuple[Array, Array, Array],
     window_BXK: Float[Array, "B X K"],
+    low_BN1R: Int[Array, "B N 1 R"] | None,
     pool_LBSK: Float[Array, "L B S K"] | None,
     seen: Seen | None,
     sink_H: Float[Array, " H"],
@@ -167,9 +172,19 @@ def _inputs(
         sink=jnp.tile(sink_H2, block)[None],
         query=jnp.repeat(jnp.arange(block, dtype=jnp.int32), heads)[None],
         window=_pad(window_BXK, 1, last - window_BXK.shape[1]),
+        low=low_BN1R,
         seen=None if seen is None else seen.array,
         pool=pool_LBSK,
     )
+
+
+def _lowest(
+    first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], sizes: Sizes
+) -> Int[Array, "B N 1 R"]:
+    """The first key of the chunk's window that each row may see; none beyond the last query."""
+    low_BT = first_BT.astype(jnp.int32) - (start_B.astype(jnp.int32) - sizes.window)[:, None]
+    low_BNQ = blocks_of(low_BT, sizes.block, fill=_NOWHERE)
+    return jnp.repeat(low_BNQ, sizes.heads, axis=2)[:, :, None]
 
 
 def _out_shapes(sizes: Sizes, batch: int, dim: int, dtype: Any) -> Outputs:
@@ -183,7 +198,7 @@ def _out_shapes(sizes: Sizes, batch: int, dim: int, dtype: Any) -> Outputs:
 
 
 def _grid(
-    sizes: Sizes, batch: int, dim: int, dtype: Any, seen: Seen | None
+    sizes: Sizes, batch: int, dim: int, dtype: Any, seen: Seen | None, *, bounded: bool
 ) -> pltpu.PrefetchScalarGridSpec:
     """Parts, rows of the batch, and a part's blocks."""
     entries, once = sizes.entries, pl.Buffered(1)
@@ -201,6 +216,7 @@ def _grid(
         sink=constant,
         query=constant,
         window=pl.BlockSpec((None, pl.Element(sizes.near), pl.Element(dim)), near),
+        low=per_block(1, sizes.rows) if bounded else None,
         seen=None if seen is None else per_block(*seen.array.shape[2:]),
         pool=pool(lambda p, b, s, layer_1, *_: (layer_1[0], b, 0, 0)) if entries else None,
     )

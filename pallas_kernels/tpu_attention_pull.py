@@ -40,12 +40,14 @@ class Seen:
       begin: takes the block and the scratch; returns 1 + the last entry that any row sees.
       of: takes the block, the scratch, the query of each row [1, R], the first of some entries and
         their count E; returns which of them any row sees [E, 1], and which each row sees [E, R].
+      skip: takes the block; returns the first entry that any row sees. None: 0.
     """
 
     array: Any
     scratch: tuple[Any, ...]
     begin: Callable[..., Any]
     of: Callable[..., tuple[Any, Any]]
+    skip: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class Inputs(NamedTuple):
     sink: Any  # [1, R]
     query: Any  # [1, R]
     window: Any  # [Y, K]
+    low: Any  # [1, R], the first key of the chunk's window that each row may see, or None: 0
     seen: Any  # a block of `Seen.array`
     pool: Any  # [S, K]; None without a pool, as `seen`
 
@@ -145,11 +148,13 @@ def kernel(
     keys_XK, mask_XR = _near(inputs, first, start_B[b], sizes.window)
     pool = None if seen is None else _Pool(sizes, seen, rows, inputs, outputs, scratch)
     far = pool if sizes.entries > FEW else None
-    steps = 0
+    begin, steps = 0, 0
     if pool is not None:
         pl.when(step == 0)(lambda: _clear(outputs.pool))
         end = pool.seen.begin(inputs.seen, scratch.seen)
         steps = jax.lax.div(end + sizes.width - 1, sizes.width)
+        if pool.seen.skip is not None:
+            begin = jax.lax.div(pool.seen.skip(inputs.seen), sizes.width)
         if far is None:
             more_EK, more_ER = pool.read(0)
             keys_XK = jnp.concatenate([keys_XK, more_EK])
@@ -158,14 +163,14 @@ def kernel(
     sink = inputs.sink[...], jnp.ones(inputs.sink.shape, jnp.float32)
     logits_XR, whole = rows.measure(keys_XK, mask_XR, sink)
     if far is not None:
-        whole = jax.lax.fori_loop(0, steps, far.measure, whole)
+        whole = jax.lax.fori_loop(begin, steps, far.measure, whole)
     log_total_1R = whole[0] + jnp.log2(whole[1])
 
     scratch.q[...], keys_grad_XK = rows.pull(keys_XK, logits_XR, log_total_1R)
     at = pl.multiple_of(jax.lax.rem(first, sizes.group * sizes.block), 8)
     outputs.window[pl.ds(at, sizes.near)] += keys_grad_XK[: sizes.near]
     if far is not None:
-        jax.lax.fori_loop(0, steps, far.pull, log_total_1R)
+        jax.lax.fori_loop(begin, steps, far.pull, log_total_1R)
     elif pool is not None:
         outputs.pool[...] += keys_grad_XK[sizes.near :]
     outputs.q[...] = scratch.q[...].astype(outputs.q.dtype)
@@ -291,7 +296,14 @@ def _near(
     exists_Y1 = y_Y1 >= jnp.maximum(window - start - first, 1)
     mask_YR = (y_Y1 > query_1R) & (y_Y1 <= query_1R + window) & exists_Y1
     seen_Y1 = exists_Y1 & (y_Y1 <= jnp.max(query_1R) + window)
+    if inputs.low is not None:
+        mask_YR &= first + y_Y1 >= inputs.low[...]
+        seen_Y1 = by_any(mask_YR)
     return _where_seen(inputs.window[...], seen_Y1), mask_YR
+
+
+def by_any(mask_XR: Bool[Array, "X R"]) -> Bool[Array, "X 1"]:
+    return jnp.max(mask_XR.astype(jnp.int32), axis=1, keepdims=True) > 0
 
 
 def _where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:

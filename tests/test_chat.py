@@ -394,3 +394,23 @@ def test_with_a_context_the_rest_of_the_whole_text_is_written(context, messages,
     assert whole.endswith(rest)
     written = [m["content"] for m in messages if m["role"] in ("assistant", "system")]
     assert all(text in rest for text in written)
+
+
+@settings(deadline=None, max_examples=300)
+@given(MESSAGES, MESSAGES, SETTINGS)
+def test_segments_are_the_text_and_tell_who_writes_it(context, messages, arguments):
+    segments = chat.chat_segments(messages, **arguments, context=context)
+    assert "".join(s.text for s in segments) == encode(messages, **arguments, context=context)
+    written = [(s.message, s.reasoning, s.text) for s in segments if s.message is not None]
+    for index, reasoning, text in written:
+        message = messages[index]
+        assert message["role"] == "assistant"
+        if reasoning:
+            assert text == message["reasoning_content"] + END_THINK
+        else:
+            assert text.startswith(message["content"])
+            assert text.endswith(EOS) != message["wo_eos"]
+    answers = [index for index, reasoning, _ in written if not reasoning]
+    assert answers == [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    given_text = "".join(s.text for s in segments if s.message is None)
+    assert EOS not in given_text

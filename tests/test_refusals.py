@@ -97,6 +97,8 @@ def refused(door: Any, args: dict[str, Any], wrong: dict[str, Any], error: Any, 
         ({"visible_BT": of(2, 4, dtype=jnp.int32)}, ValueError, r"visible_BT .* \(B=2, T=3\)"),
         ({"visible_BT": of(2, dtype=jnp.int32)}, ValueError, r"visible_BT has shape \(2,\)"),
         ({"visible_BT": of(2, 3)}, TypeError, "visible_BT is float32; it takes signed integers"),
+        ({"hidden_BT": of(3, 3, dtype=jnp.int32)}, ValueError, r"hidden_BT .* \(B=2, T=3\)"),
+        ({"hidden_BT": of(2, 3)}, TypeError, "hidden_BT is float32; it takes signed integers"),
         ({"layer": of(1, dtype=jnp.int32)}, ValueError, r"layer has shape \(1,\), not \(\)"),
         ({"q_BTIJ": of(2, 3, 4, 64, dtype=jnp.int8)}, TypeError, "q_BTIJ is int8; .* floats"),
         ({"weights_BTI": of(2, 3, 3)}, ValueError, r"weights_BTI .*I=4\)"),
@@ -238,6 +240,18 @@ def test_of_attention(op: Any, name: str, wrong: Any, error: Any, match: str) ->
     args: Any = ATTENTION | seen | (RING if name == "decode" else CHUNK)
     short = op.__name__.rpartition(".")[2]
     refused(getattr(op, name), args, wrong, error, rf"^{short}\.{name}: {match}")
+
+
+def test_of_documents_that_share_a_row() -> None:
+    dense: Any = ATTENTION | CHUNK | {"visible_BT": INTEGERS}
+    sparse: Any = ATTENTION | CHUNK | {"indices_BTk": INTEGERS[..., None]}
+    for run, args, name in (
+        (dense_attention.prefill, dense, "first_BT"),
+        (dense_attention.prefill, dense, "hidden_BT"),
+        (sparse_attention.prefill, sparse, "first_BT"),
+    ):
+        refused(run, args, {name: INTEGERS[:, :2]}, ValueError, rf"prefill: {name} .*T=3\)")
+        refused(run, args, {name: of(2, 3)}, TypeError, f"prefill: {name} is float32")
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill"])

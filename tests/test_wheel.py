@@ -15,7 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Folders of the source tree, and what they are called in the wheel.
-FOLDERS = {"v4jax": "v4jax", "pallas_kernels": "pallas_kernels", "configs": "v4jax_configs"}
+FOLDERS = {
+    "v4jax": "v4jax",
+    "pallas_kernels": "pallas_kernels",
+    "configs": "v4jax_configs",
+    "train": "v4jax_train",
+}
 BUILD = ("pyproject.toml", "README.md", "LICENSE", *FOLDERS)
 
 

@@ -163,6 +163,13 @@ def _visible(kind: LayerKind, context: Context) -> Int[Array, "B T"]:
     return jnp.where(context.real_BT, (context.position_BT + 1) // kind.ratio, 0)
 
 
+def _hidden(kind: LayerKind, context: Context) -> Int[Array, "B T"] | None:
+    """Entries at the front that are other documents'."""
+    if context.first_BT is None or kind.attention == "sliding":
+        return None
+    return context.first_BT // kind.ratio
+
+
 def _chooses(kind: LayerKind, state: LayerCache, cfg: ModelConfig) -> bool:
     """Whether there is room for more entries than CSA takes: else it takes all there are."""
     return kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk
@@ -180,10 +187,14 @@ def _choose(
     """The entries that CSA attends to. Every device scores with all index heads."""
     q_BTIJ, weights_BTI = _query(p, x_BTD, latent_BTR, context)
     rows = ("batch",)
+    select = lambda *args: indexer_topk.select(
+        *args[:-1], hidden_BT=args[-1], k=context.cfg.index_topk
+    )
     return sharding.per_device(
-        functools.partial(indexer_topk.select, k=context.cfg.index_topk),
+        select,
         *(q_BTIJ, weights_BTI, state.index_LBSK, layer, _visible(kind, context)),
-        axes=(rows, rows, _POOL, (), rows),
+        _hidden(kind, context),
+        axes=(rows, rows, _POOL, (), rows, rows),
         out=rows,
     )
 
@@ -233,14 +244,24 @@ def _prefill(
     """Attention of a long chunk."""
     cfg, sink_H = context.cfg, layers.value(p.sink_H)
     settings: dict[str, Any] = {"window": cfg.sliding_window, "scale": cfg.head_dim**-0.5}
+    rows = ("batch",)
+    first_BT, hidden_BT = context.first_BT, None
     if _chooses(kind, state, cfg):
         indices_BTk = _choose(p.indexer, x_BTD, latent_BTR, state, layer, kind, context)
         run, seen = sparse_attention.prefill, indices_BTk
     else:
         run, seen = dense_attention.prefill, _visible(kind, context)
+        hidden_BT = _hidden(kind, context)
+
+    def attend(q, keys, start, pool, layer, seen, sink, first, hidden):
+        documents = {"first_BT": first, "hidden_BT": hidden}
+        given = {name: x for name, x in documents.items() if x is not None}
+        return run(q, keys, start, pool, layer, seen, sink, **settings, **given)
+
     return sharding.per_device(
-        functools.partial(run, **settings),
+        attend,
         *(q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer, seen, sink_H),
-        axes=(_QUERIES, ("batch",), ("batch",), _POOL, (), ("batch",), ("heads",)),
+        *(first_BT, hidden_BT),
+        axes=(_QUERIES, rows, rows, _POOL, (), rows, ("heads",), rows, rows),
         out=_QUERIES,
     )

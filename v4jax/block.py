@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize
-from v4jax import attention, hyper, moe
+from v4jax import attention, cache, hyper, moe
 from v4jax.cache import LayerCache
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
@@ -50,12 +50,16 @@ def run_block(
     experts: moe.Experts,
     x_BTM: Float[Array, "B T M"],
     state: LayerCache,
+    slot: Int[Array, ""],
     layer: Int[Array, ""],
     kind: LayerKind,
     context: Context,
 ) -> tuple[Float[Array, "B T M"], LayerCache]:
-    """Attention, then the experts, each inside its hyper-connection."""
-    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, layer, kind, context)
+    """Attention, then the experts, each inside its hyper-connection.
+
+    `slot` is the layer's place in the state, `layer` that in the experts' stack.
+    """
+    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, slot, kind, context)
     x_BTM, state = hyper.around(p.attention_hyper, x_BTM, p.attention_norm_D, context, attend)
     mix = lambda x_BTD: (moe.mixture(p.router, p.shared, experts, x_BTD, layer, context), None)
     x_BTM, _ = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
@@ -85,7 +89,7 @@ def run_stack(
         for position, kind in enumerate(pattern):
             experts = p.experts[position]
             x_BTM, state = run_block(
-                blocks[position], experts, x_BTM, states[position], layer, kind, context
+                blocks[position], experts, x_BTM, states[position], layer, layer, kind, context
             )
             updated.append(state)
         return (x_BTM, tuple(updated)), None
@@ -96,6 +100,39 @@ def run_stack(
     return x_BTM, states
 
 
+def train_stack(
+    p: Stack,
+    x_BTM: Float[Array, "B T M"],
+    pattern: tuple[LayerKind, ...],
+    repeats: int,
+    context: Context,
+    *,
+    remat: bool,
+) -> Float[Array, "B T M"]:
+    """All layers of a segment over whole rows: no layer's state outlives it.
+
+    Here the scan slices all weights, experts too: nearly all are chosen by some token, and the
+    gradient of a layer's weights is that layer's alone. With `remat` only the streams between
+    repeats of the pattern are kept for the backward pass.
+    """
+    cfg, dtype = context.cfg, x_BTM.dtype
+    batch, tokens = context.tokens_BT.shape
+    first = jnp.int32(0)
+
+    def one_repeat(x_BTM, step):
+        blocks, experts = step
+        for position, kind in enumerate(pattern):
+            state = cache.fresh(cfg, kind, batch, tokens, dtype)
+            only = jax.tree.map(lambda stack: stack[None], experts[position])
+            x_BTM, _ = run_block(blocks[position], only, x_BTM, state, first, first, kind, context)
+        return x_BTM, None
+
+    looked_up = lambda leaf: _sliced(leaf, context)
+    blocks = jax.tree.map(looked_up, p.blocks)
+    body = jax.checkpoint(one_repeat, prevent_cse=False) if remat else one_repeat
+    return jax.lax.scan(body, x_BTM, (blocks, p.experts), length=repeats)[0]
+
+
 def _quantised(leaf: Any) -> bool:
     return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)
 
@@ -104,7 +141,7 @@ def _sliced(leaf: Any, context: Context) -> Any:
     """What a scan slices of a stacked weight; None of quantised ones."""
     if _quantised(leaf):
         return None
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
+    if leaf.dtype == jnp.int32:
         # Looked up here: inside the scan a TPU would spread a table's rows of six over 128 lanes.
         return leaf[:, context.tokens_BT]
     return leaf

@@ -89,6 +89,11 @@ def make(cfg: ModelConfig, batch: int, capacity: int, dtype: Any, *, mtp: bool =
     )
 
 
+def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
+    """The empty state of one layer, for rows of `tokens` at once."""
+    return _layer_cache(cfg, kind, 1, batch, tokens, dtype)
+
+
 def _layer_cache(
     cfg: ModelConfig, kind: LayerKind, repeats: int, batch: int, capacity: int, dtype: Any
 ) -> LayerCache:

@@ -39,6 +39,19 @@ _EFFORTS: dict[str, dict[str | None, str | None]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a conversation's text.
+
+    `message` is the index of the assistant message that is written, the end of its sentence with
+    it, or None for what the model is given; `reasoning` marks its thinking, with the end of that.
+    """
+
+    text: str
+    message: int | None = None
+    reasoning: bool = False
+
+
 def encode_chat(
     messages: Sequence[Any],
     thinking_mode: str = "chat",
@@ -70,12 +83,35 @@ def encode_chat(
       ValueError: an argument or a field of a message that the encoding does not define; the text
         names the message's index and the field.
     """
+    segments = chat_segments(
+        messages,
+        thinking_mode,
+        reasoning_effort,
+        drop_thinking=drop_thinking,
+        revision=revision,
+        context=context,
+        add_bos=add_bos,
+    )
+    return "".join(segment.text for segment in segments)
+
+
+def chat_segments(
+    messages: Sequence[Any],
+    thinking_mode: str = "chat",
+    reasoning_effort: str | None = None,
+    *,
+    drop_thinking: bool = True,
+    revision: str = "april",
+    context: Sequence[Any] = (),
+    add_bos: bool = True,
+) -> list[Segment]:
+    """The text of `encode_chat`, with the same arguments, in parts that tell who writes them."""
     if thinking_mode not in THINKING_MODES:
         _refuse("thinking_mode", f"is {thinking_mode!r}; use one of {', '.join(THINKING_MODES)}.")
     thinking = thinking_mode == "thinking"
     effort = _effort_text(reasoning_effort, revision)
-    before = _merge([_read(m, f"context[{i}]") for i, m in enumerate(context)])
-    turns = before + _merge([_read(m, f"messages[{i}]") for i, m in enumerate(messages)])
+    before = _merge([_read(m, f"context[{i}]", None) for i, m in enumerate(context)])
+    turns = before + _merge([_read(m, f"messages[{i}]", i) for i, m in enumerate(messages)])
     _sort_results(turns)
 
     drop = drop_thinking and not any(turn.has_tools for turn in turns)
@@ -88,11 +124,12 @@ def encode_chat(
         turns = [turn for turn, kept in zip(turns, survives, strict=True) if kept]
 
     since = _last_user(turns) if drop else -1
-    parts = [BOS] if add_bos and not context else []
+    segments = [Segment(BOS)] if add_bos and not context else []
     if thinking and start == 0 and turns:
-        parts.append(effort)
-    parts += [_write(turns, i, thinking, since) for i in range(start, len(turns))]
-    return "".join(parts)
+        segments.append(Segment(effort))
+    for i in range(start, len(turns)):
+        segments += _write(turns, i, thinking, since)
+    return segments
 
 
 @dataclasses.dataclass
@@ -110,6 +147,7 @@ class _Turn:
     """
 
     role: str
+    message: int | None = None
     text: str = ""
     blocks: list[_Block] = dataclasses.field(default_factory=list)
     reasoning: str = ""
@@ -153,20 +191,22 @@ def _survivors(turns: list[_Turn]) -> list[bool]:
     return [turn.role != "developer" or i >= last for i, turn in enumerate(turns)]
 
 
-def _write(turns: list[_Turn], index: int, thinking: bool, since: int) -> str:
-    """The text of one turn and of what follows it; reasoning is shown from turn `since` on."""
+def _write(turns: list[_Turn], index: int, thinking: bool, since: int) -> list[Segment]:
+    """One turn and what follows it; reasoning is shown from turn `since` on."""
     turn = turns[index]
-    if turn.role == "user":
-        text = USER + "\n\n".join(block.text for block in turn.blocks)
-    elif turn.role == "assistant":
+    segments = []
+    if turn.role == "assistant":
         answers_task = index > 0 and turns[index - 1].task is not None
-        shown = thinking and index > since and not answers_task
-        text = turn.reasoning + END_THINK + turn.text if shown else turn.text
+        if thinking and index > since and not answers_task:
+            segments.append(Segment(turn.reasoning + END_THINK, turn.message, reasoning=True))
+        segments.append(Segment(turn.text, turn.message))
+    elif turn.role == "user":
+        segments.append(Segment(USER + "\n\n".join(block.text for block in turn.blocks)))
     else:
-        text = turn.text
+        segments.append(Segment(turn.text))
     if index + 1 < len(turns) and turns[index + 1].role not in ("assistant", "latest_reminder"):
-        return text
-    return text + _opening(turn, thinking, thinking and index >= since)
+        return segments
+    return [*segments, Segment(_opening(turn, thinking, thinking and index >= since))]
 
 
 def _opening(turn: _Turn, thinking: bool, shown: bool) -> str:
@@ -180,7 +220,7 @@ def _opening(turn: _Turn, thinking: bool, shown: bool) -> str:
     return ""
 
 
-def _read(message: Any, where: str) -> _Turn:
+def _read(message: Any, where: str, index: int | None) -> _Turn:
     """Check one message and make it a turn."""
     if not isinstance(message, Mapping):
         _refuse(where, f"is {_kind(message)}; a message is an object with 'role' and 'content'.")
@@ -188,7 +228,7 @@ def _read(message: Any, where: str) -> _Turn:
     if role not in ROLES:
         _refuse(f"{where}.role", f"is {role!r}; use one of {', '.join(ROLES)}.")
     content = _content(message, role, where)
-    turn = _Turn(role=role, task=_task(message, where))
+    turn = _Turn(role=role, message=index, task=_task(message, where))
     match role:
         case "user":
             turn.blocks = [_Block(content)]

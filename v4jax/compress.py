@@ -48,7 +48,7 @@ def update(
     """
     first_B = context.start_B // kind.ratio
     complete_B = context.end_B // kind.ratio - first_B
-    tail_BTC = _tail(compressor, x_BTD, context)
+    tail_BTC = _tail(compressor, x_BTD, kind, context)
     chunk = layer, tail_BTC, context.start_B, context.count_B
     weights, settings = _settings(compressor, x_BTD, kind, context, rounding)
     if x_BTD.shape[1] <= min(kind.ratio, cache.SPARE):
@@ -86,6 +86,8 @@ def _settings(
     cfg, numerics, dtype = context.cfg, context.numerics, x_BTD.dtype
     window_n = jnp.arange(-(-x_BTD.shape[1] // kind.ratio), dtype=jnp.int32)
     position_Bn = (context.start_B[:, None] // kind.ratio + window_n[None]) * kind.ratio
+    if context.first_BT is not None:
+        position_Bn -= context.first_BT[:, :: kind.ratio]
     table = layers.rope_table(position_Bn, cfg, numerics, dtype, compressed=True)
     weights = layers.value(compressor.bias_MC), layers.value(compressor.norm_K), table
     return weights, {
@@ -97,9 +99,22 @@ def _settings(
 
 
 def _tail(
-    compressor: Compressor, x_BTD: Float[Array, "B T D"], context: Context
+    compressor: Compressor, x_BTD: Float[Array, "B T D"], kind: LayerKind, context: Context
 ) -> Float[Array, "B T C2"]:
     """Each token's kv and gate side by side, as the ring keeps them."""
     project = layers.linear_float32 if context.numerics.float32_islands else layers.linear
     parts = [project(x_BTD, weight) for weight in (compressor.kv_CD, compressor.gate_CD)]
-    return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+    kv_BTC, gate_BTC = (part.astype(jnp.float32) for part in parts)
+    if context.first_BT is not None and kind.overlap > 1:
+        gate_BTC = _kept_apart(gate_BTC, context.first_BT, kind)
+    return jnp.concatenate([kv_BTC, gate_BTC], axis=-1)
+
+
+def _kept_apart(
+    gate_BTC: Float[Array, "B T C"], first_BT: Int[Array, "B T"], kind: LayerKind
+) -> Float[Array, "B T C"]:
+    """Gates closed where a window would lend its first channels to another document's entry."""
+    next_BT = jnp.pad(first_BT[:, kind.ratio :], ((0, 0), (0, kind.ratio)), mode="edge")
+    earlier_C = jnp.arange(gate_BTC.shape[2]) < gate_BTC.shape[2] // kind.overlap
+    closed_BTC = (next_BT != first_BT)[..., None] & earlier_C[None, None]
+    return jnp.where(closed_BTC, jnp.finfo(gate_BTC.dtype).min, gate_BTC)

@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens, P rotary pairs.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -16,7 +17,11 @@ from v4jax.numerics import Numerics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """The tokens of one call: `count` of T are real, the first at position `start`, per row."""
+    """The tokens of one call: `count` of T are real, the first at position `start`, per row.
+
+    Where a row holds several documents, each begins at a multiple of `cache.BLOCK` tokens, of which
+    all windows that are compressed are a part, and `first_BT` says where each token's begins.
+    """
 
     cfg: ModelConfig
     numerics: Numerics
@@ -25,6 +30,8 @@ class Context:
     count_B: Int[Array, " B"]
     rope_sliding: tuple[Any, Any]
     rope_compressed: tuple[Any, Any]
+    first_BT: Int[Array, "B T"] | None = None
+    document_BT: Int[Array, "B T"] | None = None
 
     @property
     def end_B(self) -> Int[Array, " B"]:
@@ -36,7 +43,9 @@ class Context:
 
     @property
     def real_BT(self) -> Bool[Array, "B T"]:
-        """False for padding, which comes after the real tokens of a row."""
+        """False for padding, which comes after the real tokens of a row or of a document."""
+        if self.document_BT is not None:
+            return self.document_BT > 0
         return jnp.arange(self.tokens_BT.shape[1])[None] < self.count_B[:, None]
 
     def rope(self, kind: LayerKind) -> tuple[Any, Any]:
@@ -55,9 +64,17 @@ def make(
     start_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
     dtype: Any,
+    document_BT: Int[Array, "B T"] | None = None,
 ) -> Context:
-    """The context of a pass over `tokens_BT`, with activations in `dtype`."""
+    """The context of a pass over `tokens_BT`, with activations in `dtype`.
+
+    `document_BT`, 0 at padding, is for rows of several documents, which begin at position 0.
+    """
     position_BT = positions(start_B, tokens_BT.shape[1])
+    first_BT = None
+    if document_BT is not None:
+        first_BT = firsts(document_BT)
+        position_BT -= first_BT
     table = lambda compressed: layers.rope_table(
         position_BT, cfg, numerics, dtype, compressed=compressed
     )
@@ -69,4 +86,14 @@ def make(
         count_B=count_B,
         rope_sliding=table(False),
         rope_compressed=table(True),
+        first_BT=first_BT,
+        document_BT=document_BT,
     )
+
+
+def firsts(document_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where each token's document begins; padding belongs to what is before it."""
+    before_BT = jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0)))
+    begins_BT = (document_BT != before_BT) & (document_BT > 0)
+    at_BT = jnp.where(begins_BT, jnp.arange(document_BT.shape[1], dtype=jnp.int32)[None], 0)
+    return jax.lax.cummax(at_BT, axis=1)

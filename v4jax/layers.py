@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, rotary
+from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
 from v4jax.numerics import Numerics
@@ -35,6 +36,22 @@ class OfLayer:
     layer: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """The first factor of a low-rank update in training: it does not see all of its input.
+
+    Attributes:
+      a: float [..., r, K].
+      key: raw random keys, [..., 2].
+      rate: share of each token's channels that are left out.
+    """
+
+    a: Any
+    key: Any
+    rate: float = dataclasses.field(metadata={"static": True})
+
+
 def value(weight: Any) -> Any:
     """The array or quantised weight inside an `nnx.Param`."""
     return weight.get_value() if isinstance(weight, nnx.Variable) else weight
@@ -43,7 +60,19 @@ def value(weight: Any) -> Any:
 def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
     matrix, layer = _matrix(weight)
+    if isinstance(matrix, LoraWeight):
+        return _updated(x, matrix)
     return quantize.linear(x, matrix, layer=layer)
+
+
+def _updated(x: Float[Array, "*rows K"], weight: LoraWeight) -> Float[Array, "*rows N"]:
+    seen, a = x, weight.a
+    if isinstance(a, Dropped):
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
+        seen, a = jnp.where(kept, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
+    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype))
+    delta = plain(plain(seen, a), weight.b).astype(jnp.float32)
+    return (linear(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
 
 
 def _matrix(weight: Any) -> tuple[Any, Any]:

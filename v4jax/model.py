@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from v4jax import context, hyper, layers, mtp, sharding
-from v4jax.block import Stack, run_stack
+from v4jax.block import Stack, run_stack, train_stack
 from v4jax.cache import Cache
 from v4jax.config import ModelConfig
 from v4jax.numerics import Numerics
@@ -62,6 +62,63 @@ def forward(
         x_BTM, states = run_stack(stack, x_BTM, states, part.pattern, part.repeats, shared)
         updated.append(states)
     return x_BTM, dataclasses.replace(cache, length_B=shared.end_B, segments=tuple(updated))
+
+
+def forward_rows(
+    model: Model,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    tokens_BT: Int[Array, "B T"],
+    document_BT: Int[Array, "B T"] | None = None,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T M"], context.Context]:
+    """Run the backbone over whole rows without a cache, for training.
+
+    Args:
+      model: the weights.
+      cfg: the configuration that they are of.
+      numerics: where rounding happens.
+      tokens_BT: token ids.
+      document_BT: which document of its row a token is of, 0 at padding. Each begins at a multiple
+        of 128 and sees itself only, as if it stood alone. None: each row is one document.
+      remat: compute activations anew in the backward pass, but for the streams between layers.
+
+    Returns:
+      The residual streams before their final collapse, and what the MTP blocks need.
+    """
+    embedded_BTD = embed(model, tokens_BT)
+    rows, length = tokens_BT.shape
+    start_B, count_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
+    shared = context.make(
+        cfg, numerics, tokens_BT, start_B, count_B, embedded_BTD.dtype, document_BT
+    )
+    x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
+    for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
+        x_BTM = train_stack(stack, x_BTM, part.pattern, part.repeats, shared, remat=remat)
+    return x_BTM, shared
+
+
+def draft_rows(
+    model: Model,
+    streams_BTM: Float[Array, "B T M"],
+    shared: context.Context,
+    *,
+    index: int = 0,
+    remat: bool = False,
+) -> Float[Array, "B T D"]:
+    """Run one MTP block over whole rows: hidden states for `head`, of the token after the next.
+
+    Args:
+      model: the weights.
+      streams_BTM: the backbone's streams, from `forward_rows`.
+      shared: what `forward_rows` gave with them.
+      index: which block.
+      remat: as for `forward_rows`.
+    """
+    tokens_BT = jnp.pad(shared.tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    shared = dataclasses.replace(shared, tokens_BT=tokens_BT)
+    return mtp.run_rows(model.mtp[index], streams_BTM, embed(model, tokens_BT), shared, remat=remat)
 
 
 def draft(

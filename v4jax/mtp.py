@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from v4jax import hyper, layers
-from v4jax.block import Stack, run_stack
+from v4jax.block import Stack, run_stack, train_stack
 from v4jax.cache import LayerCache
 from v4jax.config import ModelConfig
 from v4jax.context import Context
@@ -49,12 +49,41 @@ def run(
       context: of the next tokens, at the positions of `streams_BTM`.
     """
     cfg = context.cfg
+    x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
+    x_BTM, (state,) = run_stack(p.stack, x_BTM, (state,), (cfg.mtp_kind,), 1, context)
+    return _hidden(p, x_BTM, cfg), x_BTM, state
+
+
+def run_rows(
+    p: Mtp,
+    streams_BTM: Float[Array, "B T M"],
+    embedded_BTD: Float[Array, "B T D"],
+    context: Context,
+    *,
+    remat: bool,
+) -> Float[Array, "B T D"]:
+    """The same over whole rows without a cache, for training."""
+    cfg = context.cfg
+    x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
+    x_BTM = train_stack(p.stack, x_BTM, (cfg.mtp_kind,), 1, context, remat=remat)
+    return _hidden(p, x_BTM, cfg)
+
+
+def _mixed(
+    p: Mtp,
+    streams_BTM: Float[Array, "B T M"],
+    embedded_BTD: Float[Array, "B T D"],
+    context: Context,
+) -> Float[Array, "B T M"]:
+    cfg = context.cfg
     eps, streams = cfg.rms_norm_eps, cfg.hc_mult
     embedded_BTD = layers.rms_norm(embedded_BTD, p.embed_norm_D, eps)
     embedded_BTD = layers.linear(embedded_BTD, p.embed_DD)
     x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], streams, cfg.hidden_size)
     x_BTND = layers.linear(layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD)
-    x_BTM = x_BTND.reshape(streams_BTM.shape) + jnp.tile(embedded_BTD, (1, 1, streams))
-    x_BTM, (state,) = run_stack(p.stack, x_BTM, (state,), (cfg.mtp_kind,), 1, context)
+    return x_BTND.reshape(streams_BTM.shape) + jnp.tile(embedded_BTD, (1, 1, streams))
+
+
+def _hidden(p: Mtp, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
     hidden_BTD = hyper.collapse(p.hyper_head, x_BTM, cfg)
-    return layers.rms_norm(hidden_BTD, p.norm_D, eps), x_BTM, state
+    return layers.rms_norm(hidden_BTD, p.norm_D, cfg.rms_norm_eps)

@@ -76,12 +76,16 @@ def prefill(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
     """A chunk of queries at positions start, start + 1, ...
+
+    Several documents may share a row, where each query says what lies before its own.
 
     Args:
       q_BTHK: queries.
@@ -91,6 +95,10 @@ def prefill(
       layer: as for `decode`.
       visible_BT: as for `decode`.
       sink_H: a logit per head.
+      first_BT: position where each query's document begins; earlier keys of the window are not
+        seen. None: all rows begin at 0.
+      hidden_BT: entries below this are not seen, so that those seen are hidden .. visible - 1.
+        None: 0.
       window: tokens that a query sees, itself included.
       scale: multiplies q . key.
       impl: as for `decode`.
@@ -105,6 +113,8 @@ def prefill(
         "layer": jnp.asarray(layer),
         "visible_BT": visible_BT,
         "sink_H": sink_H,
+        "first_BT": first_BT,
+        "hidden_BT": hidden_BT,
     }
     sizes = _check("dense_attention.prefill", arrays)
     softmax.require_chunk_window("dense_attention.prefill", sizes["X"], window, sizes["T"])
@@ -112,8 +122,9 @@ def prefill(
 
 
 def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
-    there = {name: x for name, x in arrays.items() if name != "pool_LBSK" or x is not None}
-    integers = ("start_B", "layer", "visible_BT")
+    optional = ("pool_LBSK", "first_BT", "hidden_BT")
+    there = {name: x for name, x in arrays.items() if name not in optional or x is not None}
+    integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
     return check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
 
 
@@ -154,7 +165,7 @@ def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
     q, keys, pool, sink = dispatch(
         "dense_attention", "prefill_backward", impl, _FORMS, *arrays, window=window, scale=scale
     )
-    return ((q, keys, None, pool, None, None, sink),)
+    return ((q, keys, None, pool, None, None, sink, None, None),)
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

@@ -35,14 +35,19 @@ def prefill(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    keys, masks = [window_BXK], [band(start_B, q_BTHK.shape[1], window)]
+    keys, masks = [window_BXK], [band(start_B, q_BTHK.shape[1], window, first_BT)]
     if pool_LBSK is not None:
         keys.append(pool_LBSK[layer])
-        masks.append(jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None])
+        index_11S = jnp.arange(pool_LBSK.shape[2])[None, None]
+        masks.append(index_11S < visible_BT[..., None])
+        if hidden_BT is not None:
+            masks[-1] &= index_11S >= hidden_BT[..., None]
     return attend(q_BTHK, keys, masks, sink_H, scale)
 
 
@@ -76,23 +81,38 @@ def prefill_backward(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
+    bounds = (first_BT, hidden_BT)
     run = lambda q, keys, pool, sink: prefill(
-        q, keys, start_B, pool, layer, visible_BT, sink, window=window, scale=scale
+        q, keys, start_B, pool, layer, visible_BT, sink, *bounds, window=window, scale=scale
     )
     return jax.vjp(run, q_BTHK, window_BXK, pool_LBSK, sink_H)[1](grad_BTHK)
 
 
-def band(start_B: Int[Array, " B"], queries: int, window: int) -> Bool[Array, "B T X"]:
-    """Row e of a window is at start - window + e; query j sees the rows j < e <= j + window."""
+def band(
+    start_B: Int[Array, " B"],
+    queries: int,
+    window: int,
+    first_BT: Int[Array, "B T"] | None = None,
+) -> Bool[Array, "B T X"]:
+    """Row e of a window is at start - window + e; query j sees the rows j < e <= j + window.
+
+    Those of them, that is, that are at positions from 0 and from the query's `first` on.
+    """
     e_X, j_T = jnp.arange(window + queries), jnp.arange(queries)
     near_TX = (e_X[None] > j_T[:, None]) & (e_X[None] <= j_T[:, None] + window)
-    exists_BX = start_B[:, None] - window + e_X[None] >= 0
-    return near_TX[None] & exists_BX[:, None]
+    position_BX = start_B[:, None] - window + e_X[None]
+    exists_BX = position_BX >= 0
+    mask_BTX = near_TX[None] & exists_BX[:, None]
+    if first_BT is None:
+        return mask_BTX
+    return mask_BTX & (position_BX[:, None] >= first_BT[..., None])
 
 
 def attend(

@@ -21,8 +21,17 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.dense_attention import xla
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
+from pallas_kernels.dense_attention.tpu_window import (
+    band_seen,
+    in_blocks,
+    lowest,
+    of_rows,
+    ring_seen,
+    where_seen,
+)
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
+from pallas_kernels.tpu_attention_pull import by_any
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
@@ -34,8 +43,8 @@ _DECODE_ENTRIES = 1024
 _VMEM_BYTES = 48 * 2**20
 # Key blocks are whole tiles of the narrowest dtype that we take.
 _TILE = 16
-# Two scalars per block of queries must fit in a half of the scalar memory.
-_BLOCKS = 2**16
+# Two scalars per block of queries, or four, must fit in a half of the scalar memory.
+_SCALARS = 2**17
 _LOWEST = -1e30
 
 decode_backward = xla.decode_backward
@@ -65,11 +74,11 @@ def decode(
         q_BTHK,
         (window_BRK, window_mask_BTR.astype(jnp.int32)),
         (whole(ring, dim), whole(queries, ring)),
-        functools.partial(_ring, heads=heads),
+        functools.partial(ring_seen, heads=heads),
         jnp.zeros(batch, jnp.int32),
         pool_LBSK,
         layer,
-        visible_BT,
+        (visible_BT, None),
         sink_H,
         block=queries,
         entries=_DECODE_ENTRIES,
@@ -86,6 +95,8 @@ def prefill(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -103,16 +114,20 @@ def prefill(
     last = pl.cdiv(keys, near) - 1
     begin = lambda i: jax.lax.div(i * block, near)
     at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(begin(i) + part, last), 0)
-    parts = 1 if near == keys else 2
+    parts = range(1 if near == keys else 2)
+    low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
     return _attend(
         q_BTHK,
-        (window_BXK,) * parts,
-        tuple(pl.BlockSpec((None, near, dim), at(part)) for part in range(parts)),
-        functools.partial(_band, heads=heads, block=block, window=window, keys=keys),
+        ((window_BXK,) * len(parts), low_BN1Q),
+        (
+            tuple(pl.BlockSpec((None, near, dim), at(part)) for part in parts),
+            None if low_BN1Q is None else _per_query(block),
+        ),
+        functools.partial(band_seen, heads=heads, block=block, window=window, keys=keys),
         start_B,
         pool_LBSK,
         layer,
-        visible_BT,
+        (visible_BT, hidden_BT),
         sink_H,
         block=block,
         entries=_ENTRIES,
@@ -135,13 +150,13 @@ def window_of_a_block(queries: int, block: int, window: int) -> int:
 
 def _attend(
     q_BTHK: Float[Array, "B T H K"],
-    window: tuple[Array, ...],
-    window_specs: tuple[pl.BlockSpec, ...],
+    window: tuple[Any, Any],
+    window_specs: tuple[Any, Any],
     near: Callable[..., Any],
     start_B: Int[Array, " B"],
     pool_LBSK: Float[Array, "L B S K"] | None,
     layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
+    bounds: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
     sink_H: Float[Array, " H"],
     *,
     block: int,
@@ -152,15 +167,25 @@ def _attend(
     """The grid: blocks of queries, rows of the batch, blocks of entries."""
     batch, queries, heads, dim = q_BTHK.shape
     blocks = pl.cdiv(queries, block)
-    if batch * blocks > _BLOCKS:
-        raise Unsupported(f"dense_attention on TPU takes {_BLOCKS} blocks of {block} queries.")
-    visible_BN1Q = blocks_of_visible(visible_BT, block)
+    visible_BT, hidden_BT = bounds
+    visible_BN1Q = in_blocks(visible_BT, block)
+    hidden_BN1Q = None if hidden_BT is None else in_blocks(hidden_BT, block)
+    most = _SCALARS // (2 if hidden_BN1Q is None else 4)
+    if batch * blocks > most:
+        raise Unsupported(f"dense_attention on TPU takes {most} blocks of {block} queries.")
     width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 
     out = pl.pallas_call(
         functools.partial(_kernel, near=near, blocks=blocks, heads=heads, scale=scale),
-        grid_spec=_grid((blocks, batch, steps), block, (heads, dim), window_specs, width),
+        grid_spec=_grid(
+            (blocks, batch, steps),
+            block,
+            (heads, dim),
+            window_specs,
+            width,
+            hides=hidden_BN1Q is not None,
+        ),
         out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -172,9 +197,10 @@ def _attend(
         start_B.astype(jnp.int32),
         jnp.max(visible_BN1Q, axis=(2, 3)).reshape(-1),
         jnp.min(visible_BN1Q, axis=(2, 3)).reshape(-1),
+        None if hidden_BN1Q is None else _hidden_of_blocks(visible_BN1Q, hidden_BN1Q),
         q_BTHK.reshape(batch, queries * heads, dim),
         jnp.broadcast_to(sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
-        visible_BN1Q,
+        (visible_BN1Q, hidden_BN1Q),
         window,
         in_hbm(pool_LBSK),
     )
@@ -185,25 +211,31 @@ def _grid(
     grid: tuple[int, int, int],
     block: int,
     head: tuple[int, int],
-    window_specs: tuple[pl.BlockSpec, ...],
+    window_specs: tuple[Any, Any],
     width: int,
+    *,
+    hides: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
     """What each step holds; `width` entries of the pool, or there is none."""
     (heads, dim), blocks = head, grid[0]
     rows = block * heads
 
-    def pool_at(i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, *rest: Any) -> Any:
+    def pool_at(
+        i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, least_M: Any, hidden: Any
+    ) -> Any:
         # What nobody sees is not fetched: the index stays.
         last = jnp.maximum(jax.lax.div(most_M[b * blocks + i] + width - 1, width) - 1, 0)
+        if hidden is not None:
+            s = jnp.maximum(s, jax.lax.div(hidden[0][b * blocks + i], width))
         return layer_1[0], b, jnp.minimum(s, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
+        num_scalar_prefetch=5,
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
             pl.BlockSpec((heads, _LANES), lambda i, b, s, *scalars: (0, 0)),
-            pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0)),
+            (_per_query(block), _per_query(block) if hides else None),
             window_specs,
             pl.BlockSpec((None, None, width, dim), pool_at) if width else None,
         ],
@@ -216,13 +248,17 @@ def _grid(
     )
 
 
-def blocks_of_visible(visible_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
-    """What a block's queries see; queries beyond the last see what it sees."""
-    batch, queries = visible_BT.shape
-    blocks = pl.cdiv(queries, block)
-    spare = blocks * block - queries
-    visible_BT = jnp.pad(visible_BT.astype(jnp.int32), ((0, 0), (0, spare)), mode="edge")
-    return visible_BT.reshape(batch, blocks, 1, block)
+def _per_query(block: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0))
+
+
+def _hidden_of_blocks(
+    visible_BN1Q: Int[Array, "B N 1 Q"], hidden_BN1Q: Int[Array, "B N 1 Q"]
+) -> tuple[Int[Array, " M"], Int[Array, " M"]]:
+    """The first entry that some query of a block sees, and the most that one does not."""
+    seen_BN1Q = jnp.where(hidden_BN1Q < visible_BN1Q, hidden_BN1Q, jnp.max(visible_BN1Q))
+    flat = lambda x_BN: x_BN.reshape(-1)
+    return flat(jnp.min(seen_BN1Q, axis=(2, 3))), flat(jnp.max(hidden_BN1Q, axis=(2, 3)))
 
 
 def _kernel(
@@ -230,9 +266,10 @@ def _kernel(
     start_B: Any,
     most_M: Any,  # [N x B] in scalar memory, as the next
     least_M: Any,
+    hidden: Any,  # two such, or None
     q_ref: Any,  # [R, K]
     sink_ref: Any,  # [H, W]
-    visible_ref: Any,  # [1, Q]
+    bounds_refs: Any,  # [1, Q] of visible and of hidden, or None
     window_refs: Any,
     pool_ref: Any,  # [S, K] or None
     out_ref: Any,  # [R, K]
@@ -258,24 +295,44 @@ def _kernel(
         most, least = most_M[b * blocks + i], least_M[b * blocks + i]
         width = pool_ref.shape[0]
         first = s * width
+        whole, begin = first + width <= least, 0
+        if hidden is not None:
+            begin, end = (hidden_M[b * blocks + i] for hidden_M in hidden)
+            whole &= first >= end
 
-        @pl.when(first + width <= least)
+        @pl.when(whole)
         def _whole_block() -> None:
             _add(_logits(q_ref[...], pool_ref[...], scale), pool_ref[...], *state)
 
-        @pl.when((first < most) & (first + width > least))
+        some = (first < most) & (first + width > least)
+        if hidden is not None:
+            some = (first < most) & (first + width > begin) & jnp.logical_not(whole)
+
+        @pl.when(some)
         def _part_of_a_block() -> None:
             index_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
-            keys_SK = where_seen(pool_ref[...], index_S1 < most)
-            visible_R1 = of_rows(visible_ref[...], heads)
+            keys_SK = where_seen(pool_ref[...], _any_sees(index_S1, bounds_refs, most))
+            bounds_R1 = [ref if ref is None else of_rows(ref[...], heads) for ref in bounds_refs]
             index_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
             logits_RS = _logits(q_ref[...], keys_SK, scale)
-            _add(jnp.where(index_1S < visible_R1, logits_RS, -jnp.inf), keys_SK, *state)
+            _add(jnp.where(_between(index_1S, *bounds_R1), logits_RS, -jnp.inf), keys_SK, *state)
 
     @pl.when(s == pl.num_programs(2) - 1)
     def _finish() -> None:
         total_R1 = jnp.sum(total_ref[...], axis=1, keepdims=True)
         out_ref[...] = (value_ref[...] / total_R1).astype(out_ref.dtype)
+
+
+def _any_sees(index_S1: Int[Array, "S 1"], refs: Any, most: Any) -> Bool[Array, "S 1"]:
+    visible_ref, hidden_ref = refs
+    if hidden_ref is None:
+        return index_S1 < most
+    return by_any(_between(index_S1, visible_ref[...], hidden_ref[...]))
+
+
+def _between(index: Any, visible: Any, hidden: Any) -> Any:
+    below = index < visible
+    return below if hidden is None else below & (index >= hidden)
 
 
 def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> None:
@@ -330,56 +387,3 @@ def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
         return jnp.where(lane_RW == 0, jnp.sum(x_RX, axis=1, keepdims=True), 0.0)
     parts = [x_RX[:, at : at + _LANES] for at in range(0, width, _LANES)]
     return functools.reduce(jnp.add, parts)
-
-
-def of_rows(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
-    """A query's number for each of its heads, query after query."""
-    shape = (x_1Q.shape[1] * heads, x_1Q.shape[1])
-    row_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    first_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * heads
-    own_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
-    return jnp.max(jnp.where(own_RQ, x_1Q, 0), axis=1, keepdims=True)
-
-
-def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
-    """Garbage must not reach a product: 0 * NaN is NaN."""
-    return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
-
-
-def _ring(
-    refs: tuple[Any, Any], i: Any, start: Any, *, heads: int
-) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
-    """Keys of a ring and which of them each row sees, by the mask of its query."""
-    keys_ref, mask_ref = refs
-    queries, ring = mask_ref.shape
-    any_1Y = jnp.max(mask_ref[...], axis=0, keepdims=True)
-    square = (ring, ring)
-    own_YY = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(
-        jnp.int32, square, 1
-    )
-    any_Y1 = jnp.max(jnp.where(own_YY, any_1Y, 0), axis=1, keepdims=True)
-    row_RY = jax.lax.broadcasted_iota(jnp.int32, (queries * heads, ring), 0)
-    mask_RY = jnp.broadcast_to(mask_ref[:1], row_RY.shape)
-    for t in range(1, queries):
-        mask_RY = jnp.where(row_RY >= t * heads, mask_ref[t : t + 1], mask_RY)
-    return where_seen(keys_ref[...], any_Y1 > 0), mask_RY > 0
-
-
-def _band(
-    refs: tuple[Any, ...], i: Any, start: Any, *, heads: int, block: int, window: int, keys: int
-) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
-    """Key e is at start - window + e; query j sees those with j < e <= j + window."""
-    near = refs[0].shape[0]
-    width = len(refs) * near
-    first = i * block
-    origin = jax.lax.div(first, near) * near
-    exists = lambda e: (e >= window - start) & (e < keys)
-    e_Y1 = origin + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
-    seen_Y1 = exists(e_Y1) & (e_Y1 > first) & (e_Y1 < first + block + window)
-    keys_YK = where_seen(jnp.concatenate([ref[...] for ref in refs]), seen_Y1)
-    # Query j of the block holds the rows from j x heads on.
-    e_RY = origin + jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 1)
-    row_RY = jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 0)
-    after_RY = row_RY < (e_RY - first) * heads
-    within_RY = row_RY >= (e_RY - first - window) * heads
-    return keys_YK, after_RY & within_RY & exists(e_RY)

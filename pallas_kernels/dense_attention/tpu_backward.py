@@ -1,4 +1,4 @@
-"""Gradients on TPU: rows see entries below a count. See `tpu_attention_backward`.
+"""Gradients on TPU: rows see entries below a count, or between two. See `tpu_attention_backward`.
 
 Axis letters: as there.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu_attention_backward as backward
-from pallas_kernels.tpu_attention_pull import Seen
+from pallas_kernels.tpu_attention_pull import Seen, by_any
 
 _QUERIES = 128
 
@@ -25,6 +25,8 @@ def prefill_backward(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -34,9 +36,14 @@ def prefill_backward(
     block = backward.queries_of_a_block(queries, heads, _QUERIES)
     seen = None
     if pool_LBSK is not None:
-        visible_BNQ = backward.blocks_of(visible_BT.astype(jnp.int32), block, fill=0)
-        visible_BN1R = jnp.repeat(visible_BNQ, heads, axis=2)[:, :, None]
-        seen = Seen(visible_BN1R, (), _end, _below)
+        in_rows = lambda x_BT: jnp.repeat(
+            backward.blocks_of(x_BT.astype(jnp.int32), block, fill=0), heads, axis=2
+        )
+        if hidden_BT is None:
+            seen = Seen(in_rows(visible_BT)[:, :, None], (), _end, _below)
+        else:
+            both_BN2R = jnp.stack([in_rows(visible_BT), in_rows(hidden_BT)], axis=2)
+            seen = Seen(both_BN2R, (), _end_of_both, _between, _begin)
     return backward.gradients(
         (grad_BTHK, out_BTHK, q_BTHK),
         window_BXK,
@@ -45,6 +52,7 @@ def prefill_backward(
         layer,
         seen,
         sink_H,
+        first_BT,
         block=block,
         window=window,
         scale=scale,
@@ -59,3 +67,18 @@ def _end(visible_ref: Any, scratch: Any) -> Int[Array, ""]:
 def _below(visible_ref: Any, scratch: Any, query_1R: Any, first: Any, count: int) -> Any:
     index_E1 = first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     return index_E1 < jnp.max(visible_ref[...]), index_E1 < visible_ref[...]
+
+
+def _end_of_both(both_ref: Any, scratch: Any) -> Int[Array, ""]:
+    return jnp.max(both_ref[:1])
+
+
+def _begin(both_ref: Any) -> Int[Array, ""]:
+    visible_1R, hidden_1R = both_ref[:1], both_ref[1:]
+    return jnp.min(jnp.where(hidden_1R < visible_1R, hidden_1R, jnp.max(visible_1R)))
+
+
+def _between(both_ref: Any, scratch: Any, query_1R: Any, first: Any, count: int) -> Any:
+    index_E1 = first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    mask_ER = (index_E1 < both_ref[:1]) & (index_E1 >= both_ref[1:])
+    return by_any(mask_ER), mask_ER

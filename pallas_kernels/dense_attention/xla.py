@@ -37,7 +37,7 @@ def decode(
             pool_LBSK,
             layer,
             row,
-            visible_BT[row],
+            blocks.Bounds(visible_BT[row]),
             sink_H,
             scale,
         )
@@ -53,18 +53,22 @@ def prefill(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
     batch, queries = visible_BT.shape
     block, count, pad = blocks.split(queries, blocks.QUERIES)
-    padded_q, padded_visible, padded_window = pad(q_BTHK), pad(visible_BT), pad(window_BXK)
+    bounds = blocks.Bounds(visible_BT, hidden_BT, first_BT)
+    padded_q, padded, padded_window = pad(q_BTHK), bounds.filled(pad), pad(window_BXK)
 
     def one(index: Any) -> Any:
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        mask_QY = blocks.band(start_B[row] - window + first, block, window)
+        first_Q = jax.tree.map(take, padded.first)
+        mask_QY = blocks.band(start_B[row] - window + first, block, window, first_Q)
         return _attend(
             take(padded_q),
             blocks.where_seen(take(padded_window, block + window), jnp.any(mask_QY, axis=0)),
@@ -72,7 +76,7 @@ def prefill(
             pool_LBSK,
             layer,
             row,
-            take(padded_visible),
+            jax.tree.map(take, padded),
             sink_H,
             scale,
         )
@@ -88,7 +92,7 @@ def _attend(
     pool_LBSK: Float[Array, "L B S K"] | None,
     layer: Int[Array, ""],
     row: Int[Array, ""],
-    visible_Q: Int[Array, " Q"],
+    bounds: blocks.Bounds,
     sink_H: Float[Array, " H"],
     scale: float,
 ) -> Float[Array, "Q H K"]:
@@ -100,9 +104,9 @@ def _attend(
     if pool_LBSK is not None:
 
         def add(block: Any, whole: Any) -> Any:
-            keys_EK, seen_QE, _ = blocks.entries(pool_LBSK, layer, row, visible_Q, block)
+            keys_EK, seen_QE, _ = blocks.entries(pool_LBSK, layer, row, bounds, block)
             return softmax.merge(whole, softmax.part(q_RK, keys_EK, per_head(seen_QE), scale))
 
-        whole = jax.lax.fori_loop(0, blocks.seen(pool_LBSK, visible_Q), add, whole)
+        whole = jax.lax.fori_loop(*blocks.seen(pool_LBSK, bounds), add, whole)
     out_RK = softmax.finish(whole, jnp.repeat(sink_H.astype(jnp.float32), queries))
     return blocks.as_queries(out_RK, queries).astype(q_QHK.dtype)

@@ -42,7 +42,7 @@ def decode_backward(
         mask_TR = window_mask_BTR[row]
         rows = _rows(q_BTHK[row], grad_BTHK[row], out_BTHK[row], sink_H, scale)
         near = blocks.where_seen(window_BRK[row], jnp.any(mask_TR, axis=0)), mask_TR
-        far = (pool_LBSK, layer, row, visible_BT[row])
+        far = (pool_LBSK, layer, row, blocks.Bounds(visible_BT[row]))
         q_grad, window_grad_RK, pool_grad, add_H = _block(rows, near, far, pool_grad)
         return (pool_grad, sink_grad_H + add_H), (q_grad, window_grad_RK)
 
@@ -67,6 +67,8 @@ def prefill_backward(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -75,16 +77,19 @@ def prefill_backward(
     batch, queries = visible_BT.shape
     most = max(1, min(blocks.QUERIES, _ROWS // q_BTHK.shape[2]))
     block, count, pad = blocks.split(queries, most)
-    q, grad, out, visible, keys = map(pad, (q_BTHK, grad_BTHK, out_BTHK, visible_BT, window_BXK))
+    q, grad, out = map(pad, (q_BTHK, grad_BTHK, out_BTHK))
+    bounds = blocks.Bounds(visible_BT, hidden_BT, first_BT).filled(pad)
+    keys = pad(window_BXK)
 
     def one(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        mask_QY = blocks.band(start_B[row] - window + first, block, window)
+        first_Q = jax.tree.map(take, bounds.first)
+        mask_QY = blocks.band(start_B[row] - window + first, block, window, first_Q)
         near = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0)), mask_QY
         rows = _rows(take(q), take(grad), take(out), sink_H, scale)
-        far = (pool_LBSK, layer, row, take(visible))
+        far = (pool_LBSK, layer, row, jax.tree.map(take, bounds))
         q_grad, add_YK, pool_grad, add_H = _block(rows, near, far, pool_grad)
         window_grad = _add_at(window_grad, add_YK, row, first)
         return (window_grad, pool_grad, sink_grad_H + add_H), q_grad
@@ -130,11 +135,11 @@ def _rows(q_QHK: Any, grad_QHK: Any, out_QHK: Any, sink_H: Any, scale: float) ->
 def _block(rows: _Rows, near: Any, far: Any, pool_grad: Any) -> Any:
     """Gradients of a block's queries [Q, H, K] and window, of the whole pool so far, of sinks."""
     heads_of = lambda mask_QX: jnp.tile(mask_QX, (rows.q_RK.shape[0] // mask_QX.shape[0], 1))
-    pool_LBSK, layer, row, visible_Q = far
+    pool_LBSK, layer, row, bounds = far
     window_YK, mask_RY = near[0], heads_of(near[1])
     state = _add_to_sum(rows, window_YK, mask_RY, (rows.sink_R, jnp.ones_like(rows.sink_R)))
-    entries = lambda i: blocks.entries(pool_LBSK, layer, row, visible_Q, i)
-    count = 0 if pool_LBSK is None else blocks.seen(pool_LBSK, visible_Q)
+    entries = lambda i: blocks.entries(pool_LBSK, layer, row, bounds, i)
+    some = (0, 0) if pool_LBSK is None else blocks.seen(pool_LBSK, bounds)
 
     def measure(i: Any, state: Any) -> Any:
         keys_EK, seen_QE, _ = entries(i)
@@ -147,12 +152,12 @@ def _block(rows: _Rows, near: Any, far: Any, pool_grad: Any) -> Any:
         return q_grad_RK + add_RK, _add_at(pool_grad, keys_grad_EK, row, start)
 
     if pool_LBSK is not None:
-        state = jax.lax.fori_loop(0, count, measure, state)
+        state = jax.lax.fori_loop(*some, measure, state)
     whole_R = state[0] + jnp.log(state[1])
     q_grad_RK, window_grad_YK = _pull(rows, window_YK, mask_RY, whole_R)
     if pool_LBSK is not None:
-        q_grad_RK, pool_grad = jax.lax.fori_loop(0, count, pull, (q_grad_RK, pool_grad))
-    queries = visible_Q.shape[0]
+        q_grad_RK, pool_grad = jax.lax.fori_loop(*some, pull, (q_grad_RK, pool_grad))
+    queries = bounds.visible.shape[0]
     sink_grad_R = -jnp.exp(rows.sink_R - whole_R) * rows.delta_R
     return (
         blocks.as_queries(q_grad_RK, queries).astype(rows.q_RK.dtype),

@@ -4,6 +4,7 @@ Axis letters: as in the package; Q queries of a block, Y keys of its window, E e
 R = H x Q rows, head after head.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,21 +16,53 @@ from jaxtyping import Array, Bool, Float, Int
 # faster there, and slow a few queries down.
 QUERIES = 128
 _ENTRIES = 256
+# A position that no key has.
+NOWHERE = 2**31 - 1
 
 
-def split(queries: int, most: int) -> tuple[int, int, Callable[[Any], Any]]:
-    """Queries of a block, blocks, and what pads arrays [B, T, ...] to whole blocks."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What queries see.
+
+    Attributes:
+      visible: entries below this.
+      hidden: and not below this; None: 0.
+      first: keys of the window from this position on; None: 0.
+    """
+
+    visible: Any
+    hidden: Any = None
+    first: Any = None
+
+    def filled(self, pad: Callable[..., Any]) -> "Bounds":
+        """Those of whole blocks; queries beyond the last see nothing that no other sees."""
+        more = lambda x, fill: None if x is None else pad(x.astype(jnp.int32), fill)
+        return Bounds(pad(self.visible), more(self.hidden, 0), more(self.first, NOWHERE))
+
+
+def split(queries: int, most: int) -> tuple[int, int, Callable[..., Any]]:
+    """Queries of a block, blocks, and what fills arrays [B, T, ...] up to whole blocks."""
     block = min(queries, most)
     blocks = -(-queries // block)
     spare = blocks * block - queries
-    return block, blocks, lambda x: jnp.pad(x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2)))
+    pad = lambda x, fill=0: jnp.pad(
+        x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2)), constant_values=fill
+    )
+    return block, blocks, pad
 
 
-def band(position: Int[Array, ""], queries: int, window: int) -> Bool[Array, "Q Y"]:
+def band(
+    position: Int[Array, ""],
+    queries: int,
+    window: int,
+    first_Q: Int[Array, " Q"] | None = None,
+) -> Bool[Array, "Q Y"]:
     """Which keys a query sees of a block's window, whose first key is at the position."""
     e_Y, j_Q1 = jnp.arange(queries + window), jnp.arange(queries)[:, None]
     near_QY = (e_Y[None] > j_Q1) & (e_Y[None] <= j_Q1 + window)
-    return near_QY & (position + e_Y >= 0)[None]
+    mask_QY = near_QY & (position + e_Y >= 0)[None]
+    return mask_QY if first_Q is None else mask_QY & ((position + e_Y)[None] >= first_Q[:, None])
 
 
 def where_seen(keys_XK: Float[Array, "X K"], seen_X: Bool[Array, " X"]) -> Float[Array, "X K"]:
@@ -49,16 +82,20 @@ def width(pool_LBSK: Float[Array, "L B S K"]) -> int:
     return min(_ENTRIES, pool_LBSK.shape[2])
 
 
-def seen(pool_LBSK: Float[Array, "L B S K"], visible_Q: Int[Array, " Q"]) -> Int[Array, ""]:
-    """Blocks of entries that some query sees."""
-    return (jnp.max(visible_Q) + width(pool_LBSK) - 1) // width(pool_LBSK)
+def seen(pool_LBSK: Float[Array, "L B S K"], bounds: Bounds) -> tuple[Any, Int[Array, ""]]:
+    """The first block of entries that some query sees, and the end of those blocks."""
+    visible_Q, hidden_Q, size = bounds.visible, bounds.hidden, width(pool_LBSK)
+    end = (jnp.max(visible_Q) + size - 1) // size
+    if hidden_Q is None:
+        return 0, end
+    return jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, pool_LBSK.shape[2])) // size, end
 
 
 def entries(
     pool_LBSK: Float[Array, "L B S K"],
     layer: Int[Array, ""],
     row: Int[Array, ""],
-    visible_Q: Int[Array, " Q"],
+    bounds: Bounds,
     block: Int[Array, ""],
 ) -> tuple[Float[Array, "E K"], Bool[Array, "Q E"], Int[Array, ""]]:
     """Entries of a block, which of them each query sees, and the first's index."""
@@ -68,5 +105,8 @@ def entries(
     at = (layer, row, start, jnp.zeros_like(start))
     keys_EK = jax.lax.dynamic_slice(pool_LBSK, at, (1, 1, size, pool_LBSK.shape[3]))[0, 0]
     index_E = start + jnp.arange(size, dtype=jnp.int32)
-    seen_QE = (index_E[None] < visible_Q[:, None]) & (index_E >= block * size)[None]
-    return where_seen(keys_EK, index_E < jnp.max(visible_Q)), seen_QE, start
+    seen_QE = (index_E[None] < bounds.visible[:, None]) & (index_E >= block * size)[None]
+    if bounds.hidden is None:
+        return where_seen(keys_EK, index_E < jnp.max(bounds.visible)), seen_QE, start
+    seen_QE &= index_E[None] >= bounds.hidden[:, None]
+    return where_seen(keys_EK, jnp.any(seen_QE, axis=0)), seen_QE, start

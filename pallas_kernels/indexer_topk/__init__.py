@@ -54,6 +54,7 @@ def select(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
     impl: Impl = "auto",
@@ -67,6 +68,8 @@ def select(
       layer: the layer to read, 0 to L - 1.
       visible_BT: only entries below this exist for the query; the rest may be garbage. Less than
         0 counts as 0, more than S as S.
+      hidden_BT: entries before this are not seen either, and may be garbage: rows of several
+        documents. From `visible_BT` on it hides all. None is 0; not in GPU kernels.
       k: entries to choose, at least 1; may exceed S.
       impl: 'auto' takes the best form for the compile target.
     Raises:
@@ -74,11 +77,12 @@ def select(
       TypeError: a dtype that is not the contract's.
       ValueError: shapes that do not fit together, or k below 1.
     """
-    check("indexer_topk.select", q_BTIJ, weights_BTI, keys, layer, visible_BT, k)
+    check("indexer_topk.select", q_BTIJ, weights_BTI, keys, layer, visible_BT, k, hidden_BT)
     room = entries(keys)
     if 0 in (*visible_BT.shape, room):
         return jnp.full((*visible_BT.shape, k), -1, jnp.int32)
     args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), seen(visible_BT, room)
+    args += (None if hidden_BT is None else seen(hidden_BT, room),)
     return dispatch("indexer_topk", "select", impl, _FORMS, *jax.lax.stop_gradient(args), k=k)
 
 

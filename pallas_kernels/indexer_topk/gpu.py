@@ -36,6 +36,7 @@ def select(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
@@ -44,8 +45,11 @@ def select(
     Raises:
       Unsupported: unless queries are bfloat16 or E4M3 and keys bfloat16 or Fp8Keys, pages hold a
         multiple of 64 entries, heads are at most 128 of dim 64 or 128 (128 with Fp8Keys), the
-        room is a multiple of 8 entries (what TMA tiles), 64 at least, and k is at most 4096.
+        room is a multiple of 8 entries (what TMA tiles), 64 at least, k is at most 4096 and
+        hidden_BT is None.
     """
+    if hidden_BT is not None:
+        raise Unsupported("The GPU kernel does not take hidden_BT.")
     arrays = gpu_scores.arrays_of(keys)
     room = entries(keys)
     _require(q_BTIJ, room, k)

@@ -84,7 +84,14 @@ def entries(keys: Keys) -> int:
 
 
 def check(
-    op: str, q_BTIJ: Any, weights_BTI: Any, keys: Any, layer: Any, visible_BT: Any, k: Any
+    op: str,
+    q_BTIJ: Any,
+    weights_BTI: Any,
+    keys: Any,
+    layer: Any,
+    visible_BT: Any,
+    k: Any,
+    hidden_BT: Any = None,
 ) -> None:
     """Refuse what the contract is not about.
 
@@ -94,7 +101,8 @@ def check(
     """
     arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI}
     arrays |= {"layer": layer, "visible_BT": visible_BT}
-    sizes = check_arrays(op, arrays, integers=("layer", "visible_BT"))
+    arrays |= {} if hidden_BT is None else {"hidden_BT": hidden_BT}
+    sizes = check_arrays(op, arrays, integers=("layer", "visible_BT", "hidden_BT"))
     if not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"{op}: k is {k!r}; it takes whole numbers from 1 on.")
     _check_keys(op, keys, sizes)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels.indexer_topk.keys import Keys, dense, entries
 
@@ -37,14 +37,39 @@ def select(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
     room = entries(keys)
     score_BTS = comparable(scores(q_BTIJ, weights_BTI, dense(keys, layer)))
-    exists_BTS = jnp.arange(room)[None, None] < visible_BT[..., None]
+    exists_BTS = exists(jnp.arange(room)[None, None], visible_BT, hidden_BT)
     score_BTS = jnp.where(exists_BTS, score_BTS, -jnp.inf)
-    return best(score_BTS, visible_BT, k)
+    if hidden_BT is None:
+        return best(score_BTS, visible_BT, k)
+    chosen_BTk = best(seen_first(score_BTS, hidden_BT, room), visible_BT - hidden_BT, k)
+    return counted_from(chosen_BTk, hidden_BT)
+
+
+def exists(
+    entry: Int[Array, "*ones S"], visible: Int[Array, "*rows"], hidden: Int[Array, "*rows"] | None
+) -> Bool[Array, "*rows S"]:
+    """Whether a query sees an entry."""
+    below = entry < visible[..., None]
+    return below if hidden is None else below & (entry >= hidden[..., None])
+
+
+def seen_first(
+    score: Float32[Array, "*rows S"], hidden: Int[Array, "*rows"], width: int
+) -> Float32[Array, "*rows width"]:
+    """Scores from the first entry that is seen on, or -inf that is seen would tie with hidden."""
+    at = jax.lax.broadcasted_iota(jnp.int32, (*hidden.shape, width), hidden.ndim)
+    return jnp.take_along_axis(score, (at + hidden[..., None]) % score.shape[-1], axis=-1)
+
+
+def counted_from(chosen: Int32[Array, "*rows k"], first: Int[Array, "*rows"]) -> Any:
+    """Indices of entries, from indices after the first; -1 stays."""
+    return jnp.where(chosen < 0, -1, chosen + first[..., None])
 
 
 def alike(q: Float[Array, "*a J"], keys: Float[Array, "*b J"]) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ def select_sharded(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
     axis: str,
@@ -41,6 +42,7 @@ def select_sharded(
       keys: this device's slice: entries d * S to (d + 1) * S - 1 on device d of the axis.
       layer: the layer to read.
       visible_BT: entries, of all slices together, that exist for the query.
+      hidden_BT: None; of `select` only.
       k: entries to choose, at least 1.
       axis: the mesh axis.
       impl: form of the local choice.
@@ -50,6 +52,8 @@ def select_sharded(
       NotImplementedError: no such form, or it does not take these arguments.
       TypeError, ValueError: as for `select`.
     """
+    if hidden_BT is not None:
+        raise NotImplementedError("indexer_topk.select_sharded does not take hidden_BT.")
     check("indexer_topk.select_sharded", q_BTIJ, weights_BTI, keys, layer, visible_BT, k)
     here = entries(keys)
     if 0 in (*visible_BT.shape, here):

@@ -2,7 +2,8 @@
 
 Grid: rows of the batch, blocks of up to 8 queries, blocks of keys. A query block reads only the key
 blocks that its queries see; its queries share each reading. After the last one each query's list
-is made (`tpu_choice`).
+is made (`tpu_choice`). Where entries are hidden, the first grid step is the first key block that
+is seen, and the kernel counts entries from there.
 
 Axis letters: as in the package; Q queries of a block, X keys of a block, R rows of 128 entries,
 N entries of a page, M pages of a row's table.
@@ -42,16 +43,19 @@ def select(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
     """Decode and prefill are one form: blocks of up to 8 queries."""
     batch, queries = visible_BT.shape
-    plan = _plan(keys, q_BTIJ.shape[2], queries, k)
+    plan = _plan(keys, q_BTIJ.shape[2], queries, k, hidden_BT is not None)
     _check(q_BTIJ, keys, visible_BT, plan)
     visible_BT = jnp.clip(visible_BT.astype(jnp.int32), 0, entries(keys))
-    blocks_BN = _blocks_seen(visible_BT, plan.step, plan.block)
-    scalars = [layer.astype(jnp.int32)[None], visible_BT, blocks_BN]
+    scalars = [
+        layer.astype(jnp.int32)[None],
+        *blocks_seen(visible_BT, hidden_BT, plan.step, plan.block),
+    ]
     if isinstance(keys, PagedKeys):
         scalars.append(keys.table.astype(jnp.int32))
     arrays, specs = _keys_blocks(keys, plan)
@@ -82,6 +86,7 @@ class _Plan:
 
     Attributes:
       k: entries chosen.
+      hides: whether entries at the front may be hidden.
       heads: of the index, without padding.
       queries: per row of the batch.
       step: queries of a block.
@@ -92,6 +97,7 @@ class _Plan:
     """
 
     k: int
+    hides: bool
     heads: int
     queries: int
     step: int
@@ -101,7 +107,7 @@ class _Plan:
     places: int
 
 
-def _plan(keys: Keys, heads: int, queries: int, k: int) -> _Plan:
+def _plan(keys: Keys, heads: int, queries: int, k: int, hides: bool) -> _Plan:
     """Blocks are whole tiles, of at least k keys, unless there is only one."""
     up = lambda n: pl.cdiv(n, TILE) * TILE
     room, pieces, per_page = entries(keys), 1, 0
@@ -113,13 +119,13 @@ def _plan(keys: Keys, heads: int, queries: int, k: int) -> _Plan:
     block = max(min(up(room), wanted), pieces * per_page)
     places = min(block, max(_KEYS, up(k)))
     step = min(queries, _QUERIES)
-    return _Plan(k, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
+    return _Plan(k, hides, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
 
 
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
     """Refuse what the kernel cannot do."""
     takes = "indexer_topk.select on TPU takes"
-    scores, scalars = plan.step * plan.blocks * plan.block, visible_BT.size
+    scores, scalars = plan.step * plan.blocks * plan.block, visible_BT.size * (1 + plan.hides)
     if isinstance(keys, Fp4Keys) and keys.codes.shape[2] % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys of a multiple of 64 channels.")
     if isinstance(keys, PagedKeys):
@@ -144,9 +150,13 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
 def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
     """The arrays that hold keys, and how a block of each is found."""
 
-    def at(b: Any, i: Any, j: Any, layer: Any, _: Any, blocks: Any, *table: Any) -> Any:
+    def seen(b: Any, i: Any, j: Any, blocks: Any, more: Any) -> Any:
         # Blocks that are not seen are not read: what is here already stays.
-        return layer[0], b, jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0)), 0
+        block = jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0))
+        return block + more[1][b, i] if plan.hides else block
+
+    def at(b: Any, i: Any, j: Any, layer: Any, _: Any, blocks: Any, *more: Any) -> Any:
+        return layer[0], b, seen(b, i, j, blocks, more), 0
 
     def along_lanes(*args: Any) -> Any:
         layer, b, block, _ = at(*args)
@@ -191,12 +201,29 @@ def _whole_heads(
     return q_BTIJ, jnp.pad(weights_BTI, ((0, 0), (0, 0), (0, missing)))
 
 
-def _blocks_seen(visible_BT: Int32[Array, "B T"], step: int, block: int) -> Int32[Array, "B N"]:
-    """Key blocks that each block of queries sees something of."""
+def blocks_seen(
+    visible_BT: Int32[Array, "B T"], hidden_BT: Int[Array, "B T"] | None, step: int, block: int
+) -> list[Any]:
+    """What is visible, and the number of key blocks that each block of queries sees something of.
+
+    Where entries are hidden, also how many, and the first of these blocks.
+    """
     batch, queries = visible_BT.shape
-    padded = jnp.pad(visible_BT, ((0, 0), (0, -queries % step)))
-    most_BN = jnp.max(padded.reshape(batch, -1, step), axis=-1)
-    return (most_BN + block - 1) // block
+
+    def of_blocks(most: Any, x_BT: Any, fill: int) -> Any:
+        padded = jnp.pad(x_BT, ((0, 0), (0, -queries % step)), constant_values=fill)
+        return most(padded.reshape(batch, -1, step), axis=-1)
+
+    if hidden_BT is None:
+        return [visible_BT, (of_blocks(jnp.max, visible_BT, 0) + block - 1) // block]
+    hidden_BT = jnp.maximum(hidden_BT.astype(jnp.int32), 0)
+    # Queries that see nothing have no say.
+    sees_BT, none = hidden_BT < visible_BT, jnp.iinfo(jnp.int32).max
+    visible_BT = jnp.where(sees_BT, visible_BT, 0)
+    end_BN = (of_blocks(jnp.max, visible_BT, 0) + block - 1) // block
+    first_BN = of_blocks(jnp.min, jnp.where(sees_BT, hidden_BT, none), none) // block
+    first_BN = jnp.minimum(first_BN, end_BN)
+    return [visible_BT, end_BN - first_BN, hidden_BT, first_BN]
 
 
 def _scratch(plan: _Plan, heads: int) -> list[Any]:
@@ -212,29 +239,35 @@ def _scratch(plan: _Plan, heads: int) -> list[Any]:
 
 
 def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
-    _, visible_ref, blocks_ref = refs[:3]
+    """`refs` are the layer, what `blocks_seen` gives, a table; blocks of arrays; scratch."""
+    _, visible_ref, blocks_ref, *more = refs[:scalars]
     q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
     scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref = refs[scalars + arrays + 3 :]
     scale_ref = key_refs.pop() if arrays > plan.pieces else None
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, rows = i * plan.step, plan.block // LANES
     here = jnp.minimum(plan.step, plan.queries - first)
+    start = more[1][b, i] * plan.block if plan.hides else 0
+
+    def seen(t: Any) -> Any:
+        visible = visible_ref[b, first + t]
+        return (visible - start, more[0][b, first + t] - start) if plan.hides else (visible,)
 
     def each(body: Any) -> None:
-        jax.lax.fori_loop(0, here, lambda t, _: body(t, visible_ref[b, first + t]), None)
+        jax.lax.fori_loop(0, here, lambda t, _: body(t, *seen(t)), None)
 
     @pl.when(j == 0)
     def _start() -> None:
         peaks_ref[...] = jnp.full_like(peaks_ref, choice.NOTHING)
-        each(lambda t, _: _weights_along_lanes(weights_ref, columns_ref, t))
+        each(lambda t, *_: _weights_along_lanes(weights_ref, columns_ref, t))
 
     @pl.when(j < blocks_ref[b, i])
     def _score() -> None:
         keys = key_refs, scale_ref
         into = lambda t: (scores_ref.at[t], peaks_ref.at[t])
         each(
-            lambda t, n: score_block(
-                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, n),
+            lambda t, *seen: score_block(
+                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, *seen),
                 heads=plan.heads,
                 tiles=plan.block // TILE,
             )
@@ -246,10 +279,13 @@ def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
         written = blocks_ref[b, i] * rows
         out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
         each(
-            lambda t, n: choice.choose(
-                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, n, k=plan.k
+            lambda t, *seen: choice.choose(
+                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, *seen, k=plan.k
             )
         )
+        if plan.hides:
+            chosen_Qk = out_ref[0]
+            out_ref[0] = jnp.where(chosen_Qk < 0, -1, chosen_Qk + start)
 
 
 def _weights_along_lanes(weights_ref: Any, columns_ref: Any, t: Int32[Array, ""]) -> None:

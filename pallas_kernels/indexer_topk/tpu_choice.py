@@ -43,28 +43,33 @@ def choose(
     out_ref: Any,
     written: Int32[Array, ""],
     visible: Int32[Array, ""],
+    hidden: Int32[Array, ""] | None = None,
     *,
     k: int,
 ) -> None:
     """Write the list of one query, [1, k].
 
     Args:
-      keys_ref: ordered scores, [R, 128]; `NOTHING` beyond what is visible.
+      keys_ref: ordered scores, [R, 128]; `NOTHING` where nothing is seen.
       peaks_ref: the largest few keys of each of at least k disjoint sets that are all the keys.
       chosen_ref: room for marks, bfloat16 [R, 128].
       counts_ref: room for the number of marks per row, float32 [128, 128].
       out_ref: the list.
       written: rows of keys that were written, a multiple of 8.
       visible: entries that exist.
+      hidden: of these, so many at the front are not seen.
       k: entries to choose.
     """
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, k), 1)
 
-    @pl.when(visible <= k)
-    def _all() -> None:
-        out_ref[...] = jnp.where(slot < visible, slot, -1)
+    number = visible if hidden is None else visible - hidden
 
-    @pl.when(visible > k)
+    @pl.when(number <= k)
+    def _all() -> None:
+        entry = slot if hidden is None else slot + hidden
+        out_ref[...] = jnp.where(slot < number, entry, -1)
+
+    @pl.when(number > k)
     def _best() -> None:
         rows = jax.lax.div(visible + LANES - 1, LANES)
         blank(keys_ref, written)

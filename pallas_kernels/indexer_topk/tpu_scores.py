@@ -35,6 +35,7 @@ def score_block(
     peaks_ref: Any,
     start: Int32[Array, ""],
     visible: Int32[Array, ""],
+    hidden: Int32[Array, ""] | None = None,
     *,
     heads: int,
     tiles: int,
@@ -51,6 +52,7 @@ def score_block(
       peaks_ref: the largest, second largest and so on, [PEAKS, 8 * places / 1024, 128].
       start: first row of `scores_ref` to write.
       visible: entries that exist.
+      hidden: of these, so many at the front are not seen.
       heads: those of the query; what follows them is padding.
       tiles: of 1024 keys in the block.
     """
@@ -67,7 +69,8 @@ def score_block(
         if scale_of_tile is not None and not fp4:
             score *= scale_of_tile
         first = pl.multiple_of(start + tile * 8, 8)
-        exists = choice.index_of(8, first) < visible
+        entry = choice.index_of(8, first)
+        exists = entry < visible if hidden is None else (entry < visible) & (entry >= hidden)
         key = jnp.where(exists, ordered(score), choice.NOTHING)
         scores_ref[pl.ds(first, 8), :] = key
         _raise(peaks_ref, pl.ds(tile * 8 % peaks_ref.shape[1], 8), key)

@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.indexer_topk.keys import Keys, entries
 from pallas_kernels.indexer_topk.keys import block as key_block
-from pallas_kernels.indexer_topk.reference import alike, best, comparable
+from pallas_kernels.indexer_topk.reference import (
+    alike,
+    best,
+    comparable,
+    counted_from,
+    exists,
+    seen_first,
+)
 
 # Keys of a block: with so few query rows a CPU runs short products in place, 2.5 times as fast as
 # long ones, which it splits over threads.
@@ -33,6 +40,7 @@ def select(
     keys: Keys,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
+    hidden_BT: Int[Array, "B T"] | None = None,
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
@@ -41,29 +49,38 @@ def select(
     block = min(queries, max(1, _ROWS // q_BTIJ.shape[2]), fits)
     blocks = -(-queries // block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)))
-    inputs = pad(q_BTIJ), pad(weights_BTI), pad(visible_BT)
+    inputs = jax.tree.map(pad, (q_BTIJ, weights_BTI, visible_BT, hidden_BT))
 
     def one(index: Any) -> Any:
         row, start = index // blocks, index % blocks * block
         take = lambda x: jax.lax.dynamic_slice_in_dim(x[row], start, block)
-        q_QIJ, weights_QI, visible_Q = map(take, inputs)
-        score_QS = _scores(q_QIJ, weights_QI, keys, layer, row, visible_Q)
-        return _best_visible(score_QS, visible_Q, k)
+        q_QIJ, weights_QI, visible_Q, hidden_Q = jax.tree.map(take, inputs)
+        score_QS = _scores(q_QIJ, weights_QI, keys, layer, row, visible_Q, hidden_Q)
+        return _best_seen(score_QS, visible_Q, hidden_Q, k)
 
     chosen = jax.lax.map(one, jnp.arange(batch * blocks, dtype=jnp.int32))
     return chosen.reshape(batch, blocks * block, k)[:, :queries]
 
 
-def _best_visible(
-    score_QS: Float32[Array, "Q S"], visible_Q: Int[Array, " Q"], k: int
+def _best_seen(
+    score_QS: Float32[Array, "Q S"],
+    visible_Q: Int[Array, " Q"],
+    hidden_Q: Int[Array, " Q"] | None,
+    k: int,
 ) -> Int32[Array, "Q k"]:
-    """The best of the least eighth, quarter or half of the entries that holds all visible ones."""
+    """The best of the least eighth, quarter or half of the entries that holds all that are seen."""
     room = score_QS.shape[1]
     widths = sorted({-(-room // part) for part in (8, 4, 2, 1)})
-    branches = [
-        lambda score_QS, width=width: best(score_QS[:, :width], visible_Q, k) for width in widths
-    ]
-    too_small = (jnp.max(visible_Q) > jnp.array(widths[:-1], jnp.int32)).astype(jnp.int32)
+    number_Q = visible_Q if hidden_Q is None else visible_Q - hidden_Q
+
+    def best_of(width: int, score_QS: Any) -> Any:
+        if hidden_Q is None:
+            return best(score_QS[:, :width], number_Q, k)
+        chosen_Qk = best(seen_first(score_QS, hidden_Q, width), number_Q, k)
+        return counted_from(chosen_Qk, hidden_Q)
+
+    branches = [functools.partial(best_of, width) for width in widths]
+    too_small = (jnp.max(number_Q) > jnp.array(widths[:-1], jnp.int32)).astype(jnp.int32)
     return jax.lax.switch(jnp.sum(too_small), branches, score_QS)
 
 
@@ -74,8 +91,9 @@ def _scores(
     layer: Int[Array, ""],
     row: Int[Array, ""],
     visible_Q: Int[Array, " Q"],
+    hidden_Q: Int[Array, " Q"] | None,
 ) -> Float32[Array, "Q S"]:
-    """Comparable scores, -inf where nothing is visible."""
+    """Comparable scores, -inf where nothing is seen."""
     queries, heads, dim = q_QIJ.shape
     room = entries(keys)
     few = _KEYS_OF_MANY if room > _MANY_ENTRIES else _KEYS_OF_FEW
@@ -96,12 +114,16 @@ def _scores(
         score_QX = dots_IQX[0] * weights_IQ1[0]
         for i in range(1, heads):
             score_QX += dots_IQX[i] * weights_IQ1[i]
-        exists_QX = start + jnp.arange(width, dtype=jnp.int32)[None] < visible_Q[:, None]
+        entry_1X = start + jnp.arange(width, dtype=jnp.int32)[None]
+        exists_QX = exists(entry_1X, visible_Q, hidden_Q)
         score_QX = jnp.where(exists_QX, comparable(score_QX), -jnp.inf)
         return jax.lax.dynamic_update_slice(score_QS, score_QX, (zero, start))
 
     blocks = (jnp.max(visible_Q) + width - 1) // width
-    return jax.lax.fori_loop(0, blocks, score, jnp.full((queries, room), -jnp.inf))
+    first = 0
+    if hidden_Q is not None:
+        first = jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, room)) // width
+    return jax.lax.fori_loop(first, blocks, score, jnp.full((queries, room), -jnp.inf))
 
 
 def scores(

@@ -5,7 +5,8 @@ be kept in eight bits (`Fp8Rows`; then they get no gradient). Window and entries
 
 TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
 of 16, head dims of 128, pools with room for a multiple of 16 entries (8 in float32, 32 in eight
-bits), and gather without copying the pool. Where there is no kernel, XLA serves.
+bits), and gather without copying the pool. GPU kernels take one document a row. Where there is no
+kernel, XLA serves.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S entries there is room for, k entries chosen.
@@ -84,12 +85,15 @@ def prefill(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
     """A chunk of queries at positions start, start + 1, ...
+
+    Several documents may share a row, where each query says where its own begins.
 
     Args:
       q_BTHK: queries.
@@ -99,6 +103,8 @@ def prefill(
       layer: as for `decode`.
       indices_BTk: as for `decode`.
       sink_H: a logit per head.
+      first_BT: position where each query's document begins; earlier keys of the window are not
+        seen. None: all rows begin at 0.
       window: tokens that a query sees, itself included.
       scale: multiplies q . key.
       impl: as for `decode`.
@@ -113,6 +119,7 @@ def prefill(
         "layer": jnp.asarray(layer),
         "indices_BTk": indices_BTk,
         "sink_H": sink_H,
+        "first_BT": first_BT,
     }
     sizes = _check("sparse_attention.prefill", arrays)
     softmax.require_chunk_window("sparse_attention.prefill", sizes["X"], window, sizes["T"])
@@ -123,7 +130,9 @@ def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
     pool, arrays = arrays["pool_LBSK"], dict(arrays)
     if isinstance(pool, Fp8Rows):
         del arrays["pool_LBSK"]
-    integers = ("start_B", "layer", "indices_BTk")
+    if arrays.get("first_BT") is None:
+        arrays.pop("first_BT", None)
+    integers = ("start_B", "layer", "indices_BTk", "first_BT")
     sizes = check_arrays(op, arrays, integers=integers, booleans=("window_mask_BTR",))
     if isinstance(pool, Fp8Rows):
         check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
@@ -169,7 +178,7 @@ def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
     q, keys, pool, sink = _backward(
         "prefill_backward", impl, grad_BTHK, out_BTHK, *arrays, window=window, scale=scale
     )
-    return ((q, keys, None, pool, None, None, sink),)
+    return ((q, keys, None, pool, None, None, sink, None),)
 
 
 def _backward(name: str, impl: Impl, *arrays: Any, **static: Any) -> Any:

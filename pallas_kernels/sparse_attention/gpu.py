@@ -49,6 +49,7 @@ def prefill(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -56,8 +57,10 @@ def prefill(
     """As `decode`: query j sees the rows j + 1 .. j + window of its chunk's window.
 
     Raises:
-      Unsupported: as for `decode`.
+      Unsupported: as for `decode`; rows of several documents.
     """
+    if first_BT is not None:
+        raise Unsupported("sparse_attention.prefill for GPUs does not take first_BT.")
     near_BTr = window_rows(start_B, q_BTHK.shape[1], window)
     return _attend(q_BTHK, window_BXK, near_BTr, pool_LBSK, layer, indices_BTk, sink_H, scale)
 

@@ -36,11 +36,12 @@ def prefill(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    near_BTX = dense.band(start_B, q_BTHK.shape[1], window)
+    near_BTX = dense.band(start_B, q_BTHK.shape[1], window, first_BT)
     masks = [near_BTX, _listed(indices_BTk, pool_LBSK.shape[2])]
     keys = [window_BXK, _layer_of(pool_LBSK, layer, window_BXK.dtype)]
     return dense.attend(q_BTHK, keys, masks, sink_H, scale)
@@ -76,13 +77,14 @@ def prefill_backward(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
 ) -> tuple[Any, Any, Any, Any]:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
     run = lambda q, keys, pool, sink: prefill(
-        q, keys, start_B, pool, layer, indices_BTk, sink, window=window, scale=scale
+        q, keys, start_B, pool, layer, indices_BTk, sink, first_BT, window=window, scale=scale
     )
     return _pull(run, grad_BTHK, q_BTHK, window_BXK, pool_LBSK, sink_H)
 

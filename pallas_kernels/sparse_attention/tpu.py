@@ -56,6 +56,7 @@ def prefill(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -71,6 +72,7 @@ def prefill(
         layer.astype(jnp.int32),
         _fill(indices_BTk.astype(jnp.int32), -1),
         sink_H.astype(jnp.float32)[:, None],
+        first_BT,
         window=window,
         scale=scale,
     )
@@ -86,6 +88,7 @@ def prefill_backward(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -104,6 +107,7 @@ def prefill_backward(
         layer,
         _fill(indices_BTk.astype(jnp.int32), -1),
         sink_H,
+        first_BT,
         window=window,
         scale=scale,
     )

@@ -7,6 +7,7 @@ entries are gathered, the next query's while one is computed.
 Axis letters: as in the package; Q queries of a block, Y = window + Q keys of its window.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from pallas_kernels.dense_attention.tpu_window import in_blocks, lowest, seen_by_any
 from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
@@ -37,6 +39,7 @@ def call(
     layer: Int[Array, ""],
     indices_BTk: Int32[Array, "B T k"],
     sink_H1: Float[Array, "H 1"],
+    first_BT: Int[Array, "B T"] | None,
     *,
     window: int,
     scale: float,
@@ -50,9 +53,12 @@ def call(
         x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
     )
     indices_BTk = whole(indices_BTk, -1)
+    low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
     return pl.pallas_call(
         functools.partial(_kernel, window=window, scale=scale),
-        grid_spec=_grid((batch, blocks), block, k, q_BTHK, pool_LBSK, window),
+        grid_spec=_grid(
+            (batch, blocks), block, k, q_BTHK, pool_LBSK, window, bounded=first_BT is not None
+        ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
@@ -67,13 +73,21 @@ def call(
         indices_BTk,
         q_BTHK,
         sink_H1,
+        low_BN1Q,
         whole(window_BXK, 0),
         in_hbm(pool_LBSK),
     )
 
 
 def _grid(
-    grid: tuple[int, int], block: int, k: int, q_BTHK: Any, pool_LBSK: Any, window: int
+    grid: tuple[int, int],
+    block: int,
+    k: int,
+    q_BTHK: Any,
+    pool_LBSK: Any,
+    window: int,
+    *,
+    bounded: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
     """What each step holds: a block of queries, their lists, and room for either way."""
     heads, dim = q_BTHK.shape[2:]
@@ -91,6 +105,9 @@ def _grid(
             per_block(k),
             per_block(heads, dim),
             pl.BlockSpec((heads, 1), lambda b, i, *_: (0, 0)),
+            pl.BlockSpec((None, None, 1, block), lambda b, i, *_: (b, i, 0, 0))
+            if bounded
+            else None,
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
@@ -111,6 +128,7 @@ def _kernel(
     indices_ref: Any,  # [1, Q, k]
     q_ref: Any,  # [1, Q, H, K]
     sink_ref: Any,  # [H, 1]
+    low_ref: Any,  # [1, Q], the first key of the chunk's window that each query may see, or None
     window_ref: Any,  # HBM [B, X, K]
     pool_ref: Any,  # HBM [L, B, S, K]
     out_ref: Any,  # [1, Q, H, K]
@@ -131,14 +149,15 @@ def _kernel(
     near.start()
     last = jnp.max(indices_ref[0])
     few = scratch.listed.shape[1] * gather.LANES
-    missing = window - start_ref[row] - first  # rows of near_ref at positions below 0
+    low_1Q = None if low_ref is None else jnp.maximum(low_ref[...] - first, 0)
+    seen = _Seen(near_ref.shape[0], window, window - start_ref[row] - first, low_1Q)
 
     @pl.when(last < few)
     def _() -> None:
         masked.note(indices_ref, scratch)
         near.wait()
-        band_QY = _band(0, queries, missing, window, near_ref.shape[0])
-        near_YK = _zero_unseen(near_ref, missing)
+        band_QY = seen.band(0, queries)
+        near_YK = seen.or_zero(near_ref)
         q_RK = q_ref[0].reshape(-1, q_ref.shape[3])
         out_RK = masked.attend(
             q_RK, sink_ref[...], (near_YK, band_QY), entries_ref, last, scratch, sems, scale
@@ -150,30 +169,54 @@ def _kernel(
         lists = gather.Lists(listed_ref, sems)
         lists.start(words_ref, jnp.int32(0), entries_ref)
         near.wait()
-        near_YK = _zero_unseen(near_ref, missing)
+        near_YK = seen.or_zero(near_ref)
 
         def query(t: Any, _: Any) -> None:
             pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
             indices_1k = indices_ref[0, pl.ds(t, 1)]
             keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)
-            seen_1Y = _band(t, 1, missing, window, near_ref.shape[0])
-            parts = [(near_YK, seen_1Y), (keys_kK, indices_1k >= 0)]
+            parts = [(near_YK, seen.band(t, 1)), (keys_kK, indices_1k >= 0)]
             out_HK = attend(q_ref[0, t], parts, sink_ref[...], scale)
             out_ref[0, t] = out_HK.astype(out_ref.dtype)
 
         jax.lax.fori_loop(0, queries, query, None)
 
 
-def _band(first: Any, queries: int, missing: Any, window: int, keys: int) -> Bool[Array, "Q Y"]:
-    """Which keys of its block's window each query sees, from query `first` of the block on."""
-    shape = (queries, keys)
-    query_QY = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    key_QY = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (key_QY > query_QY) & (key_QY <= query_QY + window) & (key_QY >= missing)
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Which keys of its block's window each query sees.
 
+    Attributes:
+      keys: of the block's window, Y.
+      window: keys that a query sees.
+      missing: keys at positions below 0.
+      low_1Q: the first key that each query may see; None: 0.
+    """
 
-def _zero_unseen(near_ref: Any, missing: Any) -> Float[Array, "Y K"]:
-    """A block's window; the first key is its predecessor's."""
-    row_Y1 = jax.lax.broadcasted_iota(jnp.int32, (near_ref.shape[0], 1), 0)
-    seen_Y1 = row_Y1 >= jnp.maximum(missing, 1)
-    return jnp.where(seen_Y1, near_ref[...], jnp.zeros((), near_ref.dtype))
+    keys: int
+    window: int
+    missing: Any
+    low_1Q: Any
+
+    def band(self, first: Any, queries: int) -> Bool[Array, "Q Y"]:
+        """From query `first` of the block on."""
+        shape = (queries, self.keys)
+        query_QY = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        key_QY = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        near_QY = (key_QY > query_QY) & (key_QY <= query_QY + self.window)
+        near_QY &= key_QY >= self.missing
+        return near_QY if self.low_1Q is None else near_QY & (key_QY >= self._low(first, queries))
+
+    def or_zero(self, near_ref: Any) -> Float[Array, "Y K"]:
+        """The block's window; its first key is its predecessor's."""
+        row_Y1 = jax.lax.broadcasted_iota(jnp.int32, (self.keys, 1), 0)
+        seen_Y1 = row_Y1 >= jnp.maximum(self.missing, 1)
+        if self.low_1Q is not None:
+            seen_Y1 &= seen_by_any(row_Y1, 0, self.low_1Q, self.window)
+        return jnp.where(seen_Y1, near_ref[...], jnp.zeros((), near_ref.dtype))
+
+    def _low(self, first: Any, queries: int) -> Int32[Array, "Q 1"]:
+        shape = (queries, self.low_1Q.shape[1])
+        query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        own = query == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        return jnp.max(jnp.where(own, self.low_1Q, 0), axis=1, keepdims=True)

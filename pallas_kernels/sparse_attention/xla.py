@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.dense_attention.xla_blocks import band, where_seen
+from pallas_kernels.dense_attention.xla_blocks import NOWHERE, band, where_seen
 from pallas_kernels.sparse_attention import xla_blocks as blocks
 from pallas_kernels.sparse_attention.rows import Pool
 from pallas_kernels.sparse_attention.xla_backward import decode_backward, prefill_backward
@@ -53,6 +53,7 @@ def prefill(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -61,6 +62,7 @@ def prefill(
     block, count, pad = blocks.split(queries)
     padded_q, padded_window = pad(q_BTHK, 0), pad(window_BXK, 0)
     padded_indices = pad(indices_BTk, -1)
+    padded_first = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
 
     def one(index: Any) -> Any:
         row, first = index // count, index % count * block
@@ -68,7 +70,7 @@ def prefill(
         return _attend(
             take(padded_q),
             take(padded_window, block + window),
-            band(start_B[row] - window + first, block, window),
+            band(start_B[row] - window + first, block, window, jax.tree.map(take, padded_first)),
             pool_LBSK,
             layer,
             row,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.dense_attention.xla_blocks import band, where_seen
+from pallas_kernels.dense_attention.xla_blocks import NOWHERE, band, where_seen
 from pallas_kernels.sparse_attention import xla_blocks as blocks
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
@@ -63,6 +63,7 @@ def prefill_backward(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
+    first_BT: Int[Array, "B T"] | None = None,
     *,
     window: int,
     scale: float,
@@ -72,12 +73,14 @@ def prefill_backward(
     block, count, pad = blocks.split(queries)
     q, grad, out, keys = (pad(x, 0) for x in (q_BTHK, grad_BTHK, out_BTHK, window_BXK))
     indices = pad(indices_BTk, -1)
+    firsts = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
 
     def one(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        mask_QY = band(start_B[row] - window + first, block, window)
+        first_Q = jax.tree.map(take, firsts)
+        mask_QY = band(start_B[row] - window + first, block, window, first_Q)
         near = (take(keys, block + window), mask_QY)
         far = (pool_LBSK, layer, row, take(indices))
         heads = (take(q), take(grad), take(out), sink_H)

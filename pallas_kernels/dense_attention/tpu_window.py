@@ -1,0 +1,108 @@
+"""What a block of queries sees of its window, inside a kernel.
+
+Axis letters: as in the package; N blocks of queries, Q queries of a block, R = Q x H rows, query
+after query, Y keys of a block's window.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.tpu_attention_pull import by_any
+
+
+def lowest(
+    first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], window: int
+) -> Int[Array, "B T"]:
+    """The first key of a chunk's window that may be seen; key e is at start - window + e."""
+    low_BT = first_BT.astype(jnp.int32) - (start_B.astype(jnp.int32) - window)[:, None]
+    return jnp.maximum(low_BT, 0)
+
+
+def in_blocks(x_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
+    """What a block's queries see; queries beyond the last see what it sees."""
+    batch, queries = x_BT.shape
+    blocks = pl.cdiv(queries, block)
+    spare = blocks * block - queries
+    x_BT = jnp.pad(x_BT.astype(jnp.int32), ((0, 0), (0, spare)), mode="edge")
+    return x_BT.reshape(batch, blocks, 1, block)
+
+
+def of_rows(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
+    """A query's number, 0 or more, for each of its heads, query after query."""
+    shape = (x_1Q.shape[1] * heads, x_1Q.shape[1])
+    row_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    first_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * heads
+    own_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
+    return jnp.max(jnp.where(own_RQ, x_1Q, 0), axis=1, keepdims=True)
+
+
+def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
+    """Garbage must not reach a product: 0 * NaN is NaN."""
+    return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
+
+
+def seen_by_any(
+    e_Y1: Int[Array, "Y 1"], first: Any, low_1Q: Int[Array, "1 Q"], window: int
+) -> Bool[Array, "Y 1"]:
+    """Keys e of a chunk's window that some query sees of the block that begins with `first`."""
+    query_1Q = first + jax.lax.broadcasted_iota(jnp.int32, low_1Q.shape, 1)
+    return by_any((e_Y1 > query_1Q) & (e_Y1 <= query_1Q + window) & (e_Y1 >= low_1Q))
+
+
+def ring_seen(
+    refs: tuple[Any, Any], i: Any, start: Any, *, heads: int
+) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
+    """Keys of a ring and which of them each row sees, by the mask of its query."""
+    keys_ref, mask_ref = refs
+    queries, length = mask_ref.shape
+    any_1Y = jnp.max(mask_ref[...], axis=0, keepdims=True)
+    square = (length, length)
+    own_YY = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(
+        jnp.int32, square, 1
+    )
+    any_Y1 = jnp.max(jnp.where(own_YY, any_1Y, 0), axis=1, keepdims=True)
+    row_RY = jax.lax.broadcasted_iota(jnp.int32, (queries * heads, length), 0)
+    mask_RY = jnp.broadcast_to(mask_ref[:1], row_RY.shape)
+    for t in range(1, queries):
+        mask_RY = jnp.where(row_RY >= t * heads, mask_ref[t : t + 1], mask_RY)
+    return where_seen(keys_ref[...], any_Y1 > 0), mask_RY > 0
+
+
+def band_seen(
+    refs: tuple[tuple[Any, ...], Any],
+    i: Any,
+    start: Any,
+    *,
+    heads: int,
+    block: int,
+    window: int,
+    keys: int,
+) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
+    """Key e is at start - window + e; query j sees those with j < e <= j + window.
+
+    Of them, from `lowest` on, where there is a ref [1, Q] of it.
+    """
+    keys_refs, low_ref = refs
+    near = keys_refs[0].shape[0]
+    width = len(keys_refs) * near
+    first = i * block
+    origin = jax.lax.div(first, near) * near
+    exists = lambda e: (e >= window - start) & (e < keys)
+    e_Y1 = origin + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+    seen_Y1 = exists(e_Y1) & (e_Y1 > first) & (e_Y1 < first + block + window)
+    if low_ref is not None:
+        seen_Y1 &= seen_by_any(e_Y1, first, low_ref[...], window)
+    keys_YK = where_seen(jnp.concatenate([ref[...] for ref in keys_refs]), seen_Y1)
+    # Query j of the block holds the rows from j x heads on.
+    e_RY = origin + jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 1)
+    row_RY = jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 0)
+    after_RY = row_RY < (e_RY - first) * heads
+    within_RY = row_RY >= (e_RY - first - window) * heads
+    mask_RY = after_RY & within_RY & exists(e_RY)
+    if low_ref is not None:
+        mask_RY &= e_RY >= of_rows(low_ref[...], heads)
+    return keys_YK, mask_RY

@@ -1,0 +1,90 @@
+"""The training forward and its losses: equal to the decode steps' and to plain maths."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import models
+from tests.models import CSA, HCA, SLIDING
+from v4jax import model as model_
+from v4jax.numerics import HF
+from v4jax_train import loss
+
+CFG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1)
+TOKENS = models.tokens(CFG, 2, 128)
+
+
+def batch(document_BT: Any, seed: int = 0) -> dict[str, jax.Array]:
+    trained = np.random.default_rng(seed).random(TOKENS.shape) < 0.7
+    return {
+        "tokens": jnp.asarray(TOKENS),
+        "document": jnp.asarray(document_BT, jnp.int32),
+        "trained": jnp.asarray(trained),
+    }
+
+
+def test_rows_without_a_cache_have_the_logits_of_the_decode_steps() -> None:
+    @jax.jit
+    def logits(model: Any) -> Any:
+        streams_BTM, _ = model_.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
+        return model_.head(model, model_.hidden(model, CFG, streams_BTM))
+
+    expected = models.whole(CFG, TOKENS)
+    got = logits(models.weights(CFG))
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+LENGTHS = ((70, 200, 128), (300, 5))
+LONG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1, max_position_embeddings=512)
+
+
+def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
+    """Two rows of 640 tokens with several documents each, and the documents alone."""
+    rng = np.random.default_rng(3)
+    arrays = {name: np.zeros((2, 640), np.int32) for name in ("tokens", "document", "trained")}
+    alone = []
+    for row, lengths in enumerate(LENGTHS):
+        at = 0
+        for number, length in enumerate(lengths, 1):
+            text = rng.integers(0, LONG.vocab_size, length, np.int32)
+            arrays["tokens"][row, at : at + length] = text
+            arrays["document"][row, at : at + length] = number
+            arrays["trained"][row, at + 1 : at + length] = rng.random(length - 1) < 0.7
+            alone.append((text, arrays["trained"][row, at : at + length].copy()))
+            at += -(-length // 128) * 128
+    batch: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return batch | {"trained": batch["trained"] == 1}, alone
+
+
+def test_packed_documents_have_the_losses_and_gradients_of_each_alone() -> None:
+    @jax.jit
+    def total(model: Any, batch: Any) -> Any:
+        found = loss.sums(model, LONG, HF, batch, mtp=True)
+        return found["loss"] + 0.3 * found["mtp_loss"], found
+
+    differentiated = jax.jit(jax.value_and_grad(total, has_aux=True, allow_int=True))
+    model, (batch, alone) = models.weights(LONG), packed()
+    (_, got), gradient = differentiated(model, batch)
+    # One program for all: each document at the front of rows that are padding else.
+    expected, summed = dict.fromkeys(got, 0.0), None
+    for text, trained in alone:
+        pad = lambda x: np.pad(x, (0, 640 - len(x)))[None].repeat(2, 0)
+        single = {
+            "tokens": jnp.asarray(pad(text)),
+            "document": jnp.asarray(pad(np.ones_like(text)) * np.array([[1], [0]], np.int32)),
+            "trained": jnp.asarray(pad(trained) == 1),
+        }
+        (_, found), part = differentiated(model, single)
+        expected = {name: expected[name] + found[name] for name in expected}
+        add = lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b
+        summed = part if summed is None else jax.tree.map(add, summed, part)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(summed), strict=True
+    ):
+        if a.dtype != jax.dtypes.float0:
+            bar = 1e-4 * float(jnp.abs(b).max()) + 1e-6
+            assert jnp.abs(a - b).max() <= bar, jax.tree_util.keystr(path)

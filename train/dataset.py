@@ -1,0 +1,179 @@
+"""Batches of packed documents, by their number alone.
+
+Batch n is a function of the files and the settings: it does not depend on how many processes there
+are, nor on which batches were read before it. So the state of the data is the number of the step.
+
+Letters: T tokens of a pack.
+"""
+
+import bisect
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from . import packing
+from .documents import Documents
+from .packing import PackSettings, Plan
+
+Arrays = dict[str, np.ndarray]
+
+
+class Packs:
+    """The packs of one file, epoch after epoch, for random access.
+
+    Pack i is a dictionary of arrays [T]: `tokens` int32; `trained` bool, whether a token is to be
+    predicted from those before it (never the first of a document); `document` int32, 0 at padding
+    and 1, 2, ... at the pack's documents; `position` int32, of the token in its document.
+    """
+
+    def __init__(self, documents: Documents, settings: PackSettings, *, epochs: int | None = None):
+        """Plan the first epoch.
+
+        Args:
+          documents: of one file.
+          settings: how they are packed.
+          epochs: None goes on without end.
+
+        Raises:
+          ValueError: a document is longer than a pack, and the settings make that an error.
+        """
+        self._documents = documents
+        self._settings = settings
+        self._epochs = epochs
+        self._plans: dict[int, Plan] = {}
+        self._first = [0]  # pack of each epoch that is planned, and of the next
+        self._lock = threading.RLock()
+        self.plan(0)
+        if epochs is not None:
+            for epoch in range(epochs):
+                self._first.append(self._first[-1] + len(self.plan(epoch)))
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of one epoch, counted from 0."""
+        with self._lock:
+            if epoch not in self._plans:
+                # Where an epoch ends, threads may still read both.
+                while len(self._plans) > 1:
+                    del self._plans[min(self._plans)]
+                self._plans[epoch] = packing.plan(
+                    self._documents.lengths_D,
+                    self._settings,
+                    epoch=epoch,
+                    where=self._documents.where,
+                )
+            return self._plans[epoch]
+
+    def __len__(self) -> int:
+        """Packs of all epochs."""
+        return sys.maxsize if self._epochs is None else self._first[-1]
+
+    def __getitem__(self, index: int) -> Arrays:
+        """Pack number `index`, counted through all epochs."""
+        with self._lock:
+            while index >= self._first[-1]:
+                self._first.append(self._first[-1] + len(self.plan(len(self._first) - 1)))
+            epoch = bisect.bisect_right(self._first, index) - 1
+            plan = self.plan(epoch)
+        return _fill(self._documents, plan, index - self._first[epoch])
+
+
+def batches(
+    sources: Sequence[Packs],
+    *,
+    batch: int,
+    part: range | None = None,
+    weights: Sequence[int | float] | None = None,
+) -> grain.MapDataset:
+    """The batches as a dataset of grain, whose element n is step n's part for this process.
+
+    Args:
+      sources: files to mix. A source that ends must be alone; its last batch is filled up with
+        padding.
+      batch: packs of a step in all processes together.
+      part: which of them this process loads, see `share`; None is all.
+      weights: share of each source in the packs; None is equal shares.
+
+    Raises:
+      ValueError: sources, a part or weights that make no batch.
+    """
+    part = range(batch) if part is None else part
+    weights = [1.0] * len(sources) if weights is None else weights
+    if not sources:
+        raise ValueError("There are no sources; give at least one.")
+    if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
+        raise ValueError(f"weights are {list(weights)}; give {len(sources)} numbers above 0.")
+    if not part or min(part) < 0 or max(part) >= batch:
+        raise ValueError(f"part is {part} of a batch of {batch}; give some of its packs.")
+    if len(sources) > 1 and any(len(source) < sys.maxsize for source in sources):
+        raise ValueError("Sources with a number of epochs cannot be mixed; leave epochs out.")
+    datasets = [grain.MapDataset.source(source) for source in sources]
+    packs = grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
+    return grain.MapDataset.source(_Batches(packs, batch, part))
+
+
+def share(batch: int, process: int, processes: int) -> range:
+    """The packs of a batch that one of several processes loads: the same number, side by side.
+
+    Raises:
+      ValueError: the batch cannot be shared out evenly.
+    """
+    if batch % processes:
+        raise ValueError(f"batch is {batch}; use a multiple of the {processes} processes.")
+    size = batch // processes
+    return range(process * size, (process + 1) * size)
+
+
+def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grain.DatasetIterator:
+    """Read batches from a step on, `ahead` of them before they are asked for.
+
+    The iterator's state, `{"next_index": step}`, is the same in every process.
+    """
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+    iterator = iter(dataset.to_iter_dataset(options))
+    iterator.set_state({"next_index": step})
+    return iterator
+
+
+class _Batches:
+    """One process's part of every batch, for random access."""
+
+    def __init__(self, packs: Any, batch: int, part: range):
+        self._packs = packs
+        self._batch = batch
+        self._part = part
+
+    def __len__(self) -> int:
+        return -(-len(self._packs) // self._batch)
+
+    def __getitem__(self, index: int) -> Arrays:
+        packs = [self._pack(index * self._batch + i) for i in self._part]
+        return {name: np.stack([pack[name] for pack in packs]) for name in packs[0]}
+
+    def _pack(self, index: int) -> Arrays:
+        if index < len(self._packs):
+            return self._packs[index]
+        return {name: np.zeros_like(array_T) for name, array_T in self._packs[0].items()}
+
+
+def _fill(documents: Documents, plan: Plan, pack: int) -> Arrays:
+    arrays = {
+        "tokens": np.zeros(plan.seq_len, np.int32),
+        "trained": np.zeros(plan.seq_len, np.bool_),
+        "document": np.zeros(plan.seq_len, np.int32),
+        "position": np.zeros(plan.seq_len, np.int32),
+    }
+    pieces = range(plan.first_K1[pack], plan.first_K1[pack + 1])
+    for number, piece in enumerate(pieces, 1):
+        begin, length = plan.begin_P[piece], plan.length_P[piece]
+        place = slice(plan.start_P[piece], plan.start_P[piece] + length)
+        document = documents[int(plan.document_P[piece])]
+        arrays["tokens"][place] = document.ids_N[begin : begin + length]
+        arrays["trained"][place] = document.trained_N[begin : begin + length]
+        arrays["trained"][place.start] = False
+        arrays["document"][place] = number
+        arrays["position"][place] = np.arange(length)
+    return arrays

@@ -1,0 +1,126 @@
+"""Muon: steps whose matrices have singular values of one.
+
+Axis letters: M rows, N columns of a matrix, K the fewer of both; `...` stacks of matrices. Stacks
+are never flattened: a stack of experts that is split over devices stays so, each device works on
+its own and gathers nothing.
+
+Source: the report's section 2.4.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from v4jax.params import path_name
+
+# Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')(XX')X: eight fast iterations that bring
+# singular values near one, two that bring them to it.
+HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+
+
+class MuonState(NamedTuple):
+    """Sums of gradients, one for each weight."""
+
+    momentum: Any
+
+
+def orthogonal(
+    x: Float[Array, "*stack M N"],
+    coefficients: Sequence[tuple[float, float, float]] = HYBRID,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "*stack M N"]:
+    """The matrices with their singular values brought to one, by Newton-Schulz iterations.
+
+    Args:
+      x: matrices; one of zeros stays so.
+      coefficients: of the iterations.
+      dtype: of the products' factors; they are accumulated in float32.
+
+    Returns:
+      In float32.
+    """
+    x32 = x.astype(jnp.float32)
+    # The largest magnitude first: squares of what is small would vanish.
+    tiny = jnp.finfo(jnp.float32).tiny
+    x32 /= jnp.maximum(jnp.max(jnp.abs(x32), axis=(-2, -1), keepdims=True), tiny)
+    x32 /= jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x32), axis=(-2, -1), keepdims=True)), tiny)
+    rows, columns = x.shape[-2:]
+    # The smaller of XX' and X'X.
+    gram, left = ("...mn,...kn->...mk", "...mk,...kn->...mn")
+    if rows > columns:
+        gram, left = ("...mn,...mk->...nk", "...nk,...mk->...mn")
+
+    def product(spec: str, *factors: Array) -> Array:
+        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        narrow = [factor.astype(dtype) for factor in factors]
+        return jnp.einsum(spec, *narrow, precision=precision, preferred_element_type=jnp.float32)
+
+    for a, b, c in coefficients:
+        gram_KK = product(gram, x32, x32)
+        mixed_KK = b * gram_KK + c * product("...mk,...kn->...mn", gram_KK, gram_KK)
+        x32 = a * x32 + product(left, mixed_KK, x32)
+    return x32
+
+
+def scale_by_muon(
+    *,
+    momentum: float = 0.95,
+    rms: float = 0.18,
+    parts: Callable[[str], int] = lambda name: 1,
+    dtype: Any = jnp.float32,
+) -> optax.GradientTransformation:
+    """Replace gradients of matrices by orthogonal updates, with Nesterov's momentum.
+
+    Args:
+      momentum: how much of the sum of gradients stays.
+      rms: root mean square of the update's entries; 0.18 is what AdamW's have, so that learning
+        rates made for it serve.
+      parts: of a weight's dotted name: how many independent matrices stand one below the other in
+        each matrix of the stack.
+      dtype: as for `orthogonal`.
+
+    Raises:
+      ValueError: at `init`, a weight that is no stack of matrices or is not cut evenly.
+    """
+
+    def init(params: Any) -> MuonState:
+        jax.tree_util.tree_map_with_path(lambda path, x: _check(path_name(path), x, parts), params)
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        ahead = lambda m, g: momentum * m + g.astype(m.dtype)
+        total = jax.tree.map(ahead, state.momentum, updates)
+        nesterov = jax.tree.map(ahead, total, updates)
+        step = lambda path, x: _step(x, parts(path_name(path)), rms, dtype)
+        return jax.tree_util.tree_map_with_path(step, nesterov), MuonState(total)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check(name: str, weight: Array, parts: Callable[[str], int]) -> None:
+    if weight.ndim < 2 or weight.shape[-2] % parts(name):
+        raise ValueError(
+            f"Muon takes matrices; '{name}' of shape {weight.shape} is not {parts(name)} of them."
+        )
+
+
+def _step(x: Array, count: int, rms: float, dtype: Any) -> Array:
+    *stack, rows, columns = x.shape
+    matrices = x.reshape(*stack, count, rows // count, columns) if count > 1 else x
+    # An orthogonal matrix's entries have a root mean square of 1 / sqrt(longer side).
+    scale = rms * math.sqrt(max(rows // count, columns))
+    return (orthogonal(matrices, dtype=dtype) * scale).reshape(x.shape).astype(x.dtype)
+
+
+def newton_schulz_flops(shape: Sequence[int], parts: int = 1) -> int:
+    """Floating-point operations of `orthogonal` on a stack of matrices."""
+    *stack, rows, columns = shape
+    short, long = sorted((rows // parts, columns))
+    each = 2 * short * short * (2 * long + short)
+    return math.prod(stack) * parts * len(HYBRID) * each

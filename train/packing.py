@@ -1,0 +1,175 @@
+"""Documents laid into sequences of one length, planned from their lengths alone.
+
+Every document begins at a multiple of 128, so that no window that V4 compresses holds tokens of two
+documents and a packed document is computed as if it stood alone.
+
+Letters: D documents, P pieces of documents, K packs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+ALIGNMENT = 128  # the least common multiple of the compression ratios, 4 and 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How documents are packed.
+
+    Attributes:
+      seq_len: tokens of a pack, a multiple of 128.
+      too_long: what happens to a document longer than that. "error"; "truncate" drops the rest;
+        "split" makes pieces that do not see each other, and the first token of each is not trained.
+      window: pieces that are packed among each other. More of them fill packs better, fewer keep
+        the packs of an epoch independent of rows far away.
+      seed: of the order.
+    """
+
+    seq_len: int
+    too_long: str = "error"
+    window: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be packed."""
+        if self.seq_len < ALIGNMENT or self.seq_len % ALIGNMENT:
+            raise ValueError(f"seq_len is {self.seq_len}; use a multiple of {ALIGNMENT}.")
+        if self.too_long not in ("error", "truncate", "split"):
+            raise ValueError(f"too_long is '{self.too_long}'; use error, truncate or split.")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; use 1 or more.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; use 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """One epoch: which piece of which document stands where.
+
+    Attributes:
+      seq_len: tokens of a pack.
+      document_P: the document of each piece.
+      begin_P: where the piece begins in its document.
+      length_P: its tokens.
+      start_P: where it begins in its pack.
+      first_K1: the first piece of each pack, and the number of pieces.
+      too_long: documents that were truncated or split.
+      dropped: tokens that are in no pack.
+    """
+
+    seq_len: int
+    document_P: Int[np.ndarray, " P"]
+    begin_P: Int[np.ndarray, " P"]
+    length_P: Int[np.ndarray, " P"]
+    start_P: Int[np.ndarray, " P"]
+    first_K1: Int[np.ndarray, " K1"]
+    too_long: int
+    dropped: int
+
+    def __len__(self) -> int:
+        """Number of packs."""
+        return len(self.first_K1) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all packs."""
+        return int(self.length_P.sum())
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the packs' positions that hold a token."""
+        return self.tokens / (len(self) * self.seq_len)
+
+
+def plan(
+    lengths_D: Int[np.ndarray, " D"],
+    settings: PackSettings,
+    *,
+    epoch: int = 0,
+    where: Callable[[int], str] = "document {}".format,
+) -> Plan:
+    """Pack every document once; the same arguments give the same plan on any machine.
+
+    Args:
+      lengths_D: tokens of each document.
+      settings: see there.
+      epoch: each has an order of its own.
+      where: names a document in an error.
+
+    Raises:
+      ValueError: a document is longer than a pack, and the settings make that an error.
+    """
+    document_P, begin_P = _pieces(lengths_D, settings, where)
+    length_P = np.minimum(lengths_D[document_P] - begin_P, settings.seq_len)
+    blocks_P = -(-length_P // ALIGNMENT)
+    pack_P = np.zeros_like(length_P)
+    packs = 0
+    shuffled_P = _order(len(length_P), settings.seed, epoch, 0)
+    for first in range(0, len(length_P), settings.window):
+        window = shuffled_P[first : first + settings.window]
+        found = best_fit(blocks_P[window].tolist(), settings.seq_len // ALIGNMENT)
+        pack_P[window] = np.array(found) + packs
+        packs += max(found) + 1
+    pack_P = _order(packs, settings.seed, epoch, 1)[pack_P]
+
+    order_P = np.argsort(pack_P, kind="stable")
+    first_K1 = np.cumsum([0, *np.bincount(pack_P)])
+    taken_P = np.cumsum(blocks_P[order_P]) - blocks_P[order_P]
+    start_P = taken_P - np.repeat(taken_P[first_K1[:-1]], np.diff(first_K1))
+    return Plan(
+        seq_len=settings.seq_len,
+        document_P=document_P[order_P],
+        begin_P=begin_P[order_P],
+        length_P=length_P[order_P],
+        start_P=start_P * ALIGNMENT,
+        first_K1=first_K1,
+        too_long=int((lengths_D > settings.seq_len).sum()),
+        dropped=int(lengths_D.sum() - length_P.sum()),
+    )
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
+    """The pack of each size: largest first, each goes to the fullest pack that has room for it."""
+    placed = [0] * len(sizes)
+    packs = 0
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set where by_room[r] has a pack, so that the least room is found at once
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[item]
+        if enough := rooms >> size:
+            room = size + (enough & -enough).bit_length() - 1
+            pack = by_room[room].pop()
+            rooms ^= 0 if by_room[room] else 1 << room
+        else:
+            room, pack, packs = capacity, packs, packs + 1
+        placed[item] = pack
+        by_room[room - size].append(pack)
+        rooms |= 1 << (room - size)
+    return placed
+
+
+def _pieces(
+    lengths_D: Int[np.ndarray, " D"], settings: PackSettings, where: Callable[[int], str]
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
+    """The document and the beginning of each piece; none is longer than a pack."""
+    long = np.flatnonzero(lengths_D > settings.seq_len)
+    if len(long) and settings.too_long == "error":
+        raise ValueError(
+            f"{where(int(long[0]))} has {lengths_D[long[0]]:,} tokens and seq_len is"
+            f" {settings.seq_len:,} (so have {len(long):,} of {len(lengths_D):,} documents); raise"
+            " it, or set too_long to truncate or split."
+        )
+    if settings.too_long == "truncate":
+        return np.arange(len(lengths_D)), np.zeros(len(lengths_D), np.int64)
+    count_D = -(-lengths_D // settings.seq_len)
+    document_P = np.repeat(np.arange(len(lengths_D)), count_D)
+    index_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    return document_P, index_P * settings.seq_len
+
+
+def _order(count: int, *seed: int) -> Int[np.ndarray, " count"]:
+    """A random order. NumPy keeps the raw stream of a bit generator, and no other, for ever."""
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")

@@ -30,6 +30,7 @@ from pallas_kernels.tpu_attention_pull import (
     Seen,
     Sizes,
     kernel,
+    lowest,
 )
 
 Gradients = tuple[Any, Any, Any, Any]
@@ -94,7 +95,7 @@ def gradients(
     q_BTHK = chunk[-1]
     batch, queries, heads, dim = q_BTHK.shape
     sizes = _sizes(q_BTHK, pool_LBSK, block, window)
-    low_BN1R = None if first_BT is None else _lowest(first_BT, start_B, sizes)
+    low_BN1R = None if first_BT is None else _of_rows(first_BT, start_B, sizes)
     inputs = _inputs(sizes, chunk, window_BXK, low_BN1R, pool_LBSK, seen, sink_H)
     settings = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
@@ -178,12 +179,11 @@ def _inputs(
     )
 
 
-def _lowest(
+def _of_rows(
     first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], sizes: Sizes
 ) -> Int[Array, "B N 1 R"]:
     """The first key of the chunk's window that each row may see; none beyond the last query."""
-    low_BT = first_BT.astype(jnp.int32) - (start_B.astype(jnp.int32) - sizes.window)[:, None]
-    low_BNQ = blocks_of(low_BT, sizes.block, fill=_NOWHERE)
+    low_BNQ = blocks_of(lowest(first_BT, start_B, sizes.window), sizes.block, fill=_NOWHERE)
     return jnp.repeat(low_BNQ, sizes.heads, axis=2)[:, :, None]
 
 

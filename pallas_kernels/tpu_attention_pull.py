@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 LOG2_E = math.log2(math.e)
 ENTRIES = 512
@@ -300,6 +300,16 @@ def _near(
         mask_YR &= first + y_Y1 >= inputs.low[...]
         seen_Y1 = by_any(mask_YR)
     return _where_seen(inputs.window[...], seen_Y1), mask_YR
+
+
+def lowest(
+    first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], window: int
+) -> Int[Array, "B T"]:
+    """The first key of a chunk's window that may be seen; key e is at start - window + e."""
+    start_B1 = start_B.astype(jnp.int32)[:, None]
+    # Before the chunk's end, so that nothing overflows.
+    first_BT = jnp.clip(first_BT.astype(jnp.int32), 0, start_B1 + first_BT.shape[1])
+    return jnp.maximum(first_BT - start_B1 + window, 0)
 
 
 def by_any(mask_XR: Bool[Array, "X R"]) -> Bool[Array, "X 1"]:

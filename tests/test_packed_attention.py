@@ -75,8 +75,10 @@ def any_bounds(seed: int, starts: tuple[int, ...], *sizes: int, **more: int) -> 
     entries = 0 if case.pool_LBSK is None else case.pool_LBSK.shape[2]
     shape = case.visible_BT.shape
     draw = lambda low, high: rng.integers(low, high, shape).astype(np.int32)
-    own_BT = case.start_B[:, None] + np.arange(shape[1], dtype=np.int32)
-    bounds = {"first_BT": own_BT - draw(-1, case.window + 2), "hidden_BT": draw(0, entries + 1)}
+    first_BT = case.start_B[:, None] + np.arange(shape[1], dtype=np.int32)
+    first_BT -= draw(-1, case.window + 2)
+    first_BT[:, ::7], first_BT[:, 3::7] = 2**31 - 1, -(2**31)
+    bounds = {"first_BT": first_BT, "hidden_BT": draw(0, entries + 1)}
     return Packed(**(vars(case) | bounds | {"visible_BT": draw(0, entries + 1)}))
 
 

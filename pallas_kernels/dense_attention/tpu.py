@@ -24,14 +24,13 @@ from pallas_kernels.dense_attention.tpu_backward import prefill_backward
 from pallas_kernels.dense_attention.tpu_window import (
     band_seen,
     in_blocks,
-    lowest,
     of_rows,
     ring_seen,
     where_seen,
 )
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
-from pallas_kernels.tpu_attention_pull import by_any
+from pallas_kernels.tpu_attention_pull import by_any, lowest
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 

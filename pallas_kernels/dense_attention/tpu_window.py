@@ -14,14 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.tpu_attention_pull import by_any
 
 
-def lowest(
-    first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], window: int
-) -> Int[Array, "B T"]:
-    """The first key of a chunk's window that may be seen; key e is at start - window + e."""
-    low_BT = first_BT.astype(jnp.int32) - (start_B.astype(jnp.int32) - window)[:, None]
-    return jnp.maximum(low_BT, 0)
-
-
 def in_blocks(x_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
     """What a block's queries see; queries beyond the last see what it sees."""
     batch, queries = x_BT.shape

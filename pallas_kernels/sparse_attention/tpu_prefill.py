@@ -17,11 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels.dense_attention.tpu_window import in_blocks, lowest, seen_by_any
+from pallas_kernels.dense_attention.tpu_window import in_blocks, seen_by_any
 from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
 from pallas_kernels.sparse_attention.tpu_softmax import attend
+from pallas_kernels.tpu_attention_pull import lowest
 
 # Rows of a block, a query of one head each: more fill the MXU no better.
 _ROWS = 1024

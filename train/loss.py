@@ -1,7 +1,9 @@
-"""What training minimises: the cross-entropy of trained tokens, and MTP's beside it.
+"""What training minimises: the cross-entropy of trained tokens, and what stands beside it.
 
 Axis letters: B batch, T tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.numerics import Numerics
 
-Batch = dict[
-    str, Array
-]  # tokens, trained, document: [B, T] each, as v4jax_train.dataset makes them
+from . import balance
+
+Batch = dict[str, Array]  # [B, T] each, as `dataset` makes them
 _CHUNK = 512  # tokens of a row whose logits exist at a time
+# How many places ahead the token is that a hidden state predicts.
+_AHEAD = {"loss": 1, "mtp_loss": 2}
 
 
 def sums(
@@ -25,9 +29,10 @@ def sums(
     batch: Batch,
     *,
     mtp: bool = False,
+    indexer: bool = False,
     remat: bool = False,
-) -> dict[str, Float32[Array, ""]]:
-    """Sums over a batch, to be divided by those of all batches of a step.
+) -> tuple[dict[str, Float32[Array, ""]], dict[str, Float32[Array, "L E"]]]:
+    """Sums over a batch, to be divided by the `counts` of all batches of a step.
 
     Args:
       model: the weights.
@@ -36,26 +41,48 @@ def sums(
       batch: `tokens` and `document` as `models.forward_rows` takes them, [B, T]; `trained` whether
         a token is to be predicted.
       mtp: predict the token after the next too, within a document.
+      indexer: compare sparse attention's indexers with it.
       remat: compute activations anew in the backward pass.
 
     Returns:
-      `loss` the sum of the trained tokens' cross-entropies, in nats; `mtp_loss` the same of MTP.
+      Sums: `loss` of the trained tokens' cross-entropies, in nats; `mtp_loss` the same of MTP;
+      `balance_loss` and `indexer_loss` over all tokens and layers. And how many tokens chose each
+      expert, by the name of the router's bias.
     """
-    streams_BTM, shared = models.forward_rows(
-        model, cfg, numerics, batch["tokens"], batch["document"], remat=remat
+    tokens_BT, document_BT = batch["tokens"], batch["document"]
+    streams_BTM, shared, watched = models.forward_rows(
+        model,
+        cfg,
+        numerics,
+        tokens_BT,
+        document_BT,
+        remat=remat,
+        watch=balance.watch,
+        watch_indexer=indexer,
     )
-    found = {"loss": _predict(model, models.hidden(model, cfg, streams_BTM), batch, ahead=1)}
+    found = {"loss": _predict(model, models.hidden(model, cfg, streams_BTM), batch, "loss")}
+    drafters = []
     if mtp:
-        hidden_BTD = models.draft_rows(model, streams_BTM, shared, remat=remat)
-        found["mtp_loss"] = _predict(model, hidden_BTD, batch, ahead=2)
-    return found
+        hidden_BTD, seen = models.draft_rows(
+            model, streams_BTM, shared, remat=remat, watch=balance.watch
+        )
+        found["mtp_loss"] = _predict(model, hidden_BTD, batch, "mtp_loss")
+        drafters.append(seen)
+    for name in ("balance_loss", "indexer_loss") if indexer else ("balance_loss",):
+        found[name] = _over_layers(name, [*watched, *drafters])
+    return found, balance.biases(watched, drafters)
 
 
-def counts(batch: Batch, *, mtp: bool = False) -> dict[str, Float32[Array, ""]]:
-    """How many tokens are in each of the `sums` over all of a batch, whatever its leading dims."""
-    ahead = {"loss": 1, "mtp_loss": 2} if mtp else {"loss": 1}
-    count = lambda places: jnp.sum(_trained(batch, places), dtype=jnp.float32)
-    return {name: count(places) for name, places in ahead.items()}
+def _over_layers(name: str, watched: list[list[dict[str, Array]]]) -> Float32[Array, ""]:
+    found = [jnp.sum(kept[name]) for part in watched for kept in part if name in kept]
+    return sum(found, jnp.float32(0.0))
+
+
+def counts(batch: Batch, names: Any) -> dict[str, Float32[Array, ""]]:
+    """What each of the named `sums` is divided by, over a batch with any leading dims."""
+    count = lambda marks: jnp.sum(marks, dtype=jnp.float32)
+    tokens = count(batch["document"] > 0)
+    return {name: count(_trained(batch, name)) if name in _AHEAD else tokens for name in names}
 
 
 def _later(x: Shaped[Array, "*rows T"], ahead: int) -> Shaped[Array, "*rows T"]:
@@ -63,18 +90,18 @@ def _later(x: Shaped[Array, "*rows T"], ahead: int) -> Shaped[Array, "*rows T"]:
     return jnp.pad(x[..., ahead:], [(0, 0)] * (x.ndim - 1) + [(0, ahead)])
 
 
-def _trained(batch: Batch, ahead: int) -> Bool[Array, "*rows T"]:
-    """Where the token so many places ahead is to be predicted; it must be of the same document."""
-    document = batch["document"]
+def _trained(batch: Batch, name: str) -> Bool[Array, "*rows T"]:
+    """Where the token that a loss predicts is to be trained; it must be of the same document."""
+    document, ahead = batch["document"], _AHEAD[name]
     same = (_later(document, ahead) == document) & (document > 0)
     return _later(batch["trained"], ahead) & same
 
 
 def _predict(
-    model: Model, hidden_BTD: Float[Array, "B T D"], batch: Batch, *, ahead: int
+    model: Model, hidden_BTD: Float[Array, "B T D"], batch: Batch, name: str
 ) -> Float32[Array, ""]:
-    targets_BT = _later(batch["tokens"], ahead)
-    return cross_entropy(model, hidden_BTD, targets_BT, _trained(batch, ahead))
+    targets_BT = _later(batch["tokens"], _AHEAD[name])
+    return cross_entropy(model, hidden_BTD, targets_BT, _trained(batch, name))
 
 
 def cross_entropy(

@@ -16,10 +16,11 @@ from v4jax.config import ModelConfig
 from v4jax.lora import Lora
 from v4jax.numerics import Numerics
 
-from . import loss, trainable
-from .trainable import Full, Trained
+from . import balance, loss, trainable
+from .trainable import Full, Parts
 
 Metrics = dict[str, Array]
+Batch = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -29,18 +30,19 @@ class State:
 
     Attributes:
       step: int32, how many have been made.
-      trained: see `trainable`.
+      trained, balanced: see `trainable`.
       optimizer: the optimiser's own.
-      key: from which every step's randomness follows.
+      key: raw random bits, from which every step's randomness follows.
     """
 
     step: Any
     trained: Any
+    balanced: Any
     optimizer: Any
     key: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is compiled into a step.
 
@@ -49,6 +51,9 @@ class Settings:
       numerics: where rounding happens.
       what: which weights are trained.
       mtp_weight: of the MTP loss; 0 leaves it out.
+      balance_weight: of the loss that keeps experts equally busy within a document.
+      indexer_weight: of the indexers' divergence from attention; 0 leaves it out.
+      bias_speed: by how much a step moves routers' biases; 0 leaves them.
       clip: gradients longer than this are shortened to it.
       remat: compute activations anew in the backward pass.
     """
@@ -57,62 +62,131 @@ class Settings:
     numerics: Numerics
     what: Full | Lora
     mtp_weight: float = 0.0
+    balance_weight: float = 0.0
+    indexer_weight: float = 0.0
+    bias_speed: float = 0.0
     clip: float = 1.0
     remat: bool = True
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses, by name; those that are not computed are left out."""
+        found = {"loss": 1.0, "balance_loss": self.balance_weight}
+        extra = {"mtp_loss": self.mtp_weight, "indexer_loss": self.indexer_weight}
+        return found | {name: weight for name, weight in extra.items() if weight}
 
-def begin(trained: Trained, rule: optax.GradientTransformation, seed: int) -> State:
+    def sums(self, model: Any, batch: Batch, *, remat: bool = False) -> Any:
+        """`loss.sums` with these settings."""
+        names = self.weights
+        return loss.sums(
+            model,
+            self.cfg,
+            self.numerics,
+            batch,
+            mtp="mtp_loss" in names,
+            indexer="indexer_loss" in names,
+            remat=remat,
+        )
+
+
+def begin(parts: Parts, rule: optax.GradientTransformation, seed: int) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), trained, rule.init(trained), jax.random.key(seed))
+    trained, balanced, _ = parts
+    return State(
+        jnp.int32(0),
+        trained,
+        balanced,
+        rule.init(trained),
+        jax.random.key_data(jax.random.key(seed)),
+    )
 
 
 def make(
-    settings: Settings, rule: optax.GradientTransformation
-) -> Callable[[State, Any, dict[str, Array]], tuple[State, Metrics]]:
-    """The compiled step: (state, frozen, batch) -> (state, metrics); the state is donated.
+    settings: Settings, rule: optax.GradientTransformation, *, like: State | None = None
+) -> Callable[[State, Any, Batch, Any], tuple[State, Metrics]]:
+    """The compiled step: (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
     A batch's arrays are [A, B, T]. Losses are means over all trained tokens of all parts and all
     hosts, so that neither the number of parts nor their padding changes the update. A step whose
-    loss or gradient is not finite changes nothing but the count, and says so.
+    loss is above the limit, or whose loss or gradient is not finite, changes nothing but the count
+    and says so in `skipped`.
+
+    Args:
+      settings: what is compiled into it.
+      rule: the optimiser.
+      like: states are spread over devices as this one; None: one device has all.
     """
 
-    def step(state: State, frozen: Any, batch: dict[str, Array]) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        gradients, metrics = _gradients(settings, state.trained, frozen, batch, key)
+    def step(state: State, frozen: Any, batch: Batch, limit: Any) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        gradients, loads, metrics = _gradients(settings, state, frozen, batch, key)
         norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        right = jnp.isfinite(norm) & (metrics["loss"] <= limit)
         shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
         gradients = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)
         updates, moved = rule.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        trained, moved = keep(trained, state.trained), keep(moved, state.optimizer)
-        metrics |= {"gradient_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
-        return State(state.step + 1, trained, moved, state.key), metrics
+        balanced = {
+            name: balance.moved(bias, loads[name], settings.bias_speed)
+            for name, bias in state.balanced.items()
+        }
+        new, old = (trained, balanced, moved), (state.trained, state.balanced, state.optimizer)
+        kept = jax.tree.map(lambda n, o: jnp.where(right, n, o), new, old)
+        metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
+        violations = [balance.violation(load_LE) for load_LE in loads.values()]
+        metrics["load_violation"] = jnp.max(jnp.stack(violations or [jnp.float32(0.0)]))
+        return State(state.step + 1, *kept, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    places = None if like is None else (jax.tree.map(lambda x: x.sharding, like), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def evaluate(settings: Settings) -> Callable[[Parts, Batch], tuple[Metrics, Metrics]]:
+    """The compiled evaluation: (parts, batch [B, T]) -> sums of losses and what to divide by."""
+
+    def run(parts: Parts, batch: Batch) -> tuple[Metrics, Metrics]:
+        model = trainable.join(parts, settings.cfg, settings.what)
+        sums, _ = settings.sums(model, batch)
+        return sums, loss.counts(batch, settings.weights)
+
+    return jax.jit(run)
 
 
 def _gradients(
-    settings: Settings, trained: Trained, frozen: Any, batch: dict[str, Array], key: jax.Array
-) -> tuple[Trained, Metrics]:
-    """Gradients of the whole batch's loss, part by part."""
-    cfg, mtp = settings.cfg, settings.mtp_weight > 0
-    counts = loss.counts(batch, mtp=mtp)
+    settings: Settings, state: State, frozen: Any, batch: Batch, key: jax.Array
+) -> tuple[Any, dict[str, Array], Metrics]:
+    """Gradients of the whole batch's loss, part by part; experts' loads; the losses."""
+    weights = settings.weights
+    counts = loss.counts(batch, weights)
 
-    def objective(trained: Trained, part: Any, key: jax.Array) -> tuple[Array, Metrics]:
-        model = trainable.join(trained, frozen, cfg, settings.what, key)
-        sums = loss.sums(model, cfg, settings.numerics, part, mtp=mtp, remat=settings.remat)
-        means = {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in sums}
-        return means["loss"] + settings.mtp_weight * means.get("mtp_loss", 0.0), means
+    def objective(trained: Any, part: Any, key: jax.Array) -> tuple[Array, Any]:
+        parts = Parts(trained, state.balanced, frozen)
+        model = trainable.join(parts, settings.cfg, settings.what, key)
+        sums, loads = settings.sums(model, part, remat=settings.remat)
+        means = {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in weights}
+        total = sum((weights[name] * means[name] for name in weights), jnp.float32(0.0))
+        return total, (loads, means)
 
-    def one_part(total: Any, step: Any) -> tuple[Any, None]:
-        part, number = step
-        found = jax.grad(objective, has_aux=True)(trained, part, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, found), None
+    def one_part(number: Any, part: Any) -> Any:
+        differentiated = jax.grad(objective, has_aux=True)
+        gradients, kept = differentiated(state.trained, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (gradients, *kept))
 
-    nothing = lambda weight: jnp.zeros(weight.shape, jnp.float32)
-    zeros = jax.tree.map(nothing, trained), dict.fromkeys(counts, jnp.float32(0.0))
     parts = len(batch["tokens"])
-    (gradients, metrics), _ = jax.lax.scan(one_part, zeros, (batch, jnp.arange(parts)))
-    return gradients, metrics | {"tokens": counts["loss"]}
+    if parts == 1:
+        found = one_part(0, jax.tree.map(lambda x: x[0], batch))
+    else:
+        first = jax.eval_shape(one_part, 0, jax.tree.map(lambda x: x[0], batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        add = lambda total, step: (jax.tree.map(jnp.add, total, one_part(*step)), None)
+        found, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
+    gradients, loads, metrics = found
+    return (
+        gradients,
+        loads,
+        metrics
+        | {
+            "tokens_trained": counts["loss"],
+            "tokens_seen": counts["balance_loss"],
+        },
+    )

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
-from v4jax import cache, compress, layers, sharding
+from v4jax import cache, compress, indexer_loss, layers, sharding
 from v4jax.cache import LayerCache
 from v4jax.compress import Compressor
 from v4jax.config import LayerKind, ModelConfig
@@ -65,8 +66,12 @@ def attend(
     layer: Int[Array, ""],
     kind: LayerKind,
     context: Context,
-) -> tuple[Float[Array, "B T D"], LayerCache]:
-    """One attention layer over a chunk; returns its output and the cache with the chunk in it."""
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache, Float32[Array, "B T"] | None]]:
+    """One attention layer over a chunk.
+
+    Returns:
+      Its output; the cache with the chunk in it, and the indexer's divergence where it is watched.
+    """
     cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
     latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
     q_BTHK = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.num_attention_heads)
@@ -81,11 +86,15 @@ def attend(
     window = _window(kv_BTK, state, layer, context)
     ring_LBRK = cache.ring_write(state.window_LBRK, layer, kv_BTK, context.start_B, context.count_B)
     state = dataclasses.replace(state, window_LBRK=ring_LBRK)
+    of_chunk = state, layer, kind, context
+    watched = None
     if window is None:
-        mixed_BTHK = _decode(p, x_BTD, latent_BTR, q_BTHK, state, layer, kind, context)
+        mixed_BTHK = _decode(p, x_BTD, latent_BTR, q_BTHK, *of_chunk)
     else:
-        mixed_BTHK = _prefill(p, x_BTD, latent_BTR, q_BTHK, window, state, layer, kind, context)
-    return _output(p, layers.rotate(mixed_BTHK, table, inverse=True), cfg), state
+        mixed_BTHK = _prefill(p, x_BTD, latent_BTR, q_BTHK, window, *of_chunk)
+        watched = _watched(p, x_BTD, latent_BTR, q_BTHK, window, *of_chunk)
+    output_BTD = _output(p, layers.rotate(mixed_BTHK, table, inverse=True), cfg)
+    return output_BTD, (state, watched)
 
 
 def _heads(x_BTP: Float[Array, "B T P"], heads: int) -> Float[Array, "B T H K"]:
@@ -123,7 +132,8 @@ def _compress(
         state.index_tail_LBRK,
         state.index_LBSK,
         layer,
-        x_BTD,
+        # What trains the indexer trains nothing else.
+        jax.lax.stop_gradient(x_BTD),
         kind,
         context,
         "fp4",
@@ -196,6 +206,33 @@ def _choose(
         _hidden(kind, context),
         axes=(rows, rows, _POOL, (), rows, rows),
         out=rows,
+    )
+
+
+def _watched(
+    p: Attention,
+    x_BTD: Float[Array, "B T D"],
+    latent_BTR: Float[Array, "B T R"],
+    q_BTHK: Float[Array, "B T H K"],
+    window_BXK: Float[Array, "B X K"],
+    state: LayerCache,
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> Float32[Array, "B T"] | None:
+    """How far the indexer is from the attention that it serves; None where nobody asks."""
+    if not context.watch_indexer or kind.attention != "csa":
+        return None
+    inputs = jax.lax.stop_gradient((x_BTD, latent_BTR))
+    index_keys_BSJ = cache.layer_of(state.index_LBSK, layer)
+    pool_BSK = cache.layer_of(state.pool_LBSK, layer)
+    return indexer_loss.divergence(
+        (*_query(p.indexer, *inputs, context), index_keys_BSJ),
+        (q_BTHK, window_BXK, pool_BSK, layers.value(p.sink_H)),
+        _visible(kind, context),
+        _hidden(kind, context),
+        context.first_BT,
+        scale=context.cfg.head_dim**-0.5,
     )
 
 

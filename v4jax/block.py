@@ -3,12 +3,13 @@
 Axis letters: L layers of a stack, B batch, T tokens, M streams side by side.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize
 from v4jax import attention, cache, hyper, moe
@@ -45,6 +46,19 @@ class Stack(nnx.Module):
         self.experts = nnx.List([moe.Experts(cfg, weight) for _ in pattern])
 
 
+class Seen(NamedTuple):
+    """What training may watch of a layer that has run.
+
+    `divergence_BT` is the indexer's from attention, where the context asks for it.
+    """
+
+    routing: moe.Routing
+    divergence_BT: Float32[Array, "B T"] | None
+
+
+Watch = Callable[[LayerKind, Seen, Context], Any]
+
+
 def run_block(
     p: Block,
     experts: moe.Experts,
@@ -54,16 +68,18 @@ def run_block(
     layer: Int[Array, ""],
     kind: LayerKind,
     context: Context,
-) -> tuple[Float[Array, "B T M"], LayerCache]:
+) -> tuple[Float[Array, "B T M"], LayerCache, Seen]:
     """Attention, then the experts, each inside its hyper-connection.
 
     `slot` is the layer's place in the state, `layer` that in the experts' stack.
     """
     attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, slot, kind, context)
-    x_BTM, state = hyper.around(p.attention_hyper, x_BTM, p.attention_norm_D, context, attend)
-    mix = lambda x_BTD: (moe.mixture(p.router, p.shared, experts, x_BTD, layer, context), None)
-    x_BTM, _ = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
-    return x_BTM, state
+    x_BTM, (state, divergence_BT) = hyper.around(
+        p.attention_hyper, x_BTM, p.attention_norm_D, context, attend
+    )
+    mix = lambda x_BTD: moe.mixture(p.router, p.shared, experts, x_BTD, layer, context)
+    x_BTM, routing = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
+    return x_BTM, state, Seen(routing, divergence_BT)
 
 
 def run_stack(
@@ -88,7 +104,7 @@ def run_stack(
         updated = []
         for position, kind in enumerate(pattern):
             experts = p.experts[position]
-            x_BTM, state = run_block(
+            x_BTM, state, _ = run_block(
                 blocks[position], experts, x_BTM, states[position], layer, layer, kind, context
             )
             updated.append(state)
@@ -108,12 +124,16 @@ def train_stack(
     context: Context,
     *,
     remat: bool,
-) -> Float[Array, "B T M"]:
+    watch: Watch | None,
+) -> tuple[Float[Array, "B T M"], list[Any]]:
     """All layers of a segment over whole rows: no layer's state outlives it.
 
     Here the scan slices all weights, experts too: nearly all are chosen by some token, and the
     gradient of a layer's weights is that layer's alone. With `remat` only the streams between
     repeats of the pattern are kept for the backward pass.
+
+    Returns:
+      The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
     """
     cfg, dtype = context.cfg, x_BTM.dtype
     batch, tokens = context.tokens_BT.shape
@@ -121,16 +141,20 @@ def train_stack(
 
     def one_repeat(x_BTM, step):
         blocks, experts = step
+        watched = []
         for position, kind in enumerate(pattern):
             state = cache.fresh(cfg, kind, batch, tokens, dtype)
             only = jax.tree.map(lambda stack: stack[None], experts[position])
-            x_BTM, _ = run_block(blocks[position], only, x_BTM, state, first, first, kind, context)
-        return x_BTM, None
+            x_BTM, _, seen = run_block(
+                blocks[position], only, x_BTM, state, first, first, kind, context
+            )
+            watched.append(watch(kind, seen, context) if watch else None)
+        return x_BTM, watched
 
     looked_up = lambda leaf: _sliced(leaf, context)
     blocks = jax.tree.map(looked_up, p.blocks)
     body = jax.checkpoint(one_repeat, prevent_cse=False) if remat else one_repeat
-    return jax.lax.scan(body, x_BTM, (blocks, p.experts), length=repeats)[0]
+    return jax.lax.scan(body, x_BTM, (blocks, p.experts), length=repeats)
 
 
 def _quantised(leaf: Any) -> bool:

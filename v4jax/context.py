@@ -21,6 +21,7 @@ class Context:
 
     Where a row holds several documents, each begins at a multiple of `cache.BLOCK` tokens, of which
     all windows that are compressed are a part, and `first_BT` says where each token's begins.
+    `watch_indexer` asks sparse attention how far its indexer is from it.
     """
 
     cfg: ModelConfig
@@ -32,6 +33,7 @@ class Context:
     rope_compressed: tuple[Any, Any]
     first_BT: Int[Array, "B T"] | None = None
     document_BT: Int[Array, "B T"] | None = None
+    watch_indexer: bool = False
 
     @property
     def end_B(self) -> Int[Array, " B"]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from v4jax import context, hyper, layers, mtp, sharding
-from v4jax.block import Stack, run_stack, train_stack
+from v4jax.block import Stack, Watch, run_stack, train_stack
 from v4jax.cache import Cache
 from v4jax.config import ModelConfig
 from v4jax.numerics import Numerics
@@ -72,7 +72,9 @@ def forward_rows(
     document_BT: Int[Array, "B T"] | None = None,
     *,
     remat: bool = False,
-) -> tuple[Float[Array, "B T M"], context.Context]:
+    watch: Watch | None = None,
+    watch_indexer: bool = False,
+) -> tuple[Float[Array, "B T M"], context.Context, list[list[Any]]]:
     """Run the backbone over whole rows without a cache, for training.
 
     Args:
@@ -83,9 +85,12 @@ def forward_rows(
       document_BT: which document of its row a token is of, 0 at padding. Each begins at a multiple
         of 128 and sees itself only, as if it stood alone. None: each row is one document.
       remat: compute activations anew in the backward pass, but for the streams between layers.
+      watch: makes of each layer that has run what is to be kept of it.
+      watch_indexer: compare indexers with the attention that they serve.
 
     Returns:
-      The residual streams before their final collapse, and what the MTP blocks need.
+      The residual streams before their final collapse; what the MTP blocks need; and for each
+      segment and position of its pattern what `watch` made, its layers stacked.
     """
     embedded_BTD = embed(model, tokens_BT)
     rows, length = tokens_BT.shape
@@ -93,10 +98,15 @@ def forward_rows(
     shared = context.make(
         cfg, numerics, tokens_BT, start_B, count_B, embedded_BTD.dtype, document_BT
     )
+    shared = dataclasses.replace(shared, watch_indexer=watch_indexer)
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
+    watched = []
     for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
-        x_BTM = train_stack(stack, x_BTM, part.pattern, part.repeats, shared, remat=remat)
-    return x_BTM, shared
+        x_BTM, seen = train_stack(
+            stack, x_BTM, part.pattern, part.repeats, shared, remat=remat, watch=watch
+        )
+        watched.append(seen)
+    return x_BTM, shared, watched
 
 
 def draft_rows(
@@ -106,7 +116,8 @@ def draft_rows(
     *,
     index: int = 0,
     remat: bool = False,
-) -> Float[Array, "B T D"]:
+    watch: Watch | None = None,
+) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Run one MTP block over whole rows: hidden states for `head`, of the token after the next.
 
     Args:
@@ -115,10 +126,13 @@ def draft_rows(
       shared: what `forward_rows` gave with them.
       index: which block.
       remat: as for `forward_rows`.
+      watch: as for `forward_rows`; what it made of the block is returned too.
     """
     tokens_BT = jnp.pad(shared.tokens_BT[:, 1:], ((0, 0), (0, 1)))
     shared = dataclasses.replace(shared, tokens_BT=tokens_BT)
-    return mtp.run_rows(model.mtp[index], streams_BTM, embed(model, tokens_BT), shared, remat=remat)
+    embedded_BTD = embed(model, tokens_BT)
+    drafter = model.mtp[index]
+    return mtp.run_rows(drafter, streams_BTM, embedded_BTD, shared, remat=remat, watch=watch)
 
 
 def draft(

@@ -4,6 +4,8 @@ Axis letters: L layers of a stack, B batch, T tokens (of all rows in experts), D
 F expert hidden, E experts, A experts per token, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,9 +54,19 @@ class Experts(nnx.Module):
         self.down_EDF = weight((E, D, F), ("experts", None, None), "expert")
 
 
+class Routing(NamedTuple):
+    """What a router made of a block's tokens: all its scores, and the experts chosen, -1 for none.
+
+    Training watches it: the scores are before any bias.
+    """
+
+    score_BTE: Float32[Array, "B T E"]
+    expert_BTA: Int[Array, "B T A"]
+
+
 def route(
     p: Router, x_BTD: Float[Array, "B T D"], context: Context
-) -> tuple[Int[Array, "B T A"], Float32[Array, "B T A"]]:
+) -> tuple[Routing, Float32[Array, "B T A"]]:
     """Each token's experts and their weights, which sum to `routed_scaling_factor`."""
     cfg, numerics = context.cfg, context.numerics
     project = layers.linear_float32 if numerics.float32_islands else layers.linear
@@ -68,7 +80,9 @@ def route(
     weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)
     # The floor is transformers'; it is below float32's resolution of any sum that is not zero.
     total_BT1 = jnp.maximum(jnp.sum(weight_BTA, axis=-1, keepdims=True), 1e-20)
-    return expert_BTA, weight_BTA / total_BT1 * cfg.routed_scaling_factor
+    # Padding chooses no expert.
+    expert_BTA = jnp.where(context.real_BT[..., None], expert_BTA, -1)
+    return Routing(score_BTE, expert_BTA), weight_BTA / total_BT1 * cfg.routed_scaling_factor
 
 
 def shared_mlp(
@@ -88,12 +102,10 @@ def mixture(
     x_BTD: Float[Array, "B T D"],
     layer: Int[Array, ""],
     context: Context,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Routing]:
     """The feed-forward sublayer: the chosen experts' weighted sum and the shared expert."""
     cfg = context.cfg
-    expert_BTA, weight_BTA = route(router, x_BTD, context)
-    # Padding chooses no expert.
-    expert_BTA = jnp.where(context.real_BT[..., None], expert_BTA, -1)
+    routing, weight_BTA = route(router, x_BTD, context)
     rows = lambda x: x.reshape(-1, x.shape[-1])
 
     def run(x_TD, expert_TA, weight_TA, gate, up, down):
@@ -112,10 +124,10 @@ def mixture(
     routed_TD = sharding.over_experts(
         run,
         rows(x_BTD),
-        rows(expert_BTA),
+        rows(routing.expert_BTA),
         rows(weight_BTA),
         *(layers.value(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)),
     )
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
     total_BTD = routed_TD.reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
-    return total_BTD.astype(x_BTD.dtype)
+    return total_BTD.astype(x_BTD.dtype), routing

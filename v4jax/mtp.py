@@ -6,12 +6,14 @@ t + 2. Its attention is sliding; embedding and head are the model's.
 Axis letters: B batch, T tokens, D hidden, N streams, M = N * D.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from v4jax import hyper, layers
-from v4jax.block import Stack, run_stack, train_stack
+from v4jax.block import Stack, Watch, run_stack, train_stack
 from v4jax.cache import LayerCache
 from v4jax.config import ModelConfig
 from v4jax.context import Context
@@ -61,12 +63,14 @@ def run_rows(
     context: Context,
     *,
     remat: bool,
-) -> Float[Array, "B T D"]:
-    """The same over whole rows without a cache, for training."""
+    watch: Watch | None,
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """The same over whole rows without a cache, and what `watch` made of the block."""
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
-    x_BTM = train_stack(p.stack, x_BTM, (cfg.mtp_kind,), 1, context, remat=remat)
-    return _hidden(p, x_BTM, cfg)
+    pattern = (cfg.mtp_kind,)
+    x_BTM, seen = train_stack(p.stack, x_BTM, pattern, 1, context, remat=remat, watch=watch)
+    return _hidden(p, x_BTM, cfg), seen
 
 
 def _mixed(

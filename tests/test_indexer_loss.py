@@ -1,0 +1,88 @@
+"""The indexer's divergence from attention, against plain maths in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax import indexer_loss
+
+B, T, H, K, INDEX_HEADS, J, S, WINDOW = 2, 64, 3, 8, 2, 8, 16, 12
+SCALE = K**-0.5
+
+
+def arguments(seed: int = 0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    index = draw(B, T, INDEX_HEADS, J), draw(B, T, INDEX_HEADS), draw(B, S, J)
+    return index, (draw(B, T, H, K), draw(B, T + WINDOW, K), draw(B, S, K), draw(H))
+
+
+def plain(index: Any, attention: Any, visible: Any, hidden: Any, first: Any) -> np.ndarray:
+    q, weights, keys = (np.asarray(x, np.float64) for x in index)
+    query, window, pool, sink = (np.asarray(x, np.float64) for x in attention)
+    found = np.zeros((B, T))
+    for b, t in np.ndindex(B, T):
+        entries = np.arange(hidden[b, t], visible[b, t])
+        if not len(entries):
+            continue
+        near = [x for x in range(t + 1, t + WINDOW + 1) if x - WINDOW >= first[b, t]]
+        target = np.zeros(len(entries))
+        for h in range(H):
+            far = np.exp(pool[b, entries] @ query[b, t, h] * SCALE)
+            rest = np.exp(window[b, near] @ query[b, t, h] * SCALE).sum() + np.exp(sink[h])
+            target += far / (far.sum() + rest)
+        target /= target.sum()
+        score = np.maximum(keys[b, entries] @ q[b, t].T, 0) @ weights[b, t]
+        student = score - np.log(np.exp(score - score.max()).sum()) - score.max()
+        found[b, t] = np.sum(target * (np.log(target) - student))
+    return found
+
+
+def places(document: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    first = np.zeros((B, T), np.int32)
+    if document:
+        first[:, 32:] = 32
+    visible = np.broadcast_to((np.arange(T, dtype=np.int32) + 1) // 4, (B, T))
+    return visible, first // 4, first
+
+
+@pytest.mark.parametrize("document", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_divergence_is_that_of_plain_maths(
+    document: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunked:
+        monkeypatch.setattr(indexer_loss, "_LOGITS", B * H * S * 16)
+    index, attention = arguments()
+    visible, hidden, first = places(document)
+    given = (hidden, first) if document else (None, None)
+    got = indexer_loss.divergence(index, attention, visible, *given, scale=SCALE)
+    expected = plain(index, attention, visible, hidden, first)
+    assert expected.max() > 0.1
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> None:
+    index, attention = arguments(1)
+    visible, _, _ = places(False)
+
+    def total(index: Any, attention: Any) -> Any:
+        return jnp.sum(
+            indexer_loss.divergence(index, attention, visible, None, None, scale=SCALE)
+        )
+
+    to_index, to_attention = jax.grad(total, argnums=(0, 1))(index, attention)
+    assert all(not np.any(part) for part in to_attention)
+    nothing = np.zeros((B, T), np.int32)
+    of_index = lambda index: plain(index, attention, visible, nothing, nothing).sum()
+    for part in range(3):
+        rng = np.random.default_rng(part)
+        towards = rng.standard_normal(index[part].shape)
+        moved = lambda by, part=part, towards=towards: tuple(
+            x + by * towards if i == part else x for i, x in enumerate(index)
+        )
+        slope = (of_index(moved(1e-5)) - of_index(moved(-1e-5))) / 2e-5
+        np.testing.assert_allclose(np.sum(to_index[part] * towards), slope, rtol=1e-3)

@@ -1,0 +1,147 @@
+"""Whole runs of the command: they learn, stop, are killed, and go on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from v4jax import demo
+from v4jax.config import preset
+from v4jax_train import journal
+
+STEPS = 6
+WORDS = "the cat sat on the mat and looked at the moon while the wind went over the hill".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    demo.make_checkpoint(directory, preset("tiny"), 0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows: list[dict[str, Any]] = []
+    for i in range(24):
+        words = WORDS[i % 7 :] * (1 + i % 3)
+        messages = [
+            {"role": "user", "content": " ".join(words[:3])},
+            {"role": "assistant", "content": " ".join(words)},
+        ]
+        rows.append({"messages": messages} if i % 2 else {"text": " ".join(words)})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def lora_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "lora.toml"
+    file.write_text(
+        f"""
+        [model]
+        dtype = "float32"
+        [data]
+        seq_len = 256
+        thinking_mode = "chat"
+        [adapter]
+        targets = "attn+shared"
+        rank = 4
+        dropout = 0.1
+        [optimizer]
+        rate = 1e-2
+        warmup = 2
+        [steps]
+        steps = {STEPS}
+        batch = 2
+        parts = 2
+        [checkpoints]
+        every = 2
+        """
+    )
+    return file
+
+
+def command(*words: Any) -> list[str]:
+    return [sys.executable, "-m", "v4jax_train", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    """One device, as on a laptop; programs without LLVM's optimisations, which take long."""
+    return os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+def run(*words: Any, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in journal.read(directory, "step")]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: Path, lora_recipe: Path, tmp_path_factory: Any) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(lora_recipe, "--model", model, "--data", data, "--out", out)
+    assert f"Ended after step {STEPS}" in done.stdout
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_writes_down_every_step_and_learns(whole: Path) -> None:
+    lines = journal.read(whole, "step")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+    for line in lines:
+        assert line["gradient_norm"] > 0
+        assert line["tokens_seen"] >= line["tokens_trained"] > 0
+        assert line["tokens_per_second_per_device"] > 0
+        assert not line["skipped"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_bit_for_bit(
+    whole: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    words = (lora_recipe, "--model", model, "--data", data, "--out", out)
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL)
+    # After a state is saved, and before the end.
+    while process.poll() is None and not (out / "states" / "2").is_dir():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses(out)) < STEPS
+    run("resume", out)
+    assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_run_saves_itself_on_sigterm_and_goes_on(
+    whole: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ended"
+    words = (lora_recipe, "--model", model, "--data", data, "--out", out)
+    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE)
+    while process.poll() is None and not (out / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert process.returncode == 143
+    assert b"'v4jax-train resume' goes on" in said
+    assert 0 < len(losses(out)) < STEPS
+    run("resume", out)
+    assert losses(out) == losses(whole)

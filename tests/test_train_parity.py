@@ -1,0 +1,144 @@
+"""Losses, gradients and one step of AdamW against transformers and torch, from the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import v4jax
+from tests import hf_models
+from v4jax import hf_names, params
+from v4jax.model import Model
+from v4jax.numerics import HF
+from v4jax_train import loss, optimizer, step, trainable
+from v4jax_train.trainable import Full
+
+LENGTH, RATE, DECAY = 256, 1e-3, 0.1
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    return hf_models.make([0, 0, 4, 128, 4], 11)
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = hf_models.save(theirs, tmp_path_factory.mktemp("transformers") / "model")
+    return v4jax.load(path, dtype="float32", numerics="hf")
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "tokens": rng.integers(0, 128, (2, LENGTH), np.int32),
+        "trained": rng.random((2, LENGTH)) < 0.7,
+        "document": np.ones((2, LENGTH), np.int32),
+    }
+
+
+def their_loss(model: Any, batch: dict[str, np.ndarray]) -> Any:
+    tokens = torch.tensor(batch["tokens"], dtype=torch.long)
+    labels = torch.where(torch.tensor(batch["trained"]), tokens, -100)
+    logits = model(tokens, use_cache=False).logits[:, :-1].reshape(-1, 128)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
+
+
+def by_release_name(values: dict[str, Any], cfg: Any) -> dict[str, np.ndarray]:
+    """Each tensor of the release, from stacked leaves."""
+    specs = dict(params.leaves(Model(cfg)))
+    found = {}
+    for leaf, value in values.items():
+        names = list(hf_names.flatten(hf_names.release_names(leaf, cfg)))
+        shape = specs[leaf].shape[specs[leaf].stack_dims :]
+        found |= dict(zip(names, np.asarray(value).reshape(len(names), *shape), strict=True))
+    return found
+
+
+def their_tensors(named: dict[str, Any]) -> dict[str, np.ndarray]:
+    """torch's tensors by the release's names, experts apart."""
+    rename = hf_names.to_release(named)
+    found = {}
+    for name, tensor in named.items():
+        array, ours = tensor.detach().numpy(), rename(name)
+        if fused := hf_names.FUSED.match(ours):
+            matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+            for e, expert in enumerate(array):
+                parts = np.split(expert, len(matrices))
+                for matrix, part in zip(matrices, parts, strict=True):
+                    found[f"{fused[1]}{e}.{matrix}.weight"] = part
+        else:
+            found[ours] = array
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradients(theirs: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    theirs.zero_grad()
+    their_loss(theirs, batch).backward()
+    named = dict(theirs.named_parameters())
+    return their_tensors({n: p.grad for n, p in named.items() if p.grad is not None})
+
+
+@pytest.mark.slow
+def test_loss_and_every_gradient_are_those_of_torch(
+    theirs: Any, ours: Any, batch: dict[str, np.ndarray], gradients: dict[str, np.ndarray]
+) -> None:
+    cfg, what = ours.config, Full()
+    parts = trainable.split(ours.engine.model, cfg, what, jax.random.key(0))
+    placed = {name: jnp.asarray(x) for name, x in batch.items()}
+
+    @jax.jit
+    def mean(trained: Any, placed: Any) -> Any:
+        model = trainable.join(parts._replace(trained=trained), cfg, what)
+        sums, _ = loss.sums(model, cfg, HF, placed)
+        return sums["loss"] / loss.counts(placed, ["loss"])["loss"]
+
+    value, gradient = jax.value_and_grad(mean)(parts.trained, placed)
+    expected = their_loss(theirs, batch).item()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    found = by_release_name(gradient, cfg)
+    # torch has none where nothing depends on a weight; ours are zeros there.
+    for name in found.keys() - gradients.keys():
+        assert not np.any(found[name]), name
+    for name, of_torch in gradients.items():
+        if name not in found:
+            assert ".indexer." in name or name.endswith("gate.bias")
+            continue
+        bar = 1e-4 * np.abs(of_torch).max() + 1e-8
+        assert np.abs(found[name] - of_torch).max() <= bar, name
+
+
+@pytest.mark.slow
+def test_one_step_of_adamw_is_that_of_torch(
+    theirs: Any, ours: Any, batch: dict[str, np.ndarray], gradients: dict[str, np.ndarray]
+) -> None:
+    cfg, what = ours.config, Full()
+    parts = trainable.split(ours.engine.model, cfg, what, jax.random.key(0))
+    rule = optimizer.make(
+        trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY
+    )
+    settings = step.Settings(cfg=cfg, numerics=HF, what=what, clip=1e9, remat=False)
+    run = step.make(settings, rule)
+    placed = {name: jnp.asarray(x)[None] for name, x in batch.items()}
+    before = by_release_name(parts.trained, cfg)
+    trained = jax.tree.map(jnp.copy, parts.trained)
+    state = step.begin(parts._replace(trained=trained), rule, 0)
+    state, metrics = run(state, parts.frozen, placed, np.float32(np.inf))
+    after = by_release_name(state.trained, cfg)
+    assert metrics["skipped"] == 0
+    for name, of_torch in gradients.items():
+        if name not in after:
+            continue
+        weight = torch.nn.Parameter(torch.tensor(before[name].copy()))
+        weight.grad = torch.tensor(of_torch)
+        adamw = torch.optim.AdamW([weight], RATE, betas=(0.9, 0.95), eps=1e-20, weight_decay=DECAY)
+        adamw.step()
+        # A first step is as long as the rate whatever the gradient, so its sign must be sure.
+        sure = np.abs(of_torch) > 1e-3 * np.abs(of_torch).max()
+        difference = np.abs(after[name] - weight.detach().numpy())[sure]
+        assert difference.max() <= 1e-3 * RATE, name

@@ -1,0 +1,214 @@
+"""The `v4jax-train` command."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+# JAX is imported by the command that needs it: `--help` answers at once, `preview` uses no device.
+
+_EPILOG = """\
+exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.
+
+examples:
+  v4jax-train configs/train_lora.toml --model DIR --data chats.jsonl --out runs/a
+  v4jax-train preview configs/train_lora.toml --model DIR --data chats.jsonl
+  v4jax-train resume runs/a
+  v4jax-train eval runs/a
+  v4jax-train plot runs/a
+"""
+_COMMANDS = ("train", "preview", "resume", "eval", "plot")
+_FINISHED_BY_SIGNAL = 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+      The exit status. Misuse raises SystemExit with 2, as argparse does.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        words.insert(0, "train")
+    args = _parser().parse_args(words)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return _failed(args, "interrupted; 'v4jax-train resume' goes on from the last saved state.")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(args, f"{where}{error.strerror or error}.")
+    except ValueError as error:
+        return _failed(args, str(error))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(
+            args, "out of memory; try more steps.parts, a shorter data.seq_len or remat."
+        )
+
+
+def _failed(args: argparse.Namespace, why: str) -> int:
+    print(f"v4jax-train {args.command}: {' '.join(why.split())}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="v4jax-train",
+        description="Fine-tune DeepSeek-V4, or continue its pre-training.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    version = f"v4jax {importlib.metadata.version('v4jax')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = _command(commands, "train", _train, "train as a recipe says (the default command)")
+    _add_recipe(train)
+    _add_processes(train)
+    preview = _command(commands, "preview", _preview, "show what a recipe would train on")
+    _add_recipe(preview)
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="of each file (3)")
+    resume = _command(commands, "resume", _resume, "go on with a run from its newest state")
+    _add_run(resume)
+    _add_processes(resume)
+    evaluate = _command(commands, "eval", _evaluate, "measure a run's newest or best state")
+    _add_run(evaluate)
+    evaluate.add_argument("--data", action="append", metavar="FILE", help="instead of the recipe's")
+    evaluate.add_argument("--best", action="store_true", help="the best state, not the newest")
+    plot = _command(commands, "plot", _plot, "draw a run's curves")
+    _add_run(plot)
+    plot.add_argument("--png", type=Path, help="the file to make (default: RUN/curves.png)")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., int], text: str
+) -> argparse.ArgumentParser:
+    description = text[0].upper() + text[1:] + "."
+    parser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="RUN", help="the directory of a run")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe, and a flag for each of its fields."""
+    from .recipe import Recipe
+
+    parser.add_argument("recipe", type=Path, help="a TOML file")
+    parser.add_argument("--model", dest="model.path", metavar="DIR", help="same as --model.path")
+    parser.add_argument(
+        "--data", action="append", metavar="FILE", help="train on this; may be repeated"
+    )
+    parser.add_argument("--out", metavar="DIR", help="the directory of the run")
+    group = parser.add_argument_group("fields of the recipe")
+    for table, hint in get_type_hints(Recipe).items():
+        for name in _fields(hint):
+            group.add_argument(f"--{table}.{name}", metavar="X")
+
+
+def _fields(hint: Any) -> list[str]:
+    kinds = (hint, *getattr(hint, "__args__", ()))
+    kind = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return [field.name for field in dataclasses.fields(kind)] if kind else []
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed", action="store_true", help="one process of a pod that JAX knows of"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, elsewhere")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+
+
+def _begin_processes(args: argparse.Namespace) -> None:
+    import jax
+
+    chosen = (args.coordinator, args.processes, args.process)
+    if any(x is not None for x in chosen):
+        if None in chosen:
+            raise ValueError("--coordinator, --processes and --process go together.")
+        jax.distributed.initialize(*chosen)
+    elif args.distributed:
+        jax.distributed.initialize()
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from .recipe import read
+
+    given = {name: value for name, value in vars(args).items() if "." in name and value is not None}
+    if args.out is not None:
+        given["out"] = repr(args.out)
+    if args.data:
+        given["data.files"] = repr(args.data)
+    return read(args.recipe, given)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from . import display, loop
+
+    recipe = _recipe(args)
+    _begin_processes(args)
+    with display.live() as show:
+        outcome = loop.begin(recipe, show=show)
+    return _ended(outcome, Path(recipe.out))
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from . import display, loop
+
+    _begin_processes(args)
+    with display.live() as show:
+        outcome = loop.resume(args.directory, show=show)
+    return _ended(outcome, args.directory)
+
+
+def _ended(outcome: Any, directory: Path) -> int:
+    if outcome.why == "signal":
+        print(f"Saved {directory} after step {outcome.step}; 'v4jax-train resume' goes on.")
+        return _FINISHED_BY_SIGNAL
+    early = " early: evaluations do not get better" if outcome.why == "early" else ""
+    print(f"Ended{early} after step {outcome.step}, loss {outcome.loss:.4f}: {directory}.")
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from . import preview
+
+    preview.show(_recipe(args), Console(), samples=args.samples)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import json
+
+    from . import runs
+
+    found = runs.evaluate(args.directory, files=tuple(args.data or ()), best=args.best)
+    print(json.dumps(found, indent=1, ensure_ascii=False))
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from . import plot
+
+    target = args.png or args.directory / "curves.png"
+    plot.draw([args.directory], target)
+    print(f"Made {target}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Keeping experts equally busy: the rule that moves routers' biases, the loss within a document.
+
+Source: the report, sections 2.1 and 4.2.2; the loss is DeepSeek-V3's (its report, eqs. 17-20).
+
+Axis letters: L layers, B batch, T tokens, E experts, A experts per token, n blocks of 128 tokens.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
+
+from v4jax.block import Seen
+from v4jax.cache import BLOCK
+from v4jax.config import LayerKind
+from v4jax.context import Context
+from v4jax.moe import Routing
+
+BIAS = "router.bias_E"
+
+
+def watch(kind: LayerKind, seen: Seen, context: Context) -> dict[str, Array]:
+    """What is kept of a layer: `load_E`, and sums over tokens of losses that it has.
+
+    `balance_loss` of routers that learn, `indexer_loss` where the indexer is watched.
+    """
+    kept = {"load_E": load(seen.routing)}
+    if kind.ffn == "routed":
+        kept["balance_loss"] = loss(seen.routing, context)
+    if seen.divergence_BT is not None:
+        real_BT = context.real_BT
+        kept["indexer_loss"] = jnp.sum(jnp.where(real_BT, seen.divergence_BT, 0.0))
+    return kept
+
+
+def load(routing: Routing) -> Float32[Array, " E"]:
+    """How many tokens chose each expert."""
+    experts = routing.score_BTE.shape[-1]
+    return jnp.sum(_chosen(routing.expert_BTA, experts), axis=(0, 1))
+
+
+def loss(routing: Routing, context: Context) -> Float32[Array, ""]:
+    """The sum over documents of tokens times loss: 1 per token where all experts do alike.
+
+    A document's loss is the sum over experts of the share of its choices that an expert has, times
+    the mean of its part in the tokens' scores, times the number of experts.
+    """
+    experts = routing.score_BTE.shape[-1]
+    real_BT1 = context.real_BT[..., None]
+    part_BTE = routing.score_BTE / jnp.sum(routing.score_BTE, axis=-1, keepdims=True)
+    per_token = context.cfg.num_experts_per_tok
+    share_BTE = _chosen(routing.expert_BTA, experts) * (experts / per_token)
+    sums = [_of_document(jnp.where(real_BT1, x, 0.0), context) for x in (part_BTE, share_BTE)]
+    tokens_Bn = _blocks(context.real_BT.astype(jnp.float32)[..., None])[..., 0]
+    all_Bn = _of_document(context.real_BT.astype(jnp.float32)[..., None], context)[..., 0]
+    # Each block of a document gives its tokens times the document's loss.
+    each_Bn = jnp.sum(sums[0] * sums[1], axis=-1) / jnp.square(jnp.maximum(all_Bn, 1.0))
+    return jnp.sum(tokens_Bn * each_Bn)
+
+
+def _chosen(expert_BTA: Int[Array, "B T A"], experts: int) -> Float32[Array, "B T E"]:
+    return jnp.sum(jax.nn.one_hot(expert_BTA, experts, dtype=jnp.float32), axis=2)
+
+
+def _blocks(x_BTE: Float32[Array, "B T E"]) -> Float32[Array, "B n E"]:
+    """Sums over blocks of tokens; a document begins with a block."""
+    batch, length, channels = x_BTE.shape
+    return jnp.sum(x_BTE.reshape(batch, length // BLOCK, BLOCK, channels), axis=2)
+
+
+def _of_document(x_BTE: Float32[Array, "B T E"], context: Context) -> Float32[Array, "B n E"]:
+    """For each block the sum over the whole document that it is a part of."""
+    x_BnE = _blocks(x_BTE)
+    if context.first_BT is None:
+        return jnp.broadcast_to(jnp.sum(x_BnE, axis=1, keepdims=True), x_BnE.shape)
+    first_Bn = context.first_BT[:, ::BLOCK]
+    same_Bnn = (first_Bn[:, :, None] == first_Bn[:, None]).astype(jnp.float32)
+    return jnp.einsum("bnm,bme->bne", same_Bnn, x_BnE, precision=jax.lax.Precision.HIGHEST)
+
+
+def biases(watched: list[list[dict[str, Array]]], drafters: list[list[dict[str, Array]]]) -> Any:
+    """The loads of routers with a bias, by the bias's name, [L, E] each."""
+    found = {}
+    prefixes = [(f"stacks.{i}", part) for i, part in enumerate(watched)]
+    prefixes += [(f"mtp.{i}.stack", part) for i, part in enumerate(drafters)]
+    for prefix, positions in prefixes:
+        for position, kept in enumerate(positions):
+            if "balance_loss" in kept:
+                found[f"{prefix}.blocks.{position}.{BIAS}"] = kept["load_E"]
+    return found
+
+
+def moved(
+    bias_LE: Float32[Array, "L E"], load_LE: Float32[Array, "L E"], speed: float
+) -> Float32[Array, "L E"]:
+    """Biases after a step: less for experts above the mean load, more for those below it."""
+    mean_L1 = jnp.mean(load_LE, axis=-1, keepdims=True)
+    return bias_LE + speed * jnp.sign(mean_L1 - load_LE)
+
+
+def violation(load_LE: Float32[Array, "L E"]) -> Float32[Array, ""]:
+    """How much more than the mean the busiest expert of any layer has, over the mean."""
+    mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1.0)
+    return jnp.max(jnp.max(load_LE, axis=-1) / mean_L) - 1.0

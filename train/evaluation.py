@@ -1,0 +1,69 @@
+"""Losses on data that is not trained on, and texts that the model writes meanwhile."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.generate import Engine
+from v4jax.language_model import LanguageModel
+
+from . import dataset, setup, step, trainable
+from .dataset import Packs
+from .documents import Documents
+from .recipe import Recipe
+from .setup import Setup
+from .trainable import Parts
+
+
+class Evaluator:
+    """Measures a model in training; the same data each time."""
+
+    def __init__(self, recipe: Recipe, prepared: Setup, held_out: list[Documents]) -> None:
+        """Pack the data; nothing is compiled yet."""
+        self._recipe, self._setup = recipe, prepared
+        self._run = step.evaluate(prepared.settings)
+        batch = recipe.steps.batch // recipe.steps.parts
+        part = dataset.share(batch, jax.process_index(), jax.process_count())
+        packing = recipe.data.pack(recipe.steps.seed)
+        self._data = [
+            dataset.batches([Packs(one, packing, epochs=1)], batch=batch, part=part)
+            for one in held_out
+        ]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the recipe asks for anything."""
+        return bool(self._data or self._recipe.evaluation.prompts)
+
+    def measure(self, parts: Parts) -> dict[str, Any]:
+        """Mean losses over the files, `perplexity`, and `samples` of what the model writes."""
+        found: dict[str, Any] = {}
+        if self._data:
+            found |= self._losses(parts)
+        if self._recipe.evaluation.prompts and jax.process_count() == 1:
+            found["samples"] = self._samples(parts)
+        return found
+
+    def _losses(self, parts: Parts) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        add = lambda total, new: {k: total.get(k, 0.0) + float(v) for k, v in new.items()}
+        batches = itertools.chain.from_iterable(map(dataset.iterate, self._data))
+        for local in itertools.islice(batches, self._recipe.evaluation.batches):
+            placed = setup.place_batch(local, 1, self._setup.mesh)
+            batch = {name: x[0] for name, x in placed.items()}
+            new_sums, new_counts = jax.device_get(self._run(parts, batch))
+            sums, counts = add(sums, new_sums), add(counts, new_counts)
+        means = {name: sums[name] / max(counts[name], 1.0) for name in sums}
+        return means | {"perplexity": float(np.exp(means["loss"]))}
+
+    def _samples(self, parts: Parts) -> list[dict[str, str]]:
+        settings, wanted = self._setup.settings, self._recipe.evaluation
+        model = trainable.join(parts, settings.cfg, settings.what)
+        dtype = np.dtype(self._recipe.model.dtype)
+        engine = Engine(model, settings.cfg, settings.numerics, dtype)
+        writer = LanguageModel(engine, self._setup.tokenizer)
+        write = lambda text: writer.generate(text, max_tokens=wanted.tokens, temperature=0.0).text
+        return [{"prompt": text, "text": write(text)} for text in wanted.prompts]

@@ -1,0 +1,86 @@
+"""What a run says of itself: JSON lines in `metrics.jsonl`, and where its time went."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class Journal:
+    """The file of one run. Only the first process of several writes it."""
+
+    def __init__(self, directory: Path, *, after: int = 0, write: bool = True) -> None:
+        """Open the file, without what an interrupted run wrote of steps past `after`."""
+        self._file = None
+        if not write:
+            return
+        path = directory / FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= after]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add a line; what JSON cannot hold, such as NaN, is written as null."""
+        if self._file is not None:
+            line = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; give the directory of a run.")
+    found = [json.loads(line) for line in _lines(path)]
+    return [line for line in found if line["kind"] == kind]
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file: a run that was killed may leave a part of one."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool | list | dict | int | None):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+class Clock:
+    """Seconds of a run by what they were spent on: steps are good, all else is not."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Count what happens inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the beginning that was spent on steps."""
+        return self.seconds.get("step", 0.0) / max(time.perf_counter() - self._began, 1e-9)

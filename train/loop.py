@@ -1,0 +1,286 @@
+"""A run from its beginning or a saved state to its end."""
+
+import collections
+import dataclasses
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from . import dataset, flops, runs, setup, step
+from .checkpoints import Checkpoints
+from .evaluation import Evaluator
+from .journal import Clock, Journal
+from .recipe import Recipe
+from .setup import Progress, Setup
+from .trainable import Parts
+
+BAD = "bad_batches"
+_REMEMBERED = 50  # losses, of which the median says what is usual
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: steps made.
+      why: 'finished', 'early' where evaluations did not get better, or 'signal'.
+      loss: of the last step.
+    """
+
+    step: int
+    why: str
+    loss: float
+
+
+class Stopped(ValueError):
+    """Training went wrong, and the recipe says to stop."""
+
+
+def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Outcome:
+    """Train from the first step, in a directory that must not exist yet.
+
+    Args:
+      recipe: the run's settings.
+      show: told the metrics of each step.
+      progress: told of the model's loading.
+
+    Raises:
+      ValueError: something in the recipe, the model or the data is wrong.
+      Stopped: training went wrong.
+    """
+    if not recipe.out:
+        raise ValueError("No directory is named; give --out, or out in the recipe.")
+    directory = Path(recipe.out)
+    if jax.process_index() == 0 and directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory}: is not empty; 'v4jax-train resume {directory}' goes on with a run, or"
+            " choose another directory."
+        )
+    run = _Run(recipe, directory, progress)
+    if jax.process_index() == 0:
+        runs.write_recipe(directory, recipe)
+    _together("begun")
+    return run.go(show)
+
+
+def resume(directory: Path, *, show: Show, progress: Progress | None = None) -> Outcome:
+    """Go on from the newest state of a run, or from its beginning where there is none yet."""
+    return _Run(runs.read_recipe(directory), directory, progress).go(show)
+
+
+def _together(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class _Run:
+    """What goes on while a run runs. Metrics of a step are read when the next one is under way."""
+
+    def __init__(self, recipe: Recipe, directory: Path, progress: Progress | None) -> None:
+        self.recipe, self.directory, self.clock = recipe, directory, Clock()
+        with self.clock.spent_on("data"):
+            tokenizer = setup.text_tokenizer(recipe)
+            documents = setup.read_data(recipe, tokenizer, recipe.data.files)
+            self.data = setup.batches(recipe, documents)
+            held_out = setup.read_data(recipe, tokenizer, recipe.evaluation.files)
+        self.steps = setup.count_steps(recipe, self.data)
+        tokens = recipe.steps.batch * recipe.data.seq_len
+        with self.clock.spent_on("load"):
+            self.setup: Setup = setup.prepare(recipe, self.steps, tokens, progress)
+        self.evaluator = Evaluator(recipe, self.setup, held_out)
+        self.state = setup.begin(self.setup, recipe.steps.seed)
+        self.losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self.best: float | None = None
+        self.waited = self.wrong = 0
+        lengths = np.concatenate([one.lengths_D for one in documents])
+        length = float(np.sum(lengths.astype(np.float64) ** 2) / np.sum(lengths))
+        settings = self.setup.settings
+        self.flops = flops.per_token(
+            settings.cfg,
+            settings.what,
+            min(length, recipe.data.seq_len),
+            mtp=settings.mtp_weight > 0,
+            indexer=settings.indexer_weight > 0,
+        )
+
+    def go(self, show: Show) -> Outcome:
+        """Make the steps that are left."""
+        self.checkpoints = Checkpoints(self.directory, keep=self.recipe.checkpoints.keep)
+        try:
+            first = self._restore()
+            write = jax.process_index() == 0
+            self.journal = Journal(self.directory, after=first, write=write)
+            with _Signal() as self.signal:
+                return self._steps(first, show)
+        except Stopped:
+            # Wrong steps have changed nothing.
+            self._save(int(self.state.step))
+            raise
+        finally:
+            self.checkpoints.close()
+
+    def _restore(self) -> int:
+        if self.checkpoints.latest is None:
+            return 0
+        with self.clock.spent_on("checkpoint"):
+            self.state, notes = self.checkpoints.restore(self.state)
+        self.losses.extend(notes["losses"])
+        self.best, self.waited, self.wrong = notes["best"], notes["waited"], notes["wrong"]
+        return notes["step"]
+
+    def _steps(self, first: int, show: Show) -> Outcome:
+        run = step.make(self.setup.settings, self.setup.rule, like=self.state)
+        frozen = self.setup.parts.frozen
+        iterator = dataset.iterate(self.data, step=first)
+        why, made = "finished", first
+        pending: tuple[int, Any, Any, float] | None = None
+        for number in range(first, self.steps):
+            began = time.perf_counter()
+            with self.clock.spent_on("data"):
+                local = next(iterator)
+                batch = setup.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
+            with (
+                self.clock.spent_on("compile" if number == first else "step"),
+                setup.on(self.setup.mesh),
+            ):
+                self.state, metrics = run(self.state, frozen, batch, self._limit())
+                if pending is not None:
+                    self._account(pending, show)
+            pending = number + 1, metrics, local, began
+            made = number + 1
+            if self._due(made):
+                with self.clock.spent_on("step"):
+                    self._account(pending, show)
+                pending = None
+                why = self._pause(made) or why
+                if why != "finished":
+                    break
+        if pending is not None:
+            self._account(pending, show)
+        self._save(made)
+        self.journal.close()
+        return Outcome(made, why, self.losses[-1] if self.losses else float("nan"))
+
+    def _limit(self) -> Any:
+        """The loss above which a step is wrong."""
+        spike = self.recipe.guard.spike
+        usual = len(self.losses) == _REMEMBERED and spike
+        return np.float32(spike * statistics.median(self.losses) if usual else np.inf)
+
+    def _due(self, made: int) -> bool:
+        """Whether there is more to do after this step than to go on."""
+        self.ended = self.signal.arrived(made)
+        every = self.recipe.checkpoints.every, self.recipe.evaluation.every
+        return self.ended or made == self.steps or any(made % n == 0 for n in every)
+
+    def _pause(self, made: int) -> str | None:
+        """Evaluate and save; why the run ends here, if it does."""
+        why = "signal" if self.ended else None
+        evaluate = made % self.recipe.evaluation.every == 0 or made == self.steps
+        if self.evaluator.wanted and evaluate and not self.ended:
+            with self.clock.spent_on("evaluation"), setup.on(self.setup.mesh):
+                why = self._evaluate(made)
+        if made % self.recipe.checkpoints.every == 0:
+            self._save(made)
+        return why
+
+    def _evaluate(self, made: int) -> str | None:
+        parts = Parts(self.state.trained, self.state.balanced, self.setup.parts.frozen)
+        found = self.evaluator.measure(parts)
+        self.journal.write("evaluation", made, **found)
+        if self.best is None or found["loss"] < self.best:
+            self.best, self.waited = found["loss"], 0
+            self.checkpoints.save_best(
+                made, (parts.trained, parts.balanced), {"step": made} | found
+            )
+            return None
+        self.waited += 1
+        patience = self.recipe.evaluation.patience
+        return "early" if patience and self.waited >= patience else None
+
+    def _save(self, made: int) -> None:
+        notes = {
+            "step": made,
+            "losses": list(self.losses),
+            "best": self.best,
+            "waited": self.waited,
+            "wrong": self.wrong,
+        }
+        with self.clock.spent_on("checkpoint"):
+            self.checkpoints.save(made, self.state, notes)
+
+    def _account(self, pending: tuple[int, Any, Any, float], show: Show) -> None:
+        """Write down a step that is made; act if it was wrong."""
+        number, metrics, local, began = pending
+        found = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - began
+        rate = found["tokens_seen"] / seconds / jax.device_count()
+        peak = flops.peak(jax.devices()[0])
+        found |= {
+            "rate": float(self.setup.rate(number - 1)),
+            "seconds": seconds,
+            "tokens_per_second_per_device": rate,
+            "mfu": rate * self.flops / peak if peak else None,
+            "memory_bytes": _memory(),
+            "goodput": self.clock.goodput,
+        }
+        self.journal.write("step", number, **found)
+        show({"step": number, "steps": self.steps, **found})
+        if not found["skipped"]:
+            self.losses.append(found["loss"])
+            self.wrong = 0
+            return
+        self.wrong += 1
+        self._wrong_step(number, local, found)
+
+    def _wrong_step(self, number: int, local: Any, found: dict[str, Any]) -> None:
+        place = self.directory / BAD / f"step{number}.process{jax.process_index()}.npz"
+        place.parent.mkdir(exist_ok=True)
+        np.savez_compressed(place, **local)
+        guard = self.recipe.guard
+        if guard.action == "stop" or self.wrong >= guard.most:
+            raise Stopped(
+                f"Step {number} had a loss of {found['loss']} and a gradient of length"
+                f" {found['gradient_norm']}, {self.wrong} wrong in a row; weights are as they were"
+                f" before. Its batch is in {place}."
+            )
+
+
+def _memory() -> int | None:
+    """The most bytes of the first device that were ever in use, where it tells."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+class _Signal:
+    """Remembers SIGTERM, so that a run can be saved before it ends."""
+
+    def __enter__(self) -> "_Signal":
+        self._seen = False
+        self._old = None
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._old = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def _remember(self, *_: Any) -> None:
+        self._seen = True
+
+    def arrived(self, made: int) -> bool:
+        """Whether it has come, to any process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(made)
+        return self._seen
+
+    def __exit__(self, *_: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

@@ -1,0 +1,74 @@
+"""The directory of a run: its recipe, and its states read back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from . import setup, tables
+from .checkpoints import Checkpoints, restore_best
+from .evaluation import Evaluator
+from .recipe import Recipe, from_table
+from .trainable import Parts
+
+RECIPE = "recipe.json"
+
+
+def write_recipe(directory: Path, recipe: Recipe) -> None:
+    """Make the directory, with the recipe in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(tables.to_table(recipe), indent=1)
+    (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+      ValueError: the directory is not a run's.
+    """
+    path = directory / RECIPE
+    if not path.is_file():
+        raise ValueError(f"{directory}: is not the directory of a run: it has no {RECIPE}.")
+    try:
+        return from_table(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False) -> dict[str, Any]:
+    """Measure a state of a run.
+
+    Args:
+      directory: of the run.
+      files: instead of those that its recipe is evaluated on.
+      best: the state that evaluations found best, not the newest.
+
+    Returns:
+      What `evaluation.Evaluator.measure` does, and the state's `step`.
+
+    Raises:
+      ValueError: there is no such state, or nothing to measure.
+    """
+    recipe = read_recipe(directory)
+    if files:
+        settings = dataclasses.replace(recipe.evaluation, files=files)
+        recipe = dataclasses.replace(recipe, evaluation=settings)
+    if not (recipe.evaluation.files or recipe.evaluation.prompts):
+        raise ValueError("There is nothing to measure; give --data, or evaluation.files.")
+    tokenizer = setup.text_tokenizer(recipe)
+    held_out = setup.read_data(recipe, tokenizer, recipe.evaluation.files)
+    tokens = recipe.steps.batch * recipe.data.seq_len
+    prepared = setup.prepare(recipe, recipe.steps.steps or 1, tokens)
+    state = setup.begin(prepared, recipe.steps.seed)
+    if best:
+        (trained, balanced), notes = restore_best(directory, (state.trained, state.balanced))
+    else:
+        saved = Checkpoints(directory, keep=recipe.checkpoints.keep, read_only=True)
+        state, notes = saved.restore(state)
+        trained, balanced = state.trained, state.balanced
+        saved.close()
+    parts = Parts(trained, balanced, prepared.parts.frozen)
+    evaluator = Evaluator(recipe, prepared, held_out)
+    with setup.on(prepared.mesh):
+        return {"step": notes["step"]} | evaluator.measure(parts)

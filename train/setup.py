@@ -1,0 +1,238 @@
+"""From a recipe to what a run needs: weights taken apart, an optimiser, batches, devices."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import v4jax
+from v4jax import facts, hub, numerics, open_model, sharding
+from v4jax.config import ModelConfig
+from v4jax.tokenizer import Tokenizer
+
+from . import dataset, documents, optimizer, step, trainable
+from .dataset import Packs
+from .documents import Documents
+from .recipe import Recipe
+from .rendering import Renderer
+from .trainable import Parts
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run that is ready to begin.
+
+    Attributes:
+      settings: what its step is compiled with.
+      parts: the model as it is before the first step.
+      rule: the optimiser.
+      rate: the learning rate of a step.
+      tokenizer: the model's.
+      mesh: of all devices; None where there is one.
+    """
+
+    settings: step.Settings
+    parts: Parts
+    rule: optax.GradientTransformation
+    rate: Callable[[Any], Any]
+    tokenizer: Tokenizer
+    mesh: Mesh | None
+
+
+def text_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of the recipe's model.
+
+    Raises:
+      ValueError: there is no model or it has no tokenizer.
+    """
+    if not recipe.model.path:
+        raise ValueError("No model is named; give --model, or model.path in the recipe.")
+    directory = hub.resolve(recipe.model.path)
+    found = open_model.tokenizer(directory)
+    if found is None:
+        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
+    return found
+
+
+def read_data(recipe: Recipe, tokenizer: Tokenizer, files: tuple[str, ...]) -> list[Documents]:
+    """The documents of each file, without the weights after their names."""
+    renderer = Renderer(tokenizer, recipe.data.render())
+    return [
+        documents.load(name, renderer, skip_wrong=recipe.data.skip_wrong)
+        for name, _ in map(weighted, files)
+    ]
+
+
+def weighted(name: str) -> tuple[str, float]:
+    """A file and its weight: 'chats.jsonl:2' is twice as much as 'chats.jsonl'."""
+    path, colon, weight = name.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and path else (name, 1.0)
+    except ValueError:
+        return name, 1.0
+
+
+def batches(recipe: Recipe, found: list[Documents]) -> Any:
+    """The part of all steps' batches that is for this process.
+
+    Raises:
+      ValueError: no data, or a batch that the processes cannot share.
+    """
+    if not found:
+        raise ValueError("There is no data; give --data, or data.files in the recipe.")
+    settings = recipe.data.pack(recipe.steps.seed)
+    packs = [Packs(one, settings, epochs=recipe.steps.epochs) for one in found]
+    return dataset.batches(
+        packs,
+        batch=recipe.steps.batch,
+        part=dataset.share(recipe.steps.batch, jax.process_index(), jax.process_count()),
+        weights=[weight for _, weight in map(weighted, recipe.data.files)],
+    )
+
+
+def count_steps(recipe: Recipe, data: Any) -> int:
+    """How many steps the run has: what is asked for, or as many as there are batches."""
+    return min(recipe.steps.steps or len(data), len(data))
+
+
+def prepare(recipe: Recipe, steps: int, tokens: int, progress: Progress | None = None) -> Setup:
+    """Load the model and make the optimiser.
+
+    Args:
+      recipe: the run's.
+      steps: how many it has, for the learning rate.
+      tokens: of a step, for the warning of Muon's cost.
+      progress: told of the loading.
+
+    Raises:
+      ValueError: the model cannot be loaded, or the recipe asks for what it does not have.
+    """
+    mesh = make_mesh(recipe)
+    tokenizer = text_tokenizer(recipe)
+    what, source = recipe.what, recipe.model
+    adapts = recipe.adapter is not None
+    loaded = v4jax.load(
+        source.path,
+        dtype=source.dtype if adapts else source.master,
+        numerics=source.numerics,
+        keep=adapts and source.keep,
+        mesh=mesh,
+        progress=progress,
+    )
+    cfg = loaded.config
+    _check_mtp(recipe, cfg)
+    parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(recipe.steps.seed))
+    declared = trainable.declare(cfg, what)
+    if mesh is not None and adapts:
+        places = sharding.shardings(declared, mesh, parts.trained)
+        parts = parts._replace(trained=jax.device_put(parts.trained, places))
+    if recipe.optimizer.rule == "muon":
+        if adapts:
+            raise ValueError("Muon trains weights in full; for an adapter use 'adamw'.")
+        optimizer.warn_of_cost(declared, cfg, facts.report(cfg).active, tokens)
+    rate = learning_rate(recipe, steps)
+    return Setup(
+        settings=_settings(recipe, cfg),
+        parts=parts,
+        rule=optimizer.make(
+            declared,
+            cfg,
+            rate,
+            rule=recipe.optimizer.rule,
+            weight_decay=recipe.optimizer.weight_decay,
+        ),
+        rate=rate,
+        tokenizer=tokenizer,
+        mesh=mesh,
+    )
+
+
+def _check_mtp(recipe: Recipe, cfg: ModelConfig) -> None:
+    if recipe.losses.mtp and not cfg.num_nextn_predict_layers:
+        raise ValueError("losses.mtp is set, and the model has no MTP block; set it to 0.")
+
+
+def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
+    losses = recipe.losses
+    return step.Settings(
+        cfg=cfg,
+        numerics=numerics.get(recipe.model.numerics),
+        what=recipe.what,
+        mtp_weight=losses.mtp,
+        balance_weight=losses.balance,
+        indexer_weight=losses.indexer,
+        bias_speed=losses.bias_speed,
+        clip=recipe.optimizer.clip,
+        remat=recipe.steps.remat,
+    )
+
+
+def learning_rate(recipe: Recipe, steps: int) -> Callable[[Any], Any]:
+    """The rate of each step: it grows, then falls as the schedule says."""
+    chosen = recipe.optimizer
+    warmup = min(chosen.warmup, steps)
+    rest = max(steps - warmup, 1)
+    after: Any = {
+        "constant": optax.constant_schedule(chosen.rate),
+        "linear": optax.linear_schedule(chosen.rate, chosen.rate * chosen.final, rest),
+        "cosine": optax.cosine_decay_schedule(chosen.rate, rest, chosen.final),
+    }[chosen.schedule]
+    if not warmup:
+        return after
+    # The first step is not lost on a rate of zero.
+    grows = lambda count: chosen.rate * (count + 1) / warmup
+    return optax.join_schedules([grows, after], [warmup])
+
+
+def make_mesh(recipe: Recipe) -> Mesh | None:
+    """All devices, arranged as the recipe says; None where there is one.
+
+    Raises:
+      ValueError: the sizes do not divide the devices, or these the batch.
+    """
+    sizes = dataclasses.asdict(recipe.mesh)
+    devices, used = jax.device_count(), math.prod(sizes.values())
+    if devices % used:
+        raise ValueError(f"[mesh] needs a multiple of {used} devices; there are {devices}.")
+    rows = devices // sizes["tensor"]
+    batch = recipe.steps.batch // recipe.steps.parts
+    if batch % rows:
+        raise ValueError(
+            f"A part of the batch has {batch} packs; use a multiple of the {rows} groups of devices"
+            " that share them."
+        )
+    return None if devices == 1 else sharding.make_mesh(data=devices // used, **sizes)
+
+
+def on(mesh: Mesh | None) -> Any:
+    """The context in which programs for the mesh are compiled and run."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> dict[str, Any]:
+    """A step's batch on the devices, [A, B, T] each, from this process's packs of it."""
+    used = {name: local[name] for name in ("tokens", "trained", "document")}
+    cut = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in used.items()}
+    if mesh is None:
+        return {name: jnp.asarray(x) for name, x in cut.items()}
+    place = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"], None))
+    return {name: jax.make_array_from_process_local_data(place, x) for name, x in cut.items()}
+
+
+def begin(setup: Setup, seed: int) -> step.State:
+    """The state before the first step, every part of it on all devices of the mesh."""
+    state = step.begin(setup.parts, setup.rule, seed)
+    if setup.mesh is None:
+        return state
+    whole = NamedSharding(setup.mesh, PartitionSpec())
+    spread = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole)
+    return jax.tree.map(spread, state)

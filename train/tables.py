@@ -1,0 +1,63 @@
+"""Nested tables, as TOML and JSON have them, to frozen dataclasses and back."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def to_table(settings: Any) -> dict[str, Any]:
+    """A dataclass as nested tables of plain values; what is None is left out."""
+    found = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {
+        name: to_table(value) if dataclasses.is_dataclass(value) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def made(kind: Any, table: Any, where: str = "") -> Any:
+    """A dataclass from its table.
+
+    Raises:
+      ValueError: a key or value that is not the dataclass's; `where` stands before its name.
+    """
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} is {table!r}; it is a table.")
+    hints = get_type_hints(kind)
+    for key in table:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(hints)}."
+            raise ValueError(f"{where or 'The recipe'} has no '{key}'; {meant}")
+    values = {
+        key: _value(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in table.items()
+    }
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return made(hint, value, where)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(map(repr, get_args(hint)))
+            raise ValueError(f"{where} is {value!r}; it is one of {allowed}.")
+        return value
+    if get_origin(hint) is tuple:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(x, str) for x in parts):
+            raise ValueError(f"{where} is {value!r}; it is a list of strings.")
+        return tuple(parts)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+        raise ValueError(f"{where} is {value!r}; it is a {hint.__name__}.")
+    return value

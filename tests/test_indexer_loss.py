@@ -15,7 +15,7 @@ SCALE = K**-0.5
 
 def arguments(seed: int = 0) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     index = draw(B, T, INDEX_HEADS, J), draw(B, T, INDEX_HEADS), draw(B, S, J)
     return index, (draw(B, T, H, K), draw(B, T + WINDOW, K), draw(B, S, K), draw(H))
 
@@ -41,12 +41,11 @@ def plain(index: Any, attention: Any, visible: Any, hidden: Any, first: Any) -> 
     return found
 
 
-def places(document: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    first = np.zeros((B, T), np.int32)
-    if document:
-        first[:, 32:] = 32
-    visible = np.broadcast_to((np.arange(T, dtype=np.int32) + 1) // 4, (B, T))
-    return visible, first // 4, first
+def places(document: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    at_T = jnp.arange(T, dtype=jnp.int32)
+    first_T = jnp.where(at_T >= 32, 32, 0) if document else jnp.zeros_like(at_T)
+    rows = lambda x: jnp.broadcast_to(x, (B, T))
+    return rows((at_T + 1) // 4), rows(first_T // 4), rows(first_T)
 
 
 @pytest.mark.parametrize("document", [False, True])
@@ -82,7 +81,7 @@ def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> No
         rng = np.random.default_rng(part)
         towards = rng.standard_normal(index[part].shape)
         moved = lambda by, part=part, towards=towards: tuple(
-            x + by * towards if i == part else x for i, x in enumerate(index)
+            np.asarray(x, np.float64) + (by * towards if i == part else 0) for i, x in enumerate(index)
         )
         slope = (of_index(moved(1e-5)) - of_index(moved(-1e-5))) / 2e-5
         np.testing.assert_allclose(np.sum(to_index[part] * towards), slope, rtol=1e-3)

@@ -28,7 +28,7 @@ def batch(document_BT: Any, seed: int = 0) -> dict[str, jax.Array]:
 def test_rows_without_a_cache_have_the_logits_of_the_decode_steps() -> None:
     @jax.jit
     def logits(model: Any) -> Any:
-        streams_BTM, _ = model_.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
+        streams_BTM, *_ = model_.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
         return model_.head(model, model_.hidden(model, CFG, streams_BTM))
 
     expected = models.whole(CFG, TOKENS)
@@ -61,8 +61,9 @@ def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
 def test_packed_documents_have_the_losses_and_gradients_of_each_alone() -> None:
     @jax.jit
     def total(model: Any, batch: Any) -> Any:
-        found = loss.sums(model, LONG, HF, batch, mtp=True)
-        return found["loss"] + 0.3 * found["mtp_loss"], found
+        found, _ = loss.sums(model, LONG, HF, batch, mtp=True, indexer=True)
+        weights = {"loss": 1.0, "mtp_loss": 0.3, "balance_loss": 0.1, "indexer_loss": 0.2}
+        return sum(weight * found[name] for name, weight in weights.items()), found
 
     differentiated = jax.jit(jax.value_and_grad(total, has_aux=True, allow_int=True))
     model, (batch, alone) = models.weights(LONG), packed()

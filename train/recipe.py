@@ -14,7 +14,7 @@ from v4jax.lora import Lora
 
 from .packing import PackSettings
 from .rendering import RenderSettings
-from .tables import made
+from .tables import at_least, made
 from .trainable import Full
 
 
@@ -102,10 +102,10 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         """Refuse numbers that move nothing or the wrong way."""
-        _least(self, "rate", 0.0, above=True)
-        _least(self, "clip", 0.0, above=True)
+        at_least(self, "rate", 0.0, above=True)
+        at_least(self, "clip", 0.0, above=True)
         for name in ("warmup", "final", "weight_decay"):
-            _least(self, name, 0)
+            at_least(self, name, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Losses:
     def __post_init__(self) -> None:
         """Refuse weights below 0."""
         for field in dataclasses.fields(self):
-            _least(self, field.name, 0.0)
+            at_least(self, field.name, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,13 +146,13 @@ class Steps:
     def __post_init__(self) -> None:
         """Refuse numbers that make no step."""
         for name in ("batch", "parts"):
-            _least(self, name, 1)
+            at_least(self, name, 1)
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None:
-                _least(self, name, 1)
+                at_least(self, name, 1)
         if self.batch % self.parts:
             raise ValueError(f"batch is {self.batch}; use a multiple of parts, {self.parts}.")
-        _least(self, "seed", 0)
+        at_least(self, "seed", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,8 +169,8 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         """Refuse numbers that keep nothing."""
-        _least(self, "every", 1)
-        _least(self, "keep", 1)
+        at_least(self, "every", 1)
+        at_least(self, "keep", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,8 +196,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Refuse numbers that measure nothing."""
         for name in ("every", "batches", "tokens"):
-            _least(self, name, 1)
-        _least(self, "patience", 0)
+            at_least(self, name, 1)
+        at_least(self, "patience", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class Guard:
         """Refuse a bar that every loss is above."""
         if self.spike and self.spike <= 1.0:
             raise ValueError(f"spike is {self.spike}; use more than 1, or 0 for none.")
-        _least(self, "most", 1)
+        at_least(self, "most", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class Mesh:
     def __post_init__(self) -> None:
         """Refuse sizes below 1."""
         for field in dataclasses.fields(self):
-            _least(self, field.name, 1)
+            at_least(self, field.name, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,10 +319,3 @@ def _toml(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _least(settings: Any, name: str, least: float, *, above: bool = False) -> None:
-    value = getattr(settings, name)
-    if not (value > least if above else value >= least) or value == float("inf"):
-        bar = "above" if above else "at least"
-        raise ValueError(f"{name} is {value}; it is {bar} {least}.")

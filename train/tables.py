@@ -61,3 +61,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise ValueError(f"{where} is {value!r}; it is a {hint.__name__}.")
     return value
+
+
+def at_least(settings: Any, name: str, least: int | float, *, above: bool = False) -> None:
+    """Refuse a number below the least, or not above it, or without end."""
+    value = getattr(settings, name)
+    if not (value > least if above else value >= least) or value == float("inf"):
+        bar = "above" if above else "at least"
+        raise ValueError(f"{name} is {value}; it is {bar} {least}.")

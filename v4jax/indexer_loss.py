@@ -48,13 +48,13 @@ def divergence(
     first_BT = nothing if first_BT is None else first_BT
     batch, length, heads, _ = q_BTHK.shape
     before = window_BXK.shape[1] - length
-    entry_S = jnp.arange(pool_BSK.shape[1])
-    chunk = _chunk(length, batch * heads * len(entry_S))
+    entry_11S = jnp.arange(pool_BSK.shape[1])[None, None]
+    chunk = _chunk(length, batch * heads * entry_11S.size)
 
     @jax.checkpoint
     def of_chunk(_: None, part: Any) -> tuple[None, Array]:
         start, query_BCHK, *index_queries, visible_BC, hidden_BC, first_BC = part
-        exists_BCS = (entry_S < visible_BC[..., None]) & (entry_S >= hidden_BC[..., None])
+        exists_BCS = (entry_11S < visible_BC[..., None]) & (entry_11S >= hidden_BC[..., None])
         near_BYK = jax.lax.dynamic_slice_in_dim(window_BXK, start, chunk + before, axis=1)
         near_BCY = _near(start, chunk, before, first_BC)
         target_BCS = _teacher(query_BCHK * scale, near_BYK, near_BCY, pool_BSK, exists_BCS, sink_H)
@@ -79,8 +79,8 @@ def _near(
     """The window keys of a chunk that each query sees: `before` of them, the last its own."""
     query_C, key_Y = jnp.arange(chunk)[:, None], jnp.arange(chunk + before)[None]
     age_CY = query_C + before - key_Y
-    position_Y = start + key_Y - before
-    return ((age_CY >= 0) & (age_CY < before))[None] & (position_Y >= first_BC[..., None])
+    position_1Y = start + key_Y - before
+    return ((age_CY >= 0) & (age_CY < before))[None] & (position_1Y[None] >= first_BC[..., None])
 
 
 def _teacher(

@@ -1,0 +1,112 @@
+"""Runs on two processes of four devices each: the same losses, a checkpoint, an exact resume."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from v4jax import demo
+from v4jax.config import preset
+from v4jax_train import journal
+
+STEPS, DEVICES = 6, 8
+RECIPE = """
+[model]
+dtype = "float32"
+[data]
+seq_len = 128
+[full]
+[optimizer]
+rule = "muon"
+rate = 1e-3
+[losses]
+mtp = 0.1
+balance = 1e-4
+bias_speed = 1e-3
+[steps]
+steps = 6
+batch = 8
+[checkpoints]
+every = 2
+[mesh]
+expert = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command's words but for the run's directory."""
+    place = tmp_path_factory.mktemp("inputs")
+    demo.make_checkpoint(place / "model", preset("tiny"), 0)
+    rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "recipe.toml").write_text(RECIPE)
+    named = {"--model": place / "model", "--data": place / "data.jsonl"}
+    return [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
+
+
+def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"{each} --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    where = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
+    command = [sys.executable, "-m", "v4jax_train", *map(str, words)]
+    return [
+        subprocess.Popen(
+            [*command, *where, "--process", str(number)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said[-3000:]
+
+
+def losses(directory: Path) -> np.ndarray:
+    lines = journal.read(directory, "step")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([[line["loss"], line["mtp_loss"], line["balance_loss"]] for line in lines])
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_are_killed_and_go_on_exactly(
+    words: list[str], tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(2, *words, "--out", whole))
+    expected = losses(whole)
+    assert len(expected) == STEPS
+    assert expected[-1, 0] < expected[0, 0]
+
+    processes = start(2, *words, "--out", killed)
+    while all(p.poll() is None for p in processes) and not (killed / "states" / "2").is_dir():
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert len(losses(killed)) < STEPS
+    finish(start(2, "resume", killed))
+    np.testing.assert_array_equal(losses(killed), expected)
+
+    alone = tmp_path / "alone"
+    finish(start(1, *words, "--out", alone))
+    # One process adds up in another order; Muon makes steps of one length of any gradient.
+    np.testing.assert_allclose(losses(alone), expected, rtol=1e-3)

@@ -120,7 +120,7 @@ def make(
     def step(state: State, frozen: Any, batch: Batch, limit: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradients, loads, metrics = _gradients(settings, state, frozen, batch, key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         right = jnp.isfinite(norm) & (metrics["loss"] <= limit)
         shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
         gradients = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)

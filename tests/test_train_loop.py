@@ -1,11 +1,12 @@
 """Whole runs of the command: they learn, stop, are killed, and go on as if nothing had happened."""
 
+import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from v4jax.config import preset
 from v4jax_train import journal
 
 STEPS = 6
+TINY = preset("tiny")
+SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2], num_nextn_predict_layers=0)
 WORDS = "the cat sat on the mat and looked at the moon while the wind went over the hill".split()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    demo.make_checkpoint(directory, preset("tiny"), 0)
+    demo.make_checkpoint(directory, SMALL, 0)
     return directory
 
 
@@ -73,16 +76,17 @@ def command(*words: Any) -> list[str]:
     return [sys.executable, "-m", "v4jax_train", *map(str, words)]
 
 
-def environment() -> dict[str, str]:
-    """One device, as on a laptop; programs without LLVM's optimisations, which take long."""
-    return os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device, as on a laptop; what one run has compiled serves the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
 
 
 def run(*words: Any, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command(*words), capture_output=True, text=True)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
@@ -118,7 +122,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(
 ) -> None:
     out = tmp_path / "killed"
     words = (lora_recipe, "--model", model, "--data", data, "--out", out)
-    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*words), stderr=subprocess.DEVNULL)
     # After a state is saved, and before the end.
     while process.poll() is None and not (out / "states" / "2").is_dir():
         time.sleep(0.01)
@@ -135,7 +139,7 @@ def test_a_run_saves_itself_on_sigterm_and_goes_on(
 ) -> None:
     out = tmp_path / "ended"
     words = (lora_recipe, "--model", model, "--data", data, "--out", out)
-    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE)
     while process.poll() is None and not (out / "metrics.jsonl").is_file():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

@@ -1,11 +1,13 @@
 """Runs on two processes of four devices each: the same losses, a checkpoint, an exact resume."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from v4jax.config import preset
 from v4jax_train import journal
 
 STEPS, DEVICES = 6, 8
+TINY = preset("tiny")
+SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2])
 RECIPE = """
 [model]
 dtype = "float32"
@@ -41,15 +45,17 @@ expert = 4
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command's words but for the run's directory."""
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The command's words but for the run's directory; programs are compiled once."""
     place = tmp_path_factory.mktemp("inputs")
-    demo.make_checkpoint(place / "model", preset("tiny"), 0)
+    demo.make_checkpoint(place / "model", SMALL, 0)
     rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.toml").write_text(RECIPE)
     named = {"--model": place / "model", "--data": place / "data.jsonl"}
-    return [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
+        yield [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
 
 
 def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
@@ -57,10 +63,7 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    environment = os.environ | {
-        "XLA_FLAGS": f"{each} --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | {"XLA_FLAGS": each}
     where = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
     command = [sys.executable, "-m", "v4jax_train", *map(str, words)]
     return [

@@ -101,10 +101,15 @@ def test_split_experts_are_not_gathered_and_share_the_work() -> None:
     rule = muon.scale_by_muon(dtype=jnp.bfloat16)
 
     def step(weight: jax.Array, momentum: jax.Array, gradient: jax.Array) -> tuple:
+        update: Any
+        state: Any
         update, state = rule.update(gradient, muon.MuonState(momentum))
         return optax.apply_updates(weight, update), state.momentum
 
     program = jax.jit(step).lower(struct, struct, struct).compile()
-    assert not any(op in program.as_text() for op in ("all-gather", "all-reduce", "all-to-all"))
+    text: Any = program.as_text()
+    assert not any(op in text for op in ("all-gather", "all-reduce", "all-to-all"))
     share = muon.newton_schulz_flops(struct.shape) / 16
-    assert program.cost_analysis()["flops"] == pytest.approx(share, rel=0.05)
+    # The compiler counts a loop's body once.
+    analysis: Any = program.cost_analysis()
+    assert analysis["flops"] * len(muon.HYBRID) == pytest.approx(share, rel=0.05)

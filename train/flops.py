@@ -3,7 +3,7 @@
 Counted is what the mathematics needs: what is computed anew to save memory is not.
 """
 
-import jax
+from typing import Any
 
 from v4jax import params
 from v4jax.config import LayerKind, ModelConfig
@@ -25,7 +25,7 @@ PEAK = {
 }
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: Any) -> float | None:
     """What the device could do in a second; None where that is not known here."""
     kind = device.device_kind
     return max((value for name, value in PEAK.items() if kind.startswith(name)), default=None)

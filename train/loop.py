@@ -222,7 +222,7 @@ class _Run:
     def _account(self, pending: tuple[int, Any, Any, float], show: Show) -> None:
         """Write down a step that is made; act if it was wrong."""
         number, metrics, local, began = pending
-        found = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        found: dict[str, Any] = {n: float(x) for n, x in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - began
         rate = found["tokens_seen"] / seconds / jax.device_count()
         peak = flops.peak(jax.devices()[0])

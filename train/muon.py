@@ -60,11 +60,13 @@ def orthogonal(
         narrow = [factor.astype(dtype) for factor in factors]
         return jnp.einsum(spec, *narrow, precision=precision, preferred_element_type=jnp.float32)
 
-    for a, b, c in coefficients:
+    def iterate(x32: Array, abc: Array) -> tuple[Array, None]:
+        a, b, c = abc
         gram_KK = product(gram, x32, x32)
         mixed_KK = b * gram_KK + c * product("...mk,...kn->...mn", gram_KK, gram_KK)
-        x32 = a * x32 + product(left, mixed_KK, x32)
-    return x32
+        return a * x32 + product(left, mixed_KK, x32), None
+
+    return jax.lax.scan(iterate, x32, jnp.asarray(coefficients, jnp.float32))[0]
 
 
 def scale_by_muon(

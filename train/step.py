@@ -131,7 +131,8 @@ def make(
             for name, bias in state.balanced.items()
         }
         new, old = (trained, balanced, moved), (state.trained, state.balanced, state.optimizer)
-        kept = jax.tree.map(lambda n, o: jnp.where(right, n, o), new, old)
+        choose = lambda n, o: jnp.where(right, n, o)
+        kept = [jax.tree.map(choose, n, o) for n, o in zip(new, old, strict=True)]
         metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
         violations = [balance.violation(load_LE) for load_LE in loads.values()]
         metrics["load_violation"] = jnp.max(jnp.stack(violations or [jnp.float32(0.0)]))
@@ -164,7 +165,7 @@ def _gradients(
         model = trainable.join(parts, settings.cfg, settings.what, key)
         sums, loads = settings.sums(model, part, remat=settings.remat)
         means = {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in weights}
-        total = sum((weights[name] * means[name] for name in weights), jnp.float32(0.0))
+        total = sum((weights[name] * means[name] for name in weights), start=jnp.float32(0.0))
         return total, (loads, means)
 
     def one_part(number: Any, part: Any) -> Any:
@@ -174,9 +175,9 @@ def _gradients(
 
     parts = len(batch["tokens"])
     if parts == 1:
-        found = one_part(0, jax.tree.map(lambda x: x[0], batch))
+        found = one_part(jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
     else:
-        first = jax.eval_shape(one_part, 0, jax.tree.map(lambda x: x[0], batch))
+        first = jax.eval_shape(one_part, jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         add = lambda total, step: (jax.tree.map(jnp.add, total, one_part(*step)), None)
         found, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))

@@ -149,8 +149,10 @@ class ModelConfig:
 
 def preset_names() -> list[str]:
     """Names that `preset` takes, such as 'flash'."""
-    files = resources.files("v4jax_configs").iterdir()
-    return sorted(f.name[: -len(".toml")] for f in files if f.name.endswith(".toml"))
+    files = (file.name for file in resources.files("v4jax_configs").iterdir())
+    names = (name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+    # The rest are recipes of training.
+    return sorted(name for name in names if not name.startswith("train_"))
 
 
 def preset(name: str) -> ModelConfig:

@@ -66,7 +66,7 @@ def save(model: DeepseekV4ForCausalLM, directory: Path) -> Path:
     return directory
 
 
-def logits(model: DeepseekV4ForCausalLM, tokens_BT: np.ndarray) -> np.ndarray:
+def logits(model: torch.nn.Module, tokens_BT: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(tokens_BT)).logits.numpy()
 

@@ -20,7 +20,7 @@ from v4jax.__main__ import main
 from v4jax.chat import encode_chat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-COMMANDS = ("demo", "inspect", "convert", "export", "generate")
+COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
 Capsys = pytest.CaptureFixture[str]
 
 
@@ -335,6 +335,23 @@ def test_chat_options_choose_the_encoding(
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
     assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
     assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
+
+
+def test_an_adapter_is_given_to_the_loader(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(v4jax, "load", lambda *_, **how: asked.update(how) or _Recorder(tiny()))
+    generated(capsys, checkpoint, "-p", "Why?", "--adapter", "runs/a")
+    assert asked["adapter"] == "runs/a"
+
+
+def test_what_is_no_adapter_is_told_before_the_model_is_loaded(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("v4jax.huggingface.load", lambda *_, **__: pytest.fail("loaded"))
+    told = fails(capsys, "generate", str(checkpoint), "-p", "Why?", "--adapter", str(checkpoint))
+    assert "is neither an adapter (adapter_config.json) nor the directory of a run" in told
 
 
 def test_a_system_message_goes_before_the_prompt(

@@ -28,6 +28,7 @@ def load(
     dtype: str = "bfloat16",
     numerics: "_numerics.Name" = "official",
     keep: bool = False,
+    adapter: str | Path | None = None,
     mesh: "Mesh | None" = None,
     progress: "Callable[[str, int, int], None] | None" = None,
 ) -> "LanguageModel":
@@ -38,6 +39,7 @@ def load(
       dtype: of weights, activations and cache: 'bfloat16' or 'float32'.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
       keep: hold FP8 and FP4 weights as they are instead of dequantising them.
+      adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
       mesh: devices to spread the weights over (`v4jax.sharding.make_mesh`); one device without.
       progress: called with what is being done, how much is done, and of how much.
 
@@ -47,7 +49,9 @@ def load(
     # JAX and Flax are heavy: they are imported when there is something to load.
     from v4jax import open_model
 
-    return open_model.load(path, dtype, numerics, keep=keep, mesh=mesh, progress=progress)
+    return open_model.load(
+        path, dtype, numerics, keep=keep, adapter=adapter, mesh=mesh, progress=progress
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -9,66 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from v4jax import help_texts, options
+
 if TYPE_CHECKING:
     from v4jax.config import ModelConfig
 
 # JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
 
-_EPILOG = """\
-exit status: 0 done, 1 failed, 2 misuse. Results go to standard output, all else to standard error.
-
-examples:
-  v4jax demo
-  v4jax inspect flash
-  v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native
-  v4jax generate flash-native --chat -p "Why is the sky blue?" --thinking high
-  v4jax export flash-native flash-hf
-"""
-_INSPECT = """\
-A directory's headers are read and checked, its weights are not. Of a Hub id only config.json is
-downloaded. A config.json or a preset says what its release would hold.
-
-presets: {presets}
-
-examples:
-  v4jax inspect pro
-  v4jax inspect path/to/checkpoint
-  v4jax inspect deepseek-ai/DeepSeek-V4-Pro
-"""
-_CONVERT = """\
-A native checkpoint holds the arrays as the model has them in memory: it loads faster, and on many
-hosts each reads its own part. The source is checked before anything is written. TARGET appears when
-it is complete; until then all lies in TARGET.unfinished, and the same command goes on there after
-an interruption. Of a Hub id one shard at a time is on the disk.
-
-examples:
-  v4jax convert path/to/DeepSeek-V4-Flash flash-native
-  v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights bfloat16
-"""
-_EXPORT = """\
-The files are those that were converted, byte for byte. TARGET appears when it is complete; the same
-command goes on after an interruption.
-
-example:
-  v4jax export flash-native flash-hf
-"""
-_GENERATE = """\
-Text is given to the model as it stands; with --chat it is one message of a conversation, in the
-checkpoint's own format. The first run of a length compiles, which takes a while. The text ends at
-the model's end-of-sequence token or after --max-tokens.
-
-examples:
-  v4jax generate path/to/checkpoint -p "Once upon a time" --temperature 0
-  v4jax generate path/to/checkpoint --chat -p - --thinking max --max-tokens 4096 < question.txt
-"""
-_DEMO = """\
-The checkpoint has DeepSeek's tensor names, FP8 matrices, FP4 experts, an index with two files and
-a tokenizer, in 5 MB. Its weights are random. A directory that has a demo checkpoint is used again.
-
-example:
-  v4jax demo --directory demo-checkpoint
-"""
 _SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id"
+_BEST = "the state that evaluations found best, not the newest"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="v4jax",
         description="DeepSeek-V4 in JAX: look at, convert and run its checkpoints.",
-        epilog=_EPILOG,
+        epilog=help_texts.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -119,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_export(commands)
+    _add_export_adapter(commands)
+    _add_merge(commands)
     _add_generate(commands)
     return parser
 
@@ -140,7 +91,7 @@ def _command(
 
 def _add_demo(commands: Any) -> None:
     text = "make a small random checkpoint in the release format and generate from it"
-    parser = _command(commands, "demo", _demo, text, _DEMO)
+    parser = _command(commands, "demo", _demo, text, help_texts.DEMO)
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="keep it here (default: a temporary place)"
     )
@@ -150,14 +101,14 @@ def _add_inspect(commands: Any) -> None:
     from v4jax.config import preset_names
 
     text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
-    more = _INSPECT.format(presets=", ".join(preset_names()))
+    more = help_texts.INSPECT.format(presets=", ".join(preset_names()))
     parser = _command(commands, "inspect", _inspect, text, more)
     parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
 
 
 def _add_convert(commands: Any) -> None:
     text = "turn a Hugging Face checkpoint into a native one"
-    parser = _command(commands, "convert", _convert, text, _CONVERT)
+    parser = _command(commands, "convert", _convert, text, help_texts.CONVERT)
     parser.add_argument("source", help="a Hugging Face directory or a Hub id")
     parser.add_argument("target", type=Path, help="the directory to make")
     parser.add_argument(
@@ -170,14 +121,38 @@ def _add_convert(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     text = "turn a native checkpoint back into a Hugging Face one"
-    parser = _command(commands, "export", _export, text, _EXPORT)
+    parser = _command(commands, "export", _export, text, help_texts.EXPORT)
     parser.add_argument("source", type=Path, help="a native checkpoint made with --weights keep")
     parser.add_argument("target", type=Path, help="the directory to make")
 
 
+def _add_export_adapter(commands: Any) -> None:
+    text = "write a training run's adapter for Hugging Face's PEFT"
+    parser = _command(commands, "export-adapter", _export_adapter, text, help_texts.EXPORT_ADAPTER)
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="a training run")
+    parser.add_argument("target", type=Path, metavar="ADAPTER", help="the directory to make")
+    parser.add_argument("--model", metavar="PATH", help=f"its model, where it moved: {_SOURCE}")
+    parser.add_argument("--best", action="store_true", help=_BEST)
+
+
+def _add_merge(commands: Any) -> None:
+    text = "make a release with a training run's or an adapter's change in it"
+    parser = _command(commands, "merge", _merge, text, help_texts.MERGE)
+    parser.add_argument("source", type=Path, metavar="RELEASE", help="a Hugging Face directory")
+    parser.add_argument("change", type=Path, metavar="CHANGE", help="a run or a PEFT adapter")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the directory to make")
+    parser.add_argument(
+        "--weights",
+        choices=("bfloat16", "keep"),
+        required=True,
+        help="all dense, or each in the format that it has",
+    )
+    parser.add_argument("--best", action="store_true", help=_BEST)
+
+
 def _add_generate(commands: Any) -> None:
     text = "continue a text, or answer in a chat"
-    parser = _command(commands, "generate", _generate, text, _GENERATE)
+    parser = _command(commands, "generate", _generate, text, help_texts.GENERATE)
     add = parser.add_argument
     add("path", help=_SOURCE)
     add(
@@ -186,77 +161,21 @@ def _add_generate(commands: Any) -> None:
         metavar="TEXT",
         help="the text; - reads standard input, without the line break at its end",
     )
-    add("--max-tokens", type=_whole(1), default=256, metavar="N", help="most new tokens (256)")
+    add(
+        "--max-tokens",
+        type=options.whole(1),
+        default=256,
+        metavar="N",
+        help="most new tokens (256)",
+    )
     add(
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="print the text as it comes (default: on a terminal)",
     )
-    _add_chat_options(parser.add_argument_group("chat"))
-    _add_sampling_options(parser.add_argument_group("sampling"))
-    _add_running_options(parser.add_argument_group("running"))
-
-
-def _add_chat_options(group: Any) -> None:
-    group.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    group.add_argument("--system", metavar="TEXT", help="a system message before it; means --chat")
-    group.add_argument(
-        "--thinking",
-        choices=("off", "low", "high", "max"),
-        default="off",
-        help="reason before answering, and how hard (default: off); unless off it means --chat; "
-        "checkpoints before 0731 know no level below high",
-    )
-
-
-def _add_sampling_options(group: Any) -> None:
-    add = group.add_argument
-    positive = _number("above 0, at most 1", lambda x: 0 < x <= 1)
-    temperature = _number("0 or more", lambda x: 0 <= x < 1e38)
-    add("--temperature", type=temperature, default=1.0, metavar="X", help="0 is greedy (1)")
-    add("--top-p", type=positive, default=1.0, metavar="X", help="least likely tokens go (1: none)")
-    add("--top-k", type=_whole(0), default=0, metavar="N", help="choose among N tokens (0: all)")
-    add("--seed", type=_whole(0), metavar="N", help="the same seed, the same text")
-
-
-def _add_running_options(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of weights, activations and cache (default: bfloat16)",
-    )
-    add(
-        "--numerics",
-        choices=("official", "hf"),
-        default="official",
-        help="round where DeepSeek's runtime does (default) or where transformers does",
-    )
-    add("--keep", action="store_true", help="hold FP8 and FP4 weights as they are: less memory")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text) if text.isascii() and text.isdigit() else -1
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number, {least} or more")
-        return value
-
-    return parse
-
-
-def _number(says: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not allowed(value):
-            raise argparse.ArgumentTypeError(f"'{text}' is no number {says}")
-        return value
-
-    return parse
+    options.add_chat_options(parser.add_argument_group("chat"))
+    options.add_sampling_options(parser.add_argument_group("sampling"))
+    options.add_running_options(parser.add_argument_group("running"))
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -291,6 +210,33 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_adapter(args: argparse.Namespace) -> int:
+    from v4jax import updates
+
+    updates.export_adapter(args.run_directory, args.target, model=args.model, best=args.best)
+    print(f"Made {args.target}.")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from v4jax import merge, requantise
+
+    with _progress() as progress:
+        rows = merge.merge(
+            *(args.source, args.change, args.target),
+            weights=args.weights,
+            best=args.best,
+            progress=progress,
+        )
+    for line in requantise.table(rows):
+        print(line)
+    print(f"Made {args.target}.")
+    sys.stdout.flush()
+    for line in requantise.warnings(rows):
+        print(f"v4jax merge: warning: {line}", file=sys.stderr)
+    return 0
+
+
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
     from v4jax import hub
@@ -305,7 +251,12 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     with _progress() as progress:
         model = v4jax.load(
-            directory, dtype=args.dtype, numerics=args.numerics, keep=args.keep, progress=progress
+            directory,
+            dtype=args.dtype,
+            numerics=args.numerics,
+            keep=args.keep,
+            adapter=args.adapter,
+            progress=progress,
         )
     if chat:
         prompt = _chat_prompt(prompt, args, model.config)

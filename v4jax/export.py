@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,15 @@ def export(source: str | Path, target: str | Path, *, progress: Progress | None 
     opened = Native(Path(source))
     identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
     tensors = _Tensors(opened)
+    weights = opened.manifest.weights
     with unfinished.begin(target, "export", identity) as work:
-        _write_shards(tensors, work, progress)
-        _write_index(opened, tensors.files, work.directory)
+        write_shards(tensors.files, tensors.read, work, progress, what="exporting")
+        if (metadata := opened.manifest.index) is not None:
+            write_index(metadata, tensors.files, work.directory, same=weights == "keep")
         for file in opened.path.iterdir():
             if file.is_file() and file.name not in (native.MANIFEST, checkpoint_files.CONFIG):
                 shutil.copyfile(file, work.directory / file.name)
-        _write_config(opened, work.directory)
+        write_config(opened.path, work.directory, weights)
         work.finish()
 
 
@@ -87,17 +89,9 @@ class _Tensors:
     def _declared(self, theirs: str, source: TensorInfo) -> TensorInfo | None:
         """How a tensor is exported; None: it is not, being the scales of what is now dense."""
         name, weights = self._ours[theirs], self._native.manifest.weights
-        if weights == "keep" or name in self._extras:
+        if name in self._extras:
             return TensorInfo(source.dtype, source.shape)
-        if hf_names.FUSED.match(name):
-            return TensorInfo(_NAMED[weights], source.shape)
-        if name not in self._slots:
-            return None
-        spec = self._slots[name].spec
-        if spec.stored == "i64":
-            return TensorInfo(source.dtype, source.shape)
-        dtype = "F32" if spec.stored == "f32" else _NAMED[weights]
-        return TensorInfo(dtype, spec.shape[spec.stack_dims :])
+        return stored_as(name, source, self._slots, weights)
 
     def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
         """A tensor's values, as declared."""
@@ -125,49 +119,97 @@ class _Tensors:
         return out
 
 
-def _write_shards(tensors: _Tensors, work: unfinished.Work, progress: Progress | None) -> None:
-    sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in tensors.files.items()}
+def stored_as(
+    name: str, source: TensorInfo, slots: Mapping[str, native.Slot], weights: native.Weights
+) -> TensorInfo | None:
+    """How a tensor of the model is written; None: it is not, being the scales of what is now dense.
+
+    Args:
+      name: its release name.
+      source: what it was.
+      slots: the weights' tensors.
+      weights: 'keep', or the dtype of all that need not be float32.
+    """
+    if weights == "keep":
+        return TensorInfo(source.dtype, source.shape)
+    if hf_names.FUSED.match(name):
+        return TensorInfo(_NAMED[weights], source.shape)
+    if name not in slots:
+        return None
+    spec = slots[name].spec
+    if spec.stored == "i64":
+        return TensorInfo(source.dtype, source.shape)
+    dtype = "F32" if spec.stored == "f32" else _NAMED[weights]
+    return TensorInfo(dtype, spec.shape[spec.stack_dims :])
+
+
+def write_shards(
+    files: Mapping[str, Mapping[str, TensorInfo]],
+    read: Callable[[str, TensorInfo], np.ndarray],
+    work: unfinished.Work,
+    progress: Progress | None,
+    *,
+    what: str,
+    written: Callable[[str], None] = lambda file: None,
+) -> None:
+    """Write each file that is not done yet, one tensor at a time.
+
+    Args:
+      files: each file's tensors in order.
+      read: called once for each tensor, in order.
+      work: where, and what is done.
+      progress: told bytes done, and bytes in all.
+      what: is being done, for `progress`.
+      written: called with each file before it counts as done.
+    """
+    sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in files.items()}
     total = sum(sizes.values())
     done = sum(size for file, size in sizes.items() if file in work.done)
     require_space(work.directory, total - done)
+    for file, infos in files.items():
+        if file in work.done:
+            continue
 
-    def read(theirs: str) -> np.ndarray:
-        nonlocal done
-        info = infos[theirs]
-        done += info.nbytes
-        if progress is not None:
-            progress("exporting", done, total)
-        return tensors.read(theirs, info)
+        def read_one(theirs: str, infos: Mapping[str, TensorInfo] = infos) -> np.ndarray:
+            nonlocal done
+            done += infos[theirs].nbytes
+            if progress is not None:
+                progress(what, done, total)
+            return read(theirs, infos[theirs])
 
-    for file, infos in tensors.files.items():
-        if file not in work.done:
-            path = work.directory / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, infos, read, metadata={"format": "pt"})
-            work.add(file)
+        path = work.directory / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, infos, read_one, metadata={"format": "pt"})
+        written(file)
+        work.add(file)
 
 
-def _write_index(opened: Native, files: dict[str, dict[str, TensorInfo]], directory: Path) -> None:
-    metadata = opened.manifest.index
-    if metadata is None:
-        return
-    if opened.manifest.weights != "keep":
-        total = sum(info.nbytes for infos in files.values() for info in infos.values())
-        metadata = metadata | {"total_size": total}
+def write_index(
+    metadata: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, TensorInfo]],
+    directory: Path,
+    *,
+    same: bool,
+) -> None:
+    """Write the index; `same`: sizes have not changed since `metadata` was written."""
+    total = sum(info.nbytes for infos in files.values() for info in infos.values())
     weight_map = {theirs: file for file, infos in files.items() for theirs in infos}
     zarr_arrays.write_json(
         directory / checkpoint_files.INDEX,
-        {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
+        {
+            "metadata": {**metadata} if same else {**metadata, "total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        },
     )
 
 
-def _write_config(opened: Native, directory: Path) -> None:
-    source = opened.path / checkpoint_files.CONFIG
-    weights = opened.manifest.weights
+def write_config(source: Path, directory: Path, weights: native.Weights) -> None:
+    """Copy a directory's configuration; where weights become dense, it says so."""
+    file = source / checkpoint_files.CONFIG
     if weights == "keep":
-        shutil.copyfile(source, directory / checkpoint_files.CONFIG)
+        shutil.copyfile(file, directory / checkpoint_files.CONFIG)
         return
-    config = checkpoint_files.read_json(source)
+    config = checkpoint_files.read_json(file)
     config = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
     config |= {key: weights for key in ("dtype", "torch_dtype") if key in config}
     zarr_arrays.write_json(directory / checkpoint_files.CONFIG, config)

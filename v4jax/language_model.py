@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens, V vocabulary.
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ class LanguageModel:
     @property
     def config(self) -> ModelConfig:
         return self.engine.cfg
+
+    def with_adapter(self, path: str | Path | None) -> "LanguageModel":
+        """The same model with another adapter; the base's arrays are shared.
+
+        Args:
+          path: the directory of a PEFT adapter or of a training run; None: no adapter.
+
+        Raises:
+          CheckpointError: it is neither, is damaged, is of another model, or has no adapter.
+        """
+        # The loader imports this module.
+        from v4jax import open_model
+
+        return open_model.with_adapter(self, path)
 
     def logits(self, tokens: Any) -> Float32[np.ndarray, "B T V"]:
         """Logits at every position.

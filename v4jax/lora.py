@@ -22,12 +22,13 @@ from v4jax.params import ParamSpec
 Preset = Literal["attn", "attn+shared", "experts", "all"]
 _ATTENTION = ("attention.q_a_RD", "attention.q_b_PR", "attention.kv_KD", "attention.o_b_DQ")
 _SHARED = ("shared.gate_FD", "shared.up_FD", "shared.down_DF")
-_EXPERTS = ("gate_EFD", "up_EFD", "down_EDF")
-_FIELDS: dict[str, tuple[str, ...]] = {
+EXPERTS = ("gate_EFD", "up_EFD", "down_EDF")
+# The fields that each set of targets stands for.
+FIELDS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+shared": _ATTENTION + _SHARED,
-    "experts": _EXPERTS,
-    "all": _ATTENTION + _SHARED + _EXPERTS,
+    "experts": EXPERTS,
+    "all": _ATTENTION + _SHARED + EXPERTS,
 }
 
 Adapter = dict[str, dict[str, Any]]  # of a weight's dotted name: its factors "a" and "b"
@@ -65,7 +66,7 @@ class Lora:
                 raise ValueError(f"{name} is {value}; it is at least 1.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it is from 0 to below 1.")
-        if self.dropout and self.targets in ("experts", "all"):
+        if self.dropout and has_experts(self):
             raise ValueError(f"dropout must be 0 with targets {self.targets!r}.")
 
     def rank_of(self, name: str) -> int:
@@ -78,13 +79,18 @@ class Lora:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
+def has_experts(lora: Lora) -> bool:
+    """Whether routed experts are among the targets."""
+    return lora.targets in ("experts", "all")
+
+
 def _is_expert(name: str) -> bool:
     return ".experts." in name
 
 
 def targets(declared: Any, lora: Lora) -> dict[str, ParamSpec]:
     """The weights that get an update, by name."""
-    fields = tuple(f".{field}" for field in _FIELDS[lora.targets])
+    fields = tuple(f".{field}" for field in FIELDS[lora.targets])
     return {
         name: spec
         for name, spec in params.leaves(declared)

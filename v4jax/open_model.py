@@ -1,5 +1,7 @@
 """`v4jax.load`: any kind of checkpoint to a model that is ready to run."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from v4jax import hub, huggingface, native, numerics
+from v4jax import hub, huggingface, native, numerics, updates
+from v4jax.config import ModelConfig
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.safetensors_file import CheckpointError
@@ -22,6 +25,7 @@ def load(
     numerics_name: numerics.Name,
     *,
     keep: bool,
+    adapter: str | Path | None,
     mesh: Mesh | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> LanguageModel:
@@ -30,6 +34,8 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     rounding = numerics.get(numerics_name)
     directory = hub.resolve(path)
+    # Loading takes minutes: what is wrong with an adapter is told before.
+    update = None if adapter is None else _read_update(adapter, updates.open_config(directory))
     read: Any = native.load if native.is_native(directory) else huggingface.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
     text = tokenizer(directory)
@@ -38,7 +44,29 @@ def load(
             f"{directory / 'tokenizer.json'}: {text.vocab_size} tokens, but the model's vocabulary "
             f"has {cfg.vocab_size}. Take the tokenizer of this checkpoint."
         )
+    if update is not None:
+        model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), text)
+
+
+def with_adapter(model: LanguageModel, adapter: str | Path | None) -> LanguageModel:
+    """See `LanguageModel.with_adapter`."""
+    engine = model.engine
+    if adapter is None:
+        changed = updates.detach(engine.model, engine.cfg)
+    else:
+        update = _read_update(adapter, engine.cfg)
+        if isinstance(update, updates.Replaced):
+            raise CheckpointError(
+                f"{adapter}: trained the weights themselves, so there is no base to share; give it "
+                "to 'v4jax.load'."
+            )
+        changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)
+    return LanguageModel(dataclasses.replace(engine, model=changed), model.tokenizer)
+
+
+def _read_update(adapter: str | Path, cfg: ModelConfig) -> updates.Update:
+    return updates.read(Path(os.path.expanduser(adapter)), cfg)
 
 
 def tokenizer(directory: Path) -> Tokenizer | None:

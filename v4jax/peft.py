@@ -1,49 +1,38 @@
 """Adapters in the layout of Hugging Face's PEFT, with transformers' names of modules.
 
 transformers holds the experts' gate and up as one parameter, and PEFT gives it one pair of factors:
-ours for gate and up stand in it side by side, so its rank is twice ours.
+ours for gate and up stand in it side by side, so its rank is twice ours. `peft_config.py` has what
+their file of settings says.
 
 Axis letters: L layers of a stack, E experts, r rank, N output channels, K input channels.
 """
 
-import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from v4jax import lora, params, unfinished
+from v4jax import checkpoint_files, lora, peft_config, unfinished
 from v4jax.config import ModelConfig
 from v4jax.lora import Adapter, Lora, Preset
-from v4jax.model import Model
+from v4jax.peft_config import DOWN, EXPERTS, GATE_UP, MODULES
 from v4jax.plan import segments
 from v4jax.safetensors_file import (
     CheckpointError,
+    SafetensorsFile,
     TensorInfo,
     open_safetensors,
-    parse_json,
     write_safetensors,
 )
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers."
-_MODULES = {
-    "attention.q_a_RD": "self_attn.q_a_proj",
-    "attention.q_b_PR": "self_attn.q_b_proj",
-    "attention.kv_KD": "self_attn.kv_proj",
-    "attention.o_b_DQ": "self_attn.o_b_proj",
-    "shared.gate_FD": "mlp.shared_experts.gate_proj",
-    "shared.up_FD": "mlp.shared_experts.up_proj",
-    "shared.down_DF": "mlp.shared_experts.down_proj",
-}
-_EXPERTS = "mlp.experts"
-_GATE_UP, _DOWN = f"{_EXPERTS}.gate_up_proj", f"{_EXPERTS}.down_proj"
-# PEFT wraps a module once for each of its parameters: the first one is inside.
-_WRAPPED = {_GATE_UP: f"{_EXPERTS}.base_layer", _DOWN: _EXPERTS}
+# The second `model.` is missing where PEFT wrapped transformers' model without its head.
+_NAME = re.compile(r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(.+)\.(lora_[AB])\.weight")
+_FLOATS = ("F32", "BF16", "F16")
 
 
 class Pair(NamedTuple):
@@ -51,6 +40,33 @@ class Pair(NamedTuple):
 
     a: np.ndarray
     b: np.ndarray
+
+
+class _Layer(NamedTuple):
+    """Where a layer lies: its parts of a leaf's name, and its place in the stack."""
+
+    blocks: str
+    experts: str
+    repeat: int
+
+    def leaf(self, field: str) -> str:
+        return f"{self.experts if field in lora.EXPERTS else self.blocks}.{field}"
+
+
+def _layers(cfg: ModelConfig) -> dict[int, _Layer]:
+    found = {}
+    for number, part in enumerate(segments(cfg.layers)):
+        for position in range(len(part.pattern)):
+            names = (f"stacks.{number}.{kind}.{position}" for kind in ("blocks", "experts"))
+            blocks, experts = names
+            for repeat in range(part.repeats):
+                found[part.layer_index(position, repeat)] = _Layer(blocks, experts, repeat)
+    return dict(sorted(found.items()))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether this is the directory of a PEFT adapter."""
+    return (path / CONFIG).is_file()
 
 
 def export(
@@ -66,115 +82,79 @@ def export(
       base: the model's name, for whoever loads the adapter.
 
     Raises:
-      ValueError: the directory exists.
+      CheckpointError: the directory exists.
     """
-    unfinished.refuse_existing(directory)
-    tensors = dict(_tensors(cfg, settings, adapter))
-    infos = {name: TensorInfo("F32", array.shape) for name, array in tensors.items()}
-    with unfinished.begin(directory, "export-adapter", json.dumps(sorted(tensors))) as work:
-        path = work.directory / TENSORS
-        write_safetensors(path, infos, tensors.__getitem__, metadata={"format": "pt"})
-        text = json.dumps(config(settings, base), indent=2)
+    directory = directory.absolute()
+    layers = _layers(cfg)
+    names = {
+        f"{_PREFIX}{number}.{wrapped}.lora_{part}.weight": (layer, module, part)
+        for number, layer in layers.items()
+        for module, wrapped in _wrapped(settings).items()
+        for part in "AB"
+    }
+
+    def read(name: str) -> np.ndarray:
+        layer, module, part = names[name]
+        pair = _pair(adapter, layer, module)
+        a, b = _flat(pair) if module.startswith(EXPERTS) else pair
+        return np.ascontiguousarray(a if part == "A" else b)
+
+    infos = {name: TensorInfo("F32", read(name).shape) for name in names}
+    with unfinished.begin(directory, "export-adapter", "") as work:
+        write_safetensors(work.directory / TENSORS, infos, read, metadata={"format": "pt"})
+        text = json.dumps(peft_config.make(settings, base), indent=2)
         (work.directory / CONFIG).write_text(text + "\n", encoding="utf-8")
         work.finish()
 
 
-def config(settings: Lora, base: str) -> dict[str, Any]:
-    """What adapter_config.json says."""
-    fields = {name.rsplit(".", 1)[-1] for name in lora.fields(settings.targets)}
-    modules = [m for field, m in _MODULES.items() if field.rsplit(".", 1)[-1] in fields]
-    experts = "gate_EFD" in fields
-    found: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or None,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rank_stabilized,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": modules,
-    }
-    if experts:
-        rank = settings.expert_rank or settings.rank
-        ranks = {_GATE_UP: 2 * rank, _DOWN: rank}
-        # PEFT divides by the rank, of which ours is a part.
-        share = 2**0.5 if settings.rank_stabilized else 2
-        alphas = {_GATE_UP: settings.alpha * share, _DOWN: settings.alpha}
-        found |= {
-            "target_parameters": [_GATE_UP, _DOWN],
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-        }
-    return found
+def _wrapped(settings: Lora) -> dict[str, str]:
+    """The modules that an adapter changes, and where PEFT has their factors."""
+    modules = {module: module for module in peft_config.modules(settings)}
+    # PEFT wraps a module once for each of its parameters: the first one is inside.
+    inside = {GATE_UP: f"{EXPERTS}.base_layer", DOWN: EXPERTS}
+    return modules | (inside if lora.has_experts(settings) else {})
 
 
-def _layers(cfg: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Of each layer: its stack's and block's part of a leaf's name, its place, its number."""
-    for number, part in enumerate(segments(cfg.layers)):
-        for position in range(len(part.pattern)):
-            for repeat in range(part.repeats):
-                where = f"stacks.{number}.{{}}.{position}"
-                yield where, repeat, part.layer_index(position, repeat)
+def _pair(adapter: Adapter, layer: _Layer, module: str) -> Pair:
+    def of(field: str) -> Pair:
+        factors = adapter[layer.leaf(field)]
+        return Pair(*(np.asarray(factors[part][layer.repeat], np.float32) for part in "ab"))
 
-
-def _tensors(
-    cfg: ModelConfig, settings: Lora, adapter: Adapter
-) -> Iterator[tuple[str, np.ndarray]]:
-    for where, repeat, layer in _layers(cfg):
-        for module, pair in _modules(where, repeat, adapter):
-            name = f"{_PREFIX}{layer}.{_WRAPPED.get(module, module)}"
-            a, b = pair
-            if module in _WRAPPED:
-                # [E, r, K] to [E * r, K], and [E, N, r] to [N, r * E].
-                a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-            yield f"{name}.lora_A.weight", np.ascontiguousarray(a)
-            yield f"{name}.lora_B.weight", np.ascontiguousarray(b)
-
-
-def _modules(where: str, repeat: int, adapter: Adapter) -> Iterator[tuple[str, Pair]]:
-    """The modules of one layer that the adapter changes."""
-
-    def pair(leaf: str) -> Pair | None:
-        factors = adapter.get(leaf)
-        if factors is None:
-            return None
-        return Pair(*(np.asarray(factors[part][repeat], np.float32) for part in "ab"))
-
-    for field, module in _MODULES.items():
-        if (found := pair(f"{where.format('blocks')}.{field}")) is not None:
-            yield module, found
-    experts = where.format("experts")
-    gate, up, down = (pair(f"{experts}.{f}") for f in ("gate_EFD", "up_EFD", "down_EDF"))
-    if gate is not None and up is not None and down is not None:
-        yield _GATE_UP, _side_by_side(gate, up)
-        yield _DOWN, down
+    if module == GATE_UP:
+        return _side_by_side(of("gate_EFD"), of("up_EFD"))
+    return of("down_EDF") if module == DOWN else of(MODULES[module])
 
 
 def _side_by_side(gate: Pair, up: Pair) -> Pair:
     """One pair for both matrices, one above the other: each has its own part of the rank."""
-    nothing = np.zeros_like
-    b = np.block([[gate.b, nothing(up.b)], [nothing(gate.b), up.b]])
-    return Pair(np.concatenate([gate.a, up.a], axis=1), b)
+    none = np.zeros_like(gate.b)
+    return Pair(np.concatenate([gate.a, up.a], axis=1), np.block([[gate.b, none], [none, up.b]]))
+
+
+def _flat(pair: Pair) -> Pair:
+    """Of experts: [E, r, K] to [E * r, K], and [E, N, r] to [N, r * E]."""
+    a, b = pair
+    return Pair(a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1))
 
 
 def load(directory: Path, cfg: ModelConfig) -> tuple[Lora, Adapter]:
     """Read an adapter that PEFT or `export` wrote.
 
     Modules that it leaves as they are get factors of zeros. Where its modules differ in rank or
-    scale, ranks are filled up with zeros and `b` takes the scales.
+    scale, ranks are filled up with zeros and `b` takes what the scale lacks.
 
     Args:
       directory: of the adapter.
       cfg: of the model that it is for.
 
+    Returns:
+      Settings, and factors as NumPy arrays in float32.
+
     Raises:
-      CheckpointError: it is not an adapter, changes what ours cannot, or is not of this model.
+      CheckpointError: it is damaged, changes what adapters here cannot, or is of another model.
     """
-    pairs = _read(directory, cfg)
-    settings = _settings(pairs)
+    told, pairs = _read(directory, cfg)
+    settings = _settings(told, pairs)
     adapter: Adapter = {}
     for name, factors in lora.declare(cfg, settings).items():
         a, b = (np.zeros(factors[part].shape, np.float32) for part in "ab")
@@ -183,50 +163,136 @@ def load(directory: Path, cfg: ModelConfig) -> tuple[Lora, Adapter]:
                 pair, scale = pairs[name, repeat]
                 rank, share = pair.a.shape[-2], np.float32(scale / settings.scale_of(name))
                 a[repeat, ..., :rank, :], b[repeat, ..., :rank] = pair.a, pair.b * share
-        adapter[name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+        adapter[name] = {"a": a, "b": b}
     return settings, adapter
 
 
-def _settings(pairs: _Pairs) -> Lora:
+# Of a leaf and its place in the stack: the pair, and what the pair's product is multiplied by.
+_Pairs = dict[tuple[str, int], tuple[Pair, float]]
+
+
+def _settings(told: peft_config.Told, pairs: _Pairs) -> Lora:
     """The least settings that hold all pairs."""
     ranks = {True: 0, False: 0}
     for (name, _), (pair, _) in pairs.items():
         expert = ".experts." in name
         ranks[expert] = max(ranks[expert], pair.a.shape[-2])
-    targets: Preset = "all" if all(ranks.values()) else "experts" if ranks[True] else "attn"
-    if targets == "attn" and any(".shared." in name for name, _ in pairs):
-        targets = "attn+shared"
-    rank = ranks[False] or ranks[True]
-    expert_rank = ranks[True] if ranks[True] not in (0, rank) else None
-    scales = {scale for _, scale in pairs.values()}
-    # One alpha serves all where rank and scale are the same everywhere.
-    alpha = rank * scales.pop() if len(scales) == 1 and expert_rank is None else float(rank)
-    return Lora(targets=targets, rank=rank, alpha=alpha, expert_rank=expert_rank)
+    shared = any(".shared." in name for name, _ in pairs)
+    targets: Preset = "attn+shared" if shared else "attn"
+    if ranks[True]:
+        targets = "all" if ranks[False] else "experts"
+    rank = ranks[False] or told.rank
+    return Lora(
+        targets=targets,
+        rank=rank,
+        alpha=told.alpha,
+        expert_rank=ranks[True] if ranks[True] not in (0, rank) else None,
+        dropout=0.0 if ranks[True] else told.dropout,
+        rank_stabilized=told.rank_stabilized,
+    )
 
 
-def _read(directory: Path, cfg: ModelConfig) -> _Pairs:
-    """Each leaf's and layer's pair of factors, and what their product is multiplied by."""
-    path = directory / CONFIG
-    if not path.is_file() or not (directory / TENSORS).is_file():
+def _read(directory: Path, cfg: ModelConfig) -> tuple[peft_config.Told, _Pairs]:
+    if not is_adapter(directory) or not (directory / TENSORS).is_file():
         raise CheckpointError(f"{directory}: is not an adapter: expected {CONFIG} and {TENSORS}.")
-    found = parse_json(path.read_bytes(), path)
-    for name in ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication"):
-        if found.get(name):
-            raise CheckpointError(f"{path}: has {name}, which no adapter here can have.")
-    if found.get("peft_type") != "LORA" or found.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: is not a LoRA adapter without biases.")
-    leaves = {layer: (where, repeat) for where, repeat, layer in _layers(cfg)}
-    with open_safetensors(directory / TENSORS) as file:
-        tensors = {name: np.asarray(file.read(name), np.float32) for name in file.names}
+    where = directory / CONFIG
+    told = peft_config.read(checkpoint_files.read_json(where), where)
+    layers = _layers(cfg)
     pairs: _Pairs = {}
-    for name in sorted(n for n in tensors if n.endswith(".lora_A.weight")):
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(\d+)\.(.+)\.lora_A\.weight", name)
-        module = _UNWRAPPED.get(match[2], match[2]) if match else ""
-        if match is None or int(match[1]) not in leaves or module not in _KNOWN:
-            raise CheckpointError(f"{directory / TENSORS}: '{name}' is no module of this model.")
-        pair = Pair(tensors[name], tensors[name.replace("lora_A", "lora_B")])
-        scale = _scale(found, module)
-        where, repeat = leaves[int(match[1])]
-        for leaf, part in _parts(module, pair, cfg):
-            pairs[where.format(leaf.split(".")[0].replace("attention", "blocks")), repeat] = part, scale
-    return pairs
+    with open_safetensors(directory / TENSORS) as file:
+        for (number, module), (a, b) in _modules(file, told, layers).items():
+            for field, pair in _parts(module, Pair(_values(file, a), _values(file, b)), file, cfg):
+                layer = layers[number]
+                pairs[layer.leaf(field), layer.repeat] = pair, told.scale(number, module)
+        _check(file.path, cfg, pairs)
+    if not pairs:
+        raise CheckpointError(f"{file.path}: holds no factors. The adapter is damaged.")
+    return told, pairs
+
+
+def _modules(
+    file: SafetensorsFile, told: peft_config.Told, layers: dict[int, _Layer]
+) -> dict[tuple[int, str], tuple[str, str]]:
+    """Of each layer and module that is changed, the names of its factors."""
+    names: dict[tuple[int, str], dict[str, str]] = {}
+    for name in file.names:
+        match = _NAME.fullmatch(name)
+        number, inside = (int(match[1]), match[2]) if match else (-1, "")
+        module = told.wrapped(number).get(inside, inside)
+        known = module in MODULES or module in (GATE_UP, DOWN)
+        if match is None or not known:
+            raise CheckpointError(
+                f"{file.path}: changes '{name}', which adapters here leave as it is. Merge it with "
+                "PEFT into the model instead."
+            )
+        if number not in layers:
+            raise CheckpointError(
+                f"{file.path}: is of another model: it has '{name}', and this model "
+                f"{len(layers)} layers."
+            )
+        names.setdefault((number, module), {})[match[3]] = name
+    for parts in names.values():
+        if len(parts) < 2:
+            raise CheckpointError(
+                f"{file.path}: has '{next(iter(parts.values()))}' without its other factor. The "
+                "adapter is damaged."
+            )
+    return {key: (parts["lora_A"], parts["lora_B"]) for key, parts in names.items()}
+
+
+def _values(file: SafetensorsFile, name: str) -> np.ndarray:
+    info = file.info(name)
+    if info.dtype not in _FLOATS or len(info.shape) != 2:
+        raise CheckpointError(
+            f"{file.path}: '{name}' is {info.dtype} {list(info.shape)}; a factor is a matrix in "
+            f"one of {', '.join(_FLOATS)}."
+        )
+    values = file.read(name).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"{file.path}: '{name}' has values that are no finite numbers. The adapter is damaged."
+        )
+    return values
+
+
+def _parts(
+    module: str, pair: Pair, file: SafetensorsFile, cfg: ModelConfig
+) -> Iterator[tuple[str, Pair]]:
+    """The fields of our model that a module is, and their factors."""
+    (wide, _), (_, rank) = pair.a.shape, pair.b.shape
+    experts = cfg.n_routed_experts if module in (GATE_UP, DOWN) else 1
+    if wide != rank or not wide or wide % experts:
+        raise CheckpointError(
+            f"{file.path}: the factors of {module} have ranks {wide} and {rank}; they must be "
+            f"alike and a multiple of the {experts} matrices of this model."
+        )
+    if module in MODULES:
+        yield MODULES[module], pair
+        return
+    a = pair.a.reshape(experts, -1, pair.a.shape[-1])
+    b = pair.b.reshape(len(pair.b), -1, experts).transpose(2, 0, 1)
+    if module == DOWN:
+        yield "down_EDF", Pair(a, b)
+        return
+    gate, up = np.split(b, 2, axis=1) if len(pair.b) % 2 == 0 else (b, b)
+    half = a.shape[1] // 2
+    if a.shape[1] % 2 == 0 and not gate[..., half:].any() and not up[..., :half].any():
+        yield "gate_EFD", Pair(a[:, :half], gate[..., :half])
+        yield "up_EFD", Pair(a[:, half:], up[..., half:])
+        return
+    yield "gate_EFD", Pair(a, gate)
+    yield "up_EFD", Pair(a, up)
+
+
+def _check(path: Path, cfg: ModelConfig, pairs: _Pairs) -> None:
+    """Refuse factors whose channels are not those of the model's matrices."""
+    declared = lora.declare(cfg, Lora("all", rank=1))
+    for (name, _), (pair, _) in pairs.items():
+        specs = declared[name]
+        wanted = (specs["b"].shape[-2], specs["a"].shape[-1])
+        found = (pair.b.shape[-2], pair.a.shape[-1])
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: is of another model: it changes '{name}' by a matrix of {list(found)}; "
+                f"here it is {list(wanted)}."
+            )

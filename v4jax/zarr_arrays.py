@@ -52,8 +52,19 @@ def chunk_shape(shape: tuple[int, ...], stack_dims: int, itemsize: int) -> tuple
 class Arrays:
     """The arrays in a folder, by name."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, *, database: bool = False, zarr3: bool = False, remedy: str = DAMAGED
+    ) -> None:
+        """Open a folder.
+
+        Args:
+          folder: to read or write in.
+          database: all arrays are in one OCDBT database, as Orbax itself writes them.
+          zarr3: they are of zarr's third version.
+          remedy: what to do where an array cannot be read, the end of an error's message.
+        """
+        self._folder, self._database, self._remedy = folder, database, remedy
+        self._driver = "zarr3" if zarr3 else "zarr"
         # Without a cache: every chunk is read, and written, once.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._open: dict[str, Any] = {}
@@ -62,14 +73,14 @@ class Arrays:
         """An array, opened for reading; see `read`."""
         if name not in self._open:
             spec = {**self._spec(name), "fill_missing_data_reads": False}
-            with explained(self._folder / name, DAMAGED):
+            with explained(self._folder / name, self._remedy):
                 self._open[name] = ts.open(spec, read=True, context=self._context).result()
         return self._open[name]
 
     def read(self, name: str, index: tuple[Any, ...]) -> np.ndarray:
         """A part of an array."""
         store = self[name]
-        with explained(self._folder / name, DAMAGED):
+        with explained(self._folder / name, self._remedy):
             return store[index].read().result()
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, stack_dims: int) -> Any:
@@ -88,7 +99,11 @@ class Arrays:
             return ts.open(spec, open=True, create=True, context=self._context).result()
 
     def _spec(self, name: str) -> dict[str, Any]:
-        return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{self._folder / name}/"}}
+        store = {"driver": "file", "path": f"{self._folder / name}/"}
+        if self._database:
+            base = {"driver": "file", "path": f"{self._folder}/"}
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        return {"driver": self._driver, "kvstore": store}
 
     def write_metadata(self, names: Sequence[str]) -> None:
         """What Orbax keeps beside the arrays, which by itself restores them as NumPy arrays."""

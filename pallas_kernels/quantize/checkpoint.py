@@ -96,11 +96,23 @@ def encode_fp8_blocks(
 
     Values that already are E4M3 times such a scale come back unchanged.
     """
+    scale = fp8_scales(w)
+    return fp8_codes(w, scale), scale
+
+
+def fp8_scales(w: Float32[np.ndarray, "N K"]) -> Shaped[np.ndarray, "n k"]:
+    """The scales that `encode_fp8_blocks` chooses."""
     amax = np.maximum.reduceat(np.abs(w), np.arange(0, w.shape[0], FP8_BLOCK), axis=0)
     amax = np.maximum.reduceat(amax, np.arange(0, w.shape[1], FP8_BLOCK), axis=1)
-    scale = _power_of_two_scale(amax, 448.0)
+    return _power_of_two_scale(amax, 448.0)
+
+
+def fp8_codes(
+    w: Float32[np.ndarray, "N K"], scale: Shaped[np.ndarray, "n k"]
+) -> Shaped[np.ndarray, "N K"]:
+    """A matrix in the checkpoint's FP8 with given scales; what they do not reach is cut off."""
     scaled = w / _spread(scale.astype(np.float32), w.shape)
-    return np.clip(scaled, -448, 448).astype(E4M3), scale
+    return np.clip(scaled, -448, 448).astype(E4M3)
 
 
 def encode_fp4_blocks(
@@ -113,14 +125,25 @@ def encode_fp4_blocks(
     Raises:
       ValueError: K is not a multiple of 32.
     """
+    scale = fp4_scales(w)
+    return fp4_codes(w, scale), scale
+
+
+def fp4_scales(w: Float32[np.ndarray, "N K"]) -> Shaped[np.ndarray, "N k"]:
+    """The scales that `encode_fp4_blocks` chooses; it says what is refused."""
     rows, columns = w.shape
     if columns % FP4_BLOCK:
         raise ValueError(f"FP4 needs rows of whole blocks of {FP4_BLOCK}; these have {columns}.")
-    blocks = w.reshape(rows, -1, FP4_BLOCK)
-    scale = _power_of_two_scale(np.abs(blocks).max(axis=-1), 6.0)
-    scaled = np.clip(blocks / scale.astype(np.float32)[..., None], -6, 6)
-    code = scaled.astype(E2M1).view(np.uint8).reshape(rows, -1, 2) & 15
-    return (code[..., 0] | code[..., 1] << 4).view(np.int8), scale
+    return _power_of_two_scale(np.abs(w.reshape(rows, -1, FP4_BLOCK)).max(axis=-1), 6.0)
+
+
+def fp4_codes(
+    w: Float32[np.ndarray, "N K"], scale: Shaped[np.ndarray, "N k"]
+) -> Int8[np.ndarray, "N J"]:
+    """A matrix in the checkpoint's FP4 with given scales; what they do not reach is cut off."""
+    blocks = w.reshape(len(w), -1, FP4_BLOCK) / scale.astype(np.float32)[..., None]
+    code = np.clip(blocks, -6, 6).astype(E2M1).view(np.uint8).reshape(len(w), -1, 2) & 15
+    return (code[..., 0] | code[..., 1] << 4).view(np.int8)
 
 
 def _spread(

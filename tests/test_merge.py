@@ -1,0 +1,469 @@
+"""Merging: the change is in the weights, all else is as it was, and what rounding takes is told."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft import PeftModel
+from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+import v4jax
+from pallas_kernels import quantize
+from tests import checkpoints, hf_models, models, training_runs
+from v4jax import cache as caches
+from v4jax import (
+    export,
+    hf_names,
+    huggingface,
+    merge,
+    native,
+    params,
+    peft,
+    requantise,
+    steps,
+)
+from v4jax.__main__ import main
+from v4jax.checkpoint_files import Checkpoint
+from v4jax.config import ModelConfig
+from v4jax.lora import Lora
+from v4jax.model import Model
+from v4jax.numerics import HF
+from v4jax.safetensors_file import CheckpointError
+from v4jax_train.trainable import Full
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+Capsys = pytest.CaptureFixture[str]
+
+
+def small(**changes: Any) -> ModelConfig:
+    """Small, quantised, with MTP; all experts and entries are chosen, so that nothing jumps."""
+    formats = {"quantized": True, "expert_dtype": "fp4", "num_nextn_predict_layers": 1}
+    chosen = {"num_experts_per_tok": 8, "index_topk": 64}
+    return models.config(models.SLIDING, models.CSA, **(formats | chosen | changes))
+
+
+CFG = small()
+ALL = Lora("all", rank=4, expert_rank=2)
+TOKENS_BT = np.random.default_rng(0).integers(0, 96, (2, 40))
+
+
+def write_release(directory: Path, cfg: ModelConfig, **options: Any) -> Path:
+    checkpoints.write_release(directory, cfg, 1, **options)
+    (directory / "tokenizer.json").write_text('{"a": 1}')
+    (directory / "LICENSE").write_text("as you like")
+    (directory / "encoding").mkdir()
+    (directory / "encoding" / "encode.py").write_text("pass\n")
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "lock").write_text("")
+    (directory / "pytorch_model.bin").write_text("")
+    return directory
+
+
+def write_adapter(directory: Path, cfg: ModelConfig, settings: Lora, **options: Any) -> Path:
+    peft.export(directory, cfg, settings, training_runs.learned(cfg, settings, **options))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release") / "release", CFG, shards=3)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "adapter", CFG, ALL)
+
+
+def values(directory: Path) -> dict[str, tuple[str, np.ndarray]]:
+    with Checkpoint.open(directory) as files:
+        return {name: (files.info(name).dtype, files.read(name).copy()) for name in files.names}
+
+
+def differing(before: Path, after: Path) -> set[str]:
+    """Tensors that have changed; their names, files, dtypes and shapes may not."""
+    old, new = values(before), values(after)
+    assert list(old) == list(new)
+    for name, (dtype, value) in old.items():
+        assert new[name][0] == dtype
+        assert new[name][1].shape == value.shape
+    return {name for name in old if old[name][1].tobytes() != new[name][1].tobytes()}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    found = (file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in found}
+
+
+def weights(directory: Path) -> tuple[Model, ModelConfig]:
+    return huggingface.load(directory, dtype=jnp.float32, keep=False)
+
+
+def logits(model: Model, cfg: ModelConfig) -> np.ndarray:
+    batch, length = TOKENS_BT.shape
+    cache = caches.make(cfg, batch, length, jnp.float32)
+    count_B = jnp.full(batch, length, jnp.int32)
+    tokens_BT = jnp.asarray(TOKENS_BT, jnp.int32)
+    return np.asarray(steps.logits(model, tokens_BT, cache, count_B, cfg=cfg, numerics=HF)[0])
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def changed_names(cfg: ModelConfig, leaves: Any) -> set[str]:
+    """The release tensors of these leaves, without scales."""
+    return {name for leaf in leaves for name in hf_names.flatten(hf_names.release_names(leaf, cfg))}
+
+
+def test_keep_changes_the_adapters_weights_and_nothing_else(
+    released: Path, adapter: Path, tmp_path: Path
+) -> None:
+    rows = merge.merge(released, adapter, tmp_path / "merged", weights="keep")
+    _, factors = peft.load(adapter, CFG)
+    names = changed_names(CFG, factors)
+    scales = {hf_names.scale_name(name) for name in names}
+    found = differing(released, tmp_path / "merged")
+    assert names <= found <= names | scales
+    before, after = files(released), files(tmp_path / "merged")
+    assert after.keys() == before.keys() - {".cache/lock", "pytorch_model.bin"}
+    for name in after:
+        if not name.endswith(".safetensors"):
+            assert after[name] == before[name]
+    assert {(row.kind, row.stored) for row in rows} == {
+        *((f"attn.{w}", "FP8") for w in ("wq_a", "wq_b", "wkv", "wo_b")),
+        *((f"ffn.shared_experts.{w}", "FP8") for w in ("w1", "w2", "w3")),
+        *((f"ffn.experts.{w}", "FP4") for w in ("w1", "w2", "w3")),
+    }
+    layers = len(CFG.layers)
+    for row in rows:
+        assert row.tensors == layers * (8 if row.stored == "FP4" else 1)
+
+
+@pytest.mark.parametrize("scales", ["F8_E8M0", "F32"])
+def test_keep_is_as_near_to_the_wanted_weights_as_its_format_lets_it(
+    scales: str, tmp_path: Path
+) -> None:
+    cfg = small(expert_dtype="fp8" if scales == "F32" else "fp4")
+    release = write_release(tmp_path / "release", cfg, scales=scales, shards=1)
+    settings = Lora("all", rank=4)
+    directory = write_adapter(tmp_path / "adapter", cfg, settings, size=0.2)
+    rows = merge.merge(release, directory, tmp_path / "merged", weights="keep")
+    base, _ = weights(release)
+    _, factors = peft.load(directory, cfg)
+    wanted = training_runs.folded(cfg, base, settings, factors, jnp.float32)
+    found, old = (dict(params.leaves(weights(d)[0])) for d in (tmp_path / "merged", release))
+    for name, value in params.leaves(wanted):
+        if name not in factors:
+            np.testing.assert_array_equal(found[name], old[name])
+            continue
+        # Half a step of E4M3 is 1/16 of a value, of E2M1 at most 1 of 6 of a block's largest.
+        fp4 = ".experts." in name and cfg.expert_dtype == "fp4"
+        error = np.linalg.norm(found[name] - value) / np.linalg.norm(value)
+        assert error < (0.2 if fp4 else 0.04)
+    # The update is as large as the weights here.
+    for row in rows:
+        assert 0.95 < row.gain < 1.05
+        assert row.cosine > 0.95
+
+
+def test_bfloat16_gives_the_logits_of_the_folded_weights(
+    released: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    rows = merge.merge(released, adapter, merged, weights="bfloat16")
+    config = json.loads((merged / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert not {"quantization_config", "expert_dtype"} & config.keys()
+    assert {dtype for dtype, _ in values(merged).values()} == {"BF16", "F32", "I64"}
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for _, v in values(merged).values())
+    base, cfg = weights(released)
+    settings, factors = peft.load(adapter, cfg)
+    expected = logits(training_runs.folded(cfg, base, settings, factors, jnp.bfloat16), cfg)
+    model, read_cfg = weights(merged)
+    assert read_cfg.num_nextn_predict_layers == 1
+    assert distance(logits(model, cfg), expected) <= 1e-5
+    assert all(row.stored == "BF16" and row.gain > 0.99 for row in rows)
+
+
+def test_bfloat16_gives_the_adapters_logits_to_rounding(
+    released: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge.merge(released, adapter, tmp_path / "merged", weights="bfloat16")
+    settings, factors = peft.load(adapter, CFG)
+    base, cfg = weights(released)
+    served = logits(training_runs.folded(cfg, base, settings, factors, jnp.float32), cfg)
+    found = logits(weights(tmp_path / "merged")[0], cfg)
+    assert distance(served, logits(base, cfg)) > 0.2
+    # A weight is rounded by 2^-9 of it at most.
+    assert distance(found, served) < 2**-5
+
+
+# PEFT asks transformers for a property that has another name now, and does not look for patterns
+# among parameters, but finds their ranks all the same.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_what_transformers_saved_is_merged_and_gives_what_peft_does(tmp_path: Path) -> None:
+    theirs = hf_models.make([0, 4], 3, num_hash_layers=1)
+    theirs.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    model = v4jax.load(tmp_path / "model", dtype="float32", numerics="hf")
+    directory = write_adapter(tmp_path / "adapter", model.config, ALL)
+    rows = merge.merge(tmp_path / "model", directory, tmp_path / "merged", weights="keep")
+    assert all(row.gain == pytest.approx(1.0, abs=1e-6) for row in rows)
+    cfg = model.config
+    settings, factors = peft.load(directory, cfg)
+    folded = training_runs.folded(cfg, model.engine.model, settings, factors, jnp.float32)
+    merged, _ = weights(tmp_path / "merged")
+    for name, value in params.leaves(folded):
+        np.testing.assert_allclose(dict(params.leaves(merged))[name], value, atol=1e-6)
+    read = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    served = PeftModel.from_pretrained(theirs, directory)
+    expected = hf_models.logits(served, TOKENS_BT)
+    assert distance(hf_models.logits(read, TOKENS_BT), expected) <= 1e-5
+
+
+def test_dsparks_tensors_keep_their_bytes(tmp_path: Path) -> None:
+    cfg = small(num_nextn_predict_layers=0, dspark=checkpoints.tiny_dspark().dspark)
+    release = write_release(tmp_path / "release", cfg)
+    directory = write_adapter(tmp_path / "adapter", cfg, Lora("attn", rank=2))
+    old = values(release)
+    drafter = [name for name in old if name.startswith("mtp.")]
+    assert drafter
+    for kept in ("keep", "bfloat16"):
+        merge.merge(release, directory, tmp_path / kept, weights=kept)
+        new = values(tmp_path / kept)
+        for name in drafter:
+            assert old[name][0] == new[name][0]
+            assert old[name][1].tobytes() == new[name][1].tobytes()
+
+
+def full_run(directory: Path, released: Path, *, fp4_experts: bool = False) -> Path:
+    """A run that has changed a norm, a matrix of FP8, one expert of FP4 and a router's bias."""
+    leaves = dict(params.leaves(weights(released)[0]))
+    names = ("norm_D", "mtp.0.embed_DD", "stacks.0.experts.0.up_EFD", "head_VD")
+    trained = {name: np.asarray(leaves[name]).copy() for name in names}
+    trained["norm_D"] += 0.5
+    trained["mtp.0.embed_DD"] *= -1
+    trained["stacks.0.experts.0.up_EFD"][0, 3] *= 0.7
+    bias = next(name for name in leaves if name.endswith("router.bias_E"))
+    balanced = {bias: np.asarray(leaves[bias]) - 0.25}
+    what = Full(fp4_experts=fp4_experts)
+    return training_runs.write(directory, released, what, trained, balanced)
+
+
+def test_weights_trained_in_full_take_the_place_of_the_old_ones(
+    released: Path, tmp_path: Path
+) -> None:
+    run = full_run(tmp_path / "run", released)
+    merge.merge(released, run, tmp_path / "merged", weights="keep")
+    biases = [name for name in values(released) if name.endswith("gate.bias")]
+    assert differing(released, tmp_path / "merged") - {"layers.0.ffn.experts.3.w3.scale"} == {
+        *("norm.weight", "mtp.0.e_proj.weight", "layers.0.ffn.experts.3.w3.weight"),
+        biases[0],
+    }
+    merge.merge(released, run, tmp_path / "dense", weights="bfloat16")
+    old, new = (dict(params.leaves(weights(d)[0])) for d in (released, tmp_path / "dense"))
+    np.testing.assert_allclose(new["norm_D"], old["norm_D"] + 0.5, rtol=2**-8)
+    np.testing.assert_array_equal(new["mtp.0.embed_DD"], -old["mtp.0.embed_DD"])
+
+
+def test_experts_trained_as_fp4_lose_nothing_in_fp4(released: Path, tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run", released, fp4_experts=True)
+    rows = merge.merge(released, run, tmp_path / "merged", weights="keep")
+    [row] = [row for row in rows if row.stored == "FP4"]
+    assert row.tensors == 1
+    assert row.gain == pytest.approx(1.0, abs=1e-6)
+    assert row.cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_interrupted_merge_goes_on_and_ends_the_same(
+    released: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = merge.merge(released, adapter, tmp_path / "whole", weights="keep")
+    write, written = export.write_safetensors, []
+
+    def interrupted(path: Path, *args: Any, **kwargs: Any) -> None:
+        if len(written) == 2:
+            written.append("interruption")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *args, **kwargs)
+
+    target = tmp_path / "target"
+    monkeypatch.setattr(export, "write_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge.merge(released, adapter, target, weights="keep")
+    assert not target.exists()
+    with pytest.raises(CheckpointError, match="with other settings"):
+        merge.merge(released, adapter, target, weights="bfloat16")
+    assert merge.merge(released, adapter, target, weights="keep") == rows
+    assert len(written) == len(set(written)) == 4
+    assert files(target) == files(tmp_path / "whole")
+    assert not target.with_name("target.unfinished").exists()
+
+
+def fails(capsys: Capsys, *args: Any) -> str:
+    assert main([str(arg) for arg in args]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def other_model(released: Path, adapter: Path, place: Path) -> list[Path]:
+    cfg = small(q_lora_rank=64)
+    return [released, write_adapter(place / "other", cfg, ALL)]
+
+
+def native_source(released: Path, adapter: Path, place: Path) -> list[Path]:
+    (place / "native").mkdir()
+    (place / "native" / native.MANIFEST).write_text("{}")
+    return [place / "native", adapter]
+
+
+def damaged(released: Path, adapter: Path, place: Path) -> list[Path]:
+    copy = shutil.copytree(adapter, place / "copy")
+    file = copy / peft.TENSORS
+    file.write_bytes(file.read_bytes()[:-10])
+    return [released, copy]
+
+
+REFUSALS: dict[str, tuple[Callable[[Path, Path, Path], list[Path]], str]] = {
+    "another model's adapter": (other_model, "of another model"),
+    "a native checkpoint": (native_source, "v4jax export"),
+    "a damaged adapter": (damaged, "cut off"),
+    "no change": (lambda r, a, p: [r, r], "neither an adapter"),
+    "no release": (lambda r, a, p: [a, a], "is not a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_merged_is_told_in_a_line_and_leaves_nothing(
+    name: str, released: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    make, says = REFUSALS[name]
+    (tmp_path / "place").mkdir()
+    arguments = make(released, adapter, tmp_path)
+    target = tmp_path / "place" / "target"
+    assert says in fails(capsys, "merge", *arguments, target, "--weights", "keep")
+    assert not list((tmp_path / "place").iterdir())
+
+
+def test_what_exists_is_not_overwritten(released: Path, adapter: Path, capsys: Capsys) -> None:
+    before = files(released)
+    told = fails(capsys, "merge", released, adapter, released, "--weights", "keep")
+    assert "exists; choose another place" in told
+    assert files(released) == before
+
+
+def test_the_command_tells_what_rounding_took_and_what_to_do(
+    released: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    settings = Lora("all", rank=2, alpha=0.1)
+    factors = training_runs.learned(CFG, settings, size=0.005)
+    run = training_runs.write(tmp_path / "run", released, settings, factors)
+    assert main(["export-adapter", str(run), str(tmp_path / "adapter")]) == 0
+    assert capsys.readouterr().out == f"Made {tmp_path / 'adapter'}.\n"
+    for number, change in enumerate((run, tmp_path / "adapter")):
+        target = tmp_path / f"merged{number}"
+        assert main(["merge", str(released), str(change), str(target), "--weights", "keep"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines()[0].split() == [
+            "weights",
+            "stored",
+            "as",
+            "tensors",
+            "gain",
+            "cosine",
+        ]
+        assert out.endswith(f"Made {target}.\n")
+        [warned] = [line for line in err.splitlines() if "FP4" in line]
+        assert "less than half of the change of ffn.experts.w1 (0%), " in warned
+        assert "merge with --weights bfloat16, or run the release with --adapter" in warned
+    assert files(tmp_path / "merged0") == files(tmp_path / "merged1")
+
+
+def test_export_adapter_refuses_what_has_none(
+    released: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    run = full_run(tmp_path / "run", released)
+    target = tmp_path / "adapter"
+    assert "v4jax merge" in fails(capsys, "export-adapter", run, target)
+    assert "has no recipe.json" in fails(capsys, "export-adapter", released, target)
+    moved = training_runs.write(
+        tmp_path / "moved", tmp_path / "gone", ALL, training_runs.learned(CFG, ALL)
+    )
+    assert "give --model" in fails(capsys, "export-adapter", moved, target)
+    assert "found best yet" in fails(capsys, "export-adapter", moved, target, "--best")
+    assert not target.exists()
+    assert main(["export-adapter", str(moved), str(target), "--model", str(released)]) == 0
+    capsys.readouterr()
+    assert "exists" in fails(capsys, "export-adapter", moved, target, "--model", released)
+
+
+def stored(form: requantise.Quantised, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix, its last blocks not whole, and its scales."""
+    w_NK = np.random.default_rng(seed).standard_normal((200, 320), np.float32)
+    encode = quantize.encode_fp8_blocks if form == "fp8" else quantize.encode_fp4_blocks
+    codes, scale = encode(w_NK)
+    return requantise.decode(codes, scale, form), scale
+
+
+def error(w_NK: np.ndarray, scale: np.ndarray, form: requantise.Quantised) -> float:
+    found = requantise.decode(requantise.encode(w_NK, scale, form), scale, form)
+    return float(np.linalg.norm(found - w_NK))
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+def test_a_matrix_that_has_not_changed_keeps_its_scales_and_values(
+    form: requantise.Quantised,
+) -> None:
+    w_NK, scale = stored(form)
+    np.testing.assert_array_equal(requantise.scales(w_NK, scale, form), scale)
+    assert error(w_NK, scale, form) == 0
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("size", [1e-3, 0.05, 1.0, 100.0])
+def test_chosen_scales_are_better_than_old_ones_and_than_new_ones(
+    form: requantise.Quantised, size: float
+) -> None:
+    w_NK, scale = stored(form)
+    w_NK = w_NK + size * np.random.default_rng(1).standard_normal(w_NK.shape, np.float32)
+    encode = quantize.encode_fp8_blocks if form == "fp8" else quantize.encode_fp4_blocks
+    chosen = requantise.scales(w_NK, scale, form)
+    best = min(error(w_NK, scale, form), error(w_NK, encode(w_NK)[1], form))
+    assert error(w_NK, chosen, form) <= best * (1 + 1e-6)
+
+
+def test_a_scale_of_zero_is_replaced() -> None:
+    w_NK, _ = stored("fp8")
+    new = quantize.fp8_scales(w_NK).astype(np.float32)
+    np.testing.assert_array_equal(requantise.scales(w_NK, np.zeros_like(new), "fp8"), new)
+
+
+def test_the_ledger_tells_gain_and_cosine() -> None:
+    wanted = np.array([3.0, 4.0], np.float32)
+    ledger, other = requantise.Ledger(), requantise.Ledger()
+    ledger.add("a", "FP4", wanted, np.zeros(2, np.float32))
+    other.add("a", "FP4", wanted, np.array([6.0, 8.0], np.float32))
+    other.add("b", "FP8", wanted, np.array([4.0, -3.0], np.float32))
+    ledger.add_json(json.loads(json.dumps(other.to_json())))
+    [a, b] = ledger.report()
+    assert (a.kind, a.tensors, a.gain) == ("a", 2, 1.0)
+    assert a.cosine == pytest.approx(50 / np.sqrt(50 * 100))
+    assert (b.gain, b.cosine) == (0.0, 0.0)
+
+
+def test_warnings_are_one_for_each_format_and_name_a_way_out() -> None:
+    kept = lambda kind, stored, gain: requantise.Kept(kind, stored, 1, gain, gain)
+    rows = [kept(kind, "FP4", 0.25) for kind in "abcde"]
+    rows += [kept("f", "FP8", 0.5), kept("norm", "BF16", 0.0)]
+    fp4, bf16 = requantise.warnings(rows)
+    assert "a (25%), b (25%), c (25%) and 2 more; to have all of it, merge with" in fp4
+    assert "norm (0%); to have all of it, run the release with --adapter and --dtype" in bf16

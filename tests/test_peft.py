@@ -1,0 +1,343 @@
+"""Adapters for PEFT and from it, beside PEFT itself over transformers' model."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft as theirs
+import pytest
+import torch
+
+import v4jax
+from tests import hf_models, training_runs
+from v4jax import lora, params, peft, runs, sharding, updates
+from v4jax.language_model import LanguageModel
+from v4jax.lora import Adapter, Lora
+from v4jax.safetensors_file import CheckpointError, TensorInfo, open_safetensors, write_safetensors
+from v4jax_train.trainable import Full
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # PEFT does not look for patterns among parameters, but finds their ranks all the same.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+    # It asks transformers for a property that has another name now.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+TOKENS_BT = np.random.default_rng(0).integers(0, 128, (2, 40))
+SETTINGS = {
+    "attn": Lora("attn", rank=3, alpha=5.0, dropout=0.25),
+    "attn+shared": Lora("attn+shared", rank=4, rank_stabilized=True),
+    "experts": Lora("experts", rank=4, alpha=8.0, expert_rank=2),
+    "all": Lora("all", rank=3, expert_rank=2),
+    "all, rank-stabilized": Lora("all", rank=3, expert_rank=5, rank_stabilized=True),
+}
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> Any:
+    return hf_models.make([0, 4, 4], 7, num_hash_layers=1)
+
+
+@pytest.fixture(scope="module")
+def directory(torch_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_models.save(torch_model, tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> LanguageModel:
+    return v4jax.load(directory, dtype="float32", numerics="hf")
+
+
+def logits(model: LanguageModel) -> np.ndarray:
+    return np.asarray(model.logits(TOKENS_BT))
+
+
+def folded(model: LanguageModel, settings: Lora, adapter: Adapter) -> LanguageModel:
+    """The model with the update in its matrices: one program serves all adapters."""
+    base = model.engine.model
+    changed = training_runs.folded(model.config, base, settings, adapter, jnp.float32)
+    return LanguageModel(dataclasses.replace(model.engine, model=changed))
+
+
+def distance(ours: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+def assert_same(found: Adapter, expected: Adapter) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for part in "ab":
+            np.testing.assert_array_equal(found[name][part], expected[name][part])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_our_adapter_in_peft_gives_our_logits(
+    name: str, torch_model: Any, model: LanguageModel, tmp_path: Path
+) -> None:
+    settings, cfg = SETTINGS[name], model.config
+    adapter = training_runs.learned(cfg, settings)
+    peft.export(tmp_path / "adapter", cfg, settings, adapter, base="some/model")
+    wrapped = theirs.PeftModel.from_pretrained(copy.deepcopy(torch_model), tmp_path / "adapter")
+    expected = hf_models.logits(wrapped, TOKENS_BT)
+    assert distance(expected, hf_models.logits(torch_model, TOKENS_BT)) > 0.1
+    assert distance(logits(folded(model, settings, adapter)), expected) <= 1e-5
+    if name == "all":
+        assert distance(logits(model.with_adapter(tmp_path / "adapter")), expected) <= 1e-5
+    back, factors = peft.load(tmp_path / "adapter", cfg)
+    assert back == settings
+    assert_same(factors, adapter)
+
+
+THEIRS: dict[str, dict[str, Any]] = {
+    "names without their parents": {"target_modules": ["q_a_proj", "self_attn.o_b_proj"], "r": 3},
+    "a regular expression": {"target_modules": r".*\.layers\.[02]\.self_attn\.q_[ab]_proj"},
+    "some layers": {"target_modules": ["shared_experts.up_proj"], "layers_to_transform": [1]},
+    "own ranks and alphas": {
+        "target_modules": ["self_attn.kv_proj", "shared_experts.gate_proj"],
+        "rank_pattern": {"kv_proj": 2, r"layers\.1\.mlp\.shared_experts\.gate_proj": 7},
+        "alpha_pattern": {"kv_proj": 3},
+        "use_rslora": True,
+    },
+    "experts": {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"], "r": 2},
+    "gate and up only": {"target_parameters": ["gate_up_proj"], "r": 3, "use_rslora": True},
+    "down only": {
+        "target_parameters": ["model.layers.1.mlp.experts.down_proj"],
+        "target_modules": ["self_attn.q_b_proj"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_an_adapter_of_peft_gives_its_logits(
+    name: str, torch_model: Any, model: LanguageModel, tmp_path: Path
+) -> None:
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": []} | THEIRS[name]
+    config = theirs.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    torch.manual_seed(1)
+    wrapped = theirs.get_peft_model(copy.deepcopy(torch_model), config).eval()
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    expected = hf_models.logits(wrapped, TOKENS_BT)
+    assert distance(expected, hf_models.logits(torch_model, TOKENS_BT)) > 1e-3
+    ours = folded(model, *peft.load(tmp_path / "adapter", model.config))
+    assert distance(logits(ours), expected) <= 1e-5
+
+
+def test_adapters_share_the_base_and_leave_it_as_it_is(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    settings, cfg = SETTINGS["all"], model.config
+    before = list(params.leaves(model.engine.model))
+    changed = []
+    for seed in range(2):
+        adapter = training_runs.learned(cfg, settings, seed)
+        peft.export(tmp_path / str(seed), cfg, settings, adapter)
+        changed.append(model.with_adapter(tmp_path / str(seed)))
+    for name, array in before:
+        for one in changed:
+            weight = dict(params.leaves(one.engine.model))[name]
+            assert getattr(weight, "base", weight) is array
+    again = changed[0].with_adapter(tmp_path / "1")
+    np.testing.assert_array_equal(logits(again), logits(changed[1]))
+    np.testing.assert_array_equal(logits(again.with_adapter(None)), logits(model))
+
+
+def test_load_takes_an_adapter(directory: Path, model: LanguageModel, tmp_path: Path) -> None:
+    settings = SETTINGS["all"]
+    adapter = training_runs.learned(model.config, settings)
+    peft.export(tmp_path / "adapter", model.config, settings, adapter)
+    run = training_runs.write(tmp_path / "run", directory, settings, adapter)
+    expected = logits(model.with_adapter(tmp_path / "adapter"))
+    for path in (tmp_path / "adapter", run):
+        loaded = v4jax.load(directory, dtype="float32", numerics="hf", adapter=path)
+        np.testing.assert_array_equal(logits(loaded), expected)
+
+
+def test_a_mesh_holds_the_adapter_as_training_does(directory: Path, tmp_path: Path) -> None:
+    mesh = sharding.make_mesh(expert=8)
+    settings = Lora("all", rank=2)
+    base = v4jax.load(directory, dtype="float32", numerics="hf", mesh=mesh)
+    adapter = training_runs.learned(base.config, settings)
+    peft.export(tmp_path / "adapter", base.config, settings, adapter)
+    found = dict(params.leaves(base.with_adapter(tmp_path / "adapter").engine.model))
+    weight = found["stacks.0.experts.0.gate_EFD"]
+    assert weight.a.sharding.mesh == mesh
+    assert weight.a.sharding.spec[1] == weight.base.sharding.spec[1] is not None
+
+
+@pytest.fixture
+def adapter_directory(model: LanguageModel, tmp_path: Path) -> Path:
+    settings = Lora("all", rank=2)
+    adapter = training_runs.learned(model.config, settings)
+    peft.export(tmp_path / "adapter", model.config, settings, adapter)
+    return tmp_path / "adapter"
+
+
+def configured(**changes: Any) -> Callable[[Path], Any]:
+    def change(directory: Path) -> None:
+        file = directory / peft.CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def rewritten(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], Any]:
+    def rewrite(directory: Path) -> None:
+        file = directory / peft.TENSORS
+        with open_safetensors(file) as opened:
+            values = {name: opened.read(name).copy() for name in opened.names}
+        change(values)
+        kinds = {"float32": "F32", "int32": "I32"}
+        infos = {name: TensorInfo(kinds[x.dtype.name], x.shape) for name, x in values.items()}
+        write_safetensors(file, infos, values.__getitem__)
+
+    return rewrite
+
+
+PREFIX = "base_model.model.model.layers.0."
+Q_A = PREFIX + "self_attn.q_a_proj.lora_A.weight"
+DOWN_A = PREFIX + "mlp.experts.lora_A.weight"
+
+
+def spoil(name: str, value: Any) -> Callable[[Path], Any]:
+    def change(values: dict[str, np.ndarray]) -> None:
+        values[name] = value(values[name]) if name in values else value(values[Q_A])
+
+    return rewritten(change)
+
+
+def with_a_number_that_is_none(values: np.ndarray) -> np.ndarray:
+    values[0, 0] = np.nan
+    return values
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another kind": (configured(peft_type="IA3"), "IA3"),
+    "dora": (configured(use_dora=True), "use_dora"),
+    "biases": (configured(bias="all"), "bias"),
+    "pissa": (configured(init_lora_weights="pissa"), "pissa"),
+    "saved modules": (configured(modules_to_save=["lm_head"]), "modules_to_save"),
+    "rank of nothing": (configured(r=0), "rank 0"),
+    "alpha in words": (configured(lora_alpha="many"), "damaged"),
+    "a broken pattern": (configured(rank_pattern={"(": 3}), "damaged"),
+    "settings that are no JSON": (lambda d: (d / peft.CONFIG).write_text("{"), "line 1"),
+    "no settings": (lambda d: (d / peft.CONFIG).unlink(), "neither an adapter"),
+    "no tensors": (lambda d: (d / peft.TENSORS).unlink(), "expected adapter_config.json and"),
+    "cut off": (lambda d: (d / peft.TENSORS).write_bytes(b"12345678"), "adapter_model"),
+    "no factors": (rewritten(lambda values: values.clear()), "no factors"),
+    "one factor": (rewritten(lambda values: values.pop(Q_A)), "without its other factor"),
+    "another module": (
+        spoil(PREFIX + "self_attn.o_a_proj.lora_A.weight", np.copy),
+        "o_a_proj",
+    ),
+    "another layer": (spoil(Q_A.replace("layers.0", "layers.9"), np.copy), "this model 3 layers"),
+    "integers": (spoil(Q_A, lambda x: x.astype(np.int32)), "I32"),
+    "no number": (spoil(Q_A, with_a_number_that_is_none), "no finite numbers"),
+    "other channels": (spoil(Q_A, lambda x: x[:, :-1]), "another model"),
+    "other ranks": (spoil(Q_A, lambda x: x[:1]), "ranks 1 and 2"),
+    "other experts": (spoil(DOWN_A, lambda x: x[:-1]), "8 matrices"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_no_adapter_of_this_model_is_refused(
+    name: str, adapter_directory: Path, model: LanguageModel
+) -> None:
+    change, says = REFUSALS[name]
+    change(adapter_directory)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        model.with_adapter(adapter_directory)
+    assert str(adapter_directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_newest_state_of_a_run_is_read_or_the_best(
+    directory: Path, model: LanguageModel, tmp_path: Path
+) -> None:
+    settings = Lora("attn+shared", rank=2)
+    older, newer, best = (training_runs.learned(model.config, settings, seed) for seed in range(3))
+    training_runs.write(tmp_path / "run", directory, settings, older, step_number=2, best=best)
+    training_runs.write(tmp_path / "run", directory, settings, newer, step_number=11)
+    # As an interrupted save leaves it.
+    (tmp_path / "run" / runs.STATES / "12.orbax-checkpoint-tmp-1").mkdir()
+    found = updates.read(tmp_path / "run", model.config)
+    assert isinstance(found, updates.Adapted)
+    assert found.settings == settings
+    assert_same(found.factors, newer)
+    found = updates.read(tmp_path / "run", model.config, best=True)
+    assert isinstance(found, updates.Adapted)
+    assert_same(found.factors, best)
+
+
+def test_weights_of_a_run_replace_those_of_the_model(
+    directory: Path, model: LanguageModel, tmp_path: Path
+) -> None:
+    leaves = dict(params.leaves(model.engine.model))
+    bias = next(name for name in leaves if name.endswith("router.bias_E"))
+    trained = {name: np.asarray(leaves[name]) + 1 for name in ("norm_D", "head_VD")}
+    balanced = {bias: np.asarray(leaves[bias]) - 1}
+    run = training_runs.write(tmp_path / "run", directory, Full(), trained, balanced)
+    loaded = v4jax.load(directory, dtype="float32", numerics="hf", adapter=run)
+    for name, value in params.leaves(loaded.engine.model):
+        expected = (trained | balanced).get(name, leaves[name])
+        np.testing.assert_array_equal(value, expected)
+    with pytest.raises(CheckpointError, match="trained the weights themselves"):
+        model.with_adapter(run)
+
+
+def no_state(run: Path) -> None:
+    for file in (run / runs.STATES).iterdir():
+        file.rename(run / file.name)
+
+
+def half_a_state(run: Path) -> None:
+    state = run / runs.STATES / "3" / "state"
+    for file in state.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-20])
+
+
+RUN_REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no state": (no_state, "no saved state yet"),
+    "half a state": (half_a_state, "damaged"),
+    "a recipe without either": (
+        lambda run: (run / runs.RECIPE).write_text("{}"),
+        "recipe.json: is damaged",
+    ),
+    "strange settings": (
+        lambda run: (run / runs.RECIPE).write_text('{"adapter": {"size": 3}}'),
+        "recipe.json: is damaged",
+    ),
+    "other settings": (
+        lambda run: (run / runs.RECIPE).write_text('{"adapter": {"rank": 3}}'),
+        "another model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUN_REFUSALS)
+def test_a_run_that_cannot_be_read_is_refused(
+    name: str, directory: Path, model: LanguageModel, tmp_path: Path
+) -> None:
+    settings = Lora("attn", rank=2)
+    adapter = training_runs.learned(model.config, settings)
+    run = training_runs.write(tmp_path / "run", directory, settings, adapter)
+    change, says = RUN_REFUSALS[name]
+    change(run)
+    with pytest.raises(CheckpointError, match=says):
+        updates.read(run, model.config)
+
+
+def test_fresh_factors_of_lora_are_what_an_export_begins_with(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    settings, cfg = Lora("all", rank=2), model.config
+    adapter = jax.tree.map(np.asarray, lora.init(cfg, settings, jax.random.key(0)))
+    peft.export(tmp_path / "adapter", cfg, settings, adapter)
+    back, factors = peft.load(tmp_path / "adapter", cfg)
+    assert back == settings
+    assert_same(factors, adapter)

@@ -29,7 +29,8 @@ def forget_programs() -> Iterator[None]:
 def quick_compilation() -> Iterator[None]:
     """Host programs without LLVM's optimisations, which take longer than small models run.
 
-    For whole models; what tests bits, kernels or other compilers is compiled as for users.
+    For whole models and for forms of XLA on many shapes; what tests bits, kernels or other
+    compilers is compiled as for users.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield

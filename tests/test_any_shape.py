@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ from tests import (
     test_sparse_attention_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 FEW = settings(deadline=None, max_examples=3)  # each is compiled anew
 MANY = settings(deadline=None, max_examples=6)
 SEED = st.integers(0, 2**32 - 1)

@@ -69,9 +69,7 @@ def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> No
     visible, _, _ = places(False)
 
     def total(index: Any, attention: Any) -> Any:
-        return jnp.sum(
-            indexer_loss.divergence(index, attention, visible, None, None, scale=SCALE)
-        )
+        return jnp.sum(indexer_loss.divergence(index, attention, visible, None, None, scale=SCALE))
 
     to_index, to_attention = jax.grad(total, argnums=(0, 1))(index, attention)
     assert all(not np.any(part) for part in to_attention)
@@ -81,7 +79,8 @@ def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> No
         rng = np.random.default_rng(part)
         towards = rng.standard_normal(index[part].shape)
         moved = lambda by, part=part, towards=towards: tuple(
-            np.asarray(x, np.float64) + (by * towards if i == part else 0) for i, x in enumerate(index)
+            np.asarray(x, np.float64) + (by * towards if i == part else 0)
+            for i, x in enumerate(index)
         )
         slope = (of_index(moved(1e-5)) - of_index(moved(-1e-5))) / 2e-5
         np.testing.assert_allclose(np.sum(to_index[part] * towards), slope, rtol=1e-3)

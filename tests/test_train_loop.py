@@ -19,7 +19,10 @@ from v4jax_train import journal
 STEPS = 6
 TINY = preset("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2], num_nextn_predict_layers=0)
-WORDS = "the cat sat on the mat and looked at the moon while the wind went over the hill".split()
+WORDS = [
+    *("the", "cat", "sat", "on", "the", "mat", "and", "looked", "at", "the", "moon"),
+    *("while", "the", "wind", "went", "over", "the", "hill"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Losses, gradients and one step of AdamW against transformers and torch, from the same weights."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def by_release_name(values: dict[str, Any], cfg: Any) -> dict[str, np.ndarray]:
 
 
 def their_tensors(named: dict[str, Any]) -> dict[str, np.ndarray]:
-    """torch's tensors by the release's names, experts apart."""
+    """Torch's tensors by the release's names, experts apart."""
     rename = hf_names.to_release(named)
     found = {}
     for name, tensor in named.items():
@@ -119,9 +118,7 @@ def test_one_step_of_adamw_is_that_of_torch(
 ) -> None:
     cfg, what = ours.config, Full()
     parts = trainable.split(ours.engine.model, cfg, what, jax.random.key(0))
-    rule = optimizer.make(
-        trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY
-    )
+    rule = optimizer.make(trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY)
     settings = step.Settings(cfg=cfg, numerics=HF, what=what, clip=1e9, remat=False)
     run = step.make(settings, rule)
     placed = {name: jnp.asarray(x)[None] for name, x in batch.items()}

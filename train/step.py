@@ -132,11 +132,11 @@ def make(
         }
         new, old = (trained, balanced, moved), (state.trained, state.balanced, state.optimizer)
         choose = lambda n, o: jnp.where(right, n, o)
-        kept = [jax.tree.map(choose, n, o) for n, o in zip(new, old, strict=True)]
+        trained, balanced, moved = jax.tree.map(choose, new, old)
         metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
         violations = [balance.violation(load_LE) for load_LE in loads.values()]
         metrics["load_violation"] = jnp.max(jnp.stack(violations or [jnp.float32(0.0)]))
-        return State(state.step + 1, *kept, state.key), metrics
+        return State(state.step + 1, trained, balanced, moved, state.key), metrics
 
     places = None if like is None else (jax.tree.map(lambda x: x.sharding, like), None)
     return jax.jit(step, donate_argnums=0, out_shardings=places)
@@ -165,7 +165,7 @@ def _gradients(
         model = trainable.join(parts, settings.cfg, settings.what, key)
         sums, loads = settings.sums(model, part, remat=settings.remat)
         means = {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in weights}
-        total = sum((weights[name] * means[name] for name in weights), start=jnp.float32(0.0))
+        total = jnp.sum(jnp.stack([weights[name] * means[name] for name in weights]))
         return total, (loads, means)
 
     def one_part(number: Any, part: Any) -> Any:

@@ -53,12 +53,12 @@ def divergence(
 
     @jax.checkpoint
     def of_chunk(_: None, part: Any) -> tuple[None, Array]:
-        start, query_BCHK, *index_queries, visible_BC, hidden_BC, first_BC = part
+        start, query_BCHK, q_BCIJ, weights_BCI, visible_BC, hidden_BC, first_BC = part
         exists_BCS = (entry_11S < visible_BC[..., None]) & (entry_11S >= hidden_BC[..., None])
         near_BYK = jax.lax.dynamic_slice_in_dim(window_BXK, start, chunk + before, axis=1)
         near_BCY = _near(start, chunk, before, first_BC)
         target_BCS = _teacher(query_BCHK * scale, near_BYK, near_BCY, pool_BSK, exists_BCS, sink_H)
-        score_BCS = indexer_topk.scores(*index_queries, keys_BSJ)
+        score_BCS = indexer_topk.scores(q_BCIJ, weights_BCI, keys_BSJ)
         return None, _from(target_BCS, score_BCS, exists_BCS)
 
     parts = lambda x: jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)

@@ -48,7 +48,7 @@ def main() -> int:
         for side in args.sides:
             rows.append(_spawn(f"cold-{side}", directory, 16))
     _report(rows, bandwidth)
-    _write(rows, bandwidth, args.output)
+    append(rows, args.output / "compare.jsonl", bandwidth_gb_s=bandwidth)
     return 0
 
 
@@ -80,10 +80,11 @@ def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
     if side.startswith("cold-"):
         return _cold_start(side.removeprefix("cold-"), path, length)
     measure = {"transformers": _transformers, "v4jax": _v4jax}[side]
-    return {"side": side, "length": length} | measure(path, length) | {"peak_gb": _peak_gb()}
+    return {"side": side, "length": length} | measure(path, length) | {"peak_gb": peak_gb()}
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
+    """The most memory that this process ever had."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -238,7 +239,8 @@ def _report(rows: list[dict[str, Any]], bandwidth: float) -> None:
             )
 
 
-def _write(rows: list[dict[str, Any]], bandwidth: float, output: Path) -> None:
+def append(rows: list[dict[str, Any]], file: Path, **shared: Any) -> None:
+    """Add rows to a file, each with where and of what they were measured."""
     import jax
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -247,12 +249,11 @@ def _write(rows: list[dict[str, Any]], bandwidth: float, output: Path) -> None:
         "commit": commit.stdout.strip(),
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {platform.python_version()}",
-        "bandwidth_gb_s": bandwidth,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "compare.jsonl").open("a") as file:
+    } | shared
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
         for row in rows:
-            file.write(json.dumps(shared | row) + "\n")
+            lines.write(json.dumps(shared | row) + "\n")
 
 
 if __name__ == "__main__":

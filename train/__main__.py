@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -34,6 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         words.insert(0, "train")
     args = _parser().parse_args(words)
+    status = 1
+    try:
+        status = _run(args)
+        return status
+    finally:
+        if status == 1 and getattr(args, "begun", False):
+            # The others would wait for this process; when it is gone, they end too.
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -141,6 +157,7 @@ def _begin_processes(args: argparse.Namespace) -> None:
         jax.distributed.initialize(*chosen)
     elif args.distributed:
         jax.distributed.initialize()
+    args.begun = jax.process_count() > 1
 
 
 def _recipe(args: argparse.Namespace) -> Any:

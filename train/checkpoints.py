@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 STATES, BEST = "states", "best"
 
@@ -29,12 +31,20 @@ class Checkpoints:
         )
         where = lambda name: Path(directory).absolute() / name
         self._states = ocp.CheckpointManager(where(STATES), options=options(keep))
+        if jax.process_count() > 1:
+            # The first process has removed what is not complete; another may have seen it before.
+            multihost_utils.sync_global_devices("states opened")
+            self._states.reload()
         self._best_place, self._best_options = where(BEST), options(1)
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest state; None where there is none."""
-        return self._states.latest_step()
+        """The step of the newest state, as the first process sees it; None where there is none."""
+        step = self._states.latest_step()
+        if jax.process_count() == 1:
+            return step
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        return None if found < 0 else found
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Write a state; returns before it is written, once it cannot change any more."""
@@ -51,7 +61,7 @@ class Checkpoints:
         Raises:
           ValueError: there is none, or it is not of this structure.
         """
-        return _restored(self._states, like, step)
+        return _restored(self._states, like, self.latest if step is None else step)
 
     def save_best(self, step: int, parts: Any, notes: dict[str, Any]) -> None:
         """Keep what an evaluation found better than all before it."""
@@ -72,7 +82,7 @@ def restore_best(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """What `save_best` kept; see `Checkpoints.restore`."""
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(Path(directory).absolute() / BEST, options=options) as best:
-        return _restored(best, like, None)
+        return _restored(best, like, best.latest_step())
 
 
 def _saved(tree: Any, notes: dict[str, Any]) -> Any:
@@ -81,7 +91,6 @@ def _saved(tree: Any, notes: dict[str, Any]) -> Any:
 
 
 def _restored(manager: Any, like: Any, step: int | None) -> tuple[Any, dict[str, Any]]:
-    step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         which = "no state" if step is None else f"no state of step {step}"
         raise ValueError(f"{manager.directory}: there is {which} to go on from.")

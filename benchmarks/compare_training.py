@@ -1,0 +1,124 @@
+"""A step of training by v4jax and by transformers with torch, on the same weights, in one run.
+
+    python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
+
+One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters. Each
+measurement runs in a process of its own. Prints a line for each, appends JSONL.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compare
+
+SIDES = ("transformers", "v4jax", "lora")
+RATE, DECAY = 1e-4, 0.1
+_STEPS = 3  # timed, after one that is not
+
+
+def main() -> int:
+    """Run everything, or one measurement in this process (`--worker`)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS
+    )
+    args = parser.parse_args()
+    if args.worker:
+        side, model, length = args.worker
+        print(json.dumps(_worker(side, Path(model), int(length))))
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        make = f"import benchmarks.compare as c; c.make({directory!r})"
+        subprocess.run([sys.executable, "-c", make], check=True)
+        rows = []
+        for length in args.lengths:
+            for side in args.sides:
+                rows.append(_spawn(side, directory, length))
+                print(json.dumps(rows[-1]), flush=True)
+    compare.append(rows, args.output / "compare_training.jsonl")
+    return 0
+
+
+def _spawn(side: str, directory: str, length: int) -> dict[str, Any]:
+    words = ["-m", "benchmarks.compare_training", "--worker", side, directory, str(length)]
+    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
+    measure = _transformers if side == "transformers" else _v4jax
+    found = measure(path, length, lora=side == "lora")
+    return {"side": side, "length": length} | found | {"peak_gb": compare.peak_gb()}
+
+
+def _tokens(length: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(length).integers(2, 8192, (1, length), np.int32)
+
+
+def _transformers(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
+    import torch
+    from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+    del lora
+    model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    rule = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=DECAY)
+    tokens = torch.tensor(_tokens(length), dtype=torch.long)
+    times, losses = [], []
+    for _ in range(1 + _STEPS):
+        began = time.perf_counter()
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rule.step()
+        rule.zero_grad()
+        losses.append(loss.item())
+        times.append(time.perf_counter() - began)
+    return {"step_s": min(times[1:]), "losses": losses}
+
+
+def _v4jax(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import v4jax
+    from v4jax.lora import Lora
+    from v4jax.numerics import HF
+    from v4jax_train import optimizer, step, trainable
+    from v4jax_train.trainable import Full
+
+    loaded = v4jax.load(path, dtype="float32", numerics="hf")
+    cfg, what = loaded.config, Lora() if lora else Full()
+    parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
+    declared = trainable.declare(cfg, what)
+    rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
+    run = step.make(step.Settings(cfg=cfg, numerics=HF, what=what, remat=False), rule)
+    state, frozen = step.begin(parts, rule, 0), parts.frozen
+    del loaded, parts
+    tokens = jnp.asarray(_tokens(length))[None]
+    batch = {"tokens": tokens, "trained": tokens >= 0, "document": jnp.ones_like(tokens)}
+    times, losses, dispatch = [], [], []
+    for _ in range(1 + _STEPS):
+        began = time.perf_counter()
+        state, metrics = run(state, frozen, batch, np.float32(np.inf))
+        dispatch.append(time.perf_counter() - began)
+        losses.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - began)
+    return {"compile_s": times[0], "step_s": min(times[1:]), "losses": losses}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-# JAX is imported by the command that needs it: `--help` answers at once, `preview` uses no device.
-
 _EPILOG = """\
 exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.
 
@@ -35,18 +33,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         words.insert(0, "train")
-    args = _parser().parse_args(words)
-    status = 1
+    try:
+        parser = _parser()
+    except ModuleNotFoundError as error:
+        print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[train]'", file=sys.stderr)
+        return 1
+    args = parser.parse_args(words)
+    among_others = lambda: getattr(args, "among_others", False)
     try:
         status = _run(args)
-        return status
-    finally:
-        if status == 1 and getattr(args, "begun", False):
-            # The others would wait for this process; when it is gone, they end too.
-            if sys.exc_info()[0] is not None:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+    except Exception:
+        if not among_others():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status == 1 and among_others():
+        # They would wait for this process; when it is gone, they end too.
+        sys.stderr.flush()
+        os._exit(1)
+    return status
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -157,7 +162,7 @@ def _begin_processes(args: argparse.Namespace) -> None:
         jax.distributed.initialize(*chosen)
     elif args.distributed:
         jax.distributed.initialize()
-    args.begun = jax.process_count() > 1
+    args.among_others = jax.process_count() > 1
 
 
 def _recipe(args: argparse.Namespace) -> Any:

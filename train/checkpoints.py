@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-STATES, BEST = "states", "best"
+from v4jax.runs import BEST, STATES
 
 
 class Checkpoints:

@@ -9,11 +9,11 @@ import numpy as np
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 
-from . import dataset, setup, step, trainable
+from . import dataset, preparation, step, trainable
 from .dataset import Packs
 from .documents import Documents
+from .preparation import Setup
 from .recipe import Recipe
-from .setup import Setup
 from .trainable import Parts
 
 
@@ -52,7 +52,7 @@ class Evaluator:
         add = lambda total, new: {k: total.get(k, 0.0) + float(v) for k, v in new.items()}
         batches = itertools.chain.from_iterable(map(dataset.iterate, self._data))
         for local in itertools.islice(batches, self._recipe.evaluation.batches):
-            placed = setup.place_batch(local, 1, self._setup.mesh)
+            placed = preparation.place_batch(local, 1, self._setup.mesh)
             batch = {name: x[0] for name, x in placed.items()}
             new_sums, new_counts = jax.device_get(self._run(parts, batch))
             sums, counts = add(sums, new_sums), add(counts, new_counts)

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from . import dataset, flops, runs, setup, step
+from . import dataset, flops, preparation, runs, step
 from .checkpoints import Checkpoints
 from .evaluation import Evaluator
 from .journal import Clock, Journal
+from .preparation import Progress, Setup
 from .recipe import Recipe
-from .setup import Progress, Setup
 from .trainable import Parts
 
 BAD = "bad_batches"
@@ -89,16 +89,16 @@ class _Run:
     def __init__(self, recipe: Recipe, directory: Path, progress: Progress | None) -> None:
         self.recipe, self.directory, self.clock = recipe, directory, Clock()
         with self.clock.spent_on("data"):
-            tokenizer = setup.text_tokenizer(recipe)
-            documents = setup.read_data(recipe, tokenizer, recipe.data.files)
-            self.data = setup.batches(recipe, documents)
-            held_out = setup.read_data(recipe, tokenizer, recipe.evaluation.files)
-        self.steps = setup.count_steps(recipe, self.data)
+            tokenizer = preparation.text_tokenizer(recipe)
+            documents = preparation.read_data(recipe, tokenizer, recipe.data.files)
+            self.data = preparation.batches(recipe, documents)
+            held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
+        self.steps = preparation.count_steps(recipe, self.data)
         tokens = recipe.steps.batch * recipe.data.seq_len
         with self.clock.spent_on("load"):
-            self.setup: Setup = setup.prepare(recipe, self.steps, tokens, progress)
+            self.setup: Setup = preparation.prepare(recipe, self.steps, tokens, progress)
         self.evaluator = Evaluator(recipe, self.setup, held_out)
-        self.state = setup.begin(self.setup, recipe.steps.seed)
+        self.state = preparation.begin(self.setup, recipe.steps.seed)
         self.losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self.best: float | None = None
         self.waited = self.wrong = 0
@@ -148,10 +148,10 @@ class _Run:
             began = time.perf_counter()
             with self.clock.spent_on("data"):
                 local = next(iterator)
-                batch = setup.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
+                batch = preparation.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
             with (
                 self.clock.spent_on("compile" if number == first else "step"),
-                setup.on(self.setup.mesh),
+                preparation.on(self.setup.mesh),
             ):
                 self.state, metrics = run(self.state, frozen, batch, self._limit())
                 if pending is not None:
@@ -188,7 +188,7 @@ class _Run:
         why = "signal" if self.ended else None
         evaluate = made % self.recipe.evaluation.every == 0 or made == self.steps
         if self.evaluator.wanted and evaluate and not self.ended:
-            with self.clock.spent_on("evaluation"), setup.on(self.setup.mesh):
+            with self.clock.spent_on("evaluation"), preparation.on(self.setup.mesh):
                 why = self._evaluate(made)
         if made % self.recipe.checkpoints.every == 0:
             self._save(made)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from v4jax.tokenizer import Tokenizer
 
-from . import packing, setup
+from . import packing, preparation
 from .documents import Documents
 from .recipe import Recipe
 from .rendering import Document
@@ -82,10 +82,10 @@ def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
     Raises:
       ValueError: no model, no data, or rows that are wrong.
     """
-    tokenizer = setup.text_tokenizer(recipe)
+    tokenizer = preparation.text_tokenizer(recipe)
     if not recipe.data.files:
         raise ValueError("There is no data; give --data, or data.files in the recipe.")
-    found = setup.read_data(recipe, tokenizer, recipe.data.files)
+    found = preparation.read_data(recipe, tokenizer, recipe.data.files)
     for documents in found:
         for sentence in documents.report.first_wrong:
             console.print(Text(sentence, "red"))

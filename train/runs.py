@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import setup, tables
+from v4jax.runs import RECIPE
+
+from . import preparation, tables
 from .checkpoints import Checkpoints, restore_best
 from .evaluation import Evaluator
 from .recipe import Recipe, from_table
 from .trainable import Parts
-
-RECIPE = "recipe.json"
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
@@ -56,11 +56,11 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
         recipe = dataclasses.replace(recipe, evaluation=settings)
     if not (recipe.evaluation.files or recipe.evaluation.prompts):
         raise ValueError("There is nothing to measure; give --data, or evaluation.files.")
-    tokenizer = setup.text_tokenizer(recipe)
-    held_out = setup.read_data(recipe, tokenizer, recipe.evaluation.files)
+    tokenizer = preparation.text_tokenizer(recipe)
+    held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
     tokens = recipe.steps.batch * recipe.data.seq_len
-    prepared = setup.prepare(recipe, recipe.steps.steps or 1, tokens)
-    state = setup.begin(prepared, recipe.steps.seed)
+    prepared = preparation.prepare(recipe, recipe.steps.steps or 1, tokens)
+    state = preparation.begin(prepared, recipe.steps.seed)
     if best:
         (trained, balanced), notes = restore_best(directory, (state.trained, state.balanced))
     else:
@@ -70,5 +70,5 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
         saved.close()
     parts = Parts(trained, balanced, prepared.parts.frozen)
     evaluator = Evaluator(recipe, prepared, held_out)
-    with setup.on(prepared.mesh):
+    with preparation.on(prepared.mesh):
         return {"step": notes["step"]} | evaluator.measure(parts)

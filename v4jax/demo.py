@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 
 import v4jax
 from pallas_kernels import quantize
@@ -81,23 +82,29 @@ def is_demo(directory: Path) -> bool:
     return file.is_file() and checkpoint_files.read_json(file).get("name") == _NAME
 
 
-def make_checkpoint(directory: Path, cfg: ModelConfig, seed: int) -> None:
+def make_checkpoint(
+    directory: Path, cfg: ModelConfig, seed: int, tokenizer: tokenizers.Tokenizer | None = None
+) -> None:
     """Write a checkpoint in the release format with random weights; all of it is held in memory.
 
-    The head's rows are 0 but for those of whole words, so that the model writes words. The
-    directory appears when it is complete.
+    Without a tokenizer it gets one, and the head's rows are 0 but for those of whole words, so that
+    the model writes words. The directory appears when it is complete.
 
     Args:
       directory: to be made; may exist if empty.
       cfg: `quantized` and `expert_dtype` say what is FP8 and FP4; 270 tokens or more.
       seed: equal seeds make equal bytes.
+      tokenizer: the model's.
 
     Raises:
       ValueError: the directory has something in it, the vocabulary is too small, or the experts
         cannot be FP4.
     """
-    tokenizer = build_demo_tokenizer(cfg.vocab_size)
-    arrays = dict(_arrays(cfg, seed, _words(Tokenizer(tokenizer))))
+    words = None
+    if tokenizer is None:
+        tokenizer = build_demo_tokenizer(cfg.vocab_size)
+        words = _words(Tokenizer(tokenizer))
+    arrays = dict(_arrays(cfg, seed, words))
     dtype_name = {dtype: name for name, dtype in reversed(DTYPES.items())}
     infos = {n: TensorInfo(dtype_name[array.dtype], array.shape) for n, array in arrays.items()}
     names = sorted(infos, key=lambda name: (-arrays[name].itemsize, name))
@@ -130,13 +137,15 @@ def _words(tokenizer: Tokenizer) -> list[int]:
     return [i for (text, i), after in zip(words, nexts, strict=True) if not after.startswith(text)]
 
 
-def _arrays(cfg: ModelConfig, seed: int, words: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(
+    cfg: ModelConfig, seed: int, words: list[int] | None
+) -> Iterator[tuple[str, np.ndarray]]:
     for leaf, spec in params.leaves(Model(cfg)):
         stack = spec.stack_dims
         spec = dataclasses.replace(spec, shape=spec.shape[stack:], axes=spec.axes[stack:])
         for name in hf_names.flatten(hf_names.release_names(leaf, cfg)):
             values = _values(spec, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-            if leaf == "head_VD":
+            if leaf == "head_VD" and words is not None:
                 head_VD = np.zeros_like(values)
                 head_VD[words] = values[words] * (_HEAD_STD / spec.scale)
                 values = head_VD

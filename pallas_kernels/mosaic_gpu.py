@@ -6,8 +6,9 @@ from typing import Any
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-# Of matrices of 16 bits in shared memory, for tensor cores: swizzles of 128 bytes.
+# Of matrices in shared memory, of 16 bits for tensor cores and of bytes: swizzles of 128 bytes.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
 # JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
 _INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()

@@ -4,16 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 import v4jax
 from tests import hf_models
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-# Compiled as for users.
-OPTIMISED = ("flash", "pro")
 # (ratios, changes, batch, length). The bar is 1e-5 of the largest logit: transformers' own chunked
 # and whole prefill differ by up to 1e-6, and ours must be no further away than rounding.
 CASES: dict[str, tuple[list[int] | None, dict[str, Any], int, int]] = {
@@ -62,7 +58,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(name: str, directory: Path) -> None:
-    jax.config.update("jax_disable_most_optimizations", name not in OPTIMISED)
     ratios, changes, batch, length = CASES[name]
     theirs = hf_models.make(ratios, len(name), **changes)
     path = hf_models.save(theirs, directory / name.replace(" ", "_"))

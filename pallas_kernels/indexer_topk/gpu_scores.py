@@ -22,12 +22,11 @@ from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
 from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
 from pallas_kernels.indexer_topk.reference import ordered
-from pallas_kernels.mosaic_gpu import TILED, load
+from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load
 
 # Heads come in multiples of 64 too: what a tile of a product holds.
 TILE = HEADS = 64
 _BY_ENTRY, _BY_HEAD = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-_BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 # Bytes of tiles under way per block of threads, of which a multiprocessor holds two.
 _AHEAD = 48 * 2**10
 
@@ -68,7 +67,7 @@ def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     }
     if not narrow:
         return found | {"keys_DXJ": matrix((depth, TILE, dim))}
-    codes = plgpu.SMEM((depth, TILE, dim), jnp.float8_e4m3fn, transforms=_BYTES_TILED)
+    codes = plgpu.SMEM((depth, TILE, dim), jnp.float8_e4m3fn, transforms=BYTES_TILED)
     scale = jnp.float32 if keys.scale.dtype == jnp.float32 else jnp.uint8
     scales = plgpu.SMEM((depth, 2 * TILE), scale)
     return found | {"codes_DXJ": codes, "scale_DY": scales, "keys_XJ": matrix((TILE, dim))}

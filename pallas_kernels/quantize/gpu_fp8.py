@@ -15,12 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.mosaic_gpu import TILED, load
+from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load
 from pallas_kernels.quantize import gpu_tiles
 from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, of_layer
 
-_BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _DEPTH = 3  # tiles under way
 
 
@@ -82,7 +81,7 @@ def _room(rows: int) -> dict[str, Any]:
     block = FP8_BLOCK
     return {
         "x_DMX": plgpu.SMEM((_DEPTH, rows, block), jnp.bfloat16, transforms=TILED),
-        "codes_DXC": plgpu.SMEM((_DEPTH, block, block), jnp.float8_e4m3fn, transforms=_BYTES_TILED),
+        "codes_DXC": plgpu.SMEM((_DEPTH, block, block), jnp.float8_e4m3fn, transforms=BYTES_TILED),
         "dense_XC": plgpu.SMEM((block, block), jnp.bfloat16, transforms=TILED),
         "here_D": plgpu.Barrier(num_arrivals=2, num_barriers=_DEPTH),
     }

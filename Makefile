@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo train-demo test check bench clean
 
 demo: $(VENV)/run
 	$(BIN)/v4jax demo
+
+train-demo: $(VENV)/train
+	$(BIN)/v4jax-train demo
 
 test: $(VENV)/test check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -28,11 +31,15 @@ $(VENV)/run: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+$(VENV)/train: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	touch $@ $(VENV)/run
+
 # The exact torch first: a range would fetch the build for CUDA, several gigabytes.
 $(VENV)/test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
-	touch $@ $(VENV)/run
+	touch $@ $(VENV)/run $(VENV)/train
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

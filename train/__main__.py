@@ -19,8 +19,9 @@ examples:
   v4jax-train resume runs/a
   v4jax-train eval runs/a
   v4jax-train plot runs/a
+  v4jax-train demo
 """
-_COMMANDS = ("train", "preview", "resume", "eval", "plot")
+_COMMANDS = ("train", "preview", "resume", "eval", "plot", "demo")
 _FINISHED_BY_SIGNAL = 143
 
 
@@ -104,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw a run's curves")
     _add_run(plot)
     plot.add_argument("--png", type=Path, help="the file to make (default: RUN/curves.png)")
+    demo = _command(commands, "demo", _demo, "train a tiny model from nothing, on CPython's own text")
+    demo.add_argument("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="(runs/tiny)")
+    demo.add_argument("--steps", metavar="N", help="instead of the recipe's")
     return parser
 
 
@@ -230,6 +234,26 @@ def _plot(args: argparse.Namespace) -> int:
     plot.draw([args.directory], target)
     print(f"Made {target}.")
     return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from v4jax_train import display, journal, tiny
+
+    run = args.out / "run"
+    overrides = {} if args.steps is None else {"steps.steps": args.steps}
+    with display.live() as show:
+        release, outcome = tiny.train(args.out, overrides, show=show)
+    status = _ended(outcome, run)
+    if not status:
+        measured = journal.read(run, "evaluation")[-1]
+        for sample in measured["samples"]:
+            print(f"\n{sample['prompt']}{sample['text']}")
+        print(
+            f"\nOn text held out: loss {measured['loss']:.3f};"
+            f" MTP foresees {measured['mtp_agreement']:.0%} of the tokens."
+        )
+        print(f'Go on with: v4jax generate {release} -p "{tiny.PROMPTS[0]}"')
+    return status
 
 
 if __name__ == "__main__":

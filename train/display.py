@@ -1,12 +1,14 @@
 """A run on a terminal: one line that changes; elsewhere a line every few seconds."""
 
 import contextlib
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _SECONDS = 10.0
+_BARS, _WIDTH = "▁▂▃▄▅▆▇█", 24
 
 
 def line(metrics: dict[str, Any]) -> str:
@@ -26,6 +28,18 @@ def line(metrics: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def curve(values: Sequence[float], width: int = _WIDTH) -> str:
+    """Numbers as a row of bars, the smallest the lowest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cut = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
+    means = [sum(part) / len(part) for part in cut]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
 @contextlib.contextmanager
 def live() -> Iterator[Callable[[dict[str, Any]], None]]:
     """What `loop` tells its metrics to; the first process shows them on standard error."""
@@ -33,13 +47,17 @@ def live() -> Iterator[Callable[[dict[str, Any]], None]]:
 
     terminal = sys.stderr.isatty()
     last = 0.0
+    losses: list[float] = []
 
     def show(metrics: dict[str, Any]) -> None:
         nonlocal last
         if jax.process_index():
             return
         if terminal:
-            print(f"\r\x1b[K{line(metrics)}", end="", file=sys.stderr, flush=True)
+            losses.extend([] if metrics["skipped"] else [metrics["loss"]])
+            text = f"{curve(losses)} {line(metrics)}"
+            text = text[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
             return
         now = time.monotonic()
         if now - last >= _SECONDS or metrics["step"] == metrics["steps"] or metrics["skipped"]:

@@ -1,6 +1,6 @@
 """What training minimises: the cross-entropy of trained tokens, and what stands beside it.
 
-Axis letters: B batch, T tokens, C tokens of a chunk, D hidden, V vocabulary.
+Axis letters: B batch, T tokens, N chunks, C tokens of a chunk, D hidden, V vocabulary.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from . import balance
 Batch = dict[str, Array]  # [B, T] each, as `dataset` makes them
 _CHUNK = 512  # tokens of a row whose logits exist at a time
 # How many places ahead the token is that a hidden state predicts.
-_AHEAD = {"loss": 1, "mtp_loss": 2}
+_AHEAD = {"loss": 1, "mtp_loss": 2, "mtp_agreement": 2}
 
 
 def sums(
@@ -29,6 +29,7 @@ def sums(
     batch: Batch,
     *,
     mtp: bool = False,
+    agreement: bool = False,
     indexer: bool = False,
     remat: bool = False,
 ) -> tuple[dict[str, Float32[Array, ""]], dict[str, Float32[Array, "L E"]]]:
@@ -41,11 +42,13 @@ def sums(
       batch: `tokens` and `document` as `models.forward_rows` takes them, [B, T]; `trained` whether
         a token is to be predicted.
       mtp: predict the token after the next too, within a document.
+      agreement: count where MTP's most probable token is the model's too.
       indexer: compare sparse attention's indexers with it.
       remat: compute activations anew in the backward pass.
 
     Returns:
       Sums: `loss` of the trained tokens' cross-entropies, in nats; `mtp_loss` the same of MTP;
+      `mtp_agreement`, of those tokens, how many a greedy decoder would take from MTP;
       `balance_loss` and `indexer_loss` over all tokens and layers. And how many tokens chose each
       expert, by the name of the router's bias.
     """
@@ -60,14 +63,19 @@ def sums(
         watch=balance.watch,
         watch_indexer=indexer,
     )
-    found = {"loss": _predict(model, models.hidden(model, cfg, streams_BTM), batch, "loss")}
+    hidden_BTD = models.hidden(model, cfg, streams_BTM)
+    found = {"loss": _predict(model, hidden_BTD, batch, "loss")}
     drafters = []
     if mtp:
-        hidden_BTD, seen = models.draft_rows(
+        drafted_BTD, seen = models.draft_rows(
             model, streams_BTM, shared, remat=remat, watch=balance.watch
         )
-        found["mtp_loss"] = _predict(model, hidden_BTD, batch, "mtp_loss")
+        found["mtp_loss"] = _predict(model, drafted_BTD, batch, "mtp_loss")
         drafters.append(seen)
+        if agreement:
+            same_BT = _later(_greedy(model, hidden_BTD), 1) == _greedy(model, drafted_BTD)
+            counted_BT = same_BT & _trained(batch, "mtp_agreement")
+            found["mtp_agreement"] = jnp.sum(counted_BT, dtype=jnp.float32)
     for name in ("balance_loss", "indexer_loss") if indexer else ("balance_loss",):
         found[name] = _over_layers(name, [*watched, *drafters])
     return found, balance.biases(watched, drafters)
@@ -114,10 +122,6 @@ def cross_entropy(
 
     Logits of a few hundred tokens per row exist at a time, in the backward pass too.
     """
-    length = hidden_BTD.shape[1]
-    chunk = next(size for size in range(min(_CHUNK, length), 0, -1) if length % size == 0)
-    parts = lambda x: jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
-
     @jax.checkpoint
     def of_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden_BCD, target_BC, trained_BC = part
@@ -126,5 +130,18 @@ def cross_entropy(
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - found_BC
         return total + jnp.sum(jnp.where(trained_BC, loss_BC, 0.0)), None
 
-    every = parts(hidden_BTD), parts(target_BT), parts(trained_BT)
+    every = _chunks(hidden_BTD), _chunks(target_BT), _chunks(trained_BT)
     return jax.lax.scan(of_chunk, jnp.float32(0.0), every)[0]
+
+
+def _chunks(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "N B C *rest"]:
+    length = x.shape[1]
+    chunk = next(size for size in range(min(_CHUNK, length), 0, -1) if length % size == 0)
+    return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _greedy(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The most probable token at each place."""
+    choose = lambda hidden_BCD: jnp.argmax(models.head(model, hidden_BCD), axis=-1)
+    chosen_NBC = jax.lax.map(choose, _chunks(hidden_BTD))
+    return jnp.moveaxis(chosen_NBC, 0, 1).reshape(hidden_BTD.shape[:2])

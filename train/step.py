@@ -75,7 +75,9 @@ class Settings:
         extra = {"mtp_loss": self.mtp_weight, "indexer_loss": self.indexer_weight}
         return found | {name: weight for name, weight in extra.items() if weight}
 
-    def sums(self, model: Any, batch: Batch, *, remat: bool = False) -> Any:
+    def sums(
+        self, model: Any, batch: Batch, *, remat: bool = False, agreement: bool = False
+    ) -> Any:
         """`loss.sums` with these settings."""
         names = self.weights
         return loss.sums(
@@ -84,6 +86,7 @@ class Settings:
             self.numerics,
             batch,
             mtp="mtp_loss" in names,
+            agreement=agreement,
             indexer="indexer_loss" in names,
             remat=remat,
         )
@@ -147,8 +150,8 @@ def evaluate(settings: Settings) -> Callable[[Parts, Batch], tuple[Metrics, Metr
 
     def run(parts: Parts, batch: Batch) -> tuple[Metrics, Metrics]:
         model = trainable.join(parts, settings.cfg, settings.what)
-        sums, _ = settings.sums(model, batch)
-        return sums, loss.counts(batch, settings.weights)
+        sums, _ = settings.sums(model, batch, agreement=True)
+        return sums, loss.counts(batch, sums)
 
     return jax.jit(run)
 

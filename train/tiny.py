@@ -1,4 +1,4 @@
-"""A small model trained from nothing, on text that is on every machine with CPython.
+"""A small model trained from nothing, on text that every machine with CPython has.
 
 The text is CPython's own: its language reference, as `help()` shows it, and the docstrings of its
 standard library (Python Software Foundation License, version 2).
@@ -14,85 +14,129 @@ from typing import Any
 
 import tokenizers
 
-from v4jax import chat, demo, merge
+from v4jax import chat, merge, random_checkpoint
 from v4jax.config import preset
+from v4jax.runs import RECIPE
 
 from . import loop, recipe
 
-_LEAST = 200  # characters of a docstring: shorter ones say little
+PROMPTS = ("The assignment statement", "Return a list of", "This module provides")
+_LEAST = 120  # characters of a docstring: shorter ones say little
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-_HELD_OUT = 20  # one text of so many is not trained on
+_HELD_OUT = 20  # one row of so many is not trained on
+_CHATS = 3  # one module of so many is asked for in chats, name by name
+
+Row = dict[str, Any]
 
 
-def texts() -> list[str]:
-    """The text, in a fixed order."""
+def rows() -> list[Row]:
+    """The text as rows of training data, in a fixed order."""
     from pydoc_data.topics import topics
 
-    return [*topics.values(), *_docstrings()]
+    found: list[Row] = [{"text": text} for text in topics.values()]
+    for number, (module, described) in enumerate(_modules()):
+        if number % _CHATS:
+            found.append({"text": "\n\n".join(described.values())})
+        else:
+            found += [_chat(f"{module}.{name}", text) for name, text in described.items()]
+    return found
 
 
-def _docstrings() -> Iterator[str]:
+def _chat(question: str, answer: str) -> Row:
+    asked = {"role": "user", "content": f"What is {question}?"}
+    return {"messages": [asked, {"role": "assistant", "content": answer}]}
+
+
+def _modules() -> Iterator[tuple[str, dict[str, str]]]:
+    """Modules of the standard library, and the docstrings in each by the name they are of."""
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
-        if _LEFT_OUT & set(file.relative_to(library).parts):
+        path = file.relative_to(library)
+        if _LEFT_OUT & set(path.parts):
             continue
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-        yield from (text for text in found if text and len(text) >= _LEAST)
+        described = dict(_docstrings(tree))
+        if described:
+            yield path.stem, described
 
 
-def tokenizer(found: list[str], size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the text, V4's special tokens first."""
+def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= _LEAST:
+                yield getattr(node, "name", "this"), text
+
+
+def tokenizer(texts: list[str], size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of the texts, V4's special tokens first."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
+    special = [
+        tokenizers.AddedToken(token, normalized=False, special=True)
+        for token in chat.SPECIAL_TOKENS
+    ]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[
-            tokenizers.AddedToken(t, normalized=False, special=True) for t in chat.SPECIAL_TOKENS
-        ],
+        special_tokens=special,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(found, trainer)
+    made.train_from_iterator(texts, trainer)
     return made
 
 
-def train(out: Path, overrides: dict[str, str], *, show: Callable[[dict[str, Any]], None]) -> Path:
-    """Train the preset 'tiny' and write it as a release; returns its directory.
+def train(
+    out: Path, overrides: dict[str, str], *, show: Callable[[Row], None]
+) -> tuple[Path, loop.Outcome]:
+    """Train the preset 'tiny' and write it as a release; goes on with a run that was interrupted.
 
     Args:
       out: a directory to be made: the text, the model before training, the run, and `model`.
       overrides: of the recipe `train_tiny.toml`, as `recipe.read` takes them.
       show: told the metrics of each step.
 
+    Returns:
+      The release's directory, which is there unless a signal ended the run, and how that ended.
+
     Raises:
-      ValueError: the directory has something in it.
+      ValueError: the directory has something else in it.
     """
+    run, release = out / "run", out / "model"
+    if (run / RECIPE).is_file():
+        outcome = loop.resume(run, show=show)
+    else:
+        outcome = loop.begin(_prepare(out, overrides), show=show)
+    if outcome.why != "signal" and not release.exists():
+        merge.merge(out / "untrained", run, release, weights="keep")
+    return release, outcome
+
+
+def _prepare(out: Path, overrides: dict[str, str]) -> recipe.Recipe:
+    """Write the text and the model before training; the recipe of the run."""
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; choose another directory.")
+        raise ValueError(f"{out}: is not empty and has no run in it; choose another directory.")
     out.mkdir(parents=True, exist_ok=True)
-    found = texts()
-    parts = {"train": [], "held_out": []}
-    for number, text in enumerate(found):
-        parts["held_out" if number % _HELD_OUT == 0 else "train"].append(text)
-    for name, rows in parts.items():
-        lines = (json.dumps({"text": text}) + "\n" for text in rows)
+    found = rows()
+    for name, chosen in (("held_out", range(0, len(found), _HELD_OUT)), ("train", range(len(found)))):
+        kept = [found[i] for i in chosen if name == "held_out" or i % _HELD_OUT]
+        lines = (json.dumps(row) + "\n" for row in kept)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     cfg = preset("tiny")
-    demo.make_checkpoint(out / "untrained", cfg, 0, tokenizer=tokenizer(found, cfg.vocab_size))
+    texts = [row["text"] if "text" in row else row["messages"][1]["content"] for row in found]
+    random_checkpoint.make_checkpoint(
+        out / "untrained", cfg, 0, tokenizer=tokenizer(texts, cfg.vocab_size)
+    )
     given = {
         "model.path": repr(str(out / "untrained")),
         "data.files": repr([str(out / "train.jsonl")]),
         "evaluation.files": repr([str(out / "held_out.jsonl")]),
+        "evaluation.prompts": repr(list(PROMPTS)),
         "out": repr(str(out / "run")),
     }
     with resources.as_file(resources.files("v4jax_configs") / "train_tiny.toml") as file:
-        settings = recipe.read(file, given | overrides)
-    loop.begin(settings, show=show)
-    merge.merge(out / "untrained", out / "run", out / "model", weights="keep")
-    return out / "model"
+        return recipe.read(file, given | overrides)

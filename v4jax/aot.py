@@ -60,9 +60,9 @@ def lower(
     """
     declared = Model(cfg)
     model = params.abstract(declared, dtype, kept)
-    model = jax.tree.map(_placed, model, sharding.shardings(declared, mesh, model))
+    model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
     rows = sharding.partition_spec(("batch",))[0]
-    by_row = lambda struct, dim: _placed(struct, _rows(struct, dim, rows, mesh))
+    by_row = lambda struct, dim: placed(struct, _rows(struct, dim, rows, mesh))
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda struct: by_row(struct, 0 if struct.ndim == 1 else 1), cache)
     ints = lambda *shape: by_row(jax.ShapeDtypeStruct(shape, jnp.int32), 0)
@@ -73,7 +73,8 @@ def lower(
         return steps.prefill.lower(model, ints(batch, tokens), cache, ints(batch), **static)
 
 
-def _placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
+def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
+    """The struct as one that lies in a place."""
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
 

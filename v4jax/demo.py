@@ -1,61 +1,54 @@
-"""A small checkpoint in the release format, made from nothing, and a first generation from it.
+"""A first generation, from the model that the package brings with it."""
 
-Axis letters: V vocabulary, D hidden.
-"""
-
-import dataclasses
-import json
-import math
+import shutil
 import sys
-import tempfile
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import tokenizers
-
 import v4jax
-from pallas_kernels import quantize
-from v4jax import checkpoint_files, config_json, hf_names, params
-from v4jax.config import ModelConfig, preset
+from v4jax import hub
 from v4jax.language_model import LanguageModel
-from v4jax.model import Model
-from v4jax.params import ParamSpec
-from v4jax.safetensors_file import DTYPES, TensorInfo
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
 
-PROMPT = "Once upon a time"
-_NAME = "v4jax-demo"  # in config.json: how a later run knows its own checkpoint
-_SEED, _SHARDS = 0, 2
-# More than 40 words have a logit above 0, which is that of all other tokens.
-_SAMPLING: dict[str, Any] = {"max_tokens": 64, "top_k": 40, "seed": _SEED}
-# Wide enough that nearly all draws are words, and narrow enough that they vary.
-_HEAD_STD = 0.35
+PROMPT = "The assignment statement"
+_SAMPLING: dict[str, Any] = {"max_tokens": 96, "temperature": 0.6, "seed": 0}
 
 
 def main(directory: Path | None) -> int:
-    """Make the checkpoint (in a temporary directory without one), load it, generate from it.
+    """Load the model and generate from it; with a directory, copy it there first.
 
     Raises:
       ValueError: the directory has something else in it.
     """
-    with tempfile.TemporaryDirectory(prefix="v4jax-demo-") as scratch:
-        place = Path(scratch, "checkpoint") if directory is None else directory
-        if is_demo(place):
-            _say(f"Using the demo checkpoint in {place}.")
-        else:
-            make_checkpoint(place, preset("tiny"), _SEED)
-            _say(f"Made a small checkpoint in the release format in {place}:")
-        for file in sorted(place.iterdir()):
-            _say(f"  {file.stat().st_size:9,} bytes  {file.name}")
-        _generate(v4jax.load(place))
-        if directory is not None:
-            _say(f'Go on with: v4jax generate {place} -p "{PROMPT}"')
+    place = hub.TINY if directory is None else directory
+    if directory is not None and not _is_tiny(directory):
+        copy(directory)
+    _say(f"A small model in the release format, {place}:")
+    for file in sorted(place.iterdir()):
+        _say(f"  {file.stat().st_size:9,} bytes  {file.name}")
+    _generate(v4jax.load(place))
+    _say(f'Go on with: v4jax generate {directory or "tiny"} -p "{PROMPT}"')
     return 0
+
+
+def copy(directory: Path) -> None:
+    """Copy the model to a directory, which appears when it is complete.
+
+    Raises:
+      ValueError: it has something in it.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: exists; choose another place, or remove it first.")
+    work = directory.with_name(directory.name + ".v4jax-unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(hub.TINY, work)
+    work.rename(directory)
+
+
+def _is_tiny(directory: Path) -> bool:
+    """Whether it has the model's files already."""
+    same = lambda file: (directory / file.name).read_bytes() == file.read_bytes()
+    return all((directory / file.name).is_file() and same(file) for file in hub.TINY.iterdir())
 
 
 def _generate(model: LanguageModel) -> None:
@@ -68,114 +61,8 @@ def _generate(model: LanguageModel) -> None:
     again = model.generate(PROMPT, **_SAMPLING)
     speed = f"{again.timings.tokens_per_second:.0f} tokens/s"
     _say(f"\n\nThat took {first:.1f} s, compilation included; compiled, it decodes {speed}.")
-    _say("The weights are random, so the words mean nothing.")
 
 
 def _say(text: str, end: str = "\n") -> None:
     sys.stdout.write(text + end)
     sys.stdout.flush()
-
-
-def is_demo(directory: Path) -> bool:
-    """Whether `make_checkpoint` made this directory."""
-    file = directory / checkpoint_files.CONFIG
-    return file.is_file() and checkpoint_files.read_json(file).get("name") == _NAME
-
-
-def make_checkpoint(
-    directory: Path, cfg: ModelConfig, seed: int, tokenizer: tokenizers.Tokenizer | None = None
-) -> None:
-    """Write a checkpoint in the release format with random weights; all of it is held in memory.
-
-    Without a tokenizer it gets one, and the head's rows are 0 but for those of whole words, so that
-    the model writes words. The directory appears when it is complete.
-
-    Args:
-      directory: to be made; may exist if empty.
-      cfg: `quantized` and `expert_dtype` say what is FP8 and FP4; 270 tokens or more.
-      seed: equal seeds make equal bytes.
-      tokenizer: the model's.
-
-    Raises:
-      ValueError: the directory has something in it, the vocabulary is too small, or the experts
-        cannot be FP4.
-    """
-    words = None
-    if tokenizer is None:
-        tokenizer = build_demo_tokenizer(cfg.vocab_size)
-        words = _words(Tokenizer(tokenizer))
-    arrays = dict(_arrays(cfg, seed, words))
-    dtype_name = {dtype: name for name, dtype in reversed(DTYPES.items())}
-    infos = {n: TensorInfo(dtype_name[array.dtype], array.shape) for n, array in arrays.items()}
-    names = sorted(infos, key=lambda name: (-arrays[name].itemsize, name))
-    size = math.ceil(len(names) / _SHARDS)
-    shards = [{n: infos[n] for n in names[i : i + size]} for i in range(0, len(names), size)]
-    with tempfile.TemporaryDirectory() as scratch:
-        extras = [Path(scratch, "tokenizer.json"), Path(scratch, "generation_config.json")]
-        tokenizer.save(str(extras[0]))
-        extras[1].write_text(json.dumps(_generation_config(cfg), indent=2) + "\n")
-        config = config_json.to_json(cfg) | {"name": _NAME}
-        checkpoint_files.write_checkpoint(
-            directory, config, shards, arrays.__getitem__, extras=extras
-        )
-
-
-def _generation_config(cfg: ModelConfig) -> dict[str, object]:
-    eos = list(cfg.eos_token_ids)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    return {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos} | sampling
-
-
-def _words(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are a space and a word, and the beginning of no other token."""
-    texts = {
-        i: tokenizer.token_bytes(i).decode(errors="replace") for i in range(tokenizer.vocab_size)
-    }
-    words = sorted((text, i) for i, text in texts.items() if text[:1] == " " and text[1:].isalpha())
-    # Sorted, a word is followed by those that it begins.
-    nexts = [text for text, _ in words[1:]] + [""]
-    return [i for (text, i), after in zip(words, nexts, strict=True) if not after.startswith(text)]
-
-
-def _arrays(
-    cfg: ModelConfig, seed: int, words: list[int] | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    for leaf, spec in params.leaves(Model(cfg)):
-        stack = spec.stack_dims
-        spec = dataclasses.replace(spec, shape=spec.shape[stack:], axes=spec.axes[stack:])
-        for name in hf_names.flatten(hf_names.release_names(leaf, cfg)):
-            values = _values(spec, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-            if leaf == "head_VD" and words is not None:
-                head_VD = np.zeros_like(values)
-                head_VD[words] = values[words] * (_HEAD_STD / spec.scale)
-                values = head_VD
-            yield from _stored(name, values, spec, cfg)
-
-
-def _values(spec: ParamSpec, rng: np.random.Generator) -> np.ndarray:
-    match spec.init:
-        case "constant":
-            return np.full(spec.shape, spec.scale, np.float32)
-        case "experts":
-            noise = rng.random((spec.shape[0], int(spec.scale)))
-            return np.argsort(noise, axis=-1)[:, : spec.shape[1]]
-    return rng.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
-
-
-def _stored(
-    name: str, values: np.ndarray, spec: ParamSpec, cfg: ModelConfig
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that hold a weight in the release: itself, or its codes and scales."""
-    match cfg.expert_dtype if spec.stored == "expert" else spec.stored:
-        case "fp8" | "fp4" as stored if cfg.quantized:
-            fp8 = stored == "fp8"
-            encode = quantize.encode_fp8_blocks if fp8 else quantize.encode_fp4_blocks
-            codes, scale = encode(values)
-            yield name, codes
-            yield hf_names.scale_name(name), scale
-        case "f32":
-            yield name, values
-        case "i64":
-            yield name, values.astype(np.int64)
-        case _:
-            yield name, values.astype(ml_dtypes.bfloat16)

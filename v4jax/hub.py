@@ -24,6 +24,7 @@ from v4jax.safetensors_file import (
     require_space,
 )
 
+TINY = Path(__file__).parent / "data" / "tiny"  # a small trained model, in the release format
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Weights, configuration and tokenizer: not the code or the papers beside them.
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*")
@@ -39,7 +40,8 @@ def resolve(
     """The directory of a checkpoint, downloaded if it is not here.
 
     Args:
-      path_or_id: what exists as a path is that path; else `organisation/name` is a Hub id.
+      path_or_id: what exists as a path is that path; else 'tiny' is the model that the package
+        brings with it, and `organisation/name` a Hub id.
       revision: branch, tag or commit on the Hub; its main branch without.
       allow_patterns: files to download; weights, configuration and tokenizer without.
 
@@ -50,6 +52,8 @@ def resolve(
     if path.exists():
         return path
     repo_id = str(path_or_id)
+    if repo_id == "tiny":
+        return TINY
     if not _ID.fullmatch(repo_id):
         raise CheckpointError(
             f"{repo_id}: no such file or directory, and no Hub id either: those look like "

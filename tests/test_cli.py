@@ -15,7 +15,7 @@ import pytest
 
 import v4jax
 from tests.checkpoints import tiny, tiny_dspark
-from v4jax import demo, native
+from v4jax import native, random_checkpoint
 from v4jax.__main__ import main
 from v4jax.chat import encode_chat
 
@@ -27,7 +27,7 @@ Capsys = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "checkpoint"
-    demo.make_checkpoint(directory, tiny(), 0)
+    random_checkpoint.make_checkpoint(directory, tiny(), 0)
     return directory
 
 

@@ -1,148 +1,122 @@
-"""The demo's checkpoint, and a first generation from it."""
+"""The model that comes with the package, and a first generation from it."""
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import v4jax
-from tests.checkpoints import tiny
-from v4jax import demo, inspect, native
+from v4jax import demo, hub, inspect, params
+from v4jax.__main__ import main
 from v4jax.checkpoint_files import Checkpoint
-from v4jax.convert import convert, export
+from v4jax.config import preset
 from v4jax.language_model import LanguageModel
-from v4jax.tokenizer import Tokenizer
+from v4jax_train import loss, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    demo.make_checkpoint(directory, tiny(), 0)
-    return directory
+def model() -> LanguageModel:
+    return v4jax.load("tiny", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> LanguageModel:
-    return v4jax.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def told(checkpoint: Path) -> str:
+def told() -> str:
     """What the demo prints."""
     with pytest.MonkeyPatch.context() as patch:
         parts: list[str] = []
         patch.setattr(demo, "_say", lambda text, end="\n": parts.append(text + end))
-        assert demo.main(checkpoint) == 0
+        assert demo.main(None) == 0
     return "".join(parts)
 
 
-def test_checkpoint_has_the_files_and_formats_of_a_release(checkpoint: Path) -> None:
-    assert sorted(file.name for file in checkpoint.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-    ]
-    with Checkpoint.open(checkpoint) as files:
-        dtypes = {name: files.info(name).dtype for name in files.names}
+def test_it_is_the_preset_in_the_release_format_and_under_4_mb() -> None:
+    files = list(hub.TINY.iterdir())
+    assert sum(file.stat().st_size for file in files) < 4e6
+    with Checkpoint.open(hub.TINY) as opened:
+        dtypes = {name: opened.info(name).dtype for name in opened.names}
     assert dtypes["layers.0.attn.wq_a.weight"] == "F8_E4M3"
-    assert dtypes["layers.0.attn.wq_a.scale"] == "F8_E8M0"
-    assert dtypes["layers.4.ffn.experts.7.w2.weight"] == "I8"
-    assert dtypes["layers.0.ffn.gate.tid2eid"] == "I64"
-    assert dtypes["embed.weight"] == "BF16"
-    assert json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"] == [1]
+    assert dtypes["mtp.0.ffn.experts.7.w2.weight"] == "I8"
+    subject = inspect.find(str(hub.TINY))
+    assert subject.config == preset("tiny")
+    assert subject.held == inspect.report(preset("tiny")).bytes_by_dtype
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"expert_dtype": "fp8"},
-        {"quantized": False, "expert_dtype": None},
-        {"num_nextn_predict_layers": 0, "vocab_size": 300},
-    ],
-)
-def test_checkpoints_of_other_configurations_hold_what_inspect_computes(
-    changes: dict, tmp_path: Path
-) -> None:
-    cfg = tiny(**changes)
-    demo.make_checkpoint(tmp_path / "made", cfg, 0)
-    subject = inspect.find(str(tmp_path / "made"))
-    assert subject.config == cfg
-    assert subject.held == inspect.report(cfg).bytes_by_dtype
+def test_it_has_one_to_four_million_parameters(model: LanguageModel) -> None:
+    assert 1e6 < params.count(model.engine.model) < 4e6
 
 
-def test_equal_seeds_make_equal_bytes_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        demo.make_checkpoint(tmp_path / str(seed), tiny(), seed)
-    same, other = (
-        [
-            (tmp_path / seed / file.name).read_bytes() == file.read_bytes()
-            for file in sorted(checkpoint.glob("*.safetensors"))
-        ]
-        for seed in ("0", "1")
-    )
-    assert all(same)
-    assert not any(other)
+def test_its_text_is_language(model: LanguageModel) -> None:
+    """Nearly all words that it writes are words of the text that it was trained on."""
+    texts = [row["text"] for row in tiny.rows() if "text" in row]
+    known = set(re.findall(r"[a-z]+", " ".join(texts).lower()))
+    for seed, prompt in enumerate(tiny.PROMPTS):
+        text = model.generate(prompt, max_tokens=150, temperature=0.8, seed=seed).text
+        words = [word for word in re.findall(r"[a-z]+", text.lower())[:-1] if len(word) > 3]
+        assert len(words) >= 20, text
+        assert sum(word in known for word in words) > 0.85 * len(words), text
+        assert len(set(words)) > 0.4 * len(words), text
 
 
-def test_conversion_and_export_give_its_bytes_back(checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "native")
-    export(tmp_path / "native", tmp_path / "hf")
-    assert native.is_native(tmp_path / "native")
-    for file in checkpoint.iterdir():
-        if file.suffix == ".safetensors" or file.name == "tokenizer.json":
-            assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+def test_its_drafts_are_taken_more_than_half_of_the_time(model: LanguageModel) -> None:
+    """On text that it writes, decoding greedily and sampling."""
+    engine, tokenizer = model.engine, model.tokenizer
+    assert tokenizer is not None
+    rows = []
+    for seed, prompt in enumerate(tiny.PROMPTS):
+        for temperature in (0.0, 1.0):
+            new = model.generate(prompt, max_tokens=112, temperature=temperature, seed=seed).tokens
+            rows.append([0, *tokenizer.encode(prompt), *new][:112])
+    tokens = np.zeros((len(rows), 128), np.int32)
+    document = np.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)], document[number, : len(row)] = row, 1
+    batch = {"tokens": tokens, "document": document, "trained": document > 0}
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}
+    sums, _ = loss.sums(engine.model, engine.cfg, engine.numerics, batch, mtp=True, agreement=True)
+    counts = loss.counts(batch, sums)
+    assert float(sums["mtp_agreement"] / counts["mtp_agreement"]) > 0.5
 
 
-def test_demo_streams_words_and_says_that_the_weights_are_random(told: str) -> None:
+def test_the_demo_streams_text_and_says_how_fast(told: str) -> None:
     text = told.split("text:\n\n")[1].split("\n\nThat took")[0]
     assert text.startswith(demo.PROMPT)
-    new = text.removeprefix(demo.PROMPT)
-    assert re.fullmatch(r"( [a-z]+){64}", new)
+    assert len(text) > len(demo.PROMPT) + 50
     assert re.search(r"decodes \d+ tokens/s", told)
-    assert "weights are random" in told
+    assert 'v4jax generate tiny -p "' in told
 
 
-def test_demo_uses_its_own_checkpoint_again(told: str, checkpoint: Path) -> None:
-    assert told.startswith(f"Using the demo checkpoint in {checkpoint}.")
+def test_the_demo_copies_the_model_and_uses_the_copy_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_generate", lambda _: None)
+    place = tmp_path / "copy"
+    for _ in range(2):
+        assert demo.main(place) == 0
+        names = {file.name for file in place.iterdir()}
+        assert names == {file.name for file in hub.TINY.iterdir()}
+    assert [file.name for file in tmp_path.iterdir()] == ["copy"]
 
 
-def test_demo_refuses_a_directory_of_something_else(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_directory_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear all")
     with pytest.raises(ValueError, match=f"{tmp_path}: exists"):
         demo.main(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_failure_while_making_it_leaves_nothing(
+def test_a_directory_of_that_name_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def arrays(*_: object) -> Iterator[tuple[str, np.ndarray]]:
-        yield "one", np.zeros(3, np.float32)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "_arrays", arrays)
-    with pytest.raises(KeyboardInterrupt):
-        demo.main(tmp_path / "made")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("tiny") == hub.TINY
+    Path("tiny").mkdir()
+    assert hub.resolve("tiny") == Path("tiny")
 
 
-def test_most_greedy_and_sampled_tokens_are_words(model: LanguageModel, checkpoint: Path) -> None:
-    words = set(demo._words(Tokenizer.load(checkpoint)))
-    for temperature in (0.0, 1.0):
-        out = model.generate(demo.PROMPT, max_tokens=64, temperature=temperature, seed=3)
-        assert sum(token in words for token in out.tokens) >= 60
-        assert out.finish_reason == "length"
-
-
-def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="270 or more"):
-        demo.make_checkpoint(tmp_path / "made", tiny(vocab_size=100), 0)
-    assert list(tmp_path.iterdir()) == []
+def test_generate_takes_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "tiny", "-p", "Return a list of", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()

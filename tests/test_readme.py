@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import tiny
-from v4jax import demo
+from v4jax import random_checkpoint
 from v4jax.__main__ import main
 from v4jax.config import preset_names
 
@@ -26,9 +26,9 @@ V4JAX = [command[1:] for command in COMMANDS if command[0] == "v4jax"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's directories lie, its checkpoint being the demo's."""
+    """Where the README's directories lie, its checkpoint a random one."""
     directory = tmp_path_factory.mktemp("readme")
-    demo.make_checkpoint(directory / "HF_DIR", tiny(), 0)
+    random_checkpoint.make_checkpoint(directory / "HF_DIR", tiny(), 0)
     (directory / "path" / "to").mkdir(parents=True)
     (directory / "path" / "to" / "checkpoint").symlink_to(directory / "HF_DIR")
     return directory

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from v4jax import demo
+from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import journal
 
@@ -28,7 +28,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    demo.make_checkpoint(directory, SMALL, 0)
+    random_checkpoint.make_checkpoint(directory, SMALL, 0)
     return directory
 
 

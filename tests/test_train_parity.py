@@ -141,3 +141,12 @@ def test_one_step_of_adamw_is_that_of_torch(
         sure = np.abs(of_torch) > 1e-3 * np.abs(of_torch).max()
         difference = np.abs(after[name] - weight.detach().numpy())[sure]
         assert difference.max() <= 1e-3 * RATE, name
+    # Neither a gradient nor decay reaches anything else.
+    moved = trainable.join(trainable.Parts(state.trained, state.balanced, parts.frozen), cfg, what)
+    old = dict(params.leaves(ours.engine.model))
+    for name, weight in params.leaves(moved):
+        if name not in state.trained:
+            np.testing.assert_array_equal(np.asarray(weight), np.asarray(old[name]), name)
+    frozen = old.keys() - state.trained.keys()
+    assert {name.rsplit(".", 1)[-1] for name in frozen} >= {"bias_E", "table_VA"}
+    assert any(".indexer." in name for name in frozen)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from v4jax import demo
+from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import journal
 
@@ -47,7 +47,7 @@ expert = 4
 def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The command's words but for the run's directory; programs are compiled once."""
     place = tmp_path_factory.mktemp("inputs")
-    demo.make_checkpoint(place / "model", SMALL, 0)
+    random_checkpoint.make_checkpoint(place / "model", SMALL, 0)
     rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.toml").write_text(RECIPE)

@@ -67,4 +67,7 @@ def test_wheel_alone_runs_the_command(wheel: Path, tmp_path: Path) -> None:
     where = run(binaries / "python", "-c", "import v4jax; print(v4jax.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path))
     assert "159,609,485,896" in run(binaries / "v4jax", "inspect", "flash", cwd=tmp_path)
-    assert "weights are random" in run(binaries / "v4jax", "demo", cwd=tmp_path)
+    assert "tokens/s" in run(binaries / "v4jax", "demo", cwd=tmp_path)
+    words = ("plot", tmp_path)
+    done = subprocess.run([binaries / "v4jax-train", *words], capture_output=True, text=True)
+    assert (done.returncode, "pip install 'v4jax[train]'" in done.stderr) == (1, True), done.stderr

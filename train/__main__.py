@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -34,12 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         words.insert(0, "train")
+    warnings.showwarning = _warn
     try:
-        parser = _parser()
+        args = _parser().parse_args(words)
     except ModuleNotFoundError as error:
-        print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[train]'", file=sys.stderr)
-        return 1
-    args = parser.parse_args(words)
+        return _missing(error)
     among_others = lambda: getattr(args, "among_others", False)
     try:
         status = _run(args)
@@ -65,12 +65,23 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, f"{where}{error.strerror or error}.")
     except ValueError as error:
         return _failed(args, str(error))
+    except ModuleNotFoundError as error:
+        return _missing(error)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _failed(
             args, "out of memory; try more steps.parts, a shorter data.seq_len or remat."
         )
+
+
+def _missing(error: ModuleNotFoundError) -> int:
+    print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[train]'", file=sys.stderr)
+    return 1
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"v4jax-train: warning: {message}", file=sys.stderr)
 
 
 def _failed(args: argparse.Namespace, why: str) -> int:
@@ -105,8 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", _plot, "draw a run's curves")
     _add_run(plot)
     plot.add_argument("--png", type=Path, help="the file to make (default: RUN/curves.png)")
-    demo = _command(commands, "demo", _demo, "train a tiny model from nothing, on CPython's own text")
-    demo.add_argument("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="(runs/tiny)")
+    demo = _command(
+        commands, "demo", _demo, "train a tiny model from nothing, on CPython's own text"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="(runs/tiny)"
+    )
     demo.add_argument("--steps", metavar="N", help="instead of the recipe's")
     return parser
 

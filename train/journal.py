@@ -21,7 +21,10 @@ class Journal:
             return
         path = directory / FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= after]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # Beside the old one, which stays whole if this is interrupted.
+        shorter = path.with_suffix(".tmp")
+        shorter.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        shorter.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -96,9 +96,10 @@ class _Run:
         self.steps = preparation.count_steps(recipe, self.data)
         tokens = recipe.steps.batch * recipe.data.seq_len
         with self.clock.spent_on("load"):
-            self.setup: Setup = preparation.prepare(recipe, self.steps, tokens, progress)
+            prepared = preparation.prepare(recipe, self.steps, tokens, progress)
+        self.setup: Setup
+        self.setup, self.state = prepared
         self.evaluator = Evaluator(recipe, self.setup, held_out)
-        self.state = preparation.begin(self.setup, recipe.steps.seed)
         self.losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self.best: float | None = None
         self.waited = self.wrong = 0
@@ -140,7 +141,7 @@ class _Run:
 
     def _steps(self, first: int, show: Show) -> Outcome:
         run = step.make(self.setup.settings, self.setup.rule, like=self.state)
-        frozen = self.setup.parts.frozen
+        frozen = self.setup.frozen
         iterator = dataset.iterate(self.data, step=first)
         why, made = "finished", first
         pending: tuple[int, Any, Any, float] | None = None
@@ -195,7 +196,7 @@ class _Run:
         return why
 
     def _evaluate(self, made: int) -> str | None:
-        parts = Parts(self.state.trained, self.state.balanced, self.setup.parts.frozen)
+        parts = Parts(self.state.trained, self.state.balanced, self.setup.frozen)
         found = self.evaluator.measure(parts)
         self.journal.write("evaluation", made, **found)
         if self.best is None or found["loss"] < self.best:

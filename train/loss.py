@@ -122,6 +122,7 @@ def cross_entropy(
 
     Logits of a few hundred tokens per row exist at a time, in the backward pass too.
     """
+
     @jax.checkpoint
     def of_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden_BCD, target_BC, trained_BC = part

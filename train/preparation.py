@@ -33,7 +33,7 @@ class Setup:
 
     Attributes:
       settings: what its step is compiled with.
-      parts: the model as it is before the first step.
+      frozen: the part of the model that no step changes.
       rule: the optimiser.
       rate: the learning rate of a step.
       tokenizer: the model's.
@@ -41,7 +41,7 @@ class Setup:
     """
 
     settings: step.Settings
-    parts: Parts
+    frozen: Any
     rule: optax.GradientTransformation
     rate: Callable[[Any], Any]
     tokenizer: Tokenizer
@@ -104,8 +104,10 @@ def count_steps(recipe: Recipe, data: Any) -> int:
     return min(recipe.steps.steps or len(data), len(data))
 
 
-def prepare(recipe: Recipe, steps: int, tokens: int, progress: Progress | None = None) -> Setup:
-    """Load the model and make the optimiser.
+def prepare(
+    recipe: Recipe, steps: int, tokens: int, progress: Progress | None = None
+) -> tuple[Setup, step.State]:
+    """Load the model and make the optimiser, and the state before the first step.
 
     Args:
       recipe: the run's.
@@ -140,20 +142,22 @@ def prepare(recipe: Recipe, steps: int, tokens: int, progress: Progress | None =
             raise ValueError("Muon trains weights in full; for an adapter use 'adamw'.")
         optimizer.warn_of_cost(declared, cfg, facts.report(cfg).active, tokens)
     rate = learning_rate(recipe, steps)
-    return Setup(
+    rule = optimizer.make(
+        declared,
+        cfg,
+        rate,
+        rule=recipe.optimizer.rule,
+        weight_decay=recipe.optimizer.weight_decay,
+    )
+    setup = Setup(
         settings=_settings(recipe, cfg),
-        parts=parts,
-        rule=optimizer.make(
-            declared,
-            cfg,
-            rate,
-            rule=recipe.optimizer.rule,
-            weight_decay=recipe.optimizer.weight_decay,
-        ),
+        frozen=parts.frozen,
+        rule=rule,
         rate=rate,
         tokenizer=tokenizer,
         mesh=mesh,
     )
+    return setup, _first(parts, rule, mesh, recipe.steps.seed)
 
 
 def _check_mtp(recipe: Recipe, cfg: ModelConfig) -> None:
@@ -228,11 +232,14 @@ def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> 
     return {name: jax.make_array_from_process_local_data(place, x) for name, x in cut.items()}
 
 
-def begin(setup: Setup, seed: int) -> step.State:
+def _first(
+    parts: Parts, rule: optax.GradientTransformation, mesh: Mesh | None, seed: int
+) -> step.State:
     """The state before the first step, every part of it on all devices of the mesh."""
-    state = step.begin(setup.parts, setup.rule, seed)
-    if setup.mesh is None:
-        return state
-    whole = NamedSharding(setup.mesh, PartitionSpec())
+    state = step.begin(parts, rule, seed)
+    if mesh is None:
+        # Bound to its device as a step's results are, or the second step would be compiled anew.
+        return jax.device_put(state, jax.devices()[0])
+    whole = NamedSharding(mesh, PartitionSpec())
     spread = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole)
     return jax.tree.map(spread, state)

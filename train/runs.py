@@ -59,8 +59,7 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
     tokenizer = preparation.text_tokenizer(recipe)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
     tokens = recipe.steps.batch * recipe.data.seq_len
-    prepared = preparation.prepare(recipe, recipe.steps.steps or 1, tokens)
-    state = preparation.begin(prepared, recipe.steps.seed)
+    prepared, state = preparation.prepare(recipe, recipe.steps.steps or 1, tokens)
     if best:
         (trained, balanced), notes = restore_best(directory, (state.trained, state.balanced))
     else:
@@ -68,7 +67,7 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
         state, notes = saved.restore(state)
         trained, balanced = state.trained, state.balanced
         saved.close()
-    parts = Parts(trained, balanced, prepared.parts.frozen)
+    parts = Parts(trained, balanced, prepared.frozen)
     evaluator = Evaluator(recipe, prepared, held_out)
     with preparation.on(prepared.mesh):
         return {"step": notes["step"]} | evaluator.measure(parts)

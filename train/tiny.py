@@ -7,7 +7,7 @@ standard library (Python Software Foundation License, version 2).
 import ast
 import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -110,20 +110,26 @@ def train(
     if (run / RECIPE).is_file():
         outcome = loop.resume(run, show=show)
     else:
-        outcome = loop.begin(_prepare(out, overrides), show=show)
+        prepare(out)
+        outcome = loop.begin(read(out, run, overrides), show=show)
     if outcome.why != "signal" and not release.exists():
         merge.merge(out / "untrained", run, release, weights="keep")
     return release, outcome
 
 
-def _prepare(out: Path, overrides: dict[str, str]) -> recipe.Recipe:
-    """Write the text and the model before training; the recipe of the run."""
+def prepare(out: Path) -> None:
+    """Write the text and the model before training.
+
+    Raises:
+      ValueError: the directory has something in it.
+    """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and has no run in it; choose another directory.")
     out.mkdir(parents=True, exist_ok=True)
     found = rows()
-    for name, chosen in (("held_out", range(0, len(found), _HELD_OUT)), ("train", range(len(found)))):
-        kept = [found[i] for i in chosen if name == "held_out" or i % _HELD_OUT]
+    held_out = found[::_HELD_OUT]
+    trained = [row for number, row in enumerate(found) if number % _HELD_OUT]
+    for name, kept in (("held_out", held_out), ("train", trained)):
         lines = (json.dumps(row) + "\n" for row in kept)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     cfg = preset("tiny")
@@ -131,12 +137,16 @@ def _prepare(out: Path, overrides: dict[str, str]) -> recipe.Recipe:
     random_checkpoint.make_checkpoint(
         out / "untrained", cfg, 0, tokenizer=tokenizer(texts, cfg.vocab_size)
     )
+
+
+def read(prepared: Path, run: Path, overrides: Mapping[str, str] | None = None) -> recipe.Recipe:
+    """The recipe of a run on what `prepare` has written."""
     given = {
-        "model.path": repr(str(out / "untrained")),
-        "data.files": repr([str(out / "train.jsonl")]),
-        "evaluation.files": repr([str(out / "held_out.jsonl")]),
+        "model.path": repr(str(prepared / "untrained")),
+        "data.files": repr([str(prepared / "train.jsonl")]),
+        "evaluation.files": repr([str(prepared / "held_out.jsonl")]),
         "evaluation.prompts": repr(list(PROMPTS)),
-        "out": repr(str(out / "run")),
+        "out": repr(str(run)),
     }
     with resources.as_file(resources.files("v4jax_configs") / "train_tiny.toml") as file:
-        return recipe.read(file, given | overrides)
+        return recipe.read(file, given | dict(overrides or {}))

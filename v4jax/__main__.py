@@ -90,10 +90,10 @@ def _command(
 
 
 def _add_demo(commands: Any) -> None:
-    text = "make a small random checkpoint in the release format and generate from it"
+    text = "generate from the small model that comes with v4jax"
     parser = _command(commands, "demo", _demo, text, help_texts.DEMO)
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="keep it here (default: a temporary place)"
+        "--directory", type=Path, metavar="DIR", help="copy it here first"
     )
 
 

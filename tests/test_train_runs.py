@@ -1,0 +1,221 @@
+"""What a run does beside its steps: it measures, stops, refuses wrong steps, draws, previews."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from v4jax import random_checkpoint
+from v4jax.config import preset
+from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
+from v4jax_train.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TINY = preset("tiny")
+SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "small"
+    random_checkpoint.make_checkpoint(directory, SMALL, 0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifteen texts of one letter, and one that is nothing like them."""
+    texts = [letter * 100 for letter in "abcdefghijklmno"]
+    texts.append(np.random.default_rng(0).bytes(400).decode("latin1"))
+    return write(tmp_path_factory.mktemp("data") / "texts.jsonl", texts)
+
+
+def write(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture
+def make(model: Path, data: Path, tmp_path: Path) -> Any:
+    """A recipe with some of its tables changed."""
+
+    def made(**tables: dict[str, Any]) -> recipe.Recipe:
+        base: dict[str, Any] = {
+            "out": str(tmp_path / "run"),
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"files": [str(data)], "seq_len": 128, "too_long": "truncate"},
+            "adapter": {"rank": 2},
+            "optimizer": {"rate": 1e-2},
+            "steps": {"steps": 4},
+        }
+        for name, table in tables.items():
+            base[name] = base.get(name, {}) | table
+        return recipe.from_table(base)
+
+    return made
+
+
+def silent(_: dict[str, Any]) -> None:
+    """Shows nothing."""
+
+
+def test_evaluations_are_written_down_and_the_best_state_is_kept(make: Any, data: Path) -> None:
+    evaluation = {"files": [str(data)], "every": 2, "prompts": ["aaa"], "tokens": 3}
+    settings = make(evaluation=evaluation)
+    assert loop.begin(settings, show=silent).why == "finished"
+    directory = Path(settings.out)
+    found = journal.read(directory, "evaluation")
+    assert [line["step"] for line in found] == [2, 4]
+    assert found[1]["loss"] < found[0]["loss"]
+    for line in found:
+        assert line["perplexity"] == pytest.approx(np.exp(line["loss"]))
+        (sample,) = line["samples"]
+        assert sample["prompt"] == "aaa"
+        assert sample["text"]
+    newest, best = runs.evaluate(directory), runs.evaluate(directory, best=True)
+    assert newest["step"] == best["step"] == 4
+    assert newest["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+    assert newest["samples"] == found[1]["samples"]
+
+
+def test_a_run_whose_evaluations_do_not_get_better_ends_early(make: Any, data: Path) -> None:
+    settings = make(
+        optimizer={"rate": 1e-30, "weight_decay": 0.0},
+        evaluation={"files": [str(data)], "every": 1, "patience": 2},
+        steps={"steps": 9},
+    )
+    outcome = loop.begin(settings, show=silent)
+    assert (outcome.why, outcome.step) == ("early", 3)
+
+
+def test_a_spike_is_not_applied_and_its_batch_is_saved(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_REMEMBERED", 2)
+    settings = make(
+        optimizer={"rate": 3e-2},
+        steps={"steps": 12, "epochs": None},
+        guard={"spike": 1.05},
+    )
+    lines: list[dict[str, Any]] = []
+    loop.begin(settings, show=lines.append)
+    skipped = [line for line in lines if line["skipped"]]
+    assert skipped
+    assert len(skipped) < len(lines)
+    first = skipped[0]
+    before = [line["loss"] for line in lines if line["step"] < first["step"]]
+    assert first["loss"] > 1.05 * np.median(before[-2:])
+    saved = np.load(Path(settings.out) / loop.BAD / f"step{first['step']}.process0.npz")
+    tokenizer = preparation.text_tokenizer(settings)
+    expected = preparation.batches(
+        settings, preparation.read_data(settings, tokenizer, settings.data.files)
+    )[first["step"] - 1]
+    np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
+
+
+def test_a_run_that_goes_wrong_stops_with_its_last_good_state(make: Any) -> None:
+    settings = make(optimizer={"rate": 1e30}, guard={"most": 2}, steps={"steps": 9})
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(loop.Stopped, match="2 wrong in a row"):
+        loop.begin(settings, show=lines.append)
+    assert [line["skipped"] for line in lines] == [0.0, 1.0, 1.0]
+    directory = Path(settings.out)
+    # The first update was of finite numbers, so it stands; what came after changed nothing.
+    written = journal.read(directory, "step")
+    assert [line["step"] for line in written] == [1, 2, 3]
+    assert written[1]["loss"] is None
+    assert len(list((directory / loop.BAD).iterdir())) == 2
+
+
+def test_a_recipe_that_stops_at_a_wrong_step_stops_at_the_first(make: Any) -> None:
+    settings = make(optimizer={"rate": 1e30}, guard={"action": "stop"}, steps={"steps": 9})
+    with pytest.raises(loop.Stopped, match="Step 2 had a loss of nan"):
+        loop.begin(settings, show=silent)
+
+
+def test_a_directory_with_something_in_it_is_refused(make: Any) -> None:
+    settings = make()
+    directory = Path(settings.out)
+    directory.mkdir()
+    (directory / "letter.txt").write_text("Dear all")
+    with pytest.raises(ValueError, match="is not empty"):
+        loop.begin(settings, show=silent)
+    assert [file.name for file in directory.iterdir()] == ["letter.txt"]
+
+
+def lines_of(directory: Path, losses: list[float]) -> Path:
+    """The journal of a run that we make up."""
+    directory.mkdir()
+    written = journal.Journal(directory)
+    for number, loss in enumerate(losses, 1):
+        values = {"gradient_norm": 1.0, "rate": 1e-3, "tokens_per_second_per_device": 5.0}
+        written.write("step", number, loss=loss, **values)
+    written.write("evaluation", len(losses), loss=losses[-1])
+    written.close()
+    return directory
+
+
+def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = lines_of(tmp_path / "run", [3.0, float("nan"), 2.0])
+    assert main(["plot", str(directory)]) == 0
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Made {directory / 'curves.png'}." in capsys.readouterr().out
+    both = tmp_path / "both.png"
+    plot.draw([directory, lines_of(tmp_path / "other", [4.0, 3.5])], both)
+    assert both.stat().st_size > 10_000
+
+
+def test_a_directory_that_is_no_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("plot", "eval", "resume"):
+        assert main([command, str(tmp_path)]) == 1
+        said = capsys.readouterr().err
+        assert str(tmp_path) in said
+        assert "Traceback" not in said
+
+
+def test_what_a_killed_run_wrote_of_later_steps_is_dropped(tmp_path: Path) -> None:
+    directory = lines_of(tmp_path / "run", [3.0, 2.0, 1.0])
+    with (directory / journal.FILE).open("a") as file:
+        file.write('{"kind": "step", "st')
+    journal.Journal(directory, after=2).close()
+    assert [line["step"] for line in journal.read(directory, "step")] == [1, 2]
+
+
+def test_a_preview_shows_rows_and_what_an_epoch_is(make: Any, data: Path) -> None:
+    out = io.StringIO()
+    preview.show(make(), Console(file=out, width=200), samples=1)
+    said = out.getvalue()
+    assert "a" * 100 in said
+    assert "bbb" not in said
+    assert f"{data}: an epoch is 2 steps of 8 packs." in said
+    assert "16 x 128" in said
+    # Fifteen texts of 100 letters and an end, and one that is cut at 128.
+    assert f"{(15 * 101 + 128) / (16 * 128):.1%}" in said
+
+
+def test_a_previews_colours_are_of_what_is_trained(make: Any, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "asked", "completion": "answered"}) + "\n")
+    settings = make(data={"files": [str(file)]})
+    tokenizer = preparation.text_tokenizer(settings)
+    (documents,) = preparation.read_data(settings, tokenizer, settings.data.files)
+    text = preview.coloured(documents[0], tokenizer)
+    style_of = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    trained = next(part for part in style_of if "answered" in part)
+    assert "asked" not in trained
+    assert style_of[trained] == "bold green"
+    assert all(style == "dim" for part, style in style_of.items() if part != trained)
+
+
+def test_a_curve_of_bars_falls_with_its_numbers() -> None:
+    assert display.curve([4.0, 3.0, 2.0, 1.0]) == "█▆▃▁"
+    assert display.curve([1.0]) == "▁"
+    assert display.curve([]) == ""
+    assert len(display.curve(np.linspace(9, 1, 500).tolist())) == 24

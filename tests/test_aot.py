@@ -12,9 +12,13 @@ import jax
 import pytest
 
 from pallas_kernels import targets
-from v4jax import aot, config, sharding
+from v4jax import aot, config, numerics, sharding
 from v4jax.aot import Step
 from v4jax.config import ModelConfig
+from v4jax.lora import Lora
+from v4jax_train import aot as train_aot
+from v4jax_train import optimizer, step, trainable
+from v4jax_train.trainable import Full
 
 
 def lower_seconds(cfg: ModelConfig, step: Step) -> float:
@@ -52,6 +56,40 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     analysis = lowered.compile().memory_analysis()
     assert analysis is not None
     assert analysis.argument_size_in_bytes > 0
+
+
+def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any) -> Any:
+    """A step of LoRA on every matrix over FP8 and FP4, or of Muon with pre-training's losses."""
+    what = Lora(targets="all") if adapts else Full(dtype="bfloat16")
+    mtp = 0.3 if cfg.num_nextn_predict_layers else 0.0
+    losses = {} if adapts else {"mtp_weight": mtp, "balance_weight": 1e-4, "bias_speed": 1e-3}
+    settings = step.Settings(cfg=cfg, numerics=numerics.OFFICIAL, what=what, **losses)
+    declared = trainable.declare(cfg, what)
+    rule = optimizer.make(declared, cfg, 1e-4, rule="adamw" if adapts else "muon")
+    return train_aot.lower(settings, rule, mesh, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapts", [True, False], ids=["lora", "muon"])
+def test_full_size_training_lowers_for_a_pod(adapts: bool) -> None:
+    mesh = aot.topology_mesh("v5p:4x4x4")
+    flash = config.preset("flash")
+    lowered = lowered_training(flash, mesh, adapts=adapts, batch=64, seq_len=4096)
+    assert "stablehlo" in lowered.as_text()[:10_000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapts", [True, False], ids=["lora", "muon"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_training_compiles_for_every_chip(topology: str, adapts: bool) -> None:
+    """Over one layer: sparse attention under an adapter, compressed attention under Muon."""
+    tiny = config.preset("tiny")
+    layers = tiny.layers[1:2] if adapts else tiny.layers[2:3]
+    cfg = dataclasses.replace(tiny, layers=layers, num_nextn_predict_layers=0)
+    mesh = aot.topology_mesh(topology)
+    program = lowered_training(cfg, mesh, adapts=adapts, batch=8, seq_len=256).compile()
+    assert "all-gather" in str(program.as_text())
+    assert targets.temporaries(program) > 0
 
 
 def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: Any) -> jax.stages.Lowered:

@@ -84,6 +84,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One device, as on a laptop; what one run has compiled serves the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+        # As in conftest's quick_compilation.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
 

@@ -1,8 +1,9 @@
-"""Runs on two processes of four devices each: the same losses, a checkpoint, an exact resume."""
+"""Runs on several processes: the same losses, a checkpoint, an exact resume on as many or more."""
 
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     named = {"--model": place / "model", "--data": place / "data.jsonl"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
+        # As in conftest's quick_compilation.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
 
 
@@ -92,7 +95,7 @@ def losses(directory: Path) -> np.ndarray:
 def test_two_processes_train_are_killed_and_go_on_as_one_does(
     words: list[str], tmp_path: Path
 ) -> None:
-    out, alone = tmp_path / "two", tmp_path / "one"
+    out, wider, alone = (tmp_path / name for name in ("two", "four", "one"))
     processes = start(2, *words, "--out", out)
     # After a state is saved.
     while all(p.poll() is None for p in processes) and not (out / "states" / "2").is_dir():
@@ -102,6 +105,7 @@ def test_two_processes_train_are_killed_and_go_on_as_one_does(
         process.communicate()
     before = losses(out)
     assert 0 < len(before) < STEPS
+    shutil.copytree(out, wider)
     finish(start(2, "resume", out))
     found = losses(out)
     assert len(found) == STEPS
@@ -109,6 +113,8 @@ def test_two_processes_train_are_killed_and_go_on_as_one_does(
     kept = json.loads((out / "recipe.json").read_text())["checkpoints"]["every"]
     np.testing.assert_array_equal(found[:kept], before[:kept])
 
+    finish(start(4, "resume", wider))
     finish(start(1, *words, "--out", alone))
-    # One process adds up in another order; Muon makes steps of one length of any gradient.
+    # Others add up in another order; Muon makes steps of one length of any gradient.
+    np.testing.assert_allclose(losses(wider), found, rtol=1e-3)
     np.testing.assert_allclose(found, losses(alone), rtol=1e-3)

@@ -92,9 +92,7 @@ def _command(
 def _add_demo(commands: Any) -> None:
     text = "generate from the small model that comes with v4jax"
     parser = _command(commands, "demo", _demo, text, help_texts.DEMO)
-    parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="copy it here first"
-    )
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="copy it here first")
 
 
 def _add_inspect(commands: Any) -> None:

@@ -71,8 +71,8 @@ examples:
 """
 DEMO = """\
 The model has DeepSeek's tensor names, FP8 matrices, FP4 experts, an MTP block and a tokenizer, in
-4 MB. It was trained on the text of CPython's documentation by 'v4jax-train demo'. Wherever a command
-takes a checkpoint, 'tiny' is this model.
+4 MB. 'v4jax-train demo' trained it on the text of CPython's documentation. Wherever a command takes
+a checkpoint, 'tiny' is this model.
 
 examples:
   v4jax demo

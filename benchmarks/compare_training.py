@@ -3,7 +3,8 @@
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
 One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters. Each
-measurement runs in a process of its own. Prints a line for each, appends JSONL.
+measurement runs in a process of its own. Last comes what a step costs beside its program: a run
+whose program does nothing. Prints a line for each, appends JSONL.
 """
 
 import argparse
@@ -46,6 +47,8 @@ def main() -> int:
             for side in args.sides:
                 rows.append(_spawn(side, directory, length))
                 print(json.dumps(rows[-1]), flush=True)
+        rows.append(_spawn("overhead", directory, 1024))
+        print(json.dumps(rows[-1]))
     compare.append(rows, args.output / "compare_training.jsonl")
     return 0
 
@@ -57,8 +60,13 @@ def _spawn(side: str, directory: str, length: int) -> dict[str, Any]:
 
 
 def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
-    measure = _transformers if side == "transformers" else _v4jax
-    found = measure(path, length, lora=side == "lora")
+    match side:
+        case "transformers":
+            found = _transformers(path, length)
+        case "overhead":
+            found = _overhead(path, length)
+        case _:
+            found = _v4jax(path, length, lora=side == "lora")
     return {"side": side, "length": length} | found | {"peak_gb": compare.peak_gb()}
 
 
@@ -68,11 +76,10 @@ def _tokens(length: int) -> Any:
     return np.random.default_rng(length).integers(2, 8192, (1, length), np.int32)
 
 
-def _transformers(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
+def _transformers(path: Path, length: int) -> dict[str, Any]:
     import torch
     from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-    del lora
     model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32).train()
     rule = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=DECAY)
     tokens = torch.tensor(_tokens(length), dtype=torch.long)
@@ -106,18 +113,59 @@ def _v4jax(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
     run = step.make(step.Settings(cfg=cfg, numerics=HF, what=what, remat=False), rule)
-    state, frozen = step.begin(parts, rule, 0), parts.frozen
+    state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])
+    frozen = parts.frozen
     del loaded, parts
     tokens = jnp.asarray(_tokens(length))[None]
     batch = {"tokens": tokens, "trained": tokens >= 0, "document": jnp.ones_like(tokens)}
-    times, losses, dispatch = [], [], []
+    times, losses = [], []
     for _ in range(1 + _STEPS):
         began = time.perf_counter()
         state, metrics = run(state, frozen, batch, np.float32(np.inf))
-        dispatch.append(time.perf_counter() - began)
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - began)
     return {"compile_s": times[0], "step_s": min(times[1:]), "losses": losses}
+
+
+def _overhead(path: Path, length: int) -> dict[str, Any]:
+    """Seconds of a step of the whole loop, data and metrics included, without the program."""
+    import dataclasses
+    import statistics
+
+    import jax
+
+    from v4jax_train import journal, loop, recipe, step
+
+    rows = path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": "word " * 40 * (1 + i % 9)}) + "\n" for i in range(99))
+    )
+    table = {
+        "out": str(path / "run"),
+        "model": {"path": "tiny", "dtype": "float32"},
+        "data": {"files": [str(rows)], "seq_len": length},
+        "adapter": {},
+        "steps": {"steps": 300},
+        "checkpoints": {"every": 1000},
+    }
+    names = ("loss", "balance_loss", "gradient_norm", "load_violation", "skipped", "tokens_trained")
+
+    def make(*_: Any, **__: Any) -> Any:
+        metrics = lambda count: dict.fromkeys((*names, "tokens_seen"), count * 0.0)
+        count = jax.jit(lambda n: (n + 1, metrics(n.astype("float32") + 1)), donate_argnums=0)
+
+        def run(state: Any, *_: Any) -> Any:
+            number, found = count(state.step)
+            return dataclasses.replace(state, step=number), found | {
+                "tokens_seen": found["loss"] + 1
+            }
+
+        return run
+
+    step.make = make
+    loop.begin(recipe.from_table(table), show=lambda _: None)
+    seconds = [line["seconds"] for line in journal.read(path / "run", "step")[10:]]
+    return {"step_s": statistics.median(seconds)}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any)
     """A step of LoRA on every matrix over FP8 and FP4, or of Muon with pre-training's losses."""
     what = Lora(targets="all") if adapts else Full(dtype="bfloat16")
     mtp = 0.3 if cfg.num_nextn_predict_layers else 0.0
-    losses = {} if adapts else {"mtp_weight": mtp, "balance_weight": 1e-4, "bias_speed": 1e-3}
+    losses: dict[str, Any] = (
+        {} if adapts else {"mtp_weight": mtp, "balance_weight": 1e-4, "bias_speed": 1e-3}
+    )
     settings = step.Settings(cfg=cfg, numerics=numerics.OFFICIAL, what=what, **losses)
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, 1e-4, rule="adamw" if adapts else "muon")

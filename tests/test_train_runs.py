@@ -188,6 +188,18 @@ def test_what_a_killed_run_wrote_of_later_steps_is_dropped(tmp_path: Path) -> No
     assert [line["step"] for line in journal.read(directory, "step")] == [1, 2]
 
 
+def test_numbers_go_to_tensorboard_where_it_is_asked_for(tmp_path: Path) -> None:
+    written = journal.Journal(tmp_path, tensorboard=True)
+    written.write("step", 1, loss=2.5, note="text")
+    written.close()
+    (events,) = (tmp_path / journal.BOARD).iterdir()
+    content = events.read_bytes()
+    assert b"step/loss" in content
+    assert np.float32(2.5).tobytes() in content
+    assert b"note" not in content
+    assert [line["loss"] for line in journal.read(tmp_path, "step")] == [2.5]
+
+
 def test_a_preview_shows_rows_and_what_an_epoch_is(make: Any, data: Path) -> None:
     out = io.StringIO()
     preview.show(make(), Console(file=out, width=200), samples=1)

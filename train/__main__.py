@@ -76,7 +76,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _missing(error: ModuleNotFoundError) -> int:
-    print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[train]'", file=sys.stderr)
+    extra = "train" if error.name != "tensorboardX" else "tensorboard"
+    print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[{extra}]'", file=sys.stderr)
     return 1
 
 

@@ -8,17 +8,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+FILE, BOARD = "metrics.jsonl", "tensorboard"
 
 
 class Journal:
     """The file of one run. Only the first process of several writes it."""
 
-    def __init__(self, directory: Path, *, after: int = 0, write: bool = True) -> None:
-        """Open the file, without what an interrupted run wrote of steps past `after`."""
-        self._file = None
+    def __init__(
+        self, directory: Path, *, after: int = 0, write: bool = True, tensorboard: bool = False
+    ) -> None:
+        """Open the file, without what an interrupted run wrote of steps past `after`.
+
+        Args:
+          directory: of the run.
+          after: the last step that is kept.
+          write: False: do nothing, now and later.
+          tensorboard: write numbers in TensorBoard's format too, in the directory `tensorboard`.
+
+        Raises:
+          ModuleNotFoundError: tensorboardX is missing.
+        """
+        self._file = self._board = None
         if not write:
             return
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / BOARD), purge_step=after + 1)
         path = directory / FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= after]
         # Beside the old one, which stays whole if this is interrupted.
@@ -33,9 +49,15 @@ class Journal:
             line = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Close the file."""
+        if self._board is not None:
+            self._board.close()
         if self._file is not None:
             self._file.close()
 

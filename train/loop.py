@@ -120,7 +120,8 @@ class _Run:
         try:
             first = self._restore()
             write = jax.process_index() == 0
-            self.journal = Journal(self.directory, after=first, write=write)
+            board = self.recipe.log.tensorboard
+            self.journal = Journal(self.directory, after=first, write=write, tensorboard=board)
             with _Signal() as self.signal:
                 return self._steps(first, show)
         except Stopped:

@@ -222,6 +222,17 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where metrics go beside `metrics.jsonl`.
+
+    Attributes:
+      tensorboard: to event files in the run's directory `tensorboard`; needs tensorboardX.
+    """
+
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
     """How devices are arranged, see `v4jax.sharding`; `data` takes those that are left."""
 
@@ -250,6 +261,7 @@ class Recipe:
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
+    log: Log = Log()
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:

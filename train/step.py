@@ -106,7 +106,7 @@ def begin(parts: Parts, rule: optax.GradientTransformation, seed: int) -> State:
 
 def make(
     settings: Settings, rule: optax.GradientTransformation, *, like: State | None = None
-) -> Callable[[State, Any, Batch, Any], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """The compiled step: (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
     A batch's arrays are [A, B, T]. Losses are means over all trained tokens of all parts and all

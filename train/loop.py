@@ -1,6 +1,7 @@
 """A run from its beginning or a saved state to its end."""
 
 import collections
+import contextlib
 import dataclasses
 import signal
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from . import dataset, flops, preparation, runs, step
@@ -23,6 +25,7 @@ from .recipe import Recipe
 from .trainable import Parts
 
 BAD = "bad_batches"
+_PATIENCE = 3600  # seconds that processes wait for another one's compiler
 _REMEMBERED = 50  # losses, of which the median says what is usual
 Show = Callable[[dict[str, Any]], None]
 
@@ -109,7 +112,7 @@ class _Run:
         self.flops = flops.per_token(
             settings.cfg,
             settings.what,
-            min(length, recipe.data.seq_len),
+            min(length, float(recipe.data.seq_len)),
             mtp=settings.mtp_weight > 0,
             indexer=settings.indexer_weight > 0,
         )
@@ -122,7 +125,7 @@ class _Run:
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
             self.journal = Journal(self.directory, after=first, write=write, tensorboard=board)
-            with _Signal() as self.signal:
+            with contextlib.closing(self.journal), _Signal() as self.signal:
                 return self._steps(first, show)
         except Stopped:
             # Wrong steps have changed nothing.
@@ -141,7 +144,7 @@ class _Run:
         return notes["step"]
 
     def _steps(self, first: int, show: Show) -> Outcome:
-        run = step.make(self.setup.settings, self.setup.rule, like=self.state)
+        run: Any = step.make(self.setup.settings, self.setup.rule, like=self.state)
         frozen = self.setup.frozen
         iterator = dataset.iterate(self.data, step=first)
         why, made = "finished", first
@@ -151,10 +154,9 @@ class _Run:
             with self.clock.spent_on("data"):
                 local = next(iterator)
                 batch = preparation.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
-            with (
-                self.clock.spent_on("compile" if number == first else "step"),
-                preparation.on(self.setup.mesh),
-            ):
+            if number == first:
+                run = self._compiled(run, batch)
+            with self.clock.spent_on("step"), preparation.on(self.setup.mesh):
                 self.state, metrics = run(self.state, frozen, batch, self._limit())
                 if pending is not None:
                     self._account(pending, show)
@@ -170,8 +172,14 @@ class _Run:
         if pending is not None:
             self._account(pending, show)
         self._save(made)
-        self.journal.close()
         return Outcome(made, why, self.losses[-1] if self.losses else float("nan"))
+
+    def _compiled(self, run: Any, batch: Any) -> Any:
+        """The step's program, when every process has it: devices wait for each other not long."""
+        with self.clock.spent_on("compile"), preparation.on(self.setup.mesh):
+            program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
+            ocp.multihost.sync_global_processes("compiled", timeout=_PATIENCE)
+        return program
 
     def _limit(self) -> Any:
         """The loss above which a step is wrong."""

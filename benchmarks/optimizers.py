@@ -11,7 +11,7 @@ import numpy as np
 
 from v4jax_train import display, journal, loop, plot, tiny
 
-RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}
+RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 _MEAN = 10  # steps over which losses are averaged: a batch's own difficulty is larger than the rest
 
 

@@ -82,7 +82,8 @@ def test_packages_import_what_the_project_depends_on() -> None:
     module = lambda name: {"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_"))
     names = lambda lines: {module(re.split(r"[<>=]", line)[0]) for line in lines}
     declared = names(project["dependencies"])
-    training = declared | names(project["optional-dependencies"]["train"])
+    extra = project["optional-dependencies"]
+    training = declared | names(extra["train"]) | names(extra["tensorboard"])
     for package in PACKAGES:
         used = set().union(*(imports(f) for f in SOURCES if f.is_relative_to(ROOT / package)))
         allowed = training if package == "train" else declared

@@ -253,7 +253,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from v4jax_train import display, journal, tiny
+    from . import display, journal, tiny
 
     run = args.out / "run"
     overrides = {} if args.steps is None else {"steps.steps": args.steps}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _SECONDS = 10.0
-_BARS, _WIDTH = "▁▂▃▄▅▆▇█", 24
+_BARS, _WIDTH = "".join(map(chr, range(0x2581, 0x2589))), 24  # from one eighth of a block to all
 
 
 def line(metrics: dict[str, Any]) -> str:

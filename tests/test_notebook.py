@@ -1,37 +1,52 @@
-"""The notebook in examples/ runs, and is kept as it ran."""
+"""The notebooks in examples/ run, and are kept as they ran."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-FILE = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
+FILES = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
+name = lambda file: file.stem
 
 
-@pytest.mark.slow
-def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook = nbformat.read(FILE, as_version=4)
-    # Its checkpoint goes where pytest cleans up.
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def executed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    notebook = nbformat.read(file, as_version=4)
+    # What it makes goes where pytest cleans up.
+    monkeypatch.setenv("TMPDIR", str(place))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     # As in conftest's quick_compilation.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    for cell, kept in zip(notebook.cells, nbformat.read(FILE, as_version=4).cells, strict=True):
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
+    return notebook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_every_cell_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(file, tmp_path, monkeypatch)
+    for cell, kept in zip(notebook.cells, nbformat.read(file, as_version=4).cells, strict=True):
         if cell.cell_type == "code":
             # Text varies with the version of XLA; what kind of output there is does not.
             assert {output.output_type for output in cell.outputs} == {
                 output.output_type for output in kept.outputs
             }
+    if file.stem == "finetune":
+        said = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+        before, after = re.findall(r"exact: (\d+)%", said)
+        assert int(before) == 0
+        assert int(after) > 95
 
 
-def test_it_is_kept_small_executed_and_clean() -> None:
-    assert os.path.getsize(FILE) < 20_000
-    notebook = nbformat.read(FILE, as_version=4)
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_it_is_kept_small_executed_and_clean(file: Path) -> None:
+    assert os.path.getsize(file) < 120_000
+    notebook = nbformat.read(file, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert all(not cell.metadata for cell in notebook.cells)
     assert all(output.get("name") != "stderr" for cell in code for output in cell.outputs)
-    assert str(Path.home()) not in FILE.read_text()
+    assert str(Path.home()) not in file.read_text()

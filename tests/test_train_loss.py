@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import models
 from tests.models import CSA, HCA, SLIDING
@@ -12,6 +13,7 @@ from v4jax import model as model_
 from v4jax.numerics import HF
 from v4jax_train import loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CFG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1)
 TOKENS = models.tokens(CFG, 2, 128)
 

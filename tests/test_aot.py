@@ -68,7 +68,9 @@ def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any)
     settings = step.Settings(cfg=cfg, numerics=numerics.OFFICIAL, what=what, **losses)
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, 1e-4, rule="adamw" if adapts else "muon")
-    return train_aot.lower(settings, rule, mesh, **sizes)
+    # optax mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        return train_aot.lower(settings, rule, mesh, **sizes)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def draw(runs: Sequence[Path], target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("matplotlib is missing; 'pip install v4jax[train]' brings it.") from None
+        raise ValueError("matplotlib is missing; pip install 'v4jax[train]' brings it.") from None
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     for run in runs:

@@ -110,8 +110,9 @@ def train(
     if (run / RECIPE).is_file():
         outcome = loop.resume(run, show=show)
     else:
+        settings = read(out, run, overrides)
         prepare(out)
-        outcome = loop.begin(read(out, run, overrides), show=show)
+        outcome = loop.begin(settings, show=show)
     if outcome.why != "signal" and not release.exists():
         merge.merge(out / "untrained", run, release, weights="keep")
     return release, outcome

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels import quantize, rotary
+from pallas_kernels import quantize, rotary, sums
 from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
@@ -110,10 +110,39 @@ def _by_group(
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm in float32, the weight included, cast once to x's dtype."""
+    return _rms_norm(eps, x, value(scale_D))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rms_norm(
+    eps: float, x: Float[Array, "*rows D"], scale_D: Float[Array, " D"]
+) -> Float[Array, "*rows D"]:
+    x32, inverse, scale = _normed(eps, x, scale_D)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+def _normed(eps: float, x: Array, scale_D: Array) -> tuple[Array, Array, Array]:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(value(scale_D).astype(jnp.float32), tuple(range(x.ndim - 1)))
-    return (x32 * inverse * scale).astype(x.dtype)
+    return x32, inverse, jnp.expand_dims(scale_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+
+
+def _rms_norm_backward(
+    eps: float, saved: tuple[Array, Array], grad: Float[Array, "*rows D"]
+) -> tuple[Array, Array]:
+    x, scale_D = saved
+    x32, inverse, scale = _normed(eps, x, scale_D)
+    grad32 = grad.astype(jnp.float32)
+    normed, wanted = x32 * inverse, grad32 * scale
+    mean = sums.dot(wanted, normed)[..., None] / x.shape[-1]
+    dscale_D = jnp.sum(grad32 * normed, axis=tuple(range(x.ndim - 1)))
+    dx = inverse * (wanted - normed * mean)
+    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype)
+
+
+_rms_norm.defvjp(
+    lambda eps, x, scale_D: (_rms_norm(eps, x, scale_D), (x, scale_D)), _rms_norm_backward
+)
 
 
 @functools.lru_cache

@@ -1,13 +1,16 @@
-"""Hyper-connections in plain maths.
+"""Hyper-connections in plain maths; what is linear in the streams with its gradients.
 
 Axis letters: as in the package.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import sums
 
 
 def mixes(
@@ -70,6 +73,7 @@ def pre(
     return collapse(x_BTM, pre_BTN), post_BTN, comb_BTNN
 
 
+@jax.custom_vjp
 def post(
     output_BTD: Float[Array, "B T D"],
     x_BTM: Float[Array, "B T M"],
@@ -89,6 +93,27 @@ def post(
     return jnp.concatenate(news_BTD, axis=-1).astype(x_BTM.dtype)
 
 
+def _post_backward(
+    saved: tuple[Array, Array, Array, Array], grad_BTM: Float[Array, "B T M"]
+) -> tuple[Array, Array, Array, Array]:
+    output_BTD, x_BTM, post_BTN, comb_BTNN = saved
+    wide, N = post_BTN.dtype, post_BTN.shape[-1]
+    grads_BTD = jnp.split(grad_BTM.astype(wide), N, axis=-1)
+    mixed = lambda weight_BTN: functools.reduce(
+        jnp.add, [weight_BTN[..., k, None] * grads_BTD[k] for k in range(N)]
+    )
+    dx_BTM = jnp.concatenate([mixed(comb_BTNN[..., j, :]) for j in range(N)], axis=-1)
+    grad_BTND = _streams(grad_BTM, N, wide)
+    dpost_BTN = sums.table(grad_BTND, output_BTD.astype(wide)[:, :, None])[..., 0]
+    dcomb_BTNN = sums.table(_streams(x_BTM, N, wide), grad_BTND)
+    doutput_BTD = mixed(post_BTN).astype(output_BTD.dtype)
+    return doutput_BTD, dx_BTM.astype(x_BTM.dtype), dpost_BTN, dcomb_BTNN
+
+
+post.defvjp(lambda *args: (post(*args), args), _post_backward)
+
+
+@jax.custom_vjp
 def collapse(
     x_BTM: Float[Array, "B T M"], weight_BTN: Float32[Array, "B T N"]
 ) -> Float[Array, "B T D"]:
@@ -98,6 +123,24 @@ def collapse(
         jnp.add, [weight_BTN[..., j, None] * part_BTD for j, part_BTD in enumerate(parts)]
     )
     return total.astype(x_BTM.dtype)
+
+
+def _collapse_backward(
+    saved: tuple[Array, Array], grad_BTD: Float[Array, "B T D"]
+) -> tuple[Array, Array]:
+    x_BTM, weight_BTN = saved
+    N, grad32_BTD = weight_BTN.shape[-1], grad_BTD.astype(jnp.float32)
+    dx_BTM = jnp.concatenate([weight_BTN[..., j, None] * grad32_BTD for j in range(N)], axis=-1)
+    x32_BTND = _streams(x_BTM, N, jnp.float32)
+    dweight_BTN = sums.table(x32_BTND, grad32_BTD[:, :, None])[..., 0]
+    return dx_BTM.astype(x_BTM.dtype), dweight_BTN
+
+
+collapse.defvjp(lambda *args: (collapse(*args), args), _collapse_backward)
+
+
+def _streams(x_BTM: Float[Array, "B T M"], N: int, dtype: Any) -> Float[Array, "B T N D"]:
+    return x_BTM.astype(dtype).reshape(*x_BTM.shape[:2], N, -1)
 
 
 def head(

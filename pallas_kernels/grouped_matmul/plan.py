@@ -99,9 +99,3 @@ def tiled(plan: Plan, weight_TA: Float[Array, "T A"]) -> Float[Array, "M 1 R"]:
     weight_P = weight_TA.reshape(-1)[plan.order_P]
     weight_P = jnp.pad(weight_P, (0, plan.tiles * plan.rows - len(weight_P)))
     return weight_P.reshape(plan.tiles, 1, plan.rows)
-
-
-def unsorted(plan: Plan, x_P: Float[Array, " P_padded"], choices: int) -> Float[Array, "T A"]:
-    """A number per row back where it came from; 0 where there is no expert."""
-    x_P = jnp.where(jnp.arange(len(plan.order_P)) < plan.real, x_P[: len(plan.order_P)], 0)
-    return jnp.zeros_like(x_P).at[plan.order_P].set(x_P).reshape(-1, choices)

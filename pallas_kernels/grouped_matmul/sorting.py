@@ -47,6 +47,14 @@ def sort_by_expert(
     return both_P // rows, both_P % rows
 
 
+def unsorted(
+    x_P: Float[Array, " P_padded"], order_P: Int32[Array, " P"], real: Array, choices: int
+) -> Float[Array, "T A"]:
+    """A number per row back where it came from; 0 beyond the first `real` rows."""
+    x_P = jnp.where(jnp.arange(order_P.size) < real, x_P[: order_P.size], 0)
+    return jnp.zeros_like(x_P).at[order_P].set(x_P).reshape(-1, choices)
+
+
 def take(w_LE: Any, layer: Array, expert: Array) -> Any:
     """One expert of one layer; nothing else of the stack is copied."""
 

@@ -4,7 +4,6 @@ Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F ex
 P = T * A rows (one per token and choice), R rows of a tile.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import lora, reference, sorting
+from pallas_kernels.grouped_matmul import lora, reference, sorting, xla_tiles
 from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
@@ -88,27 +87,21 @@ def by_tiles(
 ) -> Float[Array, "T D"]:
     """A loop over tiles of one expert's rows, each of the size that fits what is left of them."""
     (T, A), largest = expert_TA.shape, sizes[-1]
-    key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
-    end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
+    rows = xla_tiles.sort(expert_TA, experts)
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
-    token_P, weight_P = pad(order_P // A), pad(weight_TA.reshape(-1)[order_P])
+    token_P, weight_P = pad(rows.order_P // A), pad(weight_TA.reshape(-1)[rows.order_P])
 
-    def run_tile(R: int, row: Array, expert: Array) -> Array:
-        token_R, weight_R = (jax.lax.dynamic_slice(x, (row,), (R,)) for x in (token_P, weight_P))
-        out_RD = run_expert(x_TD[token_R], weight_R, expert)
+    def run_tile(R: int, tile: xla_tiles.Tile) -> Array:
+        token_R, weight_R = (
+            jax.lax.dynamic_slice(x, (tile.row,), (R,)) for x in (token_P, weight_P)
+        )
+        out_RD = run_expert(x_TD[token_R], weight_R, tile.expert)
         return jnp.pad(out_RD, ((0, largest - R), (0, 0)))
 
-    def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        row, out_PD = carry
-        rest = end_E[key_P[row]] - row
-        fits = jnp.sum(rest > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
-        tiles = [functools.partial(run_tile, R) for R in sizes]
-        out_RD = jax.lax.switch(fits, tiles, row, key_P[row])
-        # Rows beyond the expert's own are written anew by the experts that come later.
-        out_PD = jax.lax.dynamic_update_slice_in_dim(out_PD, out_RD, row, 0)
-        return row + jnp.minimum(rest, largest), out_PD
-
+    # Rows beyond the expert's own are written anew by the experts that come later.
+    put = lambda out_PD, out_RD, tile: jax.lax.dynamic_update_slice_in_dim(
+        out_PD, out_RD, tile.row, 0
+    )
     out_PD = jnp.zeros((T * A + largest, x_TD.shape[1]), weight_TA.dtype)
-    more = lambda carry: carry[0] < end_E[-1]
-    _, out_PD = jax.lax.while_loop(more, step, (jnp.int32(0), out_PD))
-    return sorting.sum_choices(out_PD, order_P, end_E[-1], A)
+    out_PD = xla_tiles.loop(rows, sizes, run_tile, put, out_PD)
+    return sorting.sum_choices(out_PD, rows.order_P, rows.end_E[-1], A)

@@ -1,9 +1,10 @@
 """Gradients of the routed experts by plain XLA: tile by tile of sorted rows, computed anew.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
-P sorted rows (whole tiles), R rows of a tile.
+P = T * A rows, R rows of a tile.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import lora, plan, reference, sorting
+from pallas_kernels.grouped_matmul import lora, reference, sorting, xla_tiles
+
+_SIZES = (32, 64, 96, 128, 160, 192, 256)
 
 
 def expert_mlp_backward(
@@ -30,11 +33,12 @@ def expert_mlp_backward(
 ) -> tuple[Array, Array, Any, Any, Any]:
     """The gradients of x_TD, weight_TA and of the weights that `learn` tells, otherwise None."""
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
-    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
-    steps = plan.make(expert_TA, w1_LEFD.shape[1])
-    R, P, A = steps.rows, steps.tiles * steps.rows, expert_TA.shape[1]
-    token_P = jnp.pad(steps.order_P // A, (0, P - len(steps.order_P)))
-    weight_P = plan.tiled(steps, weight_TA.astype(wide)).reshape(-1)
+    weights, sizes = (w1_LEFD, w3_LEFD, w2_LEDF), _SIZES
+    (T, A), largest = expert_TA.shape, sizes[-1]
+    rows = xla_tiles.sort(expert_TA, w1_LEFD.shape[1])
+    pad = lambda x_P: jnp.pad(x_P, (0, largest))
+    token_P = pad(rows.order_P // A)
+    weight_P = pad(weight_TA.reshape(-1)[rows.order_P].astype(wide))
     parts = [lora.learned(w) if wanted else [] for w, wanted in zip(weights, learn, strict=True)]
 
     def run_expert(x_RD: Array, weight_R: Array, values: Any, ours: Any) -> Array:
@@ -46,38 +50,40 @@ def expert_mlp_backward(
         out_RD = linear(hidden_RF.astype(dtype), w2_DF)
         return out_RD if weight_first else out_RD * weight_R[:, None]
 
-    def step(s: Array, carry: Any) -> Any:
-        dx_PD, dweight_P, sums = carry
-        expert, start = steps.expert_S[s], steps.tile_S[s] * R
-        row_R = jnp.arange(R)
-        real_R = (row_R >= steps.low_S[s]) & (row_R < steps.high_S[s])
-        token_R = jax.lax.dynamic_slice(token_P, (start,), (R,))
-        weight_R = jnp.where(real_R, jax.lax.dynamic_slice(weight_P, (start,), (R,)), 0)
-        only = lambda x_RD: jnp.where(real_R[:, None], x_RD, jnp.zeros_like(x_RD))
-        ours = [sorting.take(w, layer, expert) for w in weights]
-        values = [sorting.take(p, layer, expert) for p in parts]
-        _, pull = jax.vjp(
-            lambda x, r, v: run_expert(x, r, v, ours), only(x_TD[token_R]), weight_R, values
+    def run_tile(R: int, tile: xla_tiles.Tile) -> Any:
+        real_R = jnp.arange(R) < tile.count
+        token_R, weight_R = (
+            jax.lax.dynamic_slice(x, (tile.row,), (R,)) for x in (token_P, weight_P)
         )
+        only = lambda x_RD: jnp.where(real_R[:, None], x_RD, jnp.zeros_like(x_RD))
+        ours = [sorting.take(w, layer, tile.expert) for w in weights]
+        values = [sorting.take(p, layer, tile.expert) for p in parts]
+        x_RD, weight_R = only(x_TD[token_R]), jnp.where(real_R, weight_R, 0)
+        _, pull = jax.vjp(lambda x, r, v: run_expert(x, r, v, ours), x_RD, weight_R, values)
         dx_RD, dweight_R, dvalues = pull(only(grad_TD[token_R]).astype(wide))
-        dx_PD = _write(dx_PD, dx_RD, start, real_R[:, None])
-        dweight_P = _write(dweight_P, dweight_R, start, real_R)
-        add = lambda sum_E, d: sum_E.at[expert].add(d.astype(sum_E.dtype))
-        return dx_PD, dweight_P, jax.tree.map(add, sums, dvalues)
+        dx_RD = jnp.pad(dx_RD, ((0, largest - R), (0, 0)))
+        return dx_RD, jnp.pad(dweight_R, (0, largest - R)), dvalues
+
+    def put(carry: Any, made: Any, tile: xla_tiles.Tile) -> Any:
+        (dx_PD, dweight_P, sums), (dx_RD, dweight_R, dvalues) = carry, made
+        # Rows beyond the expert's own are written anew by the experts that come later.
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=tile.row, axis=0)
+        add = lambda sum_E, d: jax.lax.dynamic_update_index_in_dim(
+            sum_E, sum_E[tile.expert] + d.astype(sum_E.dtype), tile.expert, 0
+        )
+        return write(dx_PD, dx_RD), write(dweight_P, dweight_R), jax.tree.map(add, sums, dvalues)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], accumulator(p.dtype)), parts)
-    start = (jnp.zeros((P, x_TD.shape[1]), dtype), jnp.zeros(P, wide), zeros)
-    dx_PD, dweight_P, sums = jax.lax.fori_loop(0, steps.steps, step, start)
-    dx_TD = sorting.sum_choices(dx_PD, steps.order_P, steps.real, A).astype(dtype)
-    dweight_TA = plan.unsorted(steps, dweight_P, A).astype(weight_TA.dtype)
-    put = lambda p, sum_E: jnp.zeros_like(p).at[layer].set(sum_E.astype(p.dtype))
-    grads = jax.tree.map(put, parts, sums)
+    start = (
+        jnp.zeros((T * A + largest, x_TD.shape[1]), dtype),
+        jnp.zeros(T * A + largest, wide),
+        zeros,
+    )
+    dx_PD, dweight_P, sums = xla_tiles.loop(rows, sizes, run_tile, put, start)
+    real = rows.end_E[-1]
+    dx_TD = sorting.sum_choices(dx_PD, rows.order_P, real, A).astype(dtype)
+    dweight_TA = sorting.unsorted(dweight_P, rows.order_P, real, A).astype(weight_TA.dtype)
+    put_layer = lambda p, sum_E: jnp.zeros_like(p).at[layer].set(sum_E.astype(p.dtype))
+    grads = jax.tree.map(put_layer, parts, sums)
     gate, up, down = (lora.gradient(w, g) for w, g in zip(weights, grads, strict=True))
     return dx_TD, dweight_TA, gate, up, down
-
-
-def _write(x_P: Array, new_R: Array, start: Array, where: Array) -> Array:
-    """Those rows of a tile that are marked."""
-    at = (start, *[jnp.zeros_like(start)] * (x_P.ndim - 1))
-    old_R = jax.lax.dynamic_slice(x_P, at, new_R.shape)
-    return jax.lax.dynamic_update_slice(x_P, jnp.where(where, new_R, old_R), at)

@@ -1,0 +1,69 @@
+"""A loop over tiles of rows that share an expert, each of the size that fits what is left of them.
+
+Axis letters: T tokens, A experts per token, E experts, P = T * A rows, R rows of a tile.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.grouped_matmul import sorting
+
+
+class Sorted(NamedTuple):
+    """Rows sorted by expert; those of no expert come last.
+
+    Attributes:
+      key_P: each row's expert.
+      order_P: which of the T * A rows stands there.
+      end_E: the row after each expert's last.
+    """
+
+    key_P: Array
+    order_P: Array
+    end_E: Array
+
+
+class Tile(NamedTuple):
+    """Some rows of one expert: `count` from `row` on, which may be more than the tile holds."""
+
+    row: Array
+    expert: Array
+    count: Array
+
+
+def sort(expert_TA: Int[Array, "T A"], experts: int) -> Sorted:
+    """Sort the rows."""
+    key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
+    end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
+    return Sorted(key_P, order_P, end_E)
+
+
+def loop(
+    rows: Sorted,
+    sizes: tuple[int, ...],
+    run_tile: Callable[[int, Tile], Any],
+    put: Callable[[Any, Any, Tile], Any],
+    carry: Any,
+) -> Any:
+    """Carry = put(carry, run_tile(R, tile), tile) for every tile, in order.
+
+    What `run_tile` makes has the same shapes for every size. An expert's rows are cut into tiles
+    of the largest size; its last is the smallest that holds the rest. Rows beyond the expert's own
+    in a tile are those of later tiles.
+    """
+
+    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        row, carry = state
+        expert = rows.key_P[row]
+        tile = Tile(row, expert, rows.end_E[expert] - row)
+        fits = jnp.sum(tile.count > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+        made = jax.lax.switch(fits, [functools.partial(run_tile, R) for R in sizes], tile)
+        return row + jnp.minimum(tile.count, sizes[-1]), put(carry, made, tile)
+
+    more = lambda state: state[0] < rows.end_E[-1]
+    return jax.lax.while_loop(more, step, (jnp.int32(0), carry))[1]

@@ -40,13 +40,39 @@ def sinkhorn(
     """
     # Tokens last: a 4 x 4 matrix per token would leave vector lanes empty.
     m_NNBT = jax.nn.softmax(jnp.moveaxis(logits_BTNN, (2, 3), (0, 1)), axis=1) + eps
-    add = lambda parts: functools.reduce(jnp.add, parts)
-    streams = range(m_NNBT.shape[0])
-    over_rows = lambda m: m / (add([m[j] for j in streams])[None] + eps)
-    over_columns = lambda m: m / (add([m[:, k] for k in streams])[:, None] + eps)
-    balance = lambda _, m: over_rows(over_columns(m))
-    m_NNBT = jax.lax.fori_loop(0, steps - 1, balance, over_rows(m_NNBT))
+    balance = lambda _, m: _normalised(_normalised(m, 1, eps), 0, eps)
+    m_NNBT = jax.lax.fori_loop(0, steps - 1, balance, _normalised(m_NNBT, 0, eps))
     return jnp.moveaxis(m_NNBT, (0, 1), (2, 3))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _normalised(
+    m_NNBT: Float32[Array, "N N B T"], axis: int, eps: float
+) -> Float32[Array, "N N B T"]:
+    """Over the sums along an axis."""
+    return m_NNBT / (_added(m_NNBT, axis) + eps)
+
+
+def _normalised_forward(m_NNBT: Array, axis: int, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    divisor = _added(m_NNBT, axis) + eps
+    new_NNBT = m_NNBT / divisor
+    return new_NNBT, (new_NNBT, divisor)
+
+
+def _normalised_backward(
+    axis: int, eps: float, saved: tuple[Array, Array], grad_NNBT: Array
+) -> tuple[Array]:
+    new_NNBT, divisor = saved
+    return ((grad_NNBT - _added(grad_NNBT * new_NNBT, axis)) / divisor,)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
+
+
+def _added(m_NNBT: Float32[Array, "N N B T"], axis: int) -> Array:
+    """The sums along an axis, which stays; slice by slice, as XLA's sums of four are slow."""
+    parts = [jax.lax.index_in_dim(m_NNBT, i, axis) for i in range(m_NNBT.shape[axis])]
+    return functools.reduce(jnp.add, parts)
 
 
 def pre(

@@ -102,6 +102,9 @@ class _Run:
             prepared = preparation.prepare(recipe, self.steps, tokens, progress)
         self.setup: Setup
         self.setup, self.state = prepared
+        # All at once: a schedule asked step by step costs more than all else beside a step.
+        self.rates = np.asarray(jax.vmap(self.setup.rate)(np.arange(self.steps)))
+        self.last_end = 0.0
         self.evaluator = Evaluator(recipe, self.setup, held_out)
         self.losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self.best: float | None = None
@@ -233,11 +236,13 @@ class _Run:
         """Write down a step that is made; act if it was wrong."""
         number, metrics, local, began = pending
         found: dict[str, Any] = {n: float(x) for n, x in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - began
+        # It began on the device when the one before it ended there.
+        ended = time.perf_counter()
+        seconds, self.last_end = ended - max(began, self.last_end), ended
         rate = found["tokens_seen"] / seconds / jax.device_count()
         peak = flops.peak(jax.devices()[0])
         found |= {
-            "rate": float(self.setup.rate(number - 1)),
+            "rate": float(self.rates[number - 1]),
             "seconds": seconds,
             "tokens_per_second_per_device": rate,
             "mfu": rate * self.flops / peak if peak else None,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -227,7 +226,7 @@ def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> 
     used = {name: local[name] for name in ("tokens", "trained", "document")}
     cut = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in used.items()}
     if mesh is None:
-        return {name: jnp.asarray(x) for name, x in cut.items()}
+        return jax.device_put(cut)
     place = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"], None))
     return {name: jax.make_array_from_process_local_data(place, x) for name, x in cut.items()}
 

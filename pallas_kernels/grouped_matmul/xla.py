@@ -48,7 +48,7 @@ def expert_mlp(
     weight_TA = weight_TA.astype(wide)
     if rows <= 2 * experts:
         return one_by_one(run_expert, x_TD, expert_TA, weight_TA, experts)
-    sizes = (16,) if rows <= 16 * experts else (32, 64, 128, 192, 256)
+    sizes = (16,) if rows <= 16 * experts else xla_tiles.fitting((32, 64, 128, 192, 256), rows)
     return by_tiles(run_expert, x_TD, expert_TA, weight_TA, experts, sizes)
 
 

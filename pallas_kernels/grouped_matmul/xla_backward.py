@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import lora, reference, sorting, xla_tiles
 
-_SIZES = (32, 64, 96, 128, 160, 192, 256)
-
 
 def expert_mlp_backward(
     grad_TD: Float[Array, "T D"],
@@ -30,11 +28,16 @@ def expert_mlp_backward(
     limit: float,
     weight_first: bool,
     learn: tuple[bool, bool, bool],
+    sizes: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 256),
 ) -> tuple[Array, Array, Any, Any, Any]:
-    """The gradients of x_TD, weight_TA and of the weights that `learn` tells, otherwise None."""
+    """The gradients of x_TD, weight_TA and of the weights that `learn` tells, otherwise None.
+
+    `sizes` are those that a tile may have.
+    """
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
-    weights, sizes = (w1_LEFD, w3_LEFD, w2_LEDF), _SIZES
-    (T, A), largest = expert_TA.shape, sizes[-1]
+    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
+    (T, A), sizes = expert_TA.shape, xla_tiles.fitting(sizes, expert_TA.size)
+    largest = sizes[-1]
     rows = xla_tiles.sort(expert_TA, w1_LEFD.shape[1])
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
     token_P = pad(rows.order_P // A)
@@ -51,7 +54,7 @@ def expert_mlp_backward(
         return out_RD if weight_first else out_RD * weight_R[:, None]
 
     def run_tile(R: int, tile: xla_tiles.Tile) -> Any:
-        real_R = jnp.arange(R) < tile.count
+        real_R = jnp.arange(R) < tile.left
         token_R, weight_R = (
             jax.lax.dynamic_slice(x, (tile.row,), (R,)) for x in (token_P, weight_P)
         )

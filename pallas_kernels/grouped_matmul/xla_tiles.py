@@ -29,11 +29,11 @@ class Sorted(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some rows of one expert: `count` from `row` on, which may be more than the tile holds."""
+    """Some rows of one expert: `left` from `row` on, which may be more than the tile holds."""
 
     row: Array
     expert: Array
-    count: Array
+    left: Array
 
 
 def sort(expert_TA: Int[Array, "T A"], experts: int) -> Sorted:
@@ -41,6 +41,11 @@ def sort(expert_TA: Int[Array, "T A"], experts: int) -> Sorted:
     key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
     end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
     return Sorted(key_P, order_P, end_E)
+
+
+def fitting(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Without sizes larger than one that holds all rows."""
+    return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < rows)
 
 
 def loop(
@@ -61,9 +66,9 @@ def loop(
         row, carry = state
         expert = rows.key_P[row]
         tile = Tile(row, expert, rows.end_E[expert] - row)
-        fits = jnp.sum(tile.count > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+        fits = jnp.sum(tile.left > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
         made = jax.lax.switch(fits, [functools.partial(run_tile, R) for R in sizes], tile)
-        return row + jnp.minimum(tile.count, sizes[-1]), put(carry, made, tile)
+        return row + jnp.minimum(tile.left, sizes[-1]), put(carry, made, tile)
 
     more = lambda state: state[0] < rows.end_E[-1]
     return jax.lax.while_loop(more, step, (jnp.int32(0), carry))[1]

@@ -44,15 +44,6 @@ def expert_mlp_backward(
     weight_P = pad(weight_TA.reshape(-1)[rows.order_P].astype(wide))
     parts = [lora.learned(w) if wanted else [] for w, wanted in zip(weights, learn, strict=True)]
 
-    def run_expert(x_RD: Array, weight_R: Array, values: Any, ours: Any) -> Array:
-        ours = [lora.replaced(w, v) if v else w for w, v in zip(ours, values, strict=True)]
-        w1_FD, w3_FD, w2_DF = ours
-        linear = lambda x, w: lora.linear(x, w, impl="xla").astype(wide)
-        hidden_RF = reference.activate(linear(x_RD, w1_FD), linear(x_RD, w3_FD), limit)
-        hidden_RF = hidden_RF * weight_R[:, None] if weight_first else hidden_RF
-        out_RD = linear(hidden_RF.astype(dtype), w2_DF)
-        return out_RD if weight_first else out_RD * weight_R[:, None]
-
     def run_tile(R: int, tile: xla_tiles.Tile) -> Any:
         real_R = jnp.arange(R) < tile.left
         token_R, weight_R = (
@@ -62,19 +53,11 @@ def expert_mlp_backward(
         ours = [sorting.take(w, layer, tile.expert) for w in weights]
         values = [sorting.take(p, layer, tile.expert) for p in parts]
         x_RD, weight_R = only(x_TD[token_R]), jnp.where(real_R, weight_R, 0)
-        _, pull = jax.vjp(lambda x, r, v: run_expert(x, r, v, ours), x_RD, weight_R, values)
-        dx_RD, dweight_R, dvalues = pull(only(grad_TD[token_R]).astype(wide))
+        run = functools.partial(_run_expert, ours, limit=limit, weight_first=weight_first)
+        _, pull = jax.vjp(run, values, x_RD, weight_R)
+        dvalues, dx_RD, dweight_R = pull(only(grad_TD[token_R]).astype(wide))
         dx_RD = jnp.pad(dx_RD, ((0, largest - R), (0, 0)))
         return dx_RD, jnp.pad(dweight_R, (0, largest - R)), dvalues
-
-    def put(carry: Any, made: Any, tile: xla_tiles.Tile) -> Any:
-        (dx_PD, dweight_P, sums), (dx_RD, dweight_R, dvalues) = carry, made
-        # Rows beyond the expert's own are written anew by the experts that come later.
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=tile.row, axis=0)
-        add = lambda sum_E, d: jax.lax.dynamic_update_index_in_dim(
-            sum_E, sum_E[tile.expert] + d.astype(sum_E.dtype), tile.expert, 0
-        )
-        return write(dx_PD, dx_RD), write(dweight_P, dweight_R), jax.tree.map(add, sums, dvalues)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], accumulator(p.dtype)), parts)
     start = (
@@ -82,7 +65,7 @@ def expert_mlp_backward(
         jnp.zeros(T * A + largest, wide),
         zeros,
     )
-    dx_PD, dweight_P, sums = xla_tiles.loop(rows, sizes, run_tile, put, start)
+    dx_PD, dweight_P, sums = xla_tiles.loop(rows, sizes, run_tile, _put, start)
     real = rows.end_E[-1]
     dx_TD = sorting.sum_choices(dx_PD, rows.order_P, real, A).astype(dtype)
     dweight_TA = sorting.unsorted(dweight_P, rows.order_P, real, A).astype(weight_TA.dtype)
@@ -90,3 +73,34 @@ def expert_mlp_backward(
     grads = jax.tree.map(put_layer, parts, sums)
     gate, up, down = (lora.gradient(w, g) for w, g in zip(weights, grads, strict=True))
     return dx_TD, dweight_TA, gate, up, down
+
+
+def _run_expert(
+    weights: Any,
+    values: Any,
+    x_RD: Float[Array, "R D"],
+    weight_R: Float[Array, " R"],
+    *,
+    limit: float,
+    weight_first: bool,
+) -> Float[Array, "R D"]:
+    """One expert's weighted outputs, given what of its matrices is learned."""
+    w1_FD, w3_FD, w2_DF = (
+        lora.replaced(w, v) if v else w for w, v in zip(weights, values, strict=True)
+    )
+    linear = lambda x, w: lora.linear(x, w, impl="xla").astype(accumulator(x.dtype))
+    hidden_RF = reference.activate(linear(x_RD, w1_FD), linear(x_RD, w3_FD), limit)
+    hidden_RF = hidden_RF * weight_R[:, None] if weight_first else hidden_RF
+    out_RD = linear(hidden_RF.astype(x_RD.dtype), w2_DF)
+    return out_RD if weight_first else out_RD * weight_R[:, None]
+
+
+def _put(carry: Any, made: Any, tile: xla_tiles.Tile) -> Any:
+    """A tile's gradients among those of all rows; an expert's added to its own."""
+    (dx_PD, dweight_P, sums), (dx_RD, dweight_R, dvalues) = carry, made
+    # Rows beyond the expert's own are written anew by the experts that come later.
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=tile.row, axis=0)
+    add = lambda sum_E, d: jax.lax.dynamic_update_index_in_dim(
+        sum_E, sum_E[tile.expert] + d.astype(sum_E.dtype), tile.expert, 0
+    )
+    return write(dx_PD, dx_RD), write(dweight_P, dweight_R), jax.tree.map(add, sums, dvalues)

@@ -106,9 +106,8 @@ def expert_mlp_backward(
     back3 = back.add(up, w3_LEFD, 0, transposed=True)
     (dx_PD,) = back.run("experts_out_backward")
     dx_TD = sorting.sum_choices(dx_PD, steps.order_P, steps.real, A).astype(x_TD.dtype)
-    dweight_TA = sorting.unsorted(dweight_M1R.reshape(-1), steps.order_P, steps.real, A).astype(
-        weight_TA.dtype
-    )
+    dweight_P = dweight_M1R.reshape(-1).astype(weight_TA.dtype)
+    dweight_TA = sorting.unsorted(dweight_P, steps.order_P, steps.real, A)
 
     low2 = None
     if learn[2] and isinstance(w2_LEDF, lora.LoraWeight):

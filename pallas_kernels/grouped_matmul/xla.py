@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import lora, reference, sorting, xla_tiles
+from pallas_kernels.grouped_matmul import lora, sorting, xla_tiles
 from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
@@ -37,13 +37,8 @@ def expert_mlp(
     rows, experts = expert_TA.size, w1_LEFD.shape[1]
 
     def run_expert(x_RD: Array, weight_R: Array, expert: Array) -> Array:
-        w1_FD, w3_FD, w2_DF = (sorting.take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF))
-        gate_RF, up_RF = (lora.linear(x_RD, w, impl="xla").astype(wide) for w in (w1_FD, w3_FD))
-        hidden_RF = reference.activate(gate_RF, up_RF, limit)
-        if weight_first:
-            hidden_RF = hidden_RF * weight_R[:, None]
-        out_RD = lora.linear(hidden_RF.astype(x_TD.dtype), w2_DF, impl="xla").astype(wide)
-        return out_RD if weight_first else out_RD * weight_R[:, None]
+        ours = [sorting.take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF)]
+        return xla_tiles.run_expert(ours, x_RD, weight_R, limit, weight_first=weight_first)
 
     weight_TA = weight_TA.astype(wide)
     if rows <= 2 * experts:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import lora, reference, sorting, xla_tiles
+from pallas_kernels.grouped_matmul import lora, sorting, xla_tiles
 
 
 def expert_mlp_backward(
@@ -53,7 +53,11 @@ def expert_mlp_backward(
         ours = [sorting.take(w, layer, tile.expert) for w in weights]
         values = [sorting.take(p, layer, tile.expert) for p in parts]
         x_RD, weight_R = only(x_TD[token_R]), jnp.where(real_R, weight_R, 0)
-        run = functools.partial(_run_expert, ours, limit=limit, weight_first=weight_first)
+
+        def run(values: Any, x_RD: Array, weight_R: Array) -> Array:
+            now = [lora.replaced(w, v) if v else w for w, v in zip(ours, values, strict=True)]
+            return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=weight_first)
+
         _, pull = jax.vjp(run, values, x_RD, weight_R)
         dvalues, dx_RD, dweight_R = pull(only(grad_TD[token_R]).astype(wide))
         dx_RD = jnp.pad(dx_RD, ((0, largest - R), (0, 0)))
@@ -73,26 +77,6 @@ def expert_mlp_backward(
     grads = jax.tree.map(put_layer, parts, sums)
     gate, up, down = (lora.gradient(w, g) for w, g in zip(weights, grads, strict=True))
     return dx_TD, dweight_TA, gate, up, down
-
-
-def _run_expert(
-    weights: Any,
-    values: Any,
-    x_RD: Float[Array, "R D"],
-    weight_R: Float[Array, " R"],
-    *,
-    limit: float,
-    weight_first: bool,
-) -> Float[Array, "R D"]:
-    """One expert's weighted outputs, given what of its matrices is learned."""
-    w1_FD, w3_FD, w2_DF = (
-        lora.replaced(w, v) if v else w for w, v in zip(weights, values, strict=True)
-    )
-    linear = lambda x, w: lora.linear(x, w, impl="xla").astype(accumulator(x.dtype))
-    hidden_RF = reference.activate(linear(x_RD, w1_FD), linear(x_RD, w3_FD), limit)
-    hidden_RF = hidden_RF * weight_R[:, None] if weight_first else hidden_RF
-    out_RD = linear(hidden_RF.astype(x_RD.dtype), w2_DF)
-    return out_RD if weight_first else out_RD * weight_R[:, None]
 
 
 def _put(carry: Any, made: Any, tile: xla_tiles.Tile) -> Any:

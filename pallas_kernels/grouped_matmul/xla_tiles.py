@@ -1,17 +1,19 @@
 """A loop over tiles of rows that share an expert, each of the size that fits what is left of them.
 
-Axis letters: T tokens, A experts per token, E experts, P = T * A rows, R rows of a tile.
+Axis letters: T tokens, D hidden, A experts per token, E experts, F expert hidden, P = T * A rows,
+R rows of a tile.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import sorting
+from pallas_kernels.dtypes import accumulator
+from pallas_kernels.grouped_matmul import lora, reference, sorting
 
 
 class Sorted(NamedTuple):
@@ -72,3 +74,21 @@ def loop(
 
     more = lambda state: state[0] < rows.end_E[-1]
     return jax.lax.while_loop(more, step, (jnp.int32(0), carry))[1]
+
+
+def run_expert(
+    weights: Sequence[lora.Weight],
+    x_RD: Float[Array, "R D"],
+    weight_R: Float[Array, " R"],
+    limit: float,
+    *,
+    weight_first: bool,
+) -> Float[Array, "R D"]:
+    """One expert's weighted outputs, given its gate, up and down matrices."""
+    w1_FD, w3_FD, w2_DF = weights
+    linear = lambda x, w: lora.linear(x, w, impl="xla").astype(accumulator(x.dtype))
+    hidden_RF = reference.activate(linear(x_RD, w1_FD), linear(x_RD, w3_FD), limit)
+    if weight_first:
+        hidden_RF = hidden_RF * weight_R[:, None]
+    out_RD = linear(hidden_RF.astype(x_RD.dtype), w2_DF)
+    return out_RD if weight_first else out_RD * weight_R[:, None]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from v4jax.config import preset
 from v4jax_train import journal
 
 STEPS = 6
+GUIDE = (Path(__file__).parent.parent / "docs" / "finetune.md").read_text()
 TINY = preset("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2], num_nextn_predict_layers=0)
 WORDS = [
@@ -154,3 +158,24 @@ def test_a_run_saves_itself_on_sigterm_and_goes_on(
     assert 0 < len(losses(out)) < STEPS
     run("resume", out)
     assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+def test_the_guides_commands_run(
+    model: Path, data: Path, lora_recipe: Path, tmp_path: Path
+) -> None:
+    """In its order, over a small model and with a small recipe of that name."""
+    (tmp_path / "configs").mkdir()
+    shutil.copy(lora_recipe, tmp_path / "configs" / "train_lora.toml")
+    (tmp_path / "DIR").symlink_to(model)
+    for name in ("chats.jsonl", "held_out.jsonl"):
+        shutil.copy(data, tmp_path / name)
+    commands = re.findall(r"^(v4jax(?:-train)?) (.*)$", GUIDE, re.MULTILINE)
+    assert len(commands) == 8
+    for program, words in commands:
+        module = {"v4jax": "v4jax", "v4jax-train": "v4jax_train"}[program]
+        whole = [sys.executable, "-m", module, *shlex.split(words)]
+        done = subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{program} {words}: {done.stderr[-3000:]}"
+    assert list((tmp_path / "PEFT_DIR").glob("*.safetensors"))
+    assert list((tmp_path / "HF_DIR").glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Gathers each query's entries, a few queries at a time, beside its own window.
+"""A few queries at a time: each one's entries, gathered or under a mask, beside its own window.
 
 Axis letters: as in the package; Q queries of a block, Y keys of its window.
 """
@@ -58,8 +58,9 @@ def prefill(
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    batch, queries = indices_BTk.shape[:2]
-    block, count, pad = blocks.split(queries)
+    batch, queries, listed = indices_BTk.shape
+    all_entries = blocks.against_all(pool_LBSK, listed)
+    block, count, pad = blocks.split(queries, q_BTHK.shape[2], all_entries=all_entries)
     padded_q, padded_window = pad(q_BTHK, 0), pad(window_BXK, 0)
     padded_indices = pad(indices_BTk, -1)
     padded_first = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
@@ -77,6 +78,7 @@ def prefill(
             take(padded_indices),
             sink_H,
             scale,
+            all_entries=all_entries,
         )
 
     out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
@@ -93,24 +95,39 @@ def _attend(
     indices_Qk: Int[Array, "Q k"],
     sink_H: Float[Array, " H"],
     scale: float,
+    *,
+    all_entries: bool = False,
 ) -> Float[Array, "Q H K"]:
-    """All heads of a block of queries of one row: the window together, entries query by query."""
+    """All heads of a block of queries of one row: the window, then entries."""
     queries, heads, dim = q_QHK.shape
     window_YK = where_seen(window_YK, jnp.any(mask_QY, axis=0))
     # Rows are query by query here, so that a query's heads lie together.
     q_RK = q_QHK.reshape(queries * heads, dim)
     near = softmax.part(q_RK, window_YK, jnp.repeat(mask_QY, heads, axis=0), scale)
-    listed_Qk = indices_Qk >= 0
-    chosen_QkK = blocks.listed(pool_LBSK, layer, row, indices_Qk, window_YK.dtype)
+    far = pool_LBSK, layer, row, indices_Qk, window_YK.dtype
+    if all_entries:
+        entries_SK, seen_QS = blocks.whole(*far)
+        far = softmax.part(q_RK, entries_SK, jnp.repeat(seen_QS, heads, axis=0), scale)
+    else:
+        far = _by_query(q_QHK, blocks.listed(*far), indices_Qk >= 0, scale)
+    out_RK = softmax.finish(softmax.merge(near, far), jnp.tile(sink_H.astype(jnp.float32), queries))
+    return out_RK.reshape(queries, heads, dim).astype(q_QHK.dtype)
+
+
+def _by_query(
+    q_QHK: Float[Array, "Q H K"],
+    chosen_QkK: Float[Array, "Q k K"],
+    listed_Qk: Bool[Array, "Q k"],
+    scale: float,
+) -> softmax.Part:
+    """Each query's own entries; rows query after query."""
+    queries, heads, _ = q_QHK.shape
 
     def entries(q_HK: Any, chosen_kK: Any, listed_k: Any) -> softmax.Part:
         mask_Hk = jnp.broadcast_to(listed_k[None], (heads, listed_k.shape[0]))
         return softmax.part(q_HK, chosen_kK, mask_Hk, scale)
 
     if queries == 1:
-        far = entries(q_QHK[0], chosen_QkK[0], listed_Qk[0])
-    else:
-        far = jax.vmap(entries)(q_QHK, chosen_QkK, listed_Qk)
-        far = jax.tree.map(lambda x: x.reshape(queries * heads, *x.shape[2:]), far)
-    out_RK = softmax.finish(softmax.merge(near, far), jnp.tile(sink_H.astype(jnp.float32), queries))
-    return out_RK.reshape(queries, heads, dim).astype(q_QHK.dtype)
+        return entries(q_QHK[0], chosen_QkK[0], listed_Qk[0])
+    far = jax.vmap(entries)(q_QHK, chosen_QkK, listed_Qk)
+    return jax.tree.map(lambda x: x.reshape(queries * heads, *x.shape[2:]), far)

@@ -69,8 +69,9 @@ def prefill_backward(
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
-    batch, queries = indices_BTk.shape[:2]
-    block, count, pad = blocks.split(queries)
+    batch, queries, listed = indices_BTk.shape
+    all_entries = blocks.against_all(pool_LBSK, listed)
+    block, count, pad = blocks.split(queries, q_BTHK.shape[2], all_entries=all_entries)
     q, grad, out, keys = (pad(x, 0) for x in (q_BTHK, grad_BTHK, out_BTHK, window_BXK))
     indices = pad(indices_BTk, -1)
     firsts = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
@@ -84,7 +85,9 @@ def prefill_backward(
         near = (take(keys, block + window), mask_QY)
         far = (pool_LBSK, layer, row, take(indices))
         heads = (take(q), take(grad), take(out), sink_H)
-        q_grad, add_YK, pool_grad, add_H = _block(heads, near, far, pool_grad, scale)
+        q_grad, add_YK, pool_grad, add_H = _block(
+            heads, near, far, pool_grad, scale, all_entries=all_entries
+        )
         at = (row, first, jnp.zeros_like(first))
         before_YK = jax.lax.dynamic_slice(window_grad, at, (1, *add_YK.shape))[0]
         window_grad = jax.lax.dynamic_update_slice(window_grad, (before_YK + add_YK)[None], at)
@@ -106,42 +109,82 @@ def prefill_backward(
     )
 
 
-def _block(heads: Any, near: Any, far: Any, pool_grad: Any, scale: float) -> Any:
+def _block(
+    heads: Any, near: Any, far: Any, pool_grad: Any, scale: float, *, all_entries: bool = False
+) -> Any:
     """Gradients of a block's queries and window, of the whole pool so far, of the sinks."""
     (q_QHK, grad_QHK, out_QHK, sink_H), (window_YK, mask_QY) = heads, near
-    (pool_LBSK, layer, row, indices_Qk), (queries, head_count, _) = far, q_QHK.shape
+    queries, head_count, _ = q_QHK.shape
     window_YK = where_seen(window_YK, jnp.any(mask_QY, axis=0))
-    chosen_QkK = blocks.listed(pool_LBSK, layer, row, indices_Qk, window_YK.dtype)
     mask_RY = jnp.repeat(mask_QY, head_count, axis=0)
-    mask_QHk = jnp.broadcast_to(
-        (indices_Qk >= 0)[:, None], (queries, head_count, indices_Qk.shape[1])
-    )
     sink_QH = jnp.broadcast_to(sink_H.astype(jnp.float32)[None], (queries, head_count))
     delta_QH = jnp.sum(grad_QHK.astype(jnp.float32) * out_QHK.astype(jnp.float32), axis=-1)
 
-    as_rows = lambda x: x.reshape(queries * head_count, *x.shape[2:])
-    q_RK, grad_RK = as_rows(q_QHK), as_rows(grad_QHK)
-    parts = functools.partial(softmax.part, scale=scale)
-    whole = softmax.merge(
-        parts(q_RK, window_YK, mask_RY),
-        jax.tree.map(as_rows, jax.vmap(parts)(q_QHK, chosen_QkK, mask_QHk)),
-    )
-    log_total_QH = softmax.log_total(whole, as_rows(sink_QH)).reshape(sink_QH.shape)
+    q_RK, grad_RK = _as_rows(q_QHK), _as_rows(grad_QHK)
+    entries = (_All if all_entries else _Listed)(far, q_QHK, window_YK.dtype, scale)
+    whole = softmax.merge(softmax.part(q_RK, window_YK, mask_RY, scale), entries.part())
+    log_total_R = softmax.log_total(whole, _as_rows(sink_QH))
 
-    near_grad_RK, window_grad_YK = softmax.pull(
-        q_RK, window_YK, mask_RY, scale, as_rows(log_total_QH), grad_RK, as_rows(delta_QH)
-    )
-    pull = lambda q, keys, mask, total, grad, delta: softmax.pull(
-        q, keys, mask, scale, total, grad, delta
-    )
-    far_grad_QHK, chosen_grad = jax.vmap(pull)(
-        q_QHK, chosen_QkK, mask_QHk, log_total_QH, grad_QHK, delta_QH
-    )
-    if pool_grad is not None:
-        pool_grad = pool_grad.at[row, jnp.maximum(indices_Qk, 0)].add(chosen_grad)
-    sink_grad_H = -jnp.sum(jnp.exp(sink_QH - log_total_QH) * delta_QH, axis=0)
-    q_grad_QHK = near_grad_RK.reshape(q_QHK.shape) + far_grad_QHK
-    return q_grad_QHK.astype(q_QHK.dtype), window_grad_YK, pool_grad, sink_grad_H
+    below = log_total_R, grad_RK, _as_rows(delta_QH)
+    near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, *below)
+    far_grad_RK, pool_grad = entries.pull(*below, pool_grad)
+    sink_grad_QH = jnp.exp(sink_QH - log_total_R.reshape(sink_QH.shape)) * delta_QH
+    q_grad_QHK = (near_grad_RK + far_grad_RK).reshape(q_QHK.shape).astype(q_QHK.dtype)
+    return q_grad_QHK, window_grad_YK, pool_grad, -jnp.sum(sink_grad_QH, axis=0)
+
+
+class _All:
+    """All entries of the pool's row, under a mask."""
+
+    def __init__(self, far: Any, q_QHK: Array, dtype: Any, scale: float) -> None:
+        _, _, self.row, _ = far
+        entries_SK, seen_QS = blocks.whole(*far, dtype)
+        mask_RS = jnp.repeat(seen_QS, q_QHK.shape[1], axis=0)
+        self.args = _as_rows(q_QHK), entries_SK, mask_RS, scale
+
+    def part(self) -> softmax.Part:
+        return softmax.part(*self.args)
+
+    def pull(self, total_R: Array, grad_RK: Array, delta_R: Array, pool_grad: Any) -> Any:
+        q_grad_RK, entries_grad_SK = softmax.pull(*self.args, total_R, grad_RK, delta_R)
+        if pool_grad is not None:
+            pool_grad = pool_grad.at[self.row].add(entries_grad_SK)
+        return q_grad_RK, pool_grad
+
+
+class _Listed:
+    """Each query's own entries, gathered."""
+
+    def __init__(self, far: Any, q_QHK: Array, dtype: Any, scale: float) -> None:
+        _, _, self.row, self.indices_Qk = far
+        queries, heads, _ = q_QHK.shape
+        self.q_QHK, self.scale = q_QHK, scale
+        self.chosen_QkK = blocks.listed(*far, dtype)
+        self.mask_QHk = jnp.broadcast_to(
+            (self.indices_Qk >= 0)[:, None], (queries, heads, self.indices_Qk.shape[1])
+        )
+
+    def part(self) -> softmax.Part:
+        parts = functools.partial(softmax.part, scale=self.scale)
+        return jax.tree.map(_as_rows, jax.vmap(parts)(self.q_QHK, self.chosen_QkK, self.mask_QHk))
+
+    def pull(self, total_R: Array, grad_RK: Array, delta_R: Array, pool_grad: Any) -> Any:
+        as_queries = lambda x_R: x_R.reshape(*self.q_QHK.shape[:2], *x_R.shape[1:])
+        pull = lambda q, keys, mask, *below: softmax.pull(q, keys, mask, self.scale, *below)
+        q_grad_QHK, chosen_grad = jax.vmap(pull)(
+            self.q_QHK,
+            self.chosen_QkK,
+            self.mask_QHk,
+            *map(as_queries, (total_R, grad_RK, delta_R)),
+        )
+        if pool_grad is not None:
+            pool_grad = pool_grad.at[self.row, jnp.maximum(self.indices_Qk, 0)].add(chosen_grad)
+        return _as_rows(q_grad_QHK), pool_grad
+
+
+def _as_rows(x_QH: Array) -> Array:
+    """Query after query."""
+    return x_QH.reshape(-1, *x_QH.shape[2:])
 
 
 def _empty(pool: Pool) -> Any:

@@ -1,23 +1,36 @@
 """Blocks of queries and their entries, as the forward and the backward form in XLA read them.
 
-Axis letters: as in the package; Q queries of a block.
+Axis letters: as in the package; Q queries of a block, S entries of the pool.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dense_attention.xla_blocks import where_seen
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 _QUERIES = 16
+# Rows of a block (queries times heads) against the whole pool: products are large, and logits
+# stay in the cache.
+_ROWS = 1024
+# One product with so many entries for each that is listed takes less time than gathering those.
+_SHARE = 8
 
 
-def split(queries: int) -> tuple[int, int, Callable[[Any, int], Any]]:
+def against_all(pool: Pool, listed: int) -> bool:
+    """Whether a prompt's queries meet all entries, under a mask, instead of their own list."""
+    return pool.shape[2] <= _SHARE * listed
+
+
+def split(
+    queries: int, heads: int, *, all_entries: bool
+) -> tuple[int, int, Callable[[Any, int], Any]]:
     """Queries of a block, blocks, and what fills arrays [B, T, ...] up to whole blocks."""
-    block = min(queries, _QUERIES)
+    block = min(queries, max(_QUERIES, _ROWS // heads) if all_entries else _QUERIES)
     count = -(-queries // block)
     spare = count * block - queries
     pad = lambda x, fill: jnp.pad(
@@ -39,3 +52,22 @@ def listed(
     if isinstance(pool, Fp8Rows):
         chosen = rows.decode(chosen, dtype)
     return jnp.where((indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
+
+
+def whole(
+    pool: Pool,
+    layer: Int[Array, ""],
+    row: Int[Array, ""],
+    indices_Qk: Int[Array, "Q k"],
+    dtype: Any,
+) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
+    """All entries of a row, zero where no query sees them, and which of them each query sees."""
+    data = pool.data if isinstance(pool, Fp8Rows) else pool
+    entries_SK = data[layer, row]
+    if isinstance(pool, Fp8Rows):
+        entries_SK = rows.decode(entries_SK, dtype)
+    (queries, _), size = indices_Qk.shape, entries_SK.shape[0]
+    column_Qk = jnp.where(indices_Qk >= 0, indices_Qk, size)
+    seen_QS = jnp.zeros((queries, size), bool)
+    seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
+    return where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS

@@ -113,7 +113,9 @@ def test_decode_sees_window_and_listed_entries(
     ("starts", "T", "window", "S", "k"),
     [
         ((0,), 1, 4, 1, 1),
-        ((0, 2, 1000), 21, 8, 60, 9),  # several blocks of queries, the last one partial
+        # Several blocks of queries, the last one partial: of many entries, then of few.
+        ((0, 2, 1000), 21, 8, 100, 9),
+        ((0, 90), 400, 16, 40, 9),
         ((7,), 70, 1, 5, 8),  # k > S
     ],
 )
@@ -191,8 +193,9 @@ def test_decode_is_blind_to_garbage(garbage: float, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_prefill_is_blind_to_garbage(garbage: float, impl: str) -> None:
-    inputs = prefill_inputs((0, 3, 50), 21, 8, 400, 9)
+@pytest.mark.parametrize("entries", [60, 400])
+def test_prefill_is_blind_to_garbage(entries: int, garbage: float, impl: str) -> None:
+    inputs = prefill_inputs((0, 3, 50), 21, 8, entries, 9)
     poisoned = poison(inputs, "window_BXK", near(inputs), garbage)
     np.testing.assert_array_equal(prefill(poisoned, impl), prefill(inputs, impl))
 

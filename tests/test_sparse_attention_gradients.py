@@ -78,14 +78,16 @@ def test_decode(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_prefill_of_several_blocks_that_list_the_same_entries(impl: str) -> None:
-    check(prefill_inputs((0, 2, 1000), 37, 8, 20, 9), impl)
+@pytest.mark.parametrize(("T", "S"), [(37, 100), (400, 20)], ids=["many entries", "few"])
+def test_prefill_of_several_blocks_that_list_the_same_entries(T: int, S: int, impl: str) -> None:
+    check(prefill_inputs((0, 2, 1000), T, 8, S, 9), impl)
 
 
 @settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 2**32 - 1), starts=st.tuples(*[st.integers(0, 3000)] * 2))
 def test_prefill_of_any_data(seed: int, starts: tuple[int, int]) -> None:
-    check(prefill_inputs(starts, 21, 8, 60, 9, seed))
+    for entries in (60, 100):
+        check(prefill_inputs(starts, 21, 8, entries, 9, seed))
 
 
 def test_bfloat16() -> None:
@@ -95,8 +97,9 @@ def test_bfloat16() -> None:
     check(inputs | narrow, **CLOSE_BFLOAT16)
 
 
-def test_garbage_that_nothing_lists_gets_no_gradient_and_gives_none() -> None:
-    inputs = prefill_inputs((0, 3), 21, 8, 60, 9)
+@pytest.mark.parametrize("entries", [60, 100])
+def test_garbage_that_nothing_lists_gets_no_gradient_and_gives_none(entries: int) -> None:
+    inputs = prefill_inputs((0, 3), 21, 8, entries, 9)
     mask_BTX = near(inputs)
     found = gradients(door(inputs, "auto"), poison(inputs, "window_BXK", mask_BTX, np.nan))
     clean = gradients(door(inputs, "auto"), inputs)
@@ -105,7 +108,7 @@ def test_garbage_that_nothing_lists_gets_no_gradient_and_gives_none() -> None:
     pool_LBSK = np.asarray(found["pool_LBSK"])
     assert not pool_LBSK[0].any()
     for b, indices_Tk in enumerate(inputs["indices_BTk"]):
-        assert not pool_LBSK[1, b, ~np.isin(np.arange(60), indices_Tk)].any()
+        assert not pool_LBSK[1, b, ~np.isin(np.arange(entries), indices_Tk)].any()
 
 
 def test_queries_that_see_nothing_have_gradient_zero() -> None:
@@ -117,8 +120,9 @@ def test_queries_that_see_nothing_have_gradient_zero() -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_rows_of_bytes_get_no_gradient_and_the_rest_gets_its_own(impl: str) -> None:
-    inputs = byte_inputs()
+@pytest.mark.parametrize("entries", [40, 100])
+def test_rows_of_bytes_get_no_gradient_and_the_rest_gets_its_own(entries: int, impl: str) -> None:
+    inputs = byte_inputs(entries)
     known = inputs | {"pool_LBSK": rows.decode(inputs["pool_LBSK"].data, jnp.float32)}
     got = gradients(door(inputs, impl), inputs)
     want = gradients(plain(known), known)
@@ -129,15 +133,16 @@ def test_rows_of_bytes_get_no_gradient_and_the_rest_gets_its_own(impl: str) -> N
 
 
 @pytest.mark.parametrize("impl", ["xla", "reference"])
-def test_rows_of_bytes_are_read_as_the_entries_they_stand_for(impl: str) -> None:
-    inputs = byte_inputs()
+@pytest.mark.parametrize("entries", [40, 100])
+def test_rows_of_bytes_are_read_as_the_entries_they_stand_for(entries: int, impl: str) -> None:
+    inputs = byte_inputs(entries)
     known = inputs | {"pool_LBSK": rows.decode(inputs["pool_LBSK"].data, jnp.float32)}
     got_BTHK = door(inputs, impl)(**inputs)
     np.testing.assert_array_equal(got_BTHK, door(known, impl)(**known))
 
 
-def byte_inputs() -> Inputs:
-    inputs = prefill_inputs((0, 30), 20, 8, 40, 9, K=rows.CHANNELS)
+def byte_inputs(entries: int) -> Inputs:
+    inputs = prefill_inputs((0, 30), 20, 8, entries, 9, K=rows.CHANNELS)
     inputs["q_BTHK"] /= 8
     inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
     return inputs | {"pool_LBSK": rows.encode(inputs["pool_LBSK"])}

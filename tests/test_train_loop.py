@@ -19,7 +19,7 @@ from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import journal
 
-STEPS = 6
+STEPS = 30
 GUIDE = (Path(__file__).parent.parent / "docs" / "finetune.md").read_text()
 TINY = preset("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2], num_nextn_predict_layers=0)
@@ -137,7 +137,8 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(losses(out)) < STEPS
+    # At least the next twenty are compared.
+    assert len(losses(out)) <= STEPS - 20
     run("resume", out)
     assert losses(out) == losses(whole)
 

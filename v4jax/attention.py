@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
+from pallas_kernels.residuals import kept
 from v4jax import cache, compress, indexer_loss, layers, sharding
 from v4jax.cache import LayerCache
 from v4jax.compress import Compressor
@@ -200,13 +201,14 @@ def _choose(
     select = lambda *args: indexer_topk.select(
         *args[:-1], hidden_BT=args[-1], k=context.cfg.index_topk
     )
-    return sharding.per_device(
+    indices_BTk = sharding.per_device(
         select,
         *(q_BTIJ, weights_BTI, state.index_LBSK, layer, _visible(kind, context)),
         _hidden(kind, context),
         axes=(rows, rows, _POOL, (), rows, rows),
         out=rows,
     )
+    return kept(indices_BTk)
 
 
 def _watched(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels import quantize
+from pallas_kernels import quantize, residuals
 from v4jax import attention, cache, hyper, moe
 from v4jax.cache import LayerCache
 from v4jax.config import LayerKind, ModelConfig
@@ -130,7 +130,7 @@ def train_stack(
 
     Here the scan slices all weights, experts too: nearly all are chosen by some token, and the
     gradient of a layer's weights is that layer's alone. With `remat` only the streams between
-    repeats of the pattern are kept for the backward pass.
+    repeats of the pattern are kept for the backward pass, without it what `residuals.kept` names.
 
     Returns:
       The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
@@ -153,7 +153,8 @@ def train_stack(
 
     looked_up = lambda leaf: _sliced(leaf, context)
     blocks = jax.tree.map(looked_up, p.blocks)
-    body = jax.checkpoint(one_repeat, prevent_cse=False) if remat else one_repeat
+    policy = None if remat else residuals.KEEP
+    body = jax.checkpoint(one_repeat, prevent_cse=False, policy=policy)
     return jax.lax.scan(body, x_BTM, (blocks, p.experts), length=repeats)
 
 

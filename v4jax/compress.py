@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compress
+from pallas_kernels.residuals import kept
 from v4jax import cache, layers, sharding
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
@@ -72,6 +73,7 @@ def update(
             out=_ROWS,
         )
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
+    entries_BnK = kept(entries_BnK)
     return ring_LBRC, cache.pool_write(pool_LBSK, layer, entries_BnK, first_B, complete_B)
 
 

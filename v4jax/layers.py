@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, rotary, sums
 from pallas_kernels.grouped_matmul import LoraWeight
+from pallas_kernels.residuals import kept
 from v4jax import sharding
 from v4jax.config import ModelConfig, Yarn
 from v4jax.numerics import Numerics
@@ -62,7 +63,7 @@ def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     matrix, layer = _matrix(weight)
     if isinstance(matrix, LoraWeight):
         return _updated(x, matrix)
-    return quantize.linear(x, matrix, layer=layer)
+    return kept(quantize.linear(x, matrix, layer=layer))
 
 
 def _updated(x: Float[Array, "*rows K"], weight: LoraWeight) -> Float[Array, "*rows N"]:
@@ -84,21 +85,23 @@ def _matrix(weight: Any) -> tuple[Any, Any]:
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
     """The same in float32 throughout, at full precision on every device."""
     weight_NK = value(weight).astype(jnp.float32)
-    return quantize.linear(x.astype(jnp.float32), weight_NK, precision=jax.lax.Precision.HIGHEST)
+    highest = jax.lax.Precision.HIGHEST
+    return kept(quantize.linear(x.astype(jnp.float32), weight_NK, precision=highest))
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
     weight_QP, layer = _matrix(weight_QP)
     if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
-        return _by_group(x_BTGP, weight_QP, layer)
+        return kept(_by_group(x_BTGP, weight_QP, layer))
     stack = () if layer is None else (None,)
-    return sharding.per_device(
+    x_BTQ = sharding.per_device(
         _by_group,
         *(x_BTGP, weight_QP, layer),
         axes=(("batch", None, "heads", None), (*stack, None, "heads"), ()),
         out=("batch", None, "heads"),
     )
+    return kept(x_BTQ)
 
 
 def _by_group(

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels.residuals import kept
 from v4jax import layers, sharding
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
@@ -74,7 +75,7 @@ def route(
     score_BTE = jnp.sqrt(jax.nn.softplus(logits_BTE))
     if hasattr(p, "bias_E"):
         biased_BTE = score_BTE + layers.value(p.bias_E)[None, None]
-        expert_BTA = jax.lax.top_k(biased_BTE, cfg.num_experts_per_tok)[1]
+        expert_BTA = kept(jax.lax.top_k(biased_BTE, cfg.num_experts_per_tok)[1])
     else:
         expert_BTA = layers.value(p.expert_ids_VA)
     weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)
@@ -129,5 +130,5 @@ def mixture(
         *(layers.value(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)),
     )
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
-    total_BTD = routed_TD.reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
+    total_BTD = kept(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing

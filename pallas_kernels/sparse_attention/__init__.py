@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import softmax
+from pallas_kernels import residuals, softmax
 from pallas_kernels.implementations import (
     Impl,
     check_arrays,
@@ -148,7 +148,7 @@ def _decode(settings: Any, arrays: tuple[Any, ...]) -> Any:
 
 
 def _decode_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = _decode(settings, arrays)
+    out_BTHK = residuals.kept(_decode(settings, arrays))
     return out_BTHK, (out_BTHK, arrays)
 
 
@@ -169,7 +169,7 @@ def _prefill(settings: Any, arrays: tuple[Any, ...]) -> Any:
 
 
 def _prefill_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = _prefill(settings, arrays)
+    out_BTHK = residuals.kept(_prefill(settings, arrays))
     return out_BTHK, (out_BTHK, arrays)
 
 

@@ -125,17 +125,20 @@ def make(
         gradients, loads, metrics = _gradients(settings, state, frozen, batch, key)
         norm = optax.tree.norm(gradients)
         right = jnp.isfinite(norm) & (metrics["loss"] <= limit)
-        shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
-        gradients = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)
-        updates, moved = rule.update(gradients, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        balanced = {
-            name: balance.moved(bias, loads[name], settings.bias_speed)
-            for name, bias in state.balanced.items()
-        }
-        new, old = (trained, balanced, moved), (state.trained, state.balanced, state.optimizer)
-        choose = lambda n, o: jnp.where(right, n, o)
-        trained, balanced, moved = jax.tree.map(choose, new, old)
+        old = state.trained, state.balanced, state.optimizer
+
+        def update() -> Any:
+            shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
+            clipped = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)
+            updates, moved = rule.update(clipped, state.optimizer, state.trained)
+            balanced = {
+                name: balance.moved(bias, loads[name], settings.bias_speed)
+                for name, bias in state.balanced.items()
+            }
+            return optax.apply_updates(state.trained, updates), balanced, moved
+
+        # Choosing between the states with `where` would make XLA copy both of the optimiser's.
+        trained, balanced, moved = jax.lax.cond(right, update, lambda: old)
         metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
         violations = [balance.violation(load_LE) for load_LE in loads.values()]
         metrics["load_violation"] = jnp.max(jnp.stack(violations or [jnp.float32(0.0)]))

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, residuals
+from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
 from v4jax import attention, cache, hyper, moe
 from v4jax.cache import LayerCache
 from v4jax.config import LayerKind, ModelConfig
@@ -128,8 +129,8 @@ def train_stack(
 ) -> tuple[Float[Array, "B T M"], list[Any]]:
     """All layers of a segment over whole rows: no layer's state outlives it.
 
-    Here the scan slices all weights, experts too: nearly all are chosen by some token, and the
-    gradient of a layer's weights is that layer's alone. With `remat` only the streams between
+    Here the scan slices all weights; of experts, which are read in their stacks here too, the
+    slices stand for their gradients. With `remat` only the streams between
     repeats of the pattern are kept for the backward pass, without it what `residuals.kept` names.
 
     Returns:
@@ -139,14 +140,16 @@ def train_stack(
     batch, tokens = context.tokens_BT.shape
     first = jnp.int32(0)
 
+    whole = jax.lax.stop_gradient(p.experts)
+
     def one_repeat(x_BTM, step):
-        blocks, experts = step
+        layer, blocks, own = step
         watched = []
         for position, kind in enumerate(pattern):
             state = cache.fresh(cfg, kind, batch, tokens, dtype)
-            only = jax.tree.map(lambda stack: stack[None], experts[position])
+            experts = _of_layer(whole[position], own[position])
             x_BTM, _, seen = run_block(
-                blocks[position], only, x_BTM, state, first, first, kind, context
+                blocks[position], experts, x_BTM, state, first, layer, kind, context
             )
             watched.append(watch(kind, seen, context) if watch else None)
         return x_BTM, watched
@@ -155,7 +158,15 @@ def train_stack(
     blocks = jax.tree.map(looked_up, p.blocks)
     policy = None if remat else residuals.KEEP
     body = jax.checkpoint(one_repeat, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x_BTM, (blocks, p.experts), length=repeats)
+    steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
+    return jax.lax.scan(body, x_BTM, steps)
+
+
+def _of_layer(whole: moe.Experts, own: moe.Experts) -> moe.Experts:
+    """Experts that are read in their stacks, their gradients that of one layer."""
+    kinds = (LoraWeight, quantize.Fp8Weight, quantize.Fp4Weight)
+    wrap = lambda stack, own: LayerWeight(stack, jax.tree.map(lambda x: x[None], own))
+    return jax.tree.map(wrap, whole, own, is_leaf=lambda leaf: isinstance(leaf, kinds))
 
 
 def _quantised(leaf: Any) -> bool:

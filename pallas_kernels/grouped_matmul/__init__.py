@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
-from pallas_kernels.grouped_matmul.lora import LoraWeight, Weight, check_expert
+from pallas_kernels.grouped_matmul import gpu, reference, stacks, tpu, xla
+from pallas_kernels.grouped_matmul.lora import LoraWeight, check_expert
+from pallas_kernels.grouped_matmul.stacks import LayerWeight, Weight
 from pallas_kernels.implementations import Impl, check_arrays, dispatch
 
-__all__ = ["LoraWeight", "Weight", "expert_mlp"]
+__all__ = ["LayerWeight", "LoraWeight", "Weight", "expert_mlp"]
 
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
@@ -46,7 +47,8 @@ def expert_mlp(
         repeated id counts as often as it stands there.
       weight_TA: routing weights; where an id contributes nothing, any.
       w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype, quantised,
-        or either with a low-rank update; only the chosen experts of `layer` are read.
+        or either with a low-rank update; only the chosen experts of `layer` are read. Or a
+        `LayerWeight`, whose gradient is the layer's alone.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
       layer: which layer of the stack, 0 to L - 1.
@@ -70,7 +72,7 @@ def expert_mlp(
     layer = jnp.asarray(layer)
     arrays = (x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
     if impl == "reference":
-        return reference.expert_mlp(*arrays, limit=limit, weight_first=weight_first)
+        return _reference(arrays, limit=limit, weight_first=weight_first)
     return _expert_mlp((limit, weight_first, impl), arrays)
 
 
@@ -81,7 +83,16 @@ def _check(
     arrays = {"x_TD": x_TD, "expert_TA": expert_TA, "weight_TA": weight_TA, "layer": layer}
     sizes = check_arrays(op, arrays, integers=("expert_TA", "layer"))
     for name, w in (("w1_LEFD", w1), ("w3_LEFD", w3), ("w2_LEDF", w2)):
-        sizes = check_expert(op, name, w, sizes)
+        sizes = check_expert(op, name, stacks.read(w), sizes)
+        if isinstance(w, LayerWeight):
+            check_expert(op, f"own {name}", w.own, sizes | {"L": 1})
+
+
+def _reference(arrays: tuple[Any, ...], **static: Any) -> Any:
+    x, expert, weight, *weights, layer = arrays
+    if any(isinstance(w, LayerWeight) for w in weights):
+        weights, layer = map(stacks.learner, weights), jnp.zeros_like(layer)
+    return reference.expert_mlp(x, expert, weight, *weights, layer, **static)
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +108,8 @@ class _Kept:
 def _expert_mlp(settings: Any, arrays: tuple[Any, ...]) -> Any:
     limit, weight_first, impl = settings
     static = {"limit": limit, "weight_first": weight_first}
+    x, expert, weight, gate, up, down, layer = arrays
+    arrays = (x, expert, weight, *map(stacks.read, (gate, up, down)), layer)
     return dispatch("grouped_matmul", "expert_mlp", impl, _FORMS, *arrays, **static)
 
 
@@ -112,10 +125,13 @@ def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
     if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
         return (None,)
     static = {"limit": limit, "weight_first": weight_first, "learn": kept.learn}
-    x, weight, gate, up, down = dispatch(
-        "grouped_matmul", "expert_mlp_backward", impl, _FORMS, grad_TD, *kept.arrays, **static
+    x, expert, weight, *weights, layer = kept.arrays
+    arrays = (grad_TD, x, expert, weight, *map(stacks.read, weights), layer)
+    x_grad, weight_grad, *grads = dispatch(
+        "grouped_matmul", "expert_mlp_backward", impl, _FORMS, *arrays, **static
     )
-    return ((x, None, weight, gate, up, down, None),)
+    grads = [stacks.cotangent(w, layer, g) for w, g in zip(weights, grads, strict=True)]
+    return ((x_grad, None, weight_grad, *grads, None),)
 
 
 _expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)

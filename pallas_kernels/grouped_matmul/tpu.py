@@ -74,7 +74,7 @@ def expert_mlp_backward(
     limit: float,
     weight_first: bool,
     learn: tuple[bool, bool, bool],
-) -> tuple[Array, Array, Any, Any, Any]:
+) -> tuple[Array, Array, list[Array], list[Array], list[Array]]:
     """As `xla.expert_mlp_backward`; where the routing weight is multiplied in makes no difference.
 
     Raises:
@@ -118,7 +118,7 @@ def expert_mlp_backward(
         (grad_PD, hidden_PF, low2, back2),
     )
     gate_grad, up_grad, down_grad = (
-        _weight_gradient(steps, layer, w, *side) if wanted else None
+        _weight_gradient(steps, w, *side) if wanted else []
         for w, side, wanted in zip(weights, sides, learn, strict=True)
     )
     return dx_TD, dweight_TA, gate_grad, up_grad, down_grad
@@ -134,14 +134,13 @@ def _hidden_backward(sums: Sequence[Array], weight_R1: Array, *, limit: float) -
 
 def _weight_gradient(
     steps: plan.Plan,
-    layer: Array,
     w: lora.Weight,
     grad_PN: Array,
     x_PK: Array,
     low_Pr: Array | None,
     back_Pr: Array | None,
-) -> Any:
-    """Of a stack, given rows going in and coming back, and both in a low-rank update's middle."""
+) -> list[Array]:
+    """Of a layer's experts, given rows going in and coming back, and both in a low-rank update's middle."""
     parts = lora.learned(w)
     sides = [(grad_PN, x_PK)]
     if isinstance(w, lora.LoraWeight):
@@ -155,8 +154,8 @@ def _weight_gradient(
             steps, w.shape[1], left, right, dtype=part.dtype, name="experts_weight_gradient"
         )
         grad_E = jnp.swapaxes(grad_E, 1, 2) if left is low_Pr else grad_E
-        grads.append(jnp.zeros_like(part).at[layer].set(grad_E))
-    return lora.gradient(w, grads)
+        grads.append(grad_E)
+    return grads
 
 
 def _check(x_TD: Array, expert_TA: Array, *weights: lora.Weight) -> None:

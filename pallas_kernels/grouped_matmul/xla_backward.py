@@ -29,9 +29,10 @@ def expert_mlp_backward(
     weight_first: bool,
     learn: tuple[bool, bool, bool],
     sizes: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 256),
-) -> tuple[Array, Array, Any, Any, Any]:
-    """The gradients of x_TD, weight_TA and of the weights that `learn` tells, otherwise None.
+) -> tuple[Array, Array, list[Array], list[Array], list[Array]]:
+    """The gradients of x_TD and weight_TA, and [E, ...] of the layer's weights that learn.
 
+    Of a weight those of its `lora.learned`; none where `learn` says that it has none.
     `sizes` are those that a tile may have.
     """
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
@@ -73,9 +74,7 @@ def expert_mlp_backward(
     real = rows.end_E[-1]
     dx_TD = sorting.sum_choices(dx_PD, rows.order_P, real, A).astype(dtype)
     dweight_TA = sorting.unsorted(dweight_P, rows.order_P, real, A).astype(weight_TA.dtype)
-    put_layer = lambda p, sum_E: jnp.zeros_like(p).at[layer].set(sum_E.astype(p.dtype))
-    grads = jax.tree.map(put_layer, parts, sums)
-    gate, up, down = (lora.gradient(w, g) for w, g in zip(weights, grads, strict=True))
+    gate, up, down = jax.tree.map(lambda part, sum_E: sum_E.astype(part.dtype), parts, sums)
     return dx_TD, dweight_TA, gate, up, down
 
 

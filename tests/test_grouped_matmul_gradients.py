@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul, quantize
-from pallas_kernels.grouped_matmul import LoraWeight, lora
+from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight, lora
 from pallas_kernels.grouped_matmul.shapes import Shape
 from tests.test_grouped_matmul import LIMIT, SMALL, assert_close, expected, inputs, quantized, run
 
@@ -159,3 +159,39 @@ def test_frozen_matrices_cost_nothing_backward_and_tokens_never_meet_all_experts
     rows = 4 * (200 * shape.choices + 256) * shape.hidden
     matrices = 4 * shape.experts * shape.hidden * shape.expert_hidden
     assert memory.temp_size_in_bytes < 6 * rows < matrices
+
+
+@pytest.mark.parametrize("impl", ["xla", "reference"])
+@pytest.mark.parametrize("form", ["array", "low rank", "fp4 low rank"])
+def test_a_layers_own_weights_get_the_gradient_of_the_stack(form: str, impl: Any) -> None:
+    args = arguments(form, 40)
+    layer = args["layer"]
+    own = {name: jax.tree.map(lambda x: x[layer][None], args[name]) for name in WEIGHTS}
+    run = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=False, impl=impl)
+
+    def loss(learned: Any, weights: Any, wrap: Any) -> jax.Array:
+        replaced = {name: lora.replaced(weights[name], learned[name]) for name in WEIGHTS}
+        return jnp.sum(
+            jnp.sin(run(**args | {name: wrap(name, replaced[name]) for name in WEIGHTS}))
+        )
+
+    plain = jax.jit(jax.value_and_grad(functools.partial(loss, wrap=lambda _, w: w)))
+    within = functools.partial(loss, wrap=lambda name, w: LayerWeight(args[name], w))
+    parts = lambda weights: {name: lora.learned(weights[name]) for name in WEIGHTS}
+    value, want = plain(parts(args), args)
+    found, got = jax.jit(jax.value_and_grad(within))(parts(own), own)
+    np.testing.assert_array_equal(found, value)
+    of_layer = jax.tree.map(lambda x: x[layer][None], want)
+    jax.tree.map(np.testing.assert_array_equal, got, of_layer)
+    assert jax.tree.leaves(got)
+
+
+def test_a_layers_own_weights_of_another_shape_are_refused() -> None:
+    args = arguments("array", 5)
+    args["w1_LEFD"] = LayerWeight(args["w1_LEFD"], args["w1_LEFD"])
+    run = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
+    with pytest.raises(ValueError, match=r"own w1_LEFD has shape .*, not \(L=1"):
+        run(**args)
+    own = jax.tree.map(lambda x: x[:1], args["w3_LEFD"])
+    with pytest.raises(ValueError, match="all three or none"):
+        run(**arguments("array", 5) | {"w3_LEFD": LayerWeight(args["w3_LEFD"], own)})

@@ -48,7 +48,7 @@ def expert_mlp(
       weight_TA: routing weights; where an id contributes nothing, any.
       w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype, quantised,
         or either with a low-rank update; only the chosen experts of `layer` are read. Or a
-        `LayerWeight`, whose gradient is the layer's alone.
+        `LayerWeight`, whose gradient is the layer's alone; then all three are.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
       layer: which layer of the stack, 0 to L - 1.
@@ -86,13 +86,15 @@ def _check(
         sizes = check_expert(op, name, stacks.read(w), sizes)
         if isinstance(w, LayerWeight):
             check_expert(op, f"own {name}", w.own, sizes | {"L": 1})
+    if len({isinstance(w, LayerWeight) for w in (w1, w3, w2)}) > 1:
+        raise ValueError(f"{op}: w1, w3 and w2 are LayerWeight all three or none.")
 
 
 def _reference(arrays: tuple[Any, ...], **static: Any) -> Any:
-    x, expert, weight, *weights, layer = arrays
-    if any(isinstance(w, LayerWeight) for w in weights):
-        weights, layer = map(stacks.learner, weights), jnp.zeros_like(layer)
-    return reference.expert_mlp(x, expert, weight, *weights, layer, **static)
+    x, expert, weight, gate, up, down, layer = arrays
+    if isinstance(gate, LayerWeight):
+        (gate, up, down), layer = map(stacks.learner, (gate, up, down)), jnp.zeros_like(layer)
+    return reference.expert_mlp(x, expert, weight, gate, up, down, layer, **static)
 
 
 @jax.tree_util.register_dataclass

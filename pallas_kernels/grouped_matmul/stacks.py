@@ -48,7 +48,7 @@ def learner(w: Weight) -> lora.Weight:
 
 
 def cotangent(w: Weight, layer: Int[Array, ""], grads: list[Array]) -> Any:
-    """Of a weight, given the gradients [E, ...] of what the layer learns; None where it does not."""
+    """Of a weight, given the gradients [E, ...] of what the layer learns; None for nothing."""
     if not grads:
         return None
     if isinstance(w, LayerWeight):

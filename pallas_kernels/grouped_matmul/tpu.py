@@ -140,7 +140,7 @@ def _weight_gradient(
     low_Pr: Array | None,
     back_Pr: Array | None,
 ) -> list[Array]:
-    """Of a layer's experts, given rows going in and coming back, and both in a low-rank update's middle."""
+    """Of a layer's experts, given rows going in and coming back, and low-rank updates' middles."""
     parts = lora.learned(w)
     sides = [(grad_PN, x_PK)]
     if isinstance(w, lora.LoraWeight):

@@ -35,6 +35,7 @@ def expert_mlp_backward(
     Of a weight those of its `lora.learned`; none where `learn` says that it has none.
     `sizes` are those that a tile may have.
     """
+    del weight_first
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
     weights = (w1_LEFD, w3_LEFD, w2_LEDF)
     (T, A), sizes = expert_TA.shape, xla_tiles.fitting(sizes, expert_TA.size)
@@ -57,7 +58,8 @@ def expert_mlp_backward(
 
         def run(values: Any, x_RD: Array, weight_R: Array) -> Array:
             now = [lora.replaced(w, v) if v else w for w, v in zip(ours, values, strict=True)]
-            return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=weight_first)
+            # Where the weight is multiplied in changes no gradient; first needs no outputs.
+            return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=True)
 
         _, pull = jax.vjp(run, values, x_RD, weight_R)
         dvalues, dx_RD, dweight_R = pull(only(grad_TD[token_R]).astype(wide))

@@ -138,7 +138,7 @@ class _All:
 
     def __init__(self, far: Any, q_QHK: Array, dtype: Any, scale: float) -> None:
         _, _, self.row, _ = far
-        entries_SK, seen_QS = blocks.whole(*far, dtype)
+        entries_SK, seen_QS = blocks.whole(*far, dtype=dtype)
         mask_RS = jnp.repeat(seen_QS, q_QHK.shape[1], axis=0)
         self.args = _as_rows(q_QHK), entries_SK, mask_RS, scale
 
@@ -159,7 +159,7 @@ class _Listed:
         _, _, self.row, self.indices_Qk = far
         queries, heads, _ = q_QHK.shape
         self.q_QHK, self.scale = q_QHK, scale
-        self.chosen_QkK = blocks.listed(*far, dtype)
+        self.chosen_QkK = blocks.listed(*far, dtype=dtype)
         self.mask_QHk = jnp.broadcast_to(
             (self.indices_Qk >= 0)[:, None], (queries, heads, self.indices_Qk.shape[1])
         )

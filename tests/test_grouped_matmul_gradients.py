@@ -189,9 +189,10 @@ def test_a_layers_own_weights_get_the_gradient_of_the_stack(form: str, impl: Any
 def test_a_layers_own_weights_of_another_shape_are_refused() -> None:
     args = arguments("array", 5)
     args["w1_LEFD"] = LayerWeight(args["w1_LEFD"], args["w1_LEFD"])
-    run = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
+    run: Any = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
     with pytest.raises(ValueError, match=r"own w1_LEFD has shape .*, not \(L=1"):
         run(**args)
     own = jax.tree.map(lambda x: x[:1], args["w3_LEFD"])
+    mixed: dict[str, Any] = arguments("array", 5) | {"w3_LEFD": LayerWeight(args["w3_LEFD"], own)}
     with pytest.raises(ValueError, match="all three or none"):
-        run(**arguments("array", 5) | {"w3_LEFD": LayerWeight(args["w3_LEFD"], own)})
+        run(**mixed)

@@ -44,7 +44,7 @@ def sums(
       mtp: predict the token after the next too, within a document.
       agreement: count where MTP's most probable token is the model's too.
       indexer: compare sparse attention's indexers with it.
-      remat: compute activations anew in the backward pass.
+      remat: as for `v4jax.model.forward_rows`.
 
     Returns:
       Sums: `loss` of the trained tokens' cross-entropies, in nats; `mtp_loss` the same of MTP;

@@ -132,7 +132,8 @@ class Steps:
       epochs: how often each file is read; None with `steps`: without end.
       batch: packs of a step.
       parts: into which a batch is cut that follow one another, to save memory.
-      remat: compute activations anew in the backward pass.
+      remat: compute activations anew in the backward pass; false keeps products and what
+        attention and experts gave.
       seed: of the order of the data, of adapters and of dropout.
     """
 

@@ -55,7 +55,7 @@ class Settings:
       indexer_weight: of the indexers' divergence from attention; 0 leaves it out.
       bias_speed: by how much a step moves routers' biases; 0 leaves them.
       clip: gradients longer than this are shortened to it.
-      remat: compute activations anew in the backward pass.
+      remat: as for `v4jax.model.forward_rows`.
     """
 
     cfg: ModelConfig

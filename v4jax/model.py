@@ -84,7 +84,8 @@ def forward_rows(
       tokens_BT: token ids.
       document_BT: which document of its row a token is of, 0 at padding. Each begins at a multiple
         of 128 and sees itself only, as if it stood alone. None: each row is one document.
-      remat: compute activations anew in the backward pass, but for the streams between layers.
+      remat: compute activations anew in the backward pass, but for the streams between layers;
+        without it, but for what `pallas_kernels.residuals.kept` names.
       watch: makes of each layer that has run what is to be kept of it.
       watch_indexer: compare indexers with the attention that they serve.
 

@@ -16,6 +16,7 @@ from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
 from v4jax_train.__main__ import main
+from v4jax_train.trainable import Full
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = preset("tiny")
@@ -146,6 +147,16 @@ def test_a_recipe_that_stops_at_a_wrong_step_stops_at_the_first(make: Any) -> No
     settings = make(optimizer={"rate": 1e30}, guard={"action": "stop"}, steps={"steps": 9})
     with pytest.raises(loop.Stopped, match="Step 2 had a loss of nan"):
         loop.begin(settings, show=silent)
+
+
+def test_weights_in_bfloat16_are_trained(make: Any) -> None:
+    """Their moments are float32 from the first step on, as the compiled step wants them."""
+    narrow = make(model={"dtype": "bfloat16", "master": "bfloat16"}, optimizer={"rule": "adamw"})
+    settings = dataclasses.replace(narrow, adapter=None, full=Full())
+    assert loop.begin(settings, show=silent).why == "finished"
+    found = [line["loss"] for line in journal.read(Path(settings.out), "step")]
+    assert len(found) == 4
+    assert found[-1] < found[0]
 
 
 def test_a_directory_with_something_in_it_is_refused(make: Any) -> None:

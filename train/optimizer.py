@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -67,10 +68,17 @@ def make(
     return optax.partition(
         {
             "muon": decayed(muon.scale_by_muon(parts=parts, dtype=dtype)),
-            "adamw": decayed(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-20)),
+            "adamw": decayed(_wide(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-20))),
         },
         {name: _labels(name, of_name, rule) for name, of_name in declared.items()},
     )
+
+
+def _wide(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """With moments in float32, as gradients are, also of weights in bfloat16."""
+    wide = lambda weight: weight.astype(jnp.float32)
+    init: Any = lambda weights: rule.init(jax.tree.map(wide, weights))
+    return optax.GradientTransformation(init, rule.update)
 
 
 def _labels(name: str, declared: Any, rule: str) -> Any:

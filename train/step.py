@@ -137,7 +137,7 @@ def make(
             }
             return optax.apply_updates(state.trained, updates), balanced, moved
 
-        # Choosing between the states with `where` would make XLA copy both of the optimiser's.
+        # Choosing between old and new with `where` would make XLA copy the optimiser's moments.
         trained, balanced, moved = jax.lax.cond(right, update, lambda: old)
         metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
         violations = [balance.violation(load_LE) for load_LE in loads.values()]

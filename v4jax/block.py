@@ -130,8 +130,8 @@ def train_stack(
     """All layers of a segment over whole rows: no layer's state outlives it.
 
     Here the scan slices all weights; of experts, which are read in their stacks here too, the
-    slices stand for their gradients. With `remat` only the streams between
-    repeats of the pattern are kept for the backward pass, without it what `residuals.kept` names.
+    slices stand for their gradients. With `remat` only the streams between repeats of the pattern
+    are kept for the backward pass, without it what `residuals.kept` names.
 
     Returns:
       The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
@@ -164,9 +164,9 @@ def train_stack(
 
 def _of_layer(whole: moe.Experts, own: moe.Experts) -> moe.Experts:
     """Experts that are read in their stacks, their gradients that of one layer."""
-    kinds = (LoraWeight, quantize.Fp8Weight, quantize.Fp4Weight)
     wrap = lambda stack, own: LayerWeight(stack, jax.tree.map(lambda x: x[None], own))
-    return jax.tree.map(wrap, whole, own, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    matrix = lambda leaf: isinstance(leaf, LoraWeight) or _quantised(leaf)
+    return jax.tree.map(wrap, whole, own, is_leaf=matrix)
 
 
 def _quantised(leaf: Any) -> bool:

@@ -123,10 +123,11 @@ def _forward(settings: Any, primals: tuple[Any, ...]) -> Any:
 
 
 def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
-    limit, weight_first, impl = settings
+    limit, _, impl = settings
     if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
         return (None,)
-    static = {"limit": limit, "weight_first": weight_first, "learn": kept.learn}
+    # Where the routing weight is multiplied in changes no gradient.
+    static = {"limit": limit, "learn": kept.learn}
     x, expert, weight, *weights, layer = kept.arrays
     arrays = (grad_TD, x, expert, weight, *map(stacks.read, weights), layer)
     x_grad, weight_grad, *grads = dispatch(

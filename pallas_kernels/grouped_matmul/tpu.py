@@ -72,15 +72,13 @@ def expert_mlp_backward(
     layer: Int[Array, ""],
     *,
     limit: float,
-    weight_first: bool,
     learn: tuple[bool, bool, bool],
 ) -> tuple[Array, Array, list[Array], list[Array], list[Array]]:
-    """As `xla.expert_mlp_backward`; where the routing weight is multiplied in makes no difference.
+    """As `xla.expert_mlp_backward`.
 
     Raises:
       Unsupported: as for `expert_mlp`.
     """
-    del weight_first
     weights = (w1_LEFD, w3_LEFD, w2_LEDF)
     _check(x_TD, expert_TA, *weights)
     A = expert_TA.shape[1]

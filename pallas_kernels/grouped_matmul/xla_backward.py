@@ -26,7 +26,6 @@ def expert_mlp_backward(
     layer: Int[Array, ""],
     *,
     limit: float,
-    weight_first: bool,
     learn: tuple[bool, bool, bool],
     sizes: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 256),
 ) -> tuple[Array, Array, list[Array], list[Array], list[Array]]:
@@ -35,7 +34,6 @@ def expert_mlp_backward(
     Of a weight those of its `lora.learned`; none where `learn` says that it has none.
     `sizes` are those that a tile may have.
     """
-    del weight_first
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
     weights = (w1_LEFD, w3_LEFD, w2_LEDF)
     (T, A), sizes = expert_TA.shape, xla_tiles.fitting(sizes, expert_TA.size)
@@ -58,7 +56,7 @@ def expert_mlp_backward(
 
         def run(values: Any, x_RD: Array, weight_R: Array) -> Array:
             now = [lora.replaced(w, v) if v else w for w, v in zip(ours, values, strict=True)]
-            # Where the weight is multiplied in changes no gradient; first needs no outputs.
+            # First, so that no output is needed.
             return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=True)
 
         _, pull = jax.vjp(run, values, x_RD, weight_R)

@@ -47,10 +47,7 @@ def listed(
     dtype: Any,
 ) -> Float[Array, "Q k K"]:
     """The entries of each query's list, zero for -1."""
-    data = pool.data if isinstance(pool, Fp8Rows) else pool
-    chosen = data[layer, row, jnp.maximum(indices_Qk, 0)]
-    if isinstance(pool, Fp8Rows):
-        chosen = rows.decode(chosen, dtype)
+    chosen = _read(pool, (layer, row, jnp.maximum(indices_Qk, 0)), dtype)
     return jnp.where((indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
 
 
@@ -62,12 +59,14 @@ def whole(
     dtype: Any,
 ) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
     """All entries of a row, zero where no query sees them, and which of them each query sees."""
-    data = pool.data if isinstance(pool, Fp8Rows) else pool
-    entries_SK = data[layer, row]
-    if isinstance(pool, Fp8Rows):
-        entries_SK = rows.decode(entries_SK, dtype)
+    entries_SK = _read(pool, (layer, row), dtype)
     (queries, _), size = indices_Qk.shape, entries_SK.shape[0]
     column_Qk = jnp.where(indices_Qk >= 0, indices_Qk, size)
     seen_QS = jnp.zeros((queries, size), bool)
     seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
     return where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
+
+
+def _read(pool: Pool, at: tuple[Any, ...], dtype: Any) -> Float[Array, "*rows K"]:
+    """Entries of a pool; those in eight bits are decoded to `dtype`."""
+    return rows.decode(pool.data[at], dtype) if isinstance(pool, Fp8Rows) else pool[at]

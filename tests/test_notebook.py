@@ -18,8 +18,9 @@ def executed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     # What it makes goes where pytest cleans up.
     monkeypatch.setenv("TMPDIR", str(place))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    # As in conftest's quick_compilation.
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if file.stem != "finetune":
+        # As in conftest's quick_compilation; training runs longer than it compiles.
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
     return notebook
 

@@ -174,6 +174,8 @@ def _gradients(
         total = jnp.sum(jnp.stack([weights[name] * means[name] for name in weights]))
         return total, (loads, means)
 
+    # Compiled in itself, so that its shapes and the loop below trace it once.
+    @jax.jit
     def one_part(number: Any, part: Any) -> Any:
         differentiated = jax.grad(objective, has_aux=True)
         gradients, kept = differentiated(state.trained, part, jax.random.fold_in(key, number))

@@ -124,16 +124,12 @@ def _post_backward(
 ) -> tuple[Array, Array, Array, Array]:
     output_BTD, x_BTM, post_BTN, comb_BTNN = saved
     wide, N = post_BTN.dtype, post_BTN.shape[-1]
-    grads_BTD = jnp.split(grad_BTM.astype(wide), N, axis=-1)
-    mixed = lambda weight_BTN: functools.reduce(
-        jnp.add, [weight_BTN[..., k, None] * grads_BTD[k] for k in range(N)]
-    )
-    dx_BTM = jnp.concatenate([mixed(comb_BTNN[..., j, :]) for j in range(N)], axis=-1)
+    every_BTJN = jnp.concatenate([comb_BTNN, post_BTN[:, :, None]], axis=2)
+    dx_BTM, doutput_BTD = jnp.split(_mixed(every_BTJN, grad_BTM), [x_BTM.shape[-1]], axis=-1)
     grad_BTND = _streams(grad_BTM, N, wide)
     dpost_BTN = sums.table(grad_BTND, output_BTD.astype(wide)[:, :, None])[..., 0]
     dcomb_BTNN = sums.table(_streams(x_BTM, N, wide), grad_BTND)
-    doutput_BTD = mixed(post_BTN).astype(output_BTD.dtype)
-    return doutput_BTD, dx_BTM.astype(x_BTM.dtype), dpost_BTN, dcomb_BTNN
+    return doutput_BTD.astype(output_BTD.dtype), dx_BTM.astype(x_BTM.dtype), dpost_BTN, dcomb_BTNN
 
 
 post.defvjp(lambda *args: (post(*args), args), _post_backward)
@@ -156,7 +152,7 @@ def _collapse_backward(
 ) -> tuple[Array, Array]:
     x_BTM, weight_BTN = saved
     N, grad32_BTD = weight_BTN.shape[-1], grad_BTD.astype(jnp.float32)
-    dx_BTM = jnp.concatenate([weight_BTN[..., j, None] * grad32_BTD for j in range(N)], axis=-1)
+    dx_BTM = _outer(weight_BTN, grad32_BTD)
     x32_BTND = _streams(x_BTM, N, jnp.float32)
     dweight_BTN = sums.table(x32_BTND, grad32_BTD[:, :, None])[..., 0]
     return dx_BTM.astype(x_BTM.dtype), dweight_BTN
@@ -167,6 +163,39 @@ collapse.defvjp(lambda *args: (collapse(*args), args), _collapse_backward)
 
 def _streams(x_BTM: Float[Array, "B T M"], N: int, dtype: Any) -> Float[Array, "B T N D"]:
     return x_BTM.astype(dtype).reshape(*x_BTM.shape[:2], N, -1)
+
+
+def _mixed(weight_BTJN: Float[Array, "B T J N"], x_BTM: Float[Array, "B T M"]) -> Array:
+    """J sums of weighted streams side by side, in the weights' dtype.
+
+    XLA would compute what a CPU does not multiply as matrices anew for each of its readers.
+    """
+    wide, (J, N) = weight_BTJN.dtype, weight_BTJN.shape[2:]
+
+    def products(weight_BTJN: Array, x_BTM: Array) -> Array:
+        x_BTND, highest = _streams(x_BTM, N, wide), jax.lax.Precision.HIGHEST
+        new_BTJD = jnp.einsum("btjn,btnd->btjd", weight_BTJN, x_BTND, precision=highest)
+        return new_BTJD.reshape(*x_BTM.shape[:2], -1)
+
+    def added(weight_BTJN: Array, x_BTM: Array) -> Array:
+        parts = jnp.split(x_BTM.astype(wide), N, axis=-1)
+        new = lambda j: [weight_BTJN[..., j, n, None] * part for n, part in enumerate(parts)]
+        return jnp.concatenate([functools.reduce(jnp.add, new(j)) for j in range(J)], axis=-1)
+
+    return jax.lax.platform_dependent(weight_BTJN, x_BTM, cpu=products, default=added)
+
+
+def _outer(weight_BTN: Float[Array, "B T N"], x_BTD: Float[Array, "B T D"]) -> Array:
+    """Copies of x side by side, each times its weight, in the form that each platform fuses."""
+
+    def rows(weight_BTN: Array, x_BTD: Array) -> Array:
+        return (weight_BTN[..., None] * x_BTD[:, :, None]).reshape(*x_BTD.shape[:2], -1)
+
+    def columns(weight_BTN: Array, x_BTD: Array) -> Array:
+        weights = range(weight_BTN.shape[-1])
+        return jnp.concatenate([weight_BTN[..., n, None] * x_BTD for n in weights], axis=-1)
+
+    return jax.lax.platform_dependent(weight_BTN, x_BTD, cpu=rows, default=columns)
 
 
 def head(

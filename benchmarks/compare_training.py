@@ -3,16 +3,19 @@
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
 One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters. Each
-measurement runs in a process of its own. Last comes what a step costs beside its program: a run
-whose program does nothing. Prints a line for each, appends JSONL.
+side is a process of its own; they make their steps in turn, as a machine's speed may change from
+minute to minute. Last comes what a step costs beside its program: a run whose program does nothing.
+Prints a line for each, appends JSONL.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ from benchmarks import compare
 
 SIDES = ("transformers", "v4jax", "lora")
 RATE, DECAY = 1e-4, 0.1
-_STEPS = 3  # timed, after one that is not
+_STEPS = 5  # timed, after one that is not
+
+# What a side does at every turn, and what it has to say of it.
+Step = Callable[[], dict[str, float]]
 
 
 def main() -> int:
@@ -37,37 +43,68 @@ def main() -> int:
     args = parser.parse_args()
     if args.worker:
         side, model, length = args.worker
-        print(json.dumps(_worker(side, Path(model), int(length))))
+        _worker(side, Path(model), int(length))
         return 0
     with tempfile.TemporaryDirectory() as directory:
         make = f"import benchmarks.compare as c; c.make({directory!r})"
         subprocess.run([sys.executable, "-c", make], check=True)
         rows = []
         for length in args.lengths:
-            for side in args.sides:
-                rows.append(_spawn(side, directory, length))
-                print(json.dumps(rows[-1]), flush=True)
-        rows.append(_spawn("overhead", directory, 1024))
-        print(json.dumps(rows[-1]))
+            rows += _in_turn(args.sides, directory, length)
+        rows += _in_turn(["overhead"], directory, 1024)
     compare.append(rows, args.output / "compare_training.jsonl")
     return 0
 
 
-def _spawn(side: str, directory: str, length: int) -> dict[str, Any]:
-    words = ["-m", "benchmarks.compare_training", "--worker", side, directory, str(length)]
-    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, Any]]:
+    """Every side's row; only one of them computes at a time."""
+    workers, made = [], []
+    try:
+        for side in sides:
+            words = ["-m", "benchmarks.compare_training", "--worker", side, directory, str(length)]
+            words, pipe = [sys.executable, *words], subprocess.PIPE
+            workers.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
+            made.append([_ask(workers[-1])])
+        for _ in range(_STEPS):
+            for worker, steps in zip(workers, made, strict=True):
+                steps.append(_ask(worker))
+        rows = []
+        for side, worker, steps in zip(sides, workers, made, strict=True):
+            peak, _ = worker.communicate()
+            times = [step["seconds"] for step in steps]
+            found = {"first_s": times[0], "step_s": min(times[1:])}
+            found |= {"median_s": statistics.median(times[1:])}
+            losses = [step["loss"] for step in steps if "loss" in step]
+            row = {"side": side, "length": length} | found | {"losses": losses}
+            rows.append(row | json.loads(peak))
+            print(json.dumps(rows[-1]), flush=True)
+        return rows
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
-def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
+def _ask(worker: Any) -> dict[str, float]:
+    """Let it make a step."""
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return json.loads(worker.stdout.readline())
+
+
+def _worker(side: str, path: Path, length: int) -> None:
+    """A step for each line that comes, and the peak of memory at their end."""
     match side:
         case "transformers":
-            found = _transformers(path, length)
+            step = _transformers(path, length)
         case "overhead":
-            found = _overhead(path, length)
+            step = _overhead(path, length)
         case _:
-            found = _v4jax(path, length, lora=side == "lora")
-    return {"side": side, "length": length} | found | {"peak_gb": compare.peak_gb()}
+            step = _v4jax(path, length, lora=side == "lora")
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        found = step()
+        print(json.dumps({"seconds": time.perf_counter() - began} | found), flush=True)
+    print(json.dumps({"peak_gb": compare.peak_gb()}))
 
 
 def _tokens(length: int) -> Any:
@@ -76,27 +113,26 @@ def _tokens(length: int) -> Any:
     return np.random.default_rng(length).integers(2, 8192, (1, length), np.int32)
 
 
-def _transformers(path: Path, length: int) -> dict[str, Any]:
+def _transformers(path: Path, length: int) -> Step:
     import torch
     from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
     model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32).train()
     rule = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=DECAY)
     tokens = torch.tensor(_tokens(length), dtype=torch.long)
-    times, losses = [], []
-    for _ in range(1 + _STEPS):
-        began = time.perf_counter()
+
+    def run() -> dict[str, float]:
         loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rule.step()
         rule.zero_grad()
-        losses.append(loss.item())
-        times.append(time.perf_counter() - began)
-    return {"step_s": min(times[1:]), "losses": losses}
+        return {"loss": loss.item()}
+
+    return run
 
 
-def _v4jax(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
+def _v4jax(path: Path, length: int, *, lora: bool) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -112,25 +148,26 @@ def _v4jax(path: Path, length: int, *, lora: bool) -> dict[str, Any]:
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
-    run = step.make(step.Settings(cfg=cfg, numerics=HF, what=what, remat=False), rule)
+    program = step.make(step.Settings(cfg=cfg, numerics=HF, what=what, remat=False), rule)
     state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])
     frozen = parts.frozen
     del loaded, parts
     tokens = jnp.asarray(_tokens(length))[None]
     batch = {"tokens": tokens, "trained": tokens >= 0, "document": jnp.ones_like(tokens)}
-    times, losses = [], []
-    for _ in range(1 + _STEPS):
-        began = time.perf_counter()
-        state, metrics = run(state, frozen, batch, np.float32(np.inf))
-        losses.append(float(metrics["loss"]))
-        times.append(time.perf_counter() - began)
-    return {"compile_s": times[0], "step_s": min(times[1:]), "losses": losses}
+
+    def run() -> dict[str, float]:
+        nonlocal state
+        state, metrics = program(state, frozen, batch, np.float32(np.inf))
+        jax.block_until_ready(state)
+        return {"loss": float(metrics["loss"])}
+
+    return run
 
 
-def _overhead(path: Path, length: int) -> dict[str, Any]:
-    """Seconds of a step of the whole loop, data and metrics included, without the program."""
+def _overhead(path: Path, length: int) -> Step:
+    """Runs of 300 steps of the whole loop, data and metrics included, without the program."""
     import dataclasses
-    import statistics
+    import itertools
     from types import SimpleNamespace
 
     import jax
@@ -142,7 +179,6 @@ def _overhead(path: Path, length: int) -> dict[str, Any]:
         "".join(json.dumps({"text": "word " * 40 * (1 + i % 9)}) + "\n" for i in range(99))
     )
     table = {
-        "out": str(path / "run"),
         "model": {"path": "tiny", "dtype": "float32"},
         "data": {"files": [str(rows)], "seq_len": length},
         "adapter": {},
@@ -165,9 +201,15 @@ def _overhead(path: Path, length: int) -> dict[str, Any]:
         return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: run))
 
     step.make = make
-    loop.begin(recipe.from_table(table), show=lambda _: None)
-    seconds = [line["seconds"] for line in journal.read(path / "run", "step")[10:]]
-    return {"step_s": statistics.median(seconds)}
+    numbers = itertools.count()
+
+    def measure() -> dict[str, float]:
+        out = path / f"run-{next(numbers)}"
+        loop.begin(recipe.from_table(table | {"out": str(out)}), show=lambda _: None)
+        seconds = [line["seconds"] for line in journal.read(out, "step")[10:]]
+        return {"seconds": statistics.median(seconds)}
+
+    return measure
 
 
 if __name__ == "__main__":

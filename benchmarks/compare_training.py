@@ -72,10 +72,9 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
         for side, worker, steps in zip(sides, workers, made, strict=True):
             peak, _ = worker.communicate()
             times = [step["seconds"] for step in steps]
-            found = {"first_s": times[0], "step_s": min(times[1:])}
-            found |= {"median_s": statistics.median(times[1:])}
-            losses = [step["loss"] for step in steps if "loss" in step]
-            row = {"side": side, "length": length} | found | {"losses": losses}
+            row = {"side": side, "length": length, "first_s": times[0], "step_s": min(times[1:])}
+            row["median_s"] = statistics.median(times[1:])
+            row["losses"] = [step["loss"] for step in steps if "loss" in step]
             rows.append(row | json.loads(peak))
             print(json.dumps(rows[-1]), flush=True)
         return rows
@@ -88,7 +87,10 @@ def _ask(worker: Any) -> dict[str, float]:
     """Let it make a step."""
     worker.stdin.write("\n")
     worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
+    answer = worker.stdout.readline()
+    if not answer:
+        sys.exit("compare_training: a side ended before its step; what it said is above.")
+    return json.loads(answer)
 
 
 def _worker(side: str, path: Path, length: int) -> None:

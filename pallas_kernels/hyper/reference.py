@@ -141,10 +141,7 @@ def collapse(
 ) -> Float[Array, "B T D"]:
     """The weighted sum of the streams, in float32, returned in x's dtype."""
     parts = jnp.split(x_BTM.astype(jnp.float32), weight_BTN.shape[-1], axis=-1)
-    total = functools.reduce(
-        jnp.add, [weight_BTN[..., j, None] * part_BTD for j, part_BTD in enumerate(parts)]
-    )
-    return total.astype(x_BTM.dtype)
+    return _weighted(weight_BTN, parts).astype(x_BTM.dtype)
 
 
 def _collapse_backward(
@@ -165,6 +162,13 @@ def _streams(x_BTM: Float[Array, "B T M"], N: int, dtype: Any) -> Float[Array, "
     return x_BTM.astype(dtype).reshape(*x_BTM.shape[:2], N, -1)
 
 
+def _weighted(weight_BTN: Float[Array, "B T N"], parts: list[Array]) -> Float[Array, "B T D"]:
+    """The sum of N arrays [B, T, D], each times its weight."""
+    return functools.reduce(
+        jnp.add, [weight_BTN[..., n, None] * part_BTD for n, part_BTD in enumerate(parts)]
+    )
+
+
 def _mixed(weight_BTJN: Float[Array, "B T J N"], x_BTM: Float[Array, "B T M"]) -> Array:
     """J sums of weighted streams side by side, in the weights' dtype.
 
@@ -179,8 +183,7 @@ def _mixed(weight_BTJN: Float[Array, "B T J N"], x_BTM: Float[Array, "B T M"]) -
 
     def added(weight_BTJN: Array, x_BTM: Array) -> Array:
         parts = jnp.split(x_BTM.astype(wide), N, axis=-1)
-        new = lambda j: [weight_BTJN[..., j, n, None] * part for n, part in enumerate(parts)]
-        return jnp.concatenate([functools.reduce(jnp.add, new(j)) for j in range(J)], axis=-1)
+        return jnp.concatenate([_weighted(weight_BTJN[:, :, j], parts) for j in range(J)], axis=-1)
 
     return jax.lax.platform_dependent(weight_BTJN, x_BTM, cpu=products, default=added)
 

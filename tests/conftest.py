@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jax._src import compiler
+
+from tests import quick
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,14 +31,25 @@ def forget_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Host programs without LLVM's optimisations, which take longer than small models run.
+    """Host programs compiled as `tests.quick` says.
 
     For whole models and for forms of XLA on many shapes; what tests bits, kernels or other
     compilers is compiled as for users.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    options = compiler.get_compile_options
+
+    def quicker(*args: Any, backend: Any, **kwargs: Any) -> Any:
+        made = options(*args, backend=backend, **kwargs)
+        if backend.platform == "cpu":
+            debug = made.executable_build_options.debug_options
+            debug.xla_backend_optimization_level = 0
+            debug.xla_llvm_disable_expensive_passes = True
+            made.env_option_overrides += [(quick.FLAG, False)]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quicker)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests import quick
+
 FILES = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
 name = lambda file: file.stem
 
@@ -19,8 +21,9 @@ def executed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TMPDIR", str(place))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if file.stem != "finetune":
-        # As in conftest's quick_compilation; training runs longer than it compiles.
-        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        # Training runs longer than it compiles.
+        for name, value in quick.ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
     return notebook
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.numerics import HF, OFFICIAL, Numerics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH = 260
 
 
@@ -32,10 +34,14 @@ def run(
     batch, length = tokens_BT.shape
     cache = caches.make(cfg, batch, length, jnp.float32, mtp=True)
     count_B = jnp.full(batch, length, jnp.int32)
-    streams, cache = m.forward(
-        model, cfg, numerics, jnp.asarray(tokens_BT, jnp.int32), cache, count_B
-    )
-    return np.asarray(m.head(model, m.hidden(model, cfg, streams))), (streams, cache)
+
+    @jax.jit
+    def program(model: Model, tokens_BT: Any, cache: Any) -> Any:
+        streams, cache = m.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+        return m.head(model, m.hidden(model, cfg, streams)), (streams, cache)
+
+    logits, state = program(model, jnp.asarray(tokens_BT, jnp.int32), cache)
+    return np.asarray(logits), state
 
 
 def agreement(got_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import quick
 from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import journal
@@ -55,8 +56,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     named = {"--model": place / "model", "--data": place / "data.jsonl"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
-        # As in conftest's quick_compilation.
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
 
 
@@ -65,7 +64,8 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    environment = os.environ | {"XLA_FLAGS": each}
+    flags = f"{quick.ENVIRONMENT['XLA_FLAGS']} {each}"
+    environment = os.environ | quick.ENVIRONMENT | {"XLA_FLAGS": flags}
     where = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
     command = [sys.executable, "-m", "v4jax_train", *map(str, words)]
     return [

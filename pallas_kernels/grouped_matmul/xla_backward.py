@@ -36,9 +36,10 @@ def expert_mlp_backward(
     """
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
     weights = (w1_LEFD, w3_LEFD, w2_LEDF)
-    (T, A), sizes = expert_TA.shape, xla_tiles.fitting(sizes, expert_TA.size)
+    (T, A), experts = expert_TA.shape, w1_LEFD.shape[1]
+    sizes = xla_tiles.fitting(sizes, expert_TA.size, experts)
     largest = sizes[-1]
-    rows = xla_tiles.sort(expert_TA, w1_LEFD.shape[1])
+    rows = xla_tiles.sort(expert_TA, experts)
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
     token_P = pad(rows.order_P // A)
     weight_P = pad(weight_TA.reshape(-1)[rows.order_P].astype(wide))

@@ -45,9 +45,10 @@ def sort(expert_TA: Int[Array, "T A"], experts: int) -> Sorted:
     return Sorted(key_P, order_P, end_E)
 
 
-def fitting(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """Without sizes larger than one that holds all rows."""
-    return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < rows)
+def fitting(sizes: tuple[int, ...], rows: int, experts: int) -> tuple[int, ...]:
+    """Those up to one that holds twice an even share of the rows: each is traced and compiled."""
+    most = min(rows, 2 * rows / experts)
+    return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < most)
 
 
 def loop(

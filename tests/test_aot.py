@@ -20,7 +20,6 @@ from v4jax_train import aot as train_aot
 from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 
-
 # As `tiny`, wide enough for every kernel.
 WIDE = dataclasses.replace(
     config.preset("tiny"),

@@ -44,7 +44,7 @@ def quick_compilation() -> Iterator[None]:
             debug = made.executable_build_options.debug_options
             debug.xla_backend_optimization_level = 0
             debug.xla_llvm_disable_expensive_passes = True
-            made.env_option_overrides += [(quick.FLAG, False)]
+            made.env_option_overrides += list(quick.OPTIONS.items())
         return made
 
     with pytest.MonkeyPatch.context() as patch:

@@ -64,7 +64,7 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    flags = f"{quick.ENVIRONMENT['XLA_FLAGS']} {each}"
+    flags = f"{quick.FLAGS} {each}"
     environment = os.environ | quick.ENVIRONMENT | {"XLA_FLAGS": flags}
     where = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
     command = [sys.executable, "-m", "v4jax_train", *map(str, words)]

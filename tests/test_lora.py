@@ -15,7 +15,6 @@ from v4jax.lora import Lora
 from v4jax.model import Model
 from v4jax.numerics import HF
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CFG = models.config(CSA, HCA, hashed=0)
 TOKENS = models.tokens(CFG, 2, 40)
 

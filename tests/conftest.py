@@ -40,6 +40,7 @@ def quick_compilation() -> Iterator[None]:
 
     def quicker(*args: Any, backend: Any, **kwargs: Any) -> Any:
         made = options(*args, backend=backend, **kwargs)
+        # JAX's own switch would change the programs for chips too.
         if backend.platform == "cpu":
             debug = made.executable_build_options.debug_options
             debug.xla_backend_optimization_level = 0

@@ -67,6 +67,14 @@ def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
     assert analysis.argument_size_in_bytes > 0
 
 
+@pytest.mark.slow
+def test_the_tiny_model_compiles_where_experts_have_no_kernel() -> None:
+    mesh = aot.topology_mesh("v6e:2x2")
+    tiny = config.preset("tiny")
+    lowered = aot.lower(tiny, "prefill", mesh, batch=8, capacity=1024, tokens=64, kept="fp4")
+    assert "experts_hidden" not in str(lowered.compile().as_text())
+
+
 def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any) -> Any:
     """A step of LoRA on every matrix over FP8 and FP4, or of Muon with pre-training's losses."""
     what = Lora(targets="all") if adapts else Full(dtype="bfloat16")

@@ -43,8 +43,8 @@ def expert_mlp(
     weight_TA = weight_TA.astype(wide)
     if rows <= 2 * experts:
         return one_by_one(run_expert, x_TD, expert_TA, weight_TA, experts)
-    sizes = xla_tiles.fitting((32, 64, 128, 192, 256), rows, experts)
-    sizes = (16,) if rows <= 16 * experts else sizes
+    few = rows <= 16 * experts
+    sizes = (16,) if few else xla_tiles.fitting((32, 64, 128, 192, 256), rows, experts)
     return by_tiles(run_expert, x_TD, expert_TA, weight_TA, experts, sizes)
 
 

@@ -4,7 +4,8 @@
 
 One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters. Each
 side is a process of its own; they make their steps in turn, as a machine's speed may change from
-minute to minute. Last comes what a step costs beside its program: a run whose program does nothing.
+minute to minute, two at a time, of which the second counts: in training steps follow one another.
+Last comes what a step costs beside its program: a run whose program does nothing.
 Prints a line for each, appends JSONL.
 """
 
@@ -23,7 +24,7 @@ from benchmarks import compare
 
 SIDES = ("transformers", "v4jax", "lora")
 RATE, DECAY = 1e-4, 0.1
-_STEPS = 5  # timed, after one that is not
+_TURNS = 5  # that are timed, after one that is not
 
 # What a side does at every turn, and what it has to say of it.
 Step = Callable[[], dict[str, float]]
@@ -65,15 +66,15 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
             words, pipe = [sys.executable, *words], subprocess.PIPE
             workers.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
             made.append([_ask(workers[-1])])
-        for _ in range(_STEPS):
+        for _ in range(_TURNS):
             for worker, steps in zip(workers, made, strict=True):
                 steps.append(_ask(worker))
         rows = []
         for side, worker, steps in zip(sides, workers, made, strict=True):
             peak, _ = worker.communicate()
             times = [step["seconds"] for step in steps]
-            row = {"side": side, "length": length, "first_s": times[0], "step_s": min(times[1:])}
-            row["median_s"] = statistics.median(times[1:])
+            row = {"side": side, "length": length, "first_s": steps[0]["before"]}
+            row |= {"step_s": min(times[1:]), "median_s": statistics.median(times[1:])}
             row["losses"] = [step["loss"] for step in steps if "loss" in step]
             rows.append(row | json.loads(peak))
             print(json.dumps(rows[-1]), flush=True)
@@ -84,7 +85,7 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
 
 
 def _ask(worker: Any) -> dict[str, float]:
-    """Let it make a step."""
+    """Let it make its steps."""
     worker.stdin.write("\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
@@ -94,7 +95,7 @@ def _ask(worker: Any) -> dict[str, float]:
 
 
 def _worker(side: str, path: Path, length: int) -> None:
-    """A step for each line that comes, and the peak of memory at their end."""
+    """Two steps for each line that comes, and the peak of memory at their end."""
     match side:
         case "transformers":
             step = _transformers(path, length)
@@ -103,9 +104,13 @@ def _worker(side: str, path: Path, length: int) -> None:
         case _:
             step = _v4jax(path, length, lora=side == "lora")
     for _ in sys.stdin:
-        began = time.perf_counter()
-        found = step()
-        print(json.dumps({"seconds": time.perf_counter() - began} | found), flush=True)
+        found = {}
+        # By the second the other side's threads rest, and memory given back is at hand again.
+        for name in ("before", "seconds"):
+            began = time.perf_counter()
+            made = step()
+            found |= {name: time.perf_counter() - began} | made
+        print(json.dumps(found), flush=True)
     print(json.dumps({"peak_gb": compare.peak_gb()}))
 
 

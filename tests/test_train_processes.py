@@ -115,6 +115,8 @@ def test_two_processes_train_are_killed_and_go_on_as_one_does(
 
     finish(start(4, "resume", wider))
     finish(start(1, *words, "--out", alone))
-    # Others add up in another order; Muon makes steps of one length of any gradient.
-    np.testing.assert_allclose(losses(wider), found, rtol=1e-3)
-    np.testing.assert_allclose(found, losses(alone), rtol=1e-3)
+    # From one state on others differ by rounding, which Muon's steps, of one length whatever the
+    # gradient's, make grow.
+    for other, same in ((losses(wider), kept + 1), (losses(alone), kept)):
+        np.testing.assert_allclose(other[:same], found[:same], rtol=1e-5)
+        np.testing.assert_allclose(other[:, 0], found[:, 0], rtol=1e-3)

@@ -104,14 +104,16 @@ def _worker(side: str, path: Path, length: int) -> None:
         case _:
             step = _v4jax(path, length, lora=side == "lora")
     for _ in sys.stdin:
-        found = {}
         # By the second the other side's threads rest, and memory given back is at hand again.
-        for name in ("before", "seconds"):
-            began = time.perf_counter()
-            made = step()
-            found |= {name: time.perf_counter() - began} | made
-        print(json.dumps(found), flush=True)
+        before, found = _timed(step), _timed(step)
+        print(json.dumps(found | {"before": before["seconds"]}), flush=True)
     print(json.dumps({"peak_gb": compare.peak_gb()}))
+
+
+def _timed(step: Step) -> dict[str, float]:
+    began = time.perf_counter()
+    found = step()
+    return {"seconds": time.perf_counter() - began} | found
 
 
 def _tokens(length: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
 from pallas_kernels import targets
 from v4jax import aot, config, numerics, sharding
@@ -30,10 +31,9 @@ WIDE = dataclasses.replace(
 )
 
 
-def four_devices(topology: str) -> Any:
-    """A mesh over four of a topology's devices: the compiler's time goes with their number."""
-    devices = aot.topology_mesh(topology).devices.flatten()[:4]
-    return sharding.make_mesh(expert=4, devices=devices)
+def four_devices(chip: targets.Target) -> Mesh:
+    """The compiler's time goes with their number, which is eight of a tpu7x:2x2x1."""
+    return sharding.make_mesh(expert=4, devices=targets.devices(chip)[:4])
 
 
 def lower_seconds(cfg: ModelConfig, step: Step) -> float:
@@ -60,11 +60,11 @@ def test_43_layers_lower_in_the_time_of_5() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("chip", list(targets.TPU_TOPOLOGIES))
 @pytest.mark.parametrize("step", ["decode", "prefill"])
-def test_steps_compile_for_every_chip(topology: str, step: Step) -> None:
+def test_steps_compile_for_every_chip(chip: targets.Target, step: Step) -> None:
     """A small model's programs, its weights quantised as in the release."""
-    mesh = four_devices(topology)
+    mesh = four_devices(chip)
     lowered = aot.lower(WIDE, step, mesh, batch=mesh.size, capacity=512, tokens=32, kept="fp4")
     program = lowered.compile()
     assert "experts_hidden" in str(program.as_text())
@@ -107,12 +107,12 @@ def test_full_size_training_lowers_for_a_pod(adapts: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapts", [True, False], ids=["lora", "muon"])
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_training_compiles_for_every_chip(topology: str, adapts: bool) -> None:
+@pytest.mark.parametrize("chip", list(targets.TPU_TOPOLOGIES))
+def test_training_compiles_for_every_chip(chip: targets.Target, adapts: bool) -> None:
     """Over one layer: sparse attention under an adapter, compressed attention under Muon."""
     layers = WIDE.layers[1:2] if adapts else WIDE.layers[2:3]
     cfg = dataclasses.replace(WIDE, layers=layers, num_nextn_predict_layers=0)
-    mesh = four_devices(topology)
+    mesh = four_devices(chip)
     batch = mesh.size
     program = lowered_training(cfg, mesh, adapts=adapts, batch=batch, seq_len=128).compile()
     assert "all-gather" in str(program.as_text())

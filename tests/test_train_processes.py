@@ -31,7 +31,7 @@ seq_len = 128
 [full]
 [optimizer]
 rule = "muon"
-rate = 1e-3
+rate = 3e-4
 [losses]
 balance = 1e-4
 bias_speed = 1e-3
@@ -115,8 +115,8 @@ def test_two_processes_train_are_killed_and_go_on_as_one_does(
 
     finish(start(4, "resume", wider))
     finish(start(1, *words, "--out", alone))
-    # From one state on others differ by rounding, which Muon's steps, of one length whatever the
-    # gradient's, make grow.
+    # Others add up in another order: rounding in a step from the same state. Muon's steps, of one
+    # length whatever the gradient's, make it grow.
     for other, same in ((losses(wider), kept + 1), (losses(alone), kept)):
         np.testing.assert_allclose(other[:same], found[:same], rtol=1e-5)
-        np.testing.assert_allclose(other[:, 0], found[:, 0], rtol=1e-3)
+        np.testing.assert_allclose(other, found, rtol=1e-3)

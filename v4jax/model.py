@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels import products
 from v4jax import context, hyper, layers, mtp, sharding
 from v4jax.block import Stack, Watch, run_stack, train_stack
 from v4jax.cache import Cache
@@ -177,9 +178,5 @@ def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Floa
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     """Logits in float32."""
     weight_VD: Any = layers.value(model.head_VD)
-    return jnp.einsum(
-        "btd,vd->btv",
-        hidden_BTD.astype(weight_VD.dtype),
-        weight_VD,
-        preferred_element_type=jnp.float32,
-    )
+    rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).astype(weight_VD.dtype)
+    return products.with_transposed(rows_RD, weight_VD).reshape(*hidden_BTD.shape[:2], -1)

@@ -62,12 +62,13 @@ def expert_mlp_backward(
 
         _, pull = jax.vjp(run, values, x_RD, weight_R)
         dvalues, dx_RD, dweight_R = pull(only(grad_TD[token_R]).astype(wide))
-        dx_RD = jnp.pad(dx_RD, ((0, largest - R), (0, 0)))
+        dx_RD = jnp.pad(dx_RD.astype(wide), ((0, largest - R), (0, 0)))
         return dx_RD, jnp.pad(dweight_R, (0, largest - R)), dvalues
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], accumulator(p.dtype)), parts)
+    # Also of bfloat16, all of which XLA would convert on CPUs to write a tile.
     start = (
-        jnp.zeros((T * A + largest, x_TD.shape[1]), dtype),
+        jnp.zeros((T * A + largest, x_TD.shape[1]), wide),
         jnp.zeros(T * A + largest, wide),
         zeros,
     )

@@ -2,9 +2,11 @@
 
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
-One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters. Each
-side is a process of its own; they make their steps in turn, as a machine's speed may change from
-minute to minute, two at a time, of which the second counts: in training steps follow one another.
+One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters.
+`v4jax-bfloat16` and `lora-bfloat16`, whose weights are of that dtype, come only if `--sides` says
+so. Each side is a process of its own; they make their steps in turn, as a machine's speed may
+change from minute to minute, two at a time, of which the second counts: in training steps follow
+one another.
 Last comes what a step costs beside its program: a run whose program does nothing.
 Prints a line for each, appends JSONL.
 """
@@ -23,6 +25,7 @@ from typing import Any
 from benchmarks import compare
 
 SIDES = ("transformers", "v4jax", "lora")
+NARROW = ("v4jax-bfloat16", "lora-bfloat16")
 RATE, DECAY = 1e-4, 0.1
 _TURNS = 5  # that are timed, after one that is not
 
@@ -36,7 +39,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES + NARROW, default=list(SIDES))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
         "--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS
@@ -102,7 +105,8 @@ def _worker(side: str, path: Path, length: int) -> None:
         case "overhead":
             step = _overhead(path, length)
         case _:
-            step = _v4jax(path, length, lora=side == "lora")
+            what, _, dtype = side.partition("-")
+            step = _v4jax(path, length, lora=what == "lora", dtype=dtype or "float32")
     for _ in sys.stdin:
         # By the second the other side's threads rest, and memory given back is at hand again.
         before, found = _timed(step), _timed(step)
@@ -141,7 +145,7 @@ def _transformers(path: Path, length: int) -> Step:
     return run
 
 
-def _v4jax(path: Path, length: int, *, lora: bool) -> Step:
+def _v4jax(path: Path, length: int, *, lora: bool, dtype: str) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -152,7 +156,7 @@ def _v4jax(path: Path, length: int, *, lora: bool) -> Step:
     from v4jax_train import optimizer, step, trainable
     from v4jax_train.trainable import Full
 
-    loaded = v4jax.load(path, dtype="float32", numerics="hf")
+    loaded = v4jax.load(path, dtype=dtype, numerics="hf")
     cfg, what = loaded.config, Lora() if lora else Full()
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)

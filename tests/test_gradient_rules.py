@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import products
 from pallas_kernels.hyper import reference
 from v4jax import layers
 
@@ -96,3 +98,31 @@ def test_gradients_come_in_the_dtype_of_what_they_are_of() -> None:
     new_BTM, pull = jax.vjp(reference.post, *args)
     grads = pull(jnp.ones_like(new_BTM))
     assert [grad.dtype for grad in grads] == [half, half, jnp.float32, jnp.float32]
+
+
+def product_gradients(x_RK: Any, w_NK: Any, grad_RN: Any) -> Any:
+    return jax.vjp(products.with_transposed, x_RK, w_NK)[1](grad_RN)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_product_of_bfloat16_has_gradients_that_are_such_products(rows: int) -> None:
+    narrow = jnp.bfloat16
+    x_RK, w_NK = normal(rows, 24, seed=1, dtype=narrow), normal(40, 24, seed=2, dtype=narrow)
+    # As it comes back from a product that was rounded to x's dtype.
+    grad_RN = normal(rows, 40, seed=3, dtype=narrow).astype(jnp.float32)
+    got = product_gradients(x_RK, w_NK, grad_RN)
+    want = product_gradients(x_RK.astype(jnp.float32), w_NK.astype(jnp.float32), grad_RN)
+    for ours, wanted in zip(got, want, strict=True):
+        assert ours.dtype == narrow
+        # Half an ulp, and sums in float32 in another order.
+        np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
+    program = jax.jit(product_gradients).lower(x_RK, w_NK, grad_RN).as_text()
+    factors = re.findall(r"dot_general .*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\)", program)
+    assert len(factors) >= 2
+    assert set(factors) == {("bf16", "bf16")}
+
+
+def test_a_product_of_float32_has_jaxs_own_gradients() -> None:
+    x_RK, w_NK, grad_RN = normal(7, 24, seed=1), normal(40, 24, seed=2), normal(7, 40, seed=3)
+    own = jax.vjp(lambda x, w: x @ w.T, x_RK, w_NK)[1](grad_RN)
+    jax.tree.map(np.testing.assert_array_equal, product_gradients(x_RK, w_NK, grad_RN), own)

@@ -9,6 +9,7 @@ changes from hour to hour and peak memory is a process's. Prints a table, append
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -250,6 +251,8 @@ def append(rows: list[dict[str, Any]], file: Path, **shared: Any) -> None:
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {platform.python_version()}",
     } | shared
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        shared["glibc_tunables"] = tunables
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         for row in rows:

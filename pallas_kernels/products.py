@@ -15,15 +15,16 @@ _IN_PLACE = jax.__version_info__ < (0, 11)
 
 
 def with_transposed(
-    x_RK: Float[Array, "R K"], w_NK: Float[Array, "N K"], precision: jax.lax.PrecisionLike = None
-) -> Float[Array, "R N"]:
+    x: Float[Array, "*rows K"], w_NK: Float[Array, "N K"], precision: jax.lax.PrecisionLike = None
+) -> Float[Array, "*rows N"]:
     """X times w's transpose, in float32 or wider.
 
     A gradient that comes back is rounded to x's dtype. JAX's own would widen the factors to its
     float32 instead, and lose the units that GPUs and some CPUs have for bfloat16.
     """
-    wide = x_RK.dtype == accumulator(x_RK.dtype)
-    return (_with_transposed if wide else _narrow)(x_RK, w_NK, precision)
+    run = _with_transposed if x.dtype == accumulator(x.dtype) else _narrow
+    y_RN = run(x.reshape(-1, x.shape[-1]), w_NK, precision)
+    return y_RN.reshape(*x.shape[:-1], w_NK.shape[0])
 
 
 def _with_transposed(x_RK: Array, w_NK: Array, precision: jax.lax.PrecisionLike) -> Array:

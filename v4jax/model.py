@@ -178,5 +178,4 @@ def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Floa
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     """Logits in float32; what comes back as their gradient is rounded to the weight's dtype."""
     weight_VD: Any = layers.value(model.head_VD)
-    rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).astype(weight_VD.dtype)
-    return products.with_transposed(rows_RD, weight_VD).reshape(*hidden_BTD.shape[:2], -1)
+    return products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)

@@ -53,20 +53,14 @@ def expert_mlp_backward(
         only = lambda x_RD: jnp.where(real_R[:, None], x_RD, jnp.zeros_like(x_RD))
         ours = [sorting.take(w, layer, tile.expert) for w in weights]
         values = [sorting.take(p, layer, tile.expert) for p in parts]
-        x_RD, weight_R = only(x_TD[token_R]), jnp.where(real_R, weight_R, 0)
-
-        def run(values: Any, x_RD: Array, weight_R: Array) -> Array:
-            now = [lora.replaced(w, v) if v else w for w, v in zip(ours, values, strict=True)]
-            # First, so that no output is needed.
-            return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=True)
-
-        _, pull = jax.vjp(run, values, x_RD, weight_R)
-        dvalues, dx_RD, dweight_R = pull(only(grad_TD[token_R]).astype(wide))
+        of_tile = values, only(x_TD[token_R]), jnp.where(real_R, weight_R, 0)
+        grad_RD = only(grad_TD[token_R]).astype(wide)
+        dvalues, dx_RD, dweight_R = _expert_backward(grad_RD, ours, *of_tile, limit)
         dx_RD = jnp.pad(dx_RD.astype(wide), ((0, largest - R), (0, 0)))
         return dx_RD, jnp.pad(dweight_R, (0, largest - R)), dvalues
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], accumulator(p.dtype)), parts)
-    # Also of bfloat16, all of which XLA would convert on CPUs to write a tile.
+    # Never bfloat16: to write a tile into such an array, XLA for CPUs converts all of it.
     start = (
         jnp.zeros((T * A + largest, x_TD.shape[1]), wide),
         jnp.zeros(T * A + largest, wide),
@@ -78,6 +72,24 @@ def expert_mlp_backward(
     dweight_TA = sorting.unsorted(dweight_P, rows.order_P, real, A).astype(weight_TA.dtype)
     gate, up, down = jax.tree.map(lambda part, sum_E: sum_E.astype(part.dtype), parts, sums)
     return dx_TD, dweight_TA, gate, up, down
+
+
+def _expert_backward(
+    grad_RD: Float[Array, "R D"],
+    weights: list[Any],
+    learned: list[list[Array]],
+    x_RD: Float[Array, "R D"],
+    weight_R: Float[Array, " R"],
+    limit: float,
+) -> tuple[list[list[Array]], Array, Array]:
+    """One expert's gradients: of what its weights learn, of its rows and of their weights."""
+
+    def run(learned: list[list[Array]], x_RD: Array, weight_R: Array) -> Array:
+        now = [lora.replaced(w, v) if v else w for w, v in zip(weights, learned, strict=True)]
+        # First, so that no output is needed.
+        return xla_tiles.run_expert(now, x_RD, weight_R, limit, weight_first=True)
+
+    return jax.vjp(run, learned, x_RD, weight_R)[1](grad_RD)
 
 
 def _put(carry: Any, made: Any, tile: xla_tiles.Tile) -> Any:

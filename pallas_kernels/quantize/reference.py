@@ -154,16 +154,15 @@ def linear(
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows N"]:
     """Dequantise, then multiply; accumulate in float32 or wider, return x's dtype."""
-    wide, w = accumulator(x.dtype), of_layer(w, layer)
+    w = of_layer(w, layer)
     w_NK = dense(w, x.dtype) if isinstance(w, Fp8Weight | Fp4Weight) else w
-    matmul = {"precision": precision, "preferred_element_type": wide}
-    if groups > 1:
-        x_RGK = x.reshape(-1, groups, w_NK.shape[1])
-        w_GnK = w_NK.reshape(groups, -1, w_NK.shape[1])
-        y_RN = jnp.einsum("rgk,gnk->rgn", x_RGK, w_GnK, **matmul)
-    else:
-        y_RN = products.with_transposed(x.reshape(-1, x.shape[-1]), w_NK, precision)
-    return y_RN.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)
+    if groups == 1:
+        return products.with_transposed(x, w_NK, precision).astype(x.dtype)
+    x_RGK = x.reshape(-1, groups, w_NK.shape[1])
+    w_GnK = w_NK.reshape(groups, -1, w_NK.shape[1])
+    matmul = {"precision": precision, "preferred_element_type": accumulator(x.dtype)}
+    y_RGn = jnp.einsum("rgk,gnk->rgn", x_RGK, w_GnK, **matmul)
+    return y_RGn.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)
 
 
 def linear_backward(

@@ -240,6 +240,12 @@ def _report(rows: list[dict[str, Any]], bandwidth: float) -> None:
             )
 
 
+def tunables() -> dict[str, str]:
+    """Wishes of this process about its memory, which change its speed."""
+    found = os.environ.get("GLIBC_TUNABLES")
+    return {"glibc_tunables": found} if found else {}
+
+
 def append(rows: list[dict[str, Any]], file: Path, **shared: Any) -> None:
     """Add rows to a file, each with where and of what they were measured."""
     import jax
@@ -251,8 +257,7 @@ def append(rows: list[dict[str, Any]], file: Path, **shared: Any) -> None:
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {platform.python_version()}",
     } | shared
-    if tunables := os.environ.get("GLIBC_TUNABLES"):
-        shared["glibc_tunables"] = tunables
+    shared |= tunables()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         for row in rows:

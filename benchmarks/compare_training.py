@@ -3,16 +3,18 @@
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
 One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters.
-`v4jax-bfloat16` and `lora-bfloat16`, whose weights are of that dtype, come only if `--sides` says
-so. Each side is a process of its own; they make their steps in turn, as a machine's speed may
-change from minute to minute, two at a time, of which the second counts: in training steps follow
-one another.
+`v4jax-unrolled` is as `steps.unroll` of a recipe. Only if `--sides` says so come `v4jax-bfloat16`
+and `lora-bfloat16`, whose weights are of that dtype, and `transformers-large_pages`: v4jax's sides
+have the environment that `v4jax-train` gives itself, transformers' has it there. Each side is a
+process of its own; they make their steps in turn, as a machine's speed may change from minute to
+minute, two at a time, of which the second counts: in training steps follow one another.
 Last comes what a step costs beside its program: a run whose program does nothing.
 Prints a line for each, appends JSONL.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare
+from v4jax_train.__main__ import LARGE_PAGES
 
-SIDES = ("transformers", "v4jax", "lora")
-NARROW = ("v4jax-bfloat16", "lora-bfloat16")
+SIDES = ("transformers", "v4jax", "v4jax-unrolled", "lora")
+MORE = ("transformers-large_pages", "lora-unrolled", "v4jax-bfloat16", "lora-bfloat16")
 RATE, DECAY = 1e-4, 0.1
 _TURNS = 5  # that are timed, after one that is not
 
@@ -39,7 +42,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--sides", nargs="+", choices=SIDES + NARROW, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES + MORE, default=list(SIDES))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
         "--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS
@@ -67,7 +70,9 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
         for side in sides:
             words = ["-m", "benchmarks.compare_training", "--worker", side, directory, str(length)]
             words, pipe = [sys.executable, *words], subprocess.PIPE
-            workers.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
+            plain = side == "transformers"
+            env = dict(os.environ) if plain else LARGE_PAGES | os.environ
+            workers.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env))
             made.append([_ask(workers[-1])])
         for _ in range(_TURNS):
             for worker, steps in zip(workers, made, strict=True):
@@ -99,19 +104,19 @@ def _ask(worker: Any) -> dict[str, float]:
 
 def _worker(side: str, path: Path, length: int) -> None:
     """Two steps for each line that comes, and the peak of memory at their end."""
-    match side:
+    what, _, how = side.partition("-")
+    match what:
         case "transformers":
             step = _transformers(path, length)
         case "overhead":
             step = _overhead(path, length)
         case _:
-            what, _, dtype = side.partition("-")
-            step = _v4jax(path, length, lora=what == "lora", dtype=dtype or "float32")
+            step = _v4jax(path, length, what == "lora", how)
     for _ in sys.stdin:
         # By the second the other side's threads rest, and memory given back is at hand again.
         before, found = _timed(step), _timed(step)
         print(json.dumps(found | {"before": before["seconds"]}), flush=True)
-    print(json.dumps({"peak_gb": compare.peak_gb()}))
+    print(json.dumps({"peak_gb": compare.peak_gb()} | compare.tunables()))
 
 
 def _timed(step: Step) -> dict[str, float]:
@@ -145,7 +150,7 @@ def _transformers(path: Path, length: int) -> Step:
     return run
 
 
-def _v4jax(path: Path, length: int, *, lora: bool, dtype: str) -> Step:
+def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -156,12 +161,14 @@ def _v4jax(path: Path, length: int, *, lora: bool, dtype: str) -> Step:
     from v4jax_train import optimizer, step, trainable
     from v4jax_train.trainable import Full
 
+    dtype = "bfloat16" if how == "bfloat16" else "float32"
     loaded = v4jax.load(path, dtype=dtype, numerics="hf")
     cfg, what = loaded.config, Lora() if lora else Full()
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
-    program = step.make(step.Settings(cfg=cfg, numerics=HF, what=what, remat=False), rule)
+    settings = step.Settings(cfg=cfg, numerics=HF, what=what, remat=False, unroll=how == "unrolled")
+    program = step.make(settings, rule)
     state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])
     frozen = parts.frozen
     del loaded, parts

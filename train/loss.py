@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
+from v4jax import layers
 from v4jax import model as models
 from v4jax.config import ModelConfig
 from v4jax.model import Model
@@ -17,7 +18,8 @@ from v4jax.numerics import Numerics
 from . import balance
 
 Batch = dict[str, Array]  # [B, T] each, as `dataset` makes them
-_CHUNK = 512  # tokens of a row whose logits exist at a time
+# As many logits exist at a time, or those of as many tokens of each row, whichever is more.
+_LOGITS, _TOKENS = 1 << 24, 512
 # How many places ahead the token is that a hidden state predicts.
 _AHEAD = {"loss": 1, "mtp_loss": 2, "mtp_agreement": 2}
 
@@ -32,6 +34,7 @@ def sums(
     agreement: bool = False,
     indexer: bool = False,
     remat: bool = False,
+    unroll: bool = False,
 ) -> tuple[dict[str, Float32[Array, ""]], dict[str, Float32[Array, "L E"]]]:
     """Sums over a batch, to be divided by the `counts` of all batches of a step.
 
@@ -45,6 +48,7 @@ def sums(
       agreement: count where MTP's most probable token is the model's too.
       indexer: compare sparse attention's indexers with it.
       remat: as for `v4jax.model.forward_rows`.
+      unroll: the same.
 
     Returns:
       Sums: `loss` of the trained tokens' cross-entropies, in nats; `mtp_loss` the same of MTP;
@@ -60,6 +64,7 @@ def sums(
         tokens_BT,
         document_BT,
         remat=remat,
+        unroll=unroll,
         watch=balance.watch,
         watch_indexer=indexer,
     )
@@ -120,7 +125,7 @@ def cross_entropy(
 ) -> Float32[Array, ""]:
     """The sum of cross-entropies where `trained`.
 
-    Logits of a few hundred tokens per row exist at a time, in the backward pass too.
+    Logits of a part of the tokens exist at a time, in the backward pass too.
     """
 
     @jax.checkpoint
@@ -131,18 +136,20 @@ def cross_entropy(
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - found_BC
         return total + jnp.sum(jnp.where(trained_BC, loss_BC, 0.0)), None
 
-    every = _chunks(hidden_BTD), _chunks(target_BT), _chunks(trained_BT)
+    every = [_chunks(model, x) for x in (hidden_BTD, target_BT, trained_BT)]
     return jax.lax.scan(of_chunk, jnp.float32(0.0), every)[0]
 
 
-def _chunks(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "N B C *rest"]:
-    length = x.shape[1]
-    chunk = next(size for size in range(min(_CHUNK, length), 0, -1) if length % size == 0)
-    return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+def _chunks(model: Model, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "N B C *rest"]:
+    rows, length = x.shape[:2]
+    vocabulary = layers.value(model.head_VD).shape[0]
+    most = min(max(_TOKENS, _LOGITS // (rows * vocabulary)), length)
+    chunk = next(size for size in range(most, 0, -1) if length % size == 0)
+    return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _greedy(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     """The most probable token at each place."""
     choose = lambda hidden_BCD: jnp.argmax(models.head(model, hidden_BCD), axis=-1)
-    chosen_NBC = jax.lax.map(choose, _chunks(hidden_BTD))
+    chosen_NBC = jax.lax.map(choose, _chunks(model, hidden_BTD))
     return jnp.moveaxis(chosen_NBC, 0, 1).reshape(hidden_BTD.shape[:2])

@@ -176,6 +176,7 @@ def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
         bias_speed=losses.bias_speed,
         clip=recipe.optimizer.clip,
         remat=recipe.steps.remat,
+        unroll=recipe.steps.unroll,
     )
 
 

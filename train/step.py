@@ -55,7 +55,7 @@ class Settings:
       indexer_weight: of the indexers' divergence from attention; 0 leaves it out.
       bias_speed: by how much a step moves routers' biases; 0 leaves them.
       clip: gradients longer than this are shortened to it.
-      remat: as for `v4jax.model.forward_rows`.
+      remat, unroll: as for `v4jax.model.forward_rows`.
     """
 
     cfg: ModelConfig
@@ -67,6 +67,7 @@ class Settings:
     bias_speed: float = 0.0
     clip: float = 1.0
     remat: bool = True
+    unroll: bool = False
 
     @property
     def weights(self) -> dict[str, float]:
@@ -89,6 +90,7 @@ class Settings:
             agreement=agreement,
             indexer="indexer_loss" in names,
             remat=remat,
+            unroll=self.unroll,
         )
 
 

@@ -125,13 +125,15 @@ def train_stack(
     context: Context,
     *,
     remat: bool,
+    unroll: bool = False,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T M"], list[Any]]:
     """All layers of a segment over whole rows: no layer's state outlives it.
 
     Here the scan slices all weights; of experts, which are read in their stacks here too, the
     slices stand for their gradients. With `remat` only the streams between repeats of the pattern
-    are kept for the backward pass, without it what `residuals.kept` names.
+    are kept for the backward pass, without it what `residuals.kept` names. With `unroll` the
+    program has each repeat by itself, and no loop.
 
     Returns:
       The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
@@ -159,7 +161,7 @@ def train_stack(
     policy = None if remat else residuals.KEEP
     body = jax.checkpoint(one_repeat, prevent_cse=False, policy=policy)
     steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
-    return jax.lax.scan(body, x_BTM, steps)
+    return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
 
 
 def _of_layer(whole: moe.Experts, own: moe.Experts) -> moe.Experts:

@@ -73,6 +73,7 @@ def forward_rows(
     document_BT: Int[Array, "B T"] | None = None,
     *,
     remat: bool = False,
+    unroll: bool = False,
     watch: Watch | None = None,
     watch_indexer: bool = False,
 ) -> tuple[Float[Array, "B T M"], context.Context, list[list[Any]]]:
@@ -87,6 +88,7 @@ def forward_rows(
         of 128 and sees itself only, as if it stood alone. None: each row is one document.
       remat: compute activations anew in the backward pass, but for the streams between layers;
         without it, but for what `pallas_kernels.residuals.kept` names.
+      unroll: compile each layer by itself, instead of a loop over those that are alike.
       watch: makes of each layer that has run what is to be kept of it.
       watch_indexer: compare indexers with the attention that they serve.
 
@@ -105,7 +107,14 @@ def forward_rows(
     watched = []
     for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
         x_BTM, seen = train_stack(
-            stack, x_BTM, part.pattern, part.repeats, shared, remat=remat, watch=watch
+            stack,
+            x_BTM,
+            part.pattern,
+            part.repeats,
+            shared,
+            remat=remat,
+            unroll=unroll,
+            watch=watch,
         )
         watched.append(seen)
     return x_BTM, shared, watched

@@ -56,14 +56,14 @@ def _normalised(
 def _normalised_forward(m_NNBT: Array, axis: int, eps: float) -> tuple[Array, tuple[Array, Array]]:
     divisor = _added(m_NNBT, axis) + eps
     new_NNBT = m_NNBT / divisor
-    return new_NNBT, (new_NNBT, divisor)
+    return new_NNBT, (new_NNBT, 1 / divisor)
 
 
 def _normalised_backward(
     axis: int, eps: float, saved: tuple[Array, Array], grad_NNBT: Array
 ) -> tuple[Array]:
-    new_NNBT, divisor = saved
-    return ((grad_NNBT - _added(grad_NNBT * new_NNBT, axis)) / divisor,)
+    new_NNBT, inverse = saved
+    return ((grad_NNBT - _added(grad_NNBT * new_NNBT, axis)) * inverse,)
 
 
 _normalised.defvjp(_normalised_forward, _normalised_backward)

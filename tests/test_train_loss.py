@@ -91,3 +91,20 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone() -> None:
         if a.dtype != jax.dtypes.float0:
             bar = 1e-4 * float(jnp.abs(b).max()) + 1e-6
             assert jnp.abs(a - b).max() <= bar, jax.tree_util.keystr(path)
+
+
+def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> None:
+    cfg = models.config(SLIDING, *(CSA, HCA) * 2)
+    model, rows = models.weights(cfg), batch(np.ones_like(TOKENS))
+
+    def total(model: Any, unroll: bool) -> Any:
+        return loss.sums(model, cfg, HF, rows, unroll=unroll)[0]["loss"]
+
+    program = jax.jit(jax.value_and_grad(total, allow_int=True), static_argnums=1)
+    written = [str(jax.make_jaxpr(total, static_argnums=1)(model, how)) for how in (False, True)]
+    assert ["unroll=2" in jaxpr for jaxpr in written] == [False, True]
+    (expected, one), (got, other) = program(model, False), program(model, True)
+    assert abs(got - expected) <= 1e-6 * abs(expected)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if a.dtype == jnp.float32:
+            assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(a).max() + 1e-9

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from rich.console import Console
 from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
-from v4jax_train.__main__ import main
+from v4jax_train.__main__ import LARGE_PAGES, main
 from v4jax_train.trainable import Full
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -253,3 +256,20 @@ def test_a_curve_of_bars_falls_with_its_numbers() -> None:
     assert heights([1.0]) == [1]
     assert display.curve([]) == ""
     assert len(display.curve(np.linspace(9, 1, 500).tolist())) == 24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's large pages")
+@pytest.mark.parametrize("own", [{}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
+def test_the_command_begins_anew_with_large_pages_unless_told_otherwise(
+    own: dict[str, str],
+) -> None:
+    code = (
+        "import os, sys; from v4jax_train import __main__ as program;"
+        "program.main = lambda: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:]);"
+        "program.command()"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in LARGE_PAGES}
+    words = [sys.executable, "-c", code, "a b", "--c"]
+    done = subprocess.run(words, env=clean | own, capture_output=True, text=True, check=True)
+    wish = (own or LARGE_PAGES)["GLIBC_TUNABLES"]
+    assert done.stdout == f"{wish} ['a b', '--c']\n"

@@ -60,7 +60,11 @@ def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
     return batch | {"trained": batch["trained"] == 1}, alone
 
 
-def test_packed_documents_have_the_losses_and_gradients_of_each_alone() -> None:
+def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "_LOGITS", 1)  # in two parts, which rows as short seldom are
+
     @jax.jit
     def total(model: Any, batch: Any) -> Any:
         found, _ = loss.sums(model, LONG, HF, batch, mtp=True, indexer=True)
@@ -107,4 +111,4 @@ def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> 
     assert abs(got - expected) <= 1e-6 * abs(expected)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         if a.dtype == jnp.float32:
-            assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(a).max() + 1e-9
+            assert jnp.abs(a - b).max() <= 1e-4 * jnp.abs(a).max() + 1e-9

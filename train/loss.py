@@ -136,7 +136,7 @@ def cross_entropy(
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - found_BC
         return total + jnp.sum(jnp.where(trained_BC, loss_BC, 0.0)), None
 
-    every = [_chunks(model, x) for x in (hidden_BTD, target_BT, trained_BT)]
+    every = tuple(_chunks(model, x) for x in (hidden_BTD, target_BT, trained_BT))
     return jax.lax.scan(of_chunk, jnp.float32(0.0), every)[0]
 
 

@@ -127,9 +127,11 @@ class _Run:
             first = self._restore()
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
-            self.journal = Journal(self.directory, after=first, write=write, tensorboard=board)
-            with contextlib.closing(self.journal), _Signal() as self.signal:
-                return self._steps(first, show)
+            # A run that has a journal can be ended: the signal first.
+            with _Signal() as self.signal:
+                self.journal = Journal(self.directory, after=first, write=write, tensorboard=board)
+                with contextlib.closing(self.journal):
+                    return self._steps(first, show)
         except Stopped:
             # Wrong steps have changed nothing.
             self._save(int(self.state.step))

@@ -128,10 +128,13 @@ class _Run:
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
             # A run that has a journal can be ended: the signal first.
-            with _Signal() as self.signal:
-                self.journal = Journal(self.directory, after=first, write=write, tensorboard=board)
-                with contextlib.closing(self.journal):
-                    return self._steps(first, show)
+            with (
+                _Signal() as self.signal,
+                contextlib.closing(
+                    Journal(self.directory, after=first, write=write, tensorboard=board)
+                ) as self.journal,
+            ):
+                return self._steps(first, show)
         except Stopped:
             # Wrong steps have changed nothing.
             self._save(int(self.state.step))

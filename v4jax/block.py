@@ -159,7 +159,8 @@ def train_stack(
     looked_up = lambda leaf: _sliced(leaf, context)
     blocks = jax.tree.map(looked_up, p.blocks)
     policy = None if remat else residuals.KEEP
-    body = jax.checkpoint(one_repeat, prevent_cse=False, policy=policy)
+    # Outside a loop XLA would find what is to be computed anew, and keep it.
+    body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
     steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
     return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
 

@@ -3,11 +3,12 @@
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
 One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters.
-`v4jax-unrolled` is as `steps.unroll` of a recipe. Only if `--sides` says so come `v4jax-bfloat16`
-and `lora-bfloat16`, whose weights are of that dtype, and `transformers-large_pages`: v4jax's sides
-have the environment that `v4jax-train` gives itself, transformers' has it there. Each side is a
-process of its own; they make their steps in turn, as a machine's speed may change from minute to
-minute, two at a time, of which the second counts: in training steps follow one another.
+Only if `--sides` says so come those of `-unrolled`, as `steps.unroll` of a recipe, of `-bfloat16`,
+whose weights are of that dtype, and `transformers-large_pages`: v4jax's sides have the environment
+that `v4jax-train` gives itself, transformers' has it there.
+Each side is a process of its own, and all must fit into memory together: at 4096 tokens those three
+do into 24 GB. They make their steps in turn, as a machine's speed may change from minute to minute,
+two at a time, of which the second counts: in training steps follow one another.
 Last comes what a step costs beside its program: a run whose program does nothing.
 Prints a line for each, appends JSONL.
 """
@@ -15,6 +16,7 @@ Prints a line for each, appends JSONL.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,8 +29,11 @@ from typing import Any
 from benchmarks import compare
 from v4jax_train.__main__ import LARGE_PAGES
 
-SIDES = ("transformers", "v4jax", "v4jax-unrolled", "lora")
-MORE = ("transformers-large_pages", "lora-unrolled", "v4jax-bfloat16", "lora-bfloat16")
+SIDES = ("transformers", "v4jax", "lora")
+MORE = (
+    *("transformers-large_pages", "v4jax-unrolled", "lora-unrolled"),
+    *("v4jax-bfloat16", "lora-bfloat16", "lora-bfloat16-unrolled"),
+)
 RATE, DECAY = 1e-4, 0.1
 _TURNS = 5  # that are timed, after one that is not
 
@@ -55,11 +60,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         make = f"import benchmarks.compare as c; c.make({directory!r})"
         subprocess.run([sys.executable, "-c", make], check=True)
-        rows = []
+        output = args.output / "compare_training.jsonl"
         for length in args.lengths:
-            rows += _in_turn(args.sides, directory, length)
-        rows += _in_turn(["overhead"], directory, 1024)
-    compare.append(rows, args.output / "compare_training.jsonl")
+            compare.append(_in_turn(args.sides, directory, length), output)
+        compare.append(_in_turn(["overhead"], directory, 1024), output)
     return 0
 
 
@@ -98,7 +102,9 @@ def _ask(worker: Any) -> dict[str, float]:
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
-        sys.exit("compare_training: a side ended before its step; what it said is above.")
+        killed = worker.wait() == -signal.SIGKILL
+        why = "killed, as where memory is short: give it fewer --sides" if killed else "see above"
+        sys.exit(f"compare_training: a side ended before its step ({why}).")
     return json.loads(answer)
 
 
@@ -161,13 +167,13 @@ def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
     from v4jax_train import optimizer, step, trainable
     from v4jax_train.trainable import Full
 
-    dtype = "bfloat16" if how == "bfloat16" else "float32"
+    dtype = "bfloat16" if "bfloat16" in how else "float32"
     loaded = v4jax.load(path, dtype=dtype, numerics="hf")
     cfg, what = loaded.config, Lora() if lora else Full()
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
-    settings = step.Settings(cfg=cfg, numerics=HF, what=what, remat=False, unroll=how == "unrolled")
+    settings = step.Settings(cfg=cfg, numerics=HF, what=what, remat=False, unroll="unrolled" in how)
     program = step.make(settings, rule)
     state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])
     frozen = parts.frozen

@@ -31,8 +31,12 @@ from v4jax_train.__main__ import LARGE_PAGES
 
 SIDES = ("transformers", "v4jax", "lora")
 MORE = (
-    *("transformers-large_pages", "v4jax-unrolled", "lora-unrolled"),
-    *("v4jax-bfloat16", "lora-bfloat16", "lora-bfloat16-unrolled"),
+    "transformers-large_pages",
+    "v4jax-unrolled",
+    "v4jax-bfloat16",
+    "lora-unrolled",
+    "lora-bfloat16",
+    "lora-bfloat16-unrolled",
 )
 RATE, DECAY = 1e-4, 0.1
 _TURNS = 5  # that are timed, after one that is not

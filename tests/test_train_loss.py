@@ -98,7 +98,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
 
 
 def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> None:
-    cfg = models.config(HCA, HCA, hashed=0)
+    cfg = models.config(*(SLIDING, HCA) * 2, hashed=0)
     model, rows = models.weights(cfg), batch(np.ones_like(TOKENS))
 
     def total(model: Any, unroll: bool) -> Any:

@@ -4,7 +4,8 @@ A form is a module whose functions keep the door's contract: 'tpu' and 'gpu' hol
 'xla' plain XLA for every platform, 'reference' the plain maths.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -147,10 +148,27 @@ def _or_else(kernel: _Form, other: _Form) -> _Form:
     return run
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Choice:
+    """The forms of one call: functions of its flat arrays to flat results.
+
+    One opaque parameter of the primitive: JAX looks into parameters that are jaxprs, and expects
+    more rules of a primitive that has such.
+    """
+
+    name: str
+    default: _Form
+    kernels: Mapping[str, _Form]
+    mesh: Any
+    results: Sequence[Any]
+
+
 # As `jax.lax.platform_dependent`, except that a kernel is not traced before its platform is known:
-# tracing all of them took as long as all else when a model was compiled for a CPU.
-_choice = Primitive("kernel_choice")
-_choice.multiple_results = True
+# tracing all of them makes tracing and lowering a step for a CPU 2 to 4 times as slow
+# (`benchmarks.tracing`). By the rules that JAX documents for primitives of one's own;
+# `tests/test_implementations.py` names what is relied on.
+_choice_p = Primitive("kernel_choice")
+_choice_p.multiple_results = True
 
 
 def _by_target(
@@ -161,52 +179,55 @@ def _by_target(
     leaves, tree = jax.tree.flatten(args)
     jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
     flat = lambda form: lambda *leaves: jax.tree.leaves(form(*tree.unflatten(leaves)))
-    forms = tuple((platform, flat(form)) for platform, form in kernels.items())
-    mesh = jax.sharding.get_abstract_mesh()
-    outs = _choice.bind(*leaves, name=name, default=jaxpr, kernels=forms, mesh=mesh)
-    return jax.tree.unflatten(jax.tree.structure(out), outs)
+    choice = _Choice(
+        name=name,
+        default=jaxpr_as_fun(jaxpr),
+        kernels={platform: flat(form) for platform, form in kernels.items()},
+        mesh=jax.sharding.get_abstract_mesh(),
+        results=jaxpr.out_avals,
+    )
+    return jax.tree.unflatten(jax.tree.structure(out), _choice_p.bind(*leaves, choice=choice))
 
 
-@_choice.def_abstract_eval
-def _(*_: Any, default: Any, **__: Any) -> Any:
-    return default.out_avals
+@_choice_p.def_abstract_eval
+def _(*_: Any, choice: _Choice) -> Any:
+    return choice.results
 
 
-@_choice.def_impl
-def _(*leaves: Any, **params: Any) -> Any:
-    return jax.jit(lambda *leaves: _choice.bind(*leaves, **params))(*leaves)
+@_choice_p.def_impl
+def _(*leaves: Any, choice: _Choice) -> Any:
+    return jax.jit(lambda *leaves: _choice_p.bind(*leaves, choice=choice))(*leaves)
 
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
-    def rule(context: Any, *values: Any, default: Any, kernels: Any, mesh: Any, **_: Any) -> Any:
-        run = dict(kernels).get(platform, jaxpr_as_fun(default))
-        with jax.sharding.use_abstract_mesh(mesh):
+    def rule(context: Any, *values: Any, choice: _Choice) -> Any:
+        run = choice.kernels.get(platform, choice.default)
+        with jax.sharding.use_abstract_mesh(choice.mesh):
             return mlir.lower_fun(run, multiple_results=True)(context, *values)
 
     return rule
 
 
-mlir.register_lowering(_choice, _lowering(None))
+mlir.register_lowering(_choice_p, _lowering(None))
 for _platform in _PLATFORMS.values():
-    mlir.register_lowering(_choice, _lowering(_platform), platform=_platform)
+    mlir.register_lowering(_choice_p, _lowering(_platform), platform=_platform)
 
 
-def _batched(leaves: Any, dims: Any, *, name: str, default: Any, kernels: Any, mesh: Any) -> Any:
-    del mesh
+def _batched(leaves: Any, dims: Any, *, choice: _Choice) -> Any:
     over = lambda form: jax.vmap(form, in_axes=tuple(dims))
-    forms = {platform: over(form) for platform, form in kernels}
-    outs = _by_target(name, over(jaxpr_as_fun(default)), forms, tuple(leaves))
+    forms = {platform: over(form) for platform, form in choice.kernels.items()}
+    outs = _by_target(choice.name, over(choice.default), forms, tuple(leaves))
     return outs, [0] * len(outs)
 
 
-batching.primitive_batchers[_choice] = _batched
+batching.primitive_batchers[_choice_p] = _batched
 
 
-def _differentiated(*_: Any, name: str, **__: Any) -> Any:
+def _differentiated(*_: Any, choice: _Choice) -> Any:
     raise NotImplementedError(
-        f"{name} has no derivative of this order with impl='auto'; impl='reference' may have."
+        f"{choice.name} has no derivative of this order with impl='auto'; impl='reference' may have."
     )
 
 
 # Doors define the derivatives that there are before they come here.
-ad.primitive_jvps[_choice] = _differentiated
+ad.primitive_jvps[_choice_p] = _differentiated

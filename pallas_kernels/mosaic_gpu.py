@@ -1,8 +1,8 @@
-"""What Mosaic GPU kernels share: how matrices lie, what JAX 0.10 and 0.11 say differently."""
+"""What Mosaic GPU kernels share: how matrices lie, what JAX's versions say differently."""
 
-import inspect
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -10,10 +10,19 @@ from jaxtyping import Array
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
-# JAX 0.10 wants the index as an argument of its own, of which 0.11 warns.
-_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect._empty else ()
+# JAX 0.10 wants the index as an argument of its own.
+_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 
 
 def load(ref: Any, layout: Any) -> Array:
     """What a reference holds, as a register array of this layout; bank conflicts are accepted."""
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+
+
+def store(ref: Any, value: Array) -> None:
+    """Write a register array to a reference; bank conflicts and partial sectors are accepted."""
+    # Before JAX 0.12 plain assignments accept them.
+    if jax.__version_info__ < (0, 12):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)

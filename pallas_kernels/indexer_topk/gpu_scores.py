@@ -118,10 +118,13 @@ def score_chunk(
             plgpu.barrier_wait(smem["tile_here_D"].at[slot])
             nominal = first + tile * TILE
             start = start_of(nominal, room)
-            score_X = _tile_scores(slot, weights, heads, smem)
+            # Scales first: the product waits until all warps have read what `fetch` overwrites.
+            scale_X = None
             if "scale_DY" in smem:
                 of_tile = pl.ds(start - _scales_start(start, arrays[1]), TILE)
                 scale_X = load(smem["scale_DY"].at[slot, of_tile], _BY_ENTRY)
+            score_X = _tile_scores(slot, weights, heads, smem)
+            if scale_X is not None:
                 score_X *= scale_X if scale_X.dtype == jnp.float32 else _power_of_two(scale_X)
             key_X = ordered(score_X)
             entry_X = start + gpu_select.iota((TILE,), 0, _BY_ENTRY)

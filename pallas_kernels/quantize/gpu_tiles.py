@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
+from pallas_kernels.mosaic_gpu import store
+
 COLUMNS = 128  # of a block of threads
 _GRID = ("part", "column", "row")
 _WRITTEN = 64  # rows at once
@@ -53,7 +55,7 @@ def write(sum_MC: Float32[Array, "M C"], own_MC: Any, out: Any, taken: int) -> N
     """The rows that there are, through shared memory."""
     for top in range(0, taken, _WRITTEN):
         count = min(_WRITTEN, taken - top)
-        own_MC[...] = sum_MC[top : top + _WRITTEN].astype(own_MC.dtype)
+        store(own_MC, sum_MC[top : top + _WRITTEN].astype(own_MC.dtype))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_MC.at[pl.ds(0, count)], out.at[pl.ds(top, count)])
         plgpu.wait_smem_to_gmem(0)

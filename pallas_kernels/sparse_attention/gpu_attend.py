@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels.mosaic_gpu import store
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK, TILED, load
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -175,11 +176,12 @@ class _Call:
             for i, value_hV in enumerate(values):
                 value_hV = value_hV * _along(inverse_h, value_hV.shape, 0)
                 columns = self._columns(warpgroup, i)
-                value[b, t, part, heads, columns] = value_hV.astype(value.dtype)
+                to_hV = value.at[b, t, part, heads, columns]
+                store(to_hV, value_hV.astype(value.dtype))
 
             @pl.when(warpgroup == 0)
             def _() -> None:
-                lse[b, t, part, heads] = largest_h / _LOG2E + jnp.log(total_h)
+                store(lse.at[b, t, part, heads], largest_h / _LOG2E + jnp.log(total_h))
 
     def _gather(self, near: Any, far: Any, near_chunks: Any, smem: Any) -> None:
         """Chunk by chunk: copies of the next are under way while one is laid out."""

@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The compilers for chips that tests bring are plugins, which JAX looks for in every command.
+TEST := $(VENV)-test
 
-.PHONY: demo train-demo test check bench clean
+.PHONY: demo train-demo test test-whole test-others test-part check bench clean
 
 demo: $(VENV)/run
 	$(BIN)/v4jax demo
@@ -11,21 +13,52 @@ demo: $(VENV)/run
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
 
-test: $(VENV)/test check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# The whole suite on PYTHON, then a part of it on the other end of the supported versions.
+test: check test-whole test-others
 
-check: $(VENV)/test
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/pyright --pythonpath $(BIN)/python
+PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-bench: $(VENV)/test
-	$(BIN)/python -m benchmarks.compare
+test-whole: $(TEST)/ready
+	$(TEST)/bin/python $(PYTEST) -m "not quick"
+	XLA_FLAGS="$$($(TEST)/bin/python -m tests.quick)" $(TEST)/bin/python $(PYTEST) -m quick
 
-$(VENV)/bin/python:
+ENDS := 3.11 3.13
+VERSION = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+# On the path, or pyenv's; a shim of pyenv's may be there without its Python.
+find-python = $(shell for python in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python; do \
+	$$python -c "" 2>/dev/null && echo $$python && break; done)
+
+test-others:
+	@set -e; $(foreach end,$(filter-out $(VERSION),$(ENDS)), \
+		$(if $(call find-python,$(end)), \
+			$(MAKE) test-part PYTHON=$(call find-python,$(end)) VENV=$(VENV)-$(end);, \
+			echo "Python $(end) is not on this machine: nothing was tested with it.";))
+
+# The demo, the model, generation, training, each operation's kernels, and programs for v6e and H200.
+WHOLE_MODELS := consistency demo generate
+PART := aot implementations interpreters layers muon train_loop $(WHOLE_MODELS) \
+	compress_tpu dense_attention_tpu grouped_matmul_tpu hyper_compiled indexer_topk_tpu \
+	quantize_tpu rotary sparse_attention_tpu \
+	compress_gpu grouped_matmul_gpu indexer_topk_gpu quantize_gpu sparse_attention_gpu
+FILES = $(PART:%=tests/test_%.py) -k "not v5p and not tpu7x"
+
+test-part: $(VENV)/part
+	$(BIN)/v4jax demo
+	$(BIN)/python $(PYTEST) -m "not quick" $(FILES)
+	XLA_FLAGS="$$($(BIN)/python -m tests.quick)" $(BIN)/python $(PYTEST) -m quick $(FILES)
+
+check: $(TEST)/ready
+	$(TEST)/bin/ruff format --check
+	$(TEST)/bin/ruff check
+	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
+
+bench: $(TEST)/ready
+	$(TEST)/bin/python -m benchmarks.compare
+
+$(VENV)/bin/python $(TEST)/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Python 3.11 or newer is needed, for example: make demo PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
+	$(PYTHON) -m venv $* || { rm -f $@; exit 1; }
 
 $(VENV)/run: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
@@ -35,11 +68,16 @@ $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	touch $@ $(VENV)/run
 
+# Without torch and transformers, which nothing in the part needs.
+$(VENV)/part: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
 # The exact torch first: a range would fetch the build for CUDA, several gigabytes.
-$(VENV)/test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
-	touch $@ $(VENV)/run $(VENV)/train
+$(TEST)/ready: pyproject.toml | $(TEST)/bin/python
+	$(TEST)/bin/python -m pip install --quiet torch==2.13.0
+	$(TEST)/bin/python -m pip install --quiet --editable '.[test,parity]'
+	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

@@ -225,7 +225,8 @@ batching.primitive_batchers[_choice_p] = _batched
 
 def _differentiated(*_: Any, choice: _Choice) -> Any:
     raise NotImplementedError(
-        f"{choice.name} has no derivative of this order with impl='auto'; impl='reference' may have."
+        f"{choice.name} has no derivative of this order with impl='auto'; "
+        "impl='reference' may have."
     )
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -14,9 +13,6 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
-from jax._src import compiler
-
-from tests import quick
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,30 +23,6 @@ def forget_programs() -> Iterator[None]:
     """Drop each module's compiled programs: their memory maps would exhaust the process's."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Host programs compiled as `tests.quick` says.
-
-    For whole models and for forms of XLA on many shapes; what tests bits, kernels or other
-    compilers is compiled as for users.
-    """
-    options = compiler.get_compile_options
-
-    def quicker(*args: Any, backend: Any, **kwargs: Any) -> Any:
-        made = options(*args, backend=backend, **kwargs)
-        # JAX's own switch would change the programs for chips too.
-        if backend.platform == "cpu":
-            debug = made.executable_build_options.debug_options
-            debug.xla_backend_optimization_level = 0
-            debug.xla_llvm_disable_expensive_passes = True
-            made.env_option_overrides += list(quick.OPTIONS.items())
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", quicker)
-        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

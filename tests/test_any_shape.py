@@ -33,7 +33,7 @@ from tests import (
     test_sparse_attention_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 FEW = settings(deadline=None, max_examples=3)  # each is compiled anew
 MANY = settings(deadline=None, max_examples=6)
 SEED = st.integers(0, 2**32 - 1)

@@ -21,7 +21,6 @@ from tests.gpu_kernels import interpreted
 from tests.test_compress import CLOSE, chunk, complete, settings, steps, text
 from tests.test_compress_tpu import full_size, one_outweighs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BF16, F32 = jnp.bfloat16, jnp.float32
 # Four pieces of a window, of which three are under way; blocks of two windows, with two warpgroups
 # and with one.

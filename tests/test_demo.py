@@ -16,7 +16,7 @@ from v4jax.language_model import LanguageModel
 from v4jax.model import Model
 from v4jax_train import loss, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")

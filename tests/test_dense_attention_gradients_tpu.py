@@ -18,7 +18,7 @@ from pallas_kernels import dense_attention, targets, tpu_attention_backward
 from pallas_kernels.dense_attention import reference, tpu
 from pallas_kernels.dense_attention.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
-from tests.kernels import interpreted, races_found
+from tests.kernels import interpreted
 from tests.test_dense_attention import SCALE, Prefill, prefill_case
 from tests.test_dense_attention_gradients import CLOSE, gradients
 
@@ -43,7 +43,6 @@ def assert_same(case: Prefill, **params: Any) -> None:
     want = pulled(case, reference.prefill_backward)
     with interpreted(**params):
         got = pulled(case, tpu.prefill_backward)
-        assert not params.get("detect_races") or not races_found()
     names = NAMES if case.pool_LBSK is not None else ("queries", "window", "sink")
     for name, x, y in zip(names, got, want, strict=True):
         assert np.any(y), name

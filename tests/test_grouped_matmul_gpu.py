@@ -19,7 +19,6 @@ from pallas_kernels.grouped_matmul.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
 from tests import gpu_kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT = 3.0
 # Hidden activations and outputs are bfloat16 (8 bits), and gate and up of the reference too.
 CLOSE = 2e-2

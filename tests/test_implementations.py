@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,6 +37,30 @@ def times(number: float) -> types.SimpleNamespace:
 
 def door(impl: Any = "auto", **forms: Any) -> Any:
     return lambda x: dispatch("op", "scale", impl, forms, {"x": x}, by=1.0)["x"]
+
+
+def test_jax_has_the_rules_that_the_choice_stands_on() -> None:
+    """Those of its page on primitives: `jax.extend.core` and `jax.interpreters`, nothing else."""
+    twice = Primitive("twice")
+    twice.multiple_results = True
+    twice.def_abstract_eval(lambda x, *, opaque: [x])
+    twice.def_impl(lambda x, *, opaque: [opaque(x)])
+    lower = lambda run: lambda context, x, *, opaque: mlir.lower_fun(run(opaque))(context, x)
+    mlir.register_lowering(twice, lower(lambda opaque: lambda x: [opaque(x)]))
+    mlir.register_lowering(twice, lower(lambda _: lambda x: [x * 5.0]), platform="tpu")
+    batching.primitive_batchers[twice] = lambda xs, dims, **opaque: (
+        twice.bind(*xs, **opaque),
+        dims,
+    )
+    ad.primitive_jvps[twice] = never
+    doubled = jaxpr_as_fun(jax.make_jaxpr(lambda x: x * 2.0)(STRUCT))
+    run = lambda x: twice.bind(x, opaque=lambda x: doubled(x)[0])[0]
+    x = jnp.ones(STRUCT.shape)
+    for program in (run, jax.jit(run), jax.jit(jax.vmap(run))):
+        np.testing.assert_array_equal(program(x), 2 * x)
+    assert "dense<5.0" in targets.lowered("v6e", run, STRUCT).as_text()
+    with pytest.raises(AssertionError, match="traced though not wanted"):
+        jax.jvp(run, (x,), (x,))
 
 
 def test_kernels_are_not_traced_for_a_cpu() -> None:

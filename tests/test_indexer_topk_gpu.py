@@ -19,7 +19,6 @@ from pallas_kernels.targets import lowered, temporaries
 from tests.gpu_kernels import interpreted
 from tests.test_indexer_topk import case_of, hard_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BF16, I32 = jnp.bfloat16, jnp.int32
 
 

@@ -17,7 +17,7 @@ from v4jax import config, params, sharding, steps
 from v4jax.model import Model
 from v4jax.numerics import HF
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 CFG = models.config(models.SLIDING, models.CSA, models.HCA)
 TOKENS = models.tokens(CFG, 8, 10)
 MESHES: dict[str, dict[str, int]] = {

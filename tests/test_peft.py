@@ -23,7 +23,7 @@ from v4jax.safetensors_file import CheckpointError, TensorInfo, open_safetensors
 from v4jax_train.trainable import Full
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.quick,
     # PEFT does not look for patterns among parameters, but finds their ranks all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
     # It asks transformers for a property that has another name now.

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import quantize, targets
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.targets import Target
-from tests.kernels import interpreted, races_found
+from tests.kernels import interpreted
 from tests.test_quantize import assert_same_bits
 from tests.test_quantize_oracle import values
 from v4jax import layers
@@ -27,7 +27,6 @@ ROUNDINGS = {
 def rounded(name: str, x: Any, **params: Any) -> np.ndarray:
     with interpreted(**params):
         y = np.asarray(jax.jit(functools.partial(ROUNDINGS[name], impl="tpu"))(x))
-        assert not params.get("detect_races") or not races_found()
     return y
 
 

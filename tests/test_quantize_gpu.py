@@ -16,7 +16,6 @@ from tests.gpu_kernels import interpreted
 from tests.test_quantize import CLOSE_BFLOAT16, by_group, relative_error, stack_and_rows, weight
 from tests.test_quantize_tpu import matrix
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LINEAR = functools.partial(quantize.linear, impl="gpu")
 
 

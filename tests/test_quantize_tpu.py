@@ -15,7 +15,7 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize import tpu, tpu_codes, xla
 from pallas_kernels.quantize.shapes import SHAPES
 from pallas_kernels.targets import Target
-from tests.kernels import interpreted, races_found
+from tests.kernels import interpreted
 from tests.test_quantize import (
     CLOSE,
     CLOSE_BFLOAT16,
@@ -55,7 +55,6 @@ def check(form: str, n: int, k: int, rows: int, dtype: Any = jnp.bfloat16, **par
     x = rows_of(rows, k, dtype)
     with interpreted(**params):
         y = jax.jit(functools.partial(quantize.linear, impl="tpu"))(x, w)
-        assert not params.get("detect_races") or not races_found()
     assert y.shape == (rows, n)
     assert y.dtype == x.dtype
     assert_close(y, x, w_NK, CLOSE if dtype == jnp.float32 else CLOSE_BFLOAT16)

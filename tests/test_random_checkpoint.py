@@ -15,7 +15,7 @@ from v4jax.convert import convert, export
 from v4jax.language_model import LanguageModel
 from v4jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from pallas_kernels.sparse_attention.shapes import SHAPES
 from tests import gpu_kernels
 from tests.test_sparse_attention import decode_inputs, poison, prefill_inputs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCALE = 0.1
 # Weights and results are bfloat16 (8 bits), weights relative to another maximum than the
 # reference's: each of up to a hundred values of size 1 to 4 differs by an ulp at most.

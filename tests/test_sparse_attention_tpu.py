@@ -4,7 +4,6 @@ Axis letters: as in test_sparse_attention.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax._src.state.types import BitcastTransform
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import sparse_attention
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.sparse_attention import reference, rows, tpu, tpu_prefill
+from pallas_kernels.sparse_attention import reference, rows, tpu, tpu_gather, tpu_prefill
 from pallas_kernels.sparse_attention.shapes import SHAPES
 from pallas_kernels.targets import Target, compiled, temporaries
-from tests.kernels import interpreted, races_found
+from tests.kernels import interpreted
 from tests.test_sparse_attention import listed, near, window_of
 
 # float32 sums in another order; bfloat16 weights are rounded against another largest logit: an ulp
@@ -38,37 +37,62 @@ TARGETS: tuple[Target, ...] = ("v5p", "v6e", "tpu7x")
 Inputs = dict[str, Any]
 
 
+class Words:
+    """A reference to rows of narrow numbers, read as rows of 32-bit words of `packing` each."""
+
+    def __init__(self, ref: Any) -> None:
+        self.ref, self.packing = ref, 4 // ref.dtype.itemsize
+        *stack, rows, lanes = ref.shape
+        self.shape = (*stack, rows // self.packing, lanes)
+
+    @property
+    def at(self) -> "Words":
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        if index is ...:
+            return self._values()
+        index, rows = index if isinstance(index, tuple) else (index,), len(self.shape) - 2
+        wide = lambda x: pl.ds(x.start * self.packing, x.size * self.packing)
+        return Words(self.ref.at[tuple(wide(x) if i == rows else x for i, x in enumerate(index))])
+
+    def _values(self) -> Any:
+        bits = 32 // self.packing
+        code = jax.lax.bitcast_convert_type(self.ref[...], f"uint{bits}").astype(jnp.uint32)
+        *stack, rows, lanes = self.shape
+        code = code.reshape(*stack, rows, self.packing, lanes)
+        words = [code[..., i, :] << (bits * i) for i in range(self.packing)]
+        return jax.lax.bitcast_convert_type(functools.reduce(jnp.bitwise_or, words), jnp.int32)
+
+
+room_of_words = tpu_gather.Lists.room
+
+
+class Lists(tpu_gather.Lists):
+    """Lists in their own rows, which `Words` reads as words."""
+
+    def __init__(self, ref: Any, sems: Any) -> None:
+        super().__init__(Words(ref), sems)
+
+    @staticmethod
+    def room(k: int, pool: Any) -> Any:
+        groups, rows, lanes = room_of_words(k, pool).shape
+        return pltpu.VMEM((groups, rows * tpu_gather.packing(pool.dtype), lanes), pool.dtype)
+
+
+def copy_of(source: Any, to: Any, sem: Any) -> Any:
+    return pltpu.make_async_copy(source.ref, to.ref, sem)
+
+
 @contextlib.contextmanager
-def words_interpreted(packing: int, **params: Any) -> Iterator[None]:
-    """As `interpreted`, which does not know arrays read as 32-bit words of `packing` rows each."""
-    outer: Any = interpreter.get
-    inner = outer.__wrapped__
-
-    def get(
-        token: Any,
-        device: Any,
-        core: Any,
-        space: Any,
-        buffer: Any,
-        transforms: Any,
-        *more: Any,
-        **options: Any,
-    ) -> Any:
-        where = (token, device, core, space, buffer)
-        if not any(isinstance(step, BitcastTransform) for step in transforms):
-            return inner(*where, transforms, *more, **options)
-        *before, bitcast, last = transforms
-        word, *others = last.indices
-        row = dataclasses.replace(word, start=word.start * packing, size=word.size * packing)
-        shape = (last.shape[0] * packing, *last.shape[1:])
-        last = dataclasses.replace(last, indices=(row, *others), shape=shape)
-        token, data = inner(*where, (*before, last), *more, **options)
-        words = np.ascontiguousarray(data.reshape(-1, packing, data.shape[1]).swapaxes(1, 2))
-        return token, words.view(bitcast.dtype)[..., 0]
-
-    known: Any = functools.wraps(outer)(lambda *args, **options: outer(*args, **options))
-    known.__wrapped__ = get
-    with mock.patch.object(interpreter, "get", known), interpreted(**params):
+def words_interpreted(**params: Any) -> Iterator[None]:
+    """As `interpreted`, which does not know references read as words of another width."""
+    with (
+        mock.patch.object(tpu_gather, "Lists", Lists),
+        mock.patch.object(tpu_gather, "as_words", Words),
+        mock.patch.object(tpu_gather, "copy_words", copy_of),
+        interpreted(**params),
+    ):
         yield
 
 
@@ -140,11 +164,8 @@ def run(form: Any, inputs: Inputs) -> np.ndarray:
 
 def check(inputs: Inputs, **params: Any) -> None:
     dtype = inputs["q_BTHK"].dtype.type
-    pool = inputs["pool_LBSK"]
-    packing = 4 if isinstance(pool, rows.Fp8Rows) else 4 // pool.dtype.itemsize
-    with words_interpreted(packing, **params):
+    with words_interpreted(**params):
         got_BTHK = run(tpu, inputs)
-        assert not params.get("detect_races") or not races_found()
     np.testing.assert_allclose(got_BTHK, run(reference, inputs), **CLOSE[dtype])
 
 
@@ -194,7 +215,7 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
     inputs["window_mask_BTR"] = jnp.zeros((1, 2, 24), bool)
     inputs["indices_BTk"] = jnp.full((1, 2, 40), -1, jnp.int32)
     inputs["pool_LBSK"] = jnp.full_like(inputs["pool_LBSK"], jnp.nan)
-    with words_interpreted(2):
+    with words_interpreted():
         np.testing.assert_array_equal(run(tpu, inputs), 0.0)
 
 

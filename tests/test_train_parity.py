@@ -18,7 +18,7 @@ from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 
 LENGTH, RATE, DECAY = 256, 1e-3, 0.1
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")

@@ -124,5 +124,8 @@ class Arrays:
                 "custom_metadata": None,
             },
         )
-        handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-        write_json(self._folder / "_CHECKPOINT_METADATA", {"item_handlers": handler})
+        # Orbax takes a second to import, and only writers need it.
+        from orbax.checkpoint.handlers import PyTreeCheckpointHandler
+
+        handler = {"item_handlers": PyTreeCheckpointHandler.typestr()}
+        write_json(self._folder / "_CHECKPOINT_METADATA", handler)

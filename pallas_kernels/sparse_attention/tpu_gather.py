@@ -38,6 +38,16 @@ def word_rows(indices: Int[Array, "B T k"], pool: Any, block: int) -> Int32[Arra
     return words.reshape(batch, queries // block, 1, block * k)
 
 
+def as_words(entries_ref: Any) -> Any:
+    """Rows of a pool as rows of words."""
+    return entries_ref.bitcast(jnp.int32)
+
+
+def copy_words(source: Any, to: Any, sem: Any) -> Any:
+    """A copy between references to words: a name of its own, for interpreters without words."""
+    return pltpu.make_async_copy(source, to, sem)
+
+
 class Lists:
     """Room for the entries of two lists, of alternate queries, and who listed them.
 
@@ -62,14 +72,14 @@ class Lists:
           query: whose list.
           entries_ref: rows of the pool in HBM.
         """
-        source, first = entries_ref.bitcast(jnp.int32), query % 2 * self.groups
+        source, first = as_words(entries_ref), query % 2 * self.groups
         sem, listed = self.sems.at[query % 2], query * self.groups * _GROUP
 
         def group(g: Any, _: Any) -> None:
             for i in range(_GROUP):
                 word = words_ref[0, 0, 0, listed + g * _GROUP + i]
                 to = self.ref.at[first + g, pl.ds(i, 1)]
-                pltpu.make_async_copy(source.at[pl.ds(word, 1)], to, sem).start()
+                copy_words(source.at[pl.ds(word, 1)], to, sem).start()
 
         jax.lax.fori_loop(0, self.groups, group, None)
 
@@ -84,7 +94,7 @@ class Lists:
         """
         ref = self.ref.at[pl.ds(query % 2 * self.groups, self.groups)]
         # For as many bytes as all copies have.
-        pltpu.make_async_copy(ref, ref, self.sems.at[query % 2]).wait()
+        copy_words(ref, ref, self.sems.at[query % 2]).wait()
         words_kW = ref[...].reshape(indices_1k.shape[1], ref.shape[-1])
         return _pick(words_kW, column(indices_1k), packed).astype(dtype)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from v4jax.text_files import read_text
+
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 
 
@@ -79,7 +81,7 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a file: a run that was killed may leave a part of one."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return [line for line in read_text(path).split("\n")[:-1] if line]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from v4jax.lora import Lora
+from v4jax.text_files import read_text
 
 from .packing import PackSettings
 from .rendering import RenderSettings
@@ -310,8 +311,8 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
       ValueError: the file is not TOML, or names or values are not a recipe's.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path}: is not TOML ({error}).") from None
     for key, text in (overrides or {}).items():
         *tables, field = key.split(".")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from v4jax.runs import RECIPE
+from v4jax.text_files import read_text
 
 from . import preparation, tables
 from .checkpoints import Checkpoints, restore_best
@@ -31,7 +32,7 @@ def read_recipe(directory: Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{directory}: is not the directory of a run: it has no {RECIPE}.")
     try:
-        return from_table(json.loads(path.read_text(encoding="utf-8")))
+        return from_table(json.loads(read_text(path)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

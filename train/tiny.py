@@ -17,6 +17,7 @@ import tokenizers
 from v4jax import chat, merge, random_checkpoint
 from v4jax.config import preset
 from v4jax.runs import RECIPE
+from v4jax.text_files import read_text
 
 from . import loop, recipe
 
@@ -55,7 +56,7 @@ def _modules() -> Iterator[tuple[str, dict[str, str]]]:
         if _LEFT_OUT & set(path.parts):
             continue
         try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            tree = ast.parse(read_text(file))
         except (OSError, SyntaxError, ValueError):
             continue
         described = dict(_docstrings(tree))

@@ -270,7 +270,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _read_prompt() -> str:
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is no text in {error.encoding}.") from error
 

@@ -24,6 +24,7 @@ from v4jax.safetensors_file import (
     sync_directory,
     write_safetensors,
 )
+from v4jax.text_files import read_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -120,7 +121,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object; a CheckpointError names the place of a mistake."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     except json.JSONDecodeError as error:

@@ -200,7 +200,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        entries = parse_json(header)
+        entries = parse_json(header.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the header is not valid JSON: {error}. {_DAMAGED}"
@@ -213,9 +213,9 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
     return entries, metadata
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8; ValueError for anything else, or for a key that occurs twice."""
-    parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object; ValueError for anything else, or for a key that occurs twice."""
+    parsed = json.loads(text, object_pairs_hook=_unique)
     if not isinstance(parsed, dict):
         raise ValueError("it is not an object")
     return parsed

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from v4jax import chat
+from v4jax.text_files import read_text
 
 # Frequent words first: a smaller demo vocabulary takes a shorter part of the list.
 _WORDS = """
@@ -60,7 +61,7 @@ class Tokenizer:
                 "tokenizer.json, or the file itself."
             )
         try:
-            inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            inner = tokenizers.Tokenizer.from_str(read_text(file))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(
                 f"{file}: not a tokenizer.json ({error}); copy the checkpoint's file again."

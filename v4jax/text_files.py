@@ -1,0 +1,39 @@
+"""Text from files, and text of strangers on a terminal."""
+
+import codecs
+import os
+import re
+from pathlib import Path
+
+_OTHER_ENCODINGS = {
+    # The longer mark begins with the shorter one.
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+# C0 but for the tab and the line break, DEL, C1, marks that turn the direction of writing, and
+# halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def decode(data: bytes) -> str:
+    """UTF-8 text, without the byte order mark that some editors put before it.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise ValueError(f"it is in {encoding}; save it in UTF-8")
+    return data.decode("utf-8-sig")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file, see `decode`."""
+    return decode(Path(path).read_bytes())
+
+
+def visible(text: str) -> str:
+    r"""The text with its control characters written out, so that a terminal obeys none: `\x1b`."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -156,6 +156,13 @@ def test_parts_of_a_list_are_joined_and_others_than_text_are_marked(role):
     )
 
 
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_texts_of_three_apis_are_texts(kind):
+    content = [{"type": kind, "text": "one"}, {"type": kind, "text": "two"}]
+    texts = [encode([user(content), assistant(content)]) for content in (content, "one\n\ntwo")]
+    assert texts[0] == texts[1]
+
+
 def test_a_reminder_does_not_part_the_user_from_the_answer():
     messages = [user("u"), {"role": "latest_reminder", "content": "now"}, assistant("a")]
     opened = f"{BOS}{USER}u{ASSISTANT}{THINK}{LATEST_REMINDER}now"
@@ -224,6 +231,15 @@ def test_without_a_user_all_thinking_is_kept():
         ('{"arguments": "x"}', [("arguments", "x", "true")]),
         ('{"a": ' + "9" * 5000 + "}", [("arguments", '{"a": ' + "9" * 5000 + "}", "true")]),
         ("[" * 100_000, [("arguments", "[" * 100_000, "true")]),
+        ("null", [("arguments", "null", "true")]),
+        ("[1, 2]", [("arguments", "[1, 2]", "true")]),
+        ("true", [("arguments", "true", "true")]),
+        ('"a"', [("arguments", '"a"', "true")]),
+        (None, [("arguments", "null", "true")]),
+        ([1, "\u4f60"], [("arguments", '[1, "\u4f60"]', "true")]),
+        (3.5, [("arguments", "3.5", "true")]),
+        ({}, []),
+        ({"a": "1", "b": {"c": None}}, [("a", "1", "true"), ("b", '{"c": null}', "false")]),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -298,8 +314,12 @@ BAD = [
         assistant("a", tool_calls=[call(), call(name=None)]),
         "tool_calls[1].function.name is missing",
     ),
-    (assistant("a", tool_calls=[call({})]), "function.arguments is dict; give a string: use json."),
-    (assistant("a", tool_calls=[call("[1]")]), "function.arguments is '[1]'; give a JSON object"),
+    (
+        assistant("a", tool_calls=[{"function": {"name": "f"}}]),
+        "tool_calls[0].function.arguments is missing; give an object, or its JSON text.",
+    ),
+    (assistant("a", tool_calls=[call({1, 2})]), "function.arguments is no JSON value"),
+    (assistant("a", tool_calls=[call(b"{}")]), "function.arguments is no JSON value"),
     ({"role": "system", "tools": "f"}, "messages[1].tools is str; give a list"),
     ({"role": "system", "tools": [{"name": "f"}]}, "messages[1].tools[0] has no function object"),
     ({"role": "system", "response_format": {1, 2}}, "messages[1].response_format is no JSON value"),

@@ -30,6 +30,8 @@ SPECIAL_TOKENS = (
     *TASKS.values(),
 )
 
+# As chat completions and Anthropic's messages name parts that are text, and as responses do.
+TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_MODES = ("chat", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 # revision -> effort -> name of the text before the first message; None stands for no text.
@@ -273,7 +275,7 @@ def _content(message: Mapping[str, Any], role: str, where: str) -> str:
 def _part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
         _refuse(where, f'is {_kind(part)}; a part is an object such as {{"type": "text", ...}}.')
-    if part.get("type") != "text":
+    if part.get("type") not in TEXT_PARTS:
         return f"[Unsupported {part.get('type')}]"
     return _optional_string(part, "text", where)
 
@@ -292,12 +294,12 @@ def _calls(message: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
         at = f"{where}.tool_calls[{i}]"
         function = _function(call, at)
         call_id = _optional_string(call, "id", at) or _optional_string(function, "id", at)
-        for field in ("name", "arguments"):
-            if not isinstance(value := function.get(field), str):
-                remedy = "use json.dumps" if field == "arguments" else "name the function"
-                _refuse(f"{at}.function.{field}", f"is {_kind(value)}; give a string: {remedy}.")
+        if not isinstance(name := function.get("name"), str):
+            _refuse(f"{at}.function.name", f"is {_kind(name)}; give a string.")
+        if "arguments" not in function:
+            _refuse(f"{at}.function.arguments", "is missing; give an object, or its JSON text.")
         parameters = _parameters(function["arguments"], f"{at}.function.arguments")
-        opening = f'<{DSML}invoke name="{function["name"]}">'
+        opening = f'<{DSML}invoke name="{name}">'
         calls.append((call_id, f"{opening}\n{parameters}\n</{DSML}invoke>"))
     return calls
 
@@ -308,14 +310,15 @@ def _calls_block(calls: list[str]) -> str:
     return f"\n\n<{DSML}tool_calls>\n" + "\n".join(calls) + f"\n</{DSML}tool_calls>"
 
 
-def _parameters(arguments: str, where: str) -> str:
-    """Arguments in DSML; text that is not JSON becomes one parameter named `arguments`."""
+def _parameters(arguments: Any, where: str) -> str:
+    """Arguments in DSML; what is no JSON object becomes one parameter named `arguments`."""
+    text = arguments if isinstance(arguments, str) else _json(arguments, where)
     try:
-        values = json.loads(arguments)
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        values = {"arguments": arguments}
+        values = None
     if not isinstance(values, dict):
-        _refuse(where, f"is {arguments[:40]!r}; give a JSON object of named arguments.")
+        values = {"arguments": text}
     rows = []
     for name, value in values.items():
         is_string = isinstance(value, str)

@@ -14,7 +14,8 @@ from v4jax_train.dataset import Packs
 from v4jax_train.documents import Documents, LoadReport
 from v4jax_train.packing import PackSettings
 
-LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=30)
+# A document of four tokens has one that is trained and is not its first.
+LENGTHS = st.lists(st.integers(4, 600), min_size=1, max_size=30)
 SPLIT = PackSettings(seq_len=256, too_long="split")
 
 
@@ -42,12 +43,20 @@ def joined(parts: Any) -> dict[str, np.ndarray]:
 
 @settings(deadline=None, max_examples=50)
 @given(LENGTHS, st.integers(1, 3))
-def test_an_epoch_has_every_token_once_with_its_document_and_position(lengths, epochs) -> None:
+def test_an_epoch_has_every_piece_that_trains_once_with_its_document_and_position(
+    lengths, epochs
+) -> None:
     rows = documents(lengths)
     packs = Packs(rows, SPLIT, epochs=epochs)
     whole = joined([packs[i] for i in range(len(packs))])
     there = whole["document"] > 0
-    assert sorted(whole["tokens"][there]) == sorted(rows.ids_S.tolist() * epochs)
+    pieces = [
+        range(begin, min(begin + 256, end))
+        for end, length in zip(rows.ends_D, lengths, strict=True)
+        for begin in range(end - length, end, 256)
+    ]
+    kept = [rows.ids_S[list(piece)] for piece in pieces if rows.trained_S[list(piece)[1:]].any()]
+    assert sorted(whole["tokens"][there]) == sorted(np.concatenate(kept).tolist() * epochs)
     assert not any(whole[name][~there].any() for name in whole)
     begins = np.concatenate([[0], rows.ends_D[:-1]])
     owner = np.searchsorted(rows.ends_D, whole["tokens"] - 1, side="right")[there]

@@ -20,6 +20,7 @@ from .documents import Documents
 from .packing import PackSettings, Plan
 
 Arrays = dict[str, np.ndarray]
+_WELL_FILLED = 0.5
 
 
 class Packs:
@@ -39,7 +40,7 @@ class Packs:
           epochs: None goes on without end.
 
         Raises:
-          ValueError: a document is longer than a pack, and the settings make that an error.
+          ValueError: see `packing.plan`.
         """
         self._documents = documents
         self._settings = settings
@@ -64,8 +65,33 @@ class Packs:
                     self._settings,
                     epoch=epoch,
                     where=self._documents.where,
+                    trained_S=self._documents.trained_S,
                 )
             return self._plans[epoch]
+
+    def notes(self, *, waste: bool = True) -> list[str]:
+        """Sentences on what of the file is not used, and on positions that are wasted."""
+        path, report, plan = self._documents.path, self._documents.report, self.plan(0)
+        notes = []
+        if report.wrong:
+            notes.append(f"{report.wrong:,} of {report.rows:,} rows are wrong and left out.")
+        if report.unspoken:
+            notes.append(
+                f"the reasoning of {report.unspoken:,} messages is left out: thinking_mode is"
+                " 'chat', drop_thinking leaves out that of earlier turns, or they answer a task."
+            )
+        if plan.untrained:
+            notes.append(
+                f"{plan.untrained:,} documents or pieces of them have no token to train within"
+                f" seq_len, {plan.seq_len:,}, and are left out."
+            )
+        if waste and plan.efficiency < _WELL_FILLED:
+            notes.append(
+                f"only {plan.efficiency:.0%} of the packs' positions hold a token; documents begin"
+                f" at multiples of {packing.ALIGNMENT}, so join short ones, or lower seq_len if"
+                " packs stay unfilled."
+            )
+        return [f"{path}: {note}" for note in notes]
 
     def __len__(self) -> int:
         """Packs of all epochs."""

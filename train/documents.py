@@ -3,14 +3,18 @@
 Letters: N tokens of a document, D documents, S tokens of all of them one after the other.
 """
 
+import collections
 import dataclasses
 import os
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from . import rows
+from v4jax.text_files import visible
+
+from . import row_files, rows
 from .rendering import Document, Renderer
+from .rows import RowSettings
 
 _SHOWN = 5
 
@@ -20,11 +24,14 @@ class LoadReport:
     """What was found in a file.
 
     Attributes:
-      rows: lines that are not blank.
+      rows: lines that are not blank, or entries of a list.
       wrong: rows that are not used.
       first_wrong: sentences about the first of these, with file, line and field.
       tokens: of the rows that are used.
       trained: those of them that are trained.
+      container: what holds the rows.
+      kinds: how many of the used rows are of each kind.
+      unspoken: messages whose reasoning is not written, though the rows have it.
     """
 
     rows: int
@@ -32,6 +39,15 @@ class LoadReport:
     first_wrong: tuple[str, ...]
     tokens: int
     trained: int
+    container: str = "JSON lines"
+    kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+    unspoken: int = 0
+
+    @property
+    def form(self) -> str:
+        """What holds the rows, and of which kinds they are."""
+        kinds = ", ".join(f"{count:,} of {kind}" for kind, count in self.kinds.items())
+        return f"{self.container}, {kinds}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,8 +59,9 @@ class Documents:
       ids_S: tokens of all documents.
       trained_S: which of them are trained.
       ends_D: where each document ends in them.
-      lines_D: the line that each document comes from.
+      lines_D: the number of the row that each document comes from.
       report: on the whole file.
+      is_list: the file is one JSON list, so that the numbers are of its entries.
     """
 
     path: str
@@ -53,6 +70,7 @@ class Documents:
     ends_D: Int[np.ndarray, " D"]
     lines_D: Int[np.ndarray, " D"]
     report: LoadReport
+    is_list: bool = False
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -70,36 +88,46 @@ class Documents:
 
     def where(self, index: int) -> str:
         """File and line of a document."""
-        return f"{self.path}:{self.lines_D[index]}"
+        return row_files.place(self.path, int(self.lines_D[index]), is_list=self.is_list)
 
 
 def load(
-    path: str | os.PathLike[str], renderer: Renderer, *, skip_wrong: bool = False
+    path: str | os.PathLike[str],
+    renderer: Renderer,
+    *,
+    skip_wrong: bool = False,
+    settings: RowSettings | None = None,
 ) -> Documents:
     """Read and render a file of rows.
 
     Args:
-      path: of the file; `rows` tells its form.
+      path: of the file; `row_files` and `rows` tell its form.
       renderer: makes tokens of the rows.
       skip_wrong: leave out rows that are wrong, and report them, where at least one is right.
+      settings: how rows are read.
 
     Raises:
       ValueError: rows are wrong (the first is named with its line and field, the others counted),
         or the file has none.
     """
+    settings = settings or RowSettings()
+    file = row_files.find(path)
     documents: list[Document] = []
     numbers: list[int] = []
     problems: list[str] = []
+    kinds: collections.Counter[str] = collections.Counter()
     count = wrong = 0
-    for number, line in rows.lines(path):
+    for number, row_text in file.rows():
         count += 1
         try:
-            documents.append(renderer.render(rows.parse(line)))
+            kind, row = rows.read(row_text, settings)
+            documents.append(renderer.render(row))
             numbers.append(number)
+            kinds[kind] += 1
         except ValueError as error:
             wrong += 1
             if len(problems) < _SHOWN:
-                problems.append(f"{path}:{number}: {error}")
+                problems.append(visible(f"{file.where(number)}: {error}"))
     if wrong and not (skip_wrong and documents):
         raise ValueError(f"{problems[0]} (Wrong: {wrong:,} of {count:,} rows.)")
     if not documents:
@@ -111,11 +139,15 @@ def load(
         trained_S=trained_S,
         ends_D=np.cumsum([len(document.ids_N) for document in documents]),
         lines_D=np.array(numbers),
+        is_list=file.is_list,
         report=LoadReport(
             rows=count,
             wrong=wrong,
             first_wrong=tuple(problems),
             tokens=len(trained_S),
             trained=int(trained_S.sum()),
+            container=file.container,
+            kinds=dict(kinds),
+            unspoken=sum(document.unspoken for document in documents),
         ),
     )

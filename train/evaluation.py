@@ -10,7 +10,6 @@ from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 
 from . import dataset, preparation, step, trainable
-from .dataset import Packs
 from .documents import Documents
 from .preparation import Setup
 from .recipe import Recipe
@@ -26,11 +25,9 @@ class Evaluator:
         self._run = step.evaluate(prepared.settings)
         batch = recipe.steps.batch // recipe.steps.parts
         part = dataset.share(batch, jax.process_index(), jax.process_count())
-        packing = recipe.data.pack(recipe.steps.seed)
-        self._data = [
-            dataset.batches([Packs(one, packing, epochs=1)], batch=batch, part=part)
-            for one in held_out
-        ]
+        packed = preparation.held_out_packs(recipe, held_out)
+        preparation.warn(note for one in packed for note in one.notes(waste=False))
+        self._data = [dataset.batches([one], batch=batch, part=part) for one in packed]
 
     @property
     def wanted(self) -> bool:

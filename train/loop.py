@@ -216,6 +216,8 @@ class _Run:
         parts = Parts(self.state.trained, self.state.balanced, self.setup.frozen)
         found = self.evaluator.measure(parts)
         self.journal.write("evaluation", made, **found)
+        if "loss" not in found:
+            return None
         if self.best is None or found["loss"] < self.best:
             self.best, self.waited = found["loss"], 0
             self.checkpoints.save_best(

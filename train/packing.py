@@ -1,16 +1,16 @@
-"""Documents laid into sequences of one length, planned from their lengths alone.
+"""Documents laid into sequences of one length, planned from their lengths and trained tokens.
 
 Every document begins at a multiple of 128, so that no window that V4 compresses holds tokens of two
 documents and a packed document is computed as if it stood alone.
 
-Letters: D documents, P pieces of documents, K packs.
+Letters: D documents, P pieces of documents, K packs, S tokens of all documents.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 ALIGNMENT = 128  # the least common multiple of the compression ratios, 4 and 128
 
@@ -23,6 +23,8 @@ class PackSettings:
       seq_len: tokens of a pack, a multiple of 128.
       too_long: what happens to a document longer than that. "error"; "truncate" drops the rest;
         "split" makes pieces that do not see each other, and the first token of each is not trained.
+      untrained: what happens to a piece without a token to train, as where an answer is cut off.
+        "drop" leaves it out of the packs, "error" refuses it.
       window: pieces that are packed among each other. More of them fill packs better, fewer keep
         the packs of an epoch independent of rows far away.
       seed: of the order.
@@ -30,6 +32,7 @@ class PackSettings:
 
     seq_len: int
     too_long: str = "error"
+    untrained: str = "drop"
     window: int = 8192
     seed: int = 0
 
@@ -39,6 +42,8 @@ class PackSettings:
             raise ValueError(f"seq_len is {self.seq_len}; use a multiple of {ALIGNMENT}.")
         if self.too_long not in ("error", "truncate", "split"):
             raise ValueError(f"too_long is '{self.too_long}'; use error, truncate or split.")
+        if self.untrained not in ("drop", "error"):
+            raise ValueError(f"untrained is '{self.untrained}'; use drop or error.")
         if self.window < 1:
             raise ValueError(f"window is {self.window}; use 1 or more.")
         if self.seed < 0:
@@ -57,7 +62,9 @@ class Plan:
       start_P: where it begins in its pack.
       first_K1: the first piece of each pack, and the number of pieces.
       too_long: documents that were truncated or split.
+      untrained: pieces that are in no pack, since none of their tokens is trained.
       dropped: tokens that are in no pack.
+      trained: tokens that are trained.
     """
 
     seq_len: int
@@ -67,7 +74,9 @@ class Plan:
     start_P: Int[np.ndarray, " P"]
     first_K1: Int[np.ndarray, " K1"]
     too_long: int
+    untrained: int
     dropped: int
+    trained: int
 
     def __len__(self) -> int:
         """Number of packs."""
@@ -90,6 +99,7 @@ def plan(
     *,
     epoch: int = 0,
     where: Callable[[int], str] = "document {}".format,
+    trained_S: Bool[np.ndarray, " S"] | None = None,
 ) -> Plan:
     """Pack every document once; the same arguments give the same plan on any machine.
 
@@ -98,12 +108,21 @@ def plan(
       settings: see there.
       epoch: each has an order of its own.
       where: names a document in an error.
+      trained_S: which tokens are trained; None: all of them.
 
     Raises:
-      ValueError: a document is longer than a pack, and the settings make that an error.
+      ValueError: a document is longer than a pack or has nothing to train, and the settings make
+        that an error; or no document has anything to train.
     """
     document_P, begin_P = _pieces(lengths_D, settings, where)
     length_P = np.minimum(lengths_D[document_P] - begin_P, settings.seq_len)
+    trained_P = length_P
+    if trained_S is not None:
+        start_P = (np.cumsum(lengths_D) - lengths_D)[document_P] + begin_P
+        trained_P = _count_trained(trained_S, start_P, length_P)
+    kept_P = trained_P > 0
+    _check_trained(kept_P, document_P, settings, where)
+    document_P, begin_P, length_P = document_P[kept_P], begin_P[kept_P], length_P[kept_P]
     blocks_P = -(-length_P // ALIGNMENT)
     pack_P = np.zeros_like(length_P)
     packs = 0
@@ -127,7 +146,9 @@ def plan(
         start_P=start_P * ALIGNMENT,
         first_K1=first_K1,
         too_long=int((lengths_D > settings.seq_len).sum()),
+        untrained=int((~kept_P).sum()),
         dropped=int(lengths_D.sum() - length_P.sum()),
+        trained=int(trained_P.sum()),
     )
 
 
@@ -168,6 +189,34 @@ def _pieces(
     document_P = np.repeat(np.arange(len(lengths_D)), count_D)
     index_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
     return document_P, index_P * settings.seq_len
+
+
+def _count_trained(
+    trained_S: Bool[np.ndarray, " S"],
+    start_P: Int[np.ndarray, " P"],
+    length_P: Int[np.ndarray, " P"],
+) -> Int[np.ndarray, " P"]:
+    """Trained tokens of each piece; its first has none before it and is never one."""
+    # One more, so that the last piece may end there.
+    marks = np.append(trained_S, False)
+    marks[start_P] = False
+    edges = np.stack([start_P, start_P + length_P], axis=1).ravel()
+    return np.add.reduceat(marks, edges, dtype=np.int64)[::2]
+
+
+def _check_trained(
+    kept_P: Bool[np.ndarray, " P"],
+    document_P: Int[np.ndarray, " P"],
+    settings: PackSettings,
+    where: Callable[[int], str],
+) -> None:
+    untrained = document_P[~kept_P]
+    if len(untrained) and (settings.untrained == "error" or not kept_P.any()):
+        raise ValueError(
+            f"{where(int(untrained[0]))} has no token to train within seq_len, {settings.seq_len:,}"
+            f" (so have {len(untrained):,} of {len(kept_P):,} documents or pieces of them); raise"
+            " it, or leave such rows out."
+        )
 
 
 def _order(count: int, *seed: int) -> Int[np.ndarray, " count"]:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,14 +13,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
-from v4jax import facts, hub, numerics, open_model, sharding
+from v4jax import facts, hub, numerics, open_model, sharding, updates
 from v4jax.config import ModelConfig
 from v4jax.tokenizer import Tokenizer
 
 from . import dataset, documents, optimizer, step, trainable
 from .dataset import Packs
 from .documents import Documents
-from .recipe import Recipe
+from .recipe import Recipe, weighted
 from .rendering import Renderer
 from .trainable import Parts
 
@@ -64,34 +65,47 @@ def text_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def read_data(recipe: Recipe, tokenizer: Tokenizer, files: tuple[str, ...]) -> list[Documents]:
     """The documents of each file, without the weights after their names."""
-    renderer = Renderer(tokenizer, recipe.data.render())
+    renderer, data = Renderer(tokenizer, recipe.data.render()), recipe.data
     return [
-        documents.load(name, renderer, skip_wrong=recipe.data.skip_wrong)
+        documents.load(name, renderer, skip_wrong=data.skip_wrong, settings=data.read())
         for name, _ in map(weighted, files)
     ]
 
 
-def weighted(name: str) -> tuple[str, float]:
-    """A file and its weight: 'chats.jsonl:2' is twice as much as 'chats.jsonl'."""
-    path, colon, weight = name.rpartition(":")
-    try:
-        return (path, float(weight)) if colon and path else (name, 1.0)
-    except ValueError:
-        return name, 1.0
-
-
-def batches(recipe: Recipe, found: list[Documents]) -> Any:
-    """The part of all steps' batches that is for this process.
+def packs(recipe: Recipe, found: list[Documents]) -> list[Packs]:
+    """What is trained, packed; no device is used.
 
     Raises:
-      ValueError: no data, or a batch that the processes cannot share.
+      ValueError: no data, or documents that cannot be packed.
     """
     if not found:
         raise ValueError("There is no data; give --data, or data.files in the recipe.")
     settings = recipe.data.pack(recipe.steps.seed)
-    packs = [Packs(one, settings, epochs=recipe.steps.epochs) for one in found]
+    return [Packs(one, settings, epochs=recipe.steps.epochs) for one in found]
+
+
+def held_out_packs(recipe: Recipe, held_out: list[Documents]) -> list[Packs]:
+    """What is measured, packed, each file once; no device is used."""
+    settings = recipe.data.pack(recipe.steps.seed)
+    return [Packs(one, settings, epochs=1) for one in held_out]
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Tell what was noticed of data, once for all processes."""
+    for note in notes if jax.process_index() == 0 else ():
+        warnings.warn(note, stacklevel=3)
+
+
+def batches(recipe: Recipe, found: list[Documents]) -> Any:
+    """The part of all steps' batches that is for this process. Warns of data that is not used.
+
+    Raises:
+      ValueError: no data, or a batch that the processes cannot share.
+    """
+    packed = packs(recipe, found)
+    warn(note for one in packed for note in one.notes())
     return dataset.batches(
-        packs,
+        packed,
         batch=recipe.steps.batch,
         part=dataset.share(recipe.steps.batch, jax.process_index(), jax.process_count()),
         weights=[weight for _, weight in map(weighted, recipe.data.files)],
@@ -137,8 +151,6 @@ def prepare(
         places = sharding.shardings(declared, mesh, parts.trained)
         parts = parts._replace(trained=jax.device_put(parts.trained, places))
     if recipe.optimizer.rule == "muon":
-        if adapts:
-            raise ValueError("Muon trains weights in full; for an adapter use 'adamw'.")
         optimizer.warn_of_cost(declared, cfg, facts.report(cfg).active, tokens)
     rate = learning_rate(recipe, steps)
     rule = optimizer.make(
@@ -157,6 +169,18 @@ def prepare(
         mesh=mesh,
     )
     return setup, _first(parts, rule, mesh, recipe.steps.seed)
+
+
+def check(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse what loading would, as far as the model's configuration tells.
+
+    Raises:
+      ValueError: the recipe asks for what the model does not have, or its files do not fit.
+    """
+    directory = hub.resolve(recipe.model.path)
+    cfg = updates.open_config(directory)
+    open_model.check_vocabulary(directory, tokenizer, cfg)
+    _check_mtp(recipe, cfg)
 
 
 def _check_mtp(recipe: Recipe, cfg: ModelConfig) -> None:

@@ -3,14 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from v4jax.text_files import visible
 from v4jax.tokenizer import Tokenizer
 
-from . import packing, preparation
+from . import preparation
+from .dataset import Packs
 from .documents import Documents
+from .packing import Plan
 from .recipe import Recipe
 from .rendering import Document
 
@@ -24,11 +28,11 @@ class Facts:
 
     Attributes:
       rows, wrong: of the file.
-      tokens, trained: of an epoch, before packing.
+      tokens, trained: of an epoch, as they are packed.
       shortest, median, longest: tokens of a document.
       packs: of an epoch.
       efficiency: share of the packs' positions that hold a token.
-      too_long, dropped: documents longer than a pack, and tokens that are lost by that.
+      too_long, dropped: documents longer than a pack, and tokens that are in no pack.
     """
 
     rows: int
@@ -44,15 +48,14 @@ class Facts:
     dropped: int
 
 
-def facts(documents: Documents, settings: packing.PackSettings) -> Facts:
-    """The numbers of a file under settings of packing."""
-    plan = packing.plan(documents.lengths_D, settings, where=documents.where)
+def facts(documents: Documents, plan: Plan) -> Facts:
+    """The numbers of a file and of its first epoch."""
     ordered_D = sorted(documents.lengths_D.tolist())
     return Facts(
         rows=documents.report.rows,
         wrong=documents.report.wrong,
-        tokens=documents.report.tokens,
-        trained=documents.report.trained,
+        tokens=plan.tokens,
+        trained=plan.trained,
         shortest=ordered_D[0],
         median=ordered_D[len(ordered_D) // 2],
         longest=ordered_D[-1],
@@ -63,57 +66,99 @@ def facts(documents: Documents, settings: packing.PackSettings) -> Facts:
     )
 
 
+def pieces(document: Document, number: int, plan: Plan) -> list[Document]:
+    """What is packed of a file's document, piece by piece: the first token of each is only seen."""
+    chosen_P = np.flatnonzero(plan.document_P == number)
+    found = []
+    for begin, length in sorted(zip(plan.begin_P[chosen_P], plan.length_P[chosen_P], strict=True)):
+        part = slice(begin, begin + length)
+        trained_N = document.trained_N[part].copy()
+        trained_N[0] = False
+        found.append(Document(document.ids_N[part], trained_N))
+    return found
+
+
 def coloured(document: Document, tokenizer: Tokenizer) -> Text:
-    """The document's text, its trained tokens in another colour."""
+    """The document's text, its trained tokens in another colour, control characters written out."""
     text = Text()
     ids, marks = document.ids_N.tolist(), document.trained_N.tolist()
     begin = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or marks[end] != marks[begin]:
             part = b"".join(tokenizer.token_bytes(token) for token in ids[begin:end])
-            text.append(part.decode("utf-8", "replace"), _TRAINED if marks[begin] else _SEEN)
+            shown = visible(part.decode("utf-8", "replace"))
+            text.append(shown, _TRAINED if marks[begin] else _SEEN)
             begin = end
     return text
 
 
 def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
-    """Print samples of each file and what its epochs amount to.
+    """Print samples of each file as they are packed, and what its epochs amount to.
 
     Raises:
-      ValueError: no model, no data, or rows that are wrong.
+      ValueError: what training would refuse of the recipe, the model's files or the data.
     """
+    if samples < 0:
+        raise ValueError(f"samples is {samples}; it is at least 0.")
     tokenizer = preparation.text_tokenizer(recipe)
-    if not recipe.data.files:
-        raise ValueError("There is no data; give --data, or data.files in the recipe.")
-    found = preparation.read_data(recipe, tokenizer, recipe.data.files)
-    for documents in found:
+    preparation.check(recipe, tokenizer)
+    trained = preparation.read_data(recipe, tokenizer, recipe.data.files)
+    packed = preparation.packs(recipe, trained)
+    held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
+    measured = preparation.held_out_packs(recipe, held_out)
+    for documents, packs in zip(trained, packed, strict=True):
         for sentence in documents.report.first_wrong:
             console.print(Text(sentence, "red"))
         for number in range(min(samples, len(documents))):
-            console.rule(documents.where(number))
-            console.print(coloured(documents[number], tokenizer))
-    _print_facts(recipe, found, console)
+            _print_document(documents, number, packs.plan(0), tokenizer, console)
+    _print_facts([*trained, *held_out], [*packed, *measured], len(trained), recipe, console)
 
 
-def _print_facts(recipe: Recipe, found: Sequence[Documents], console: Console) -> None:
+def _print_document(
+    documents: Documents, number: int, plan: Plan, tokenizer: Tokenizer, console: Console
+) -> None:
+    document = documents[number]
+    found = pieces(document, number, plan)
+    for i, piece in enumerate(found, 1):
+        which = f" ({i} of {len(found)})" if len(found) > 1 else ""
+        console.rule(Text(visible(documents.where(number)) + which))
+        console.print(coloured(piece, tokenizer))
+    if not found:
+        console.rule(Text(visible(documents.where(number))))
+    if left := len(document.ids_N) - sum(len(piece.ids_N) for piece in found):
+        console.print(Text(f"{left:,} of {len(document.ids_N):,} tokens are left out.", "yellow"))
+
+
+def _print_facts(
+    found: Sequence[Documents],
+    packed: Sequence[Packs],
+    trained: int,
+    recipe: Recipe,
+    console: Console,
+) -> None:
+    """Of the files, of which the first are trained and the others measured."""
     table = Table("file", "rows", "wrong", "tokens", "trained", "lengths", "packs", "filled")
-    settings = recipe.data.pack(recipe.steps.seed)
-    batch = recipe.steps.batch
-    for documents in found:
-        one = facts(documents, settings)
+    say = lambda text, style="": console.print(Text(visible(text), style))
+    for i, (documents, packs) in enumerate(zip(found, packed, strict=True)):
+        one = facts(documents, packs.plan(0))
+        path = documents.path
         table.add_row(
-            documents.path,
+            Text(visible(path if i < trained else f"{path} (held out)")),
             f"{one.rows:,}",
             f"{one.wrong:,}",
             f"{one.tokens:,}",
             f"{one.trained:,} ({one.trained / one.tokens:.0%})",
             f"{one.shortest:,} / {one.median:,} / {one.longest:,}",
-            f"{one.packs:,} x {settings.seq_len:,}",
+            f"{one.packs:,} x {recipe.data.seq_len:,}",
             f"{one.efficiency:.1%}",
         )
+        say(f"{path}: {documents.report.form}.")
         if one.too_long:
             lost = f"{one.too_long:,} documents are longer than a pack; {one.dropped:,} tokens lost"
-            console.print(Text(f"{documents.path}: {lost}.", "yellow"))
-        steps = -(-one.packs // batch)
-        console.print(f"{documents.path}: an epoch is {steps:,} steps of {batch} packs.")
+            say(f"{path}: {lost}.", "yellow")
+        for note in packs.notes(waste=i < trained):
+            say(note, "yellow")
+        if i < trained:
+            steps = -(-one.packs // recipe.steps.batch)
+            say(f"{path}: an epoch is {steps:,} steps of {recipe.steps.batch} packs.")
     console.print(table)

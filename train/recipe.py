@@ -15,6 +15,7 @@ from v4jax.text_files import read_text
 
 from .packing import PackSettings
 from .rendering import RenderSettings
+from .rows import RowSettings
 from .tables import at_least, made
 from .trainable import Full
 
@@ -44,16 +45,20 @@ class Data:
 
     Attributes:
       files: JSONL files; 'chats.jsonl:2' takes twice as many packs from a file as 'more.jsonl'.
+      format, ignore: see `rows.RowSettings`.
       skip_wrong: leave rows out that are wrong, after saying how many.
-      seq_len, too_long, window: see `packing.PackSettings`.
+      seq_len, too_long, untrained, window: see `packing.PackSettings`.
       thinking_mode, reasoning_effort, drop_thinking, revision, reasoning, turns: see
         `rendering.RenderSettings`.
     """
 
     files: tuple[str, ...] = ()
+    format: str = "auto"
+    ignore: tuple[str, ...] = ()
     skip_wrong: bool = False
     seq_len: int = 4096
     too_long: str = "error"
+    untrained: str = "drop"
     window: int = 8192
     thinking_mode: str | None = None
     reasoning_effort: str | None = None
@@ -63,14 +68,25 @@ class Data:
     turns: str = "all"
 
     def __post_init__(self) -> None:
-        """Refuse at once what packing or rendering would."""
+        """Refuse at once what reading, rendering or packing would."""
+        self.read()
         self.pack(0)
         self.render()
+        for name in self.files:
+            weighted(name)
+
+    def read(self) -> RowSettings:
+        """How rows are read."""
+        return RowSettings(format=self.format, ignore=self.ignore)
 
     def pack(self, seed: int) -> PackSettings:
         """How documents are packed."""
         return PackSettings(
-            seq_len=self.seq_len, too_long=self.too_long, window=self.window, seed=seed
+            seq_len=self.seq_len,
+            too_long=self.too_long,
+            untrained=self.untrained,
+            window=self.window,
+            seed=seed,
         )
 
     def render(self) -> RenderSettings:
@@ -203,6 +219,9 @@ class Evaluation:
         for name in ("every", "batches", "tokens"):
             at_least(self, name, 1)
         at_least(self, "patience", 0)
+        for name in self.files:
+            if weighted(name)[0] != name:
+                raise ValueError(f"files has {name}; files of an evaluation have no weights.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +240,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Refuse a bar that every loss is above."""
-        if self.spike and self.spike <= 1.0:
+        if self.spike and not self.spike > 1.0:
             raise ValueError(f"spike is {self.spike}; use more than 1, or 0 for none.")
         at_least(self, "most", 1)
 
@@ -290,6 +309,8 @@ class Recipe:
             raise ValueError("The run has no end; give steps.steps or steps.epochs.")
         if self.steps.epochs is not None and len(self.data.files) > 1:
             raise ValueError("steps.epochs is of one file; with several give steps.steps.")
+        if self.adapter is not None and self.optimizer.rule == "muon":
+            raise ValueError("Muon trains weights in full; for an adapter use 'adamw'.")
 
     @property
     def what(self) -> Full | Lora:
@@ -324,6 +345,24 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
         return from_table(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def weighted(name: str) -> tuple[str, float]:
+    """A file and its weight: 'chats.jsonl:2' is twice as much as 'chats.jsonl'.
+
+    Raises:
+      ValueError: the weight is no share.
+    """
+    path, colon, text = name.rpartition(":")
+    try:
+        weight = float(text)
+    except ValueError:
+        return name, 1.0
+    if not colon:
+        return name, 1.0
+    if not (path and 0.0 < weight < float("inf")):
+        raise ValueError(f"files has {name}; a weight is a number above 0.")
+    return path, weight
 
 
 def from_table(table: Mapping[str, Any]) -> Recipe:

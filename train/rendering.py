@@ -5,6 +5,7 @@ Letters: N tokens of a document, S bytes of its text, V tokens of the vocabulary
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -49,10 +50,14 @@ class RenderSettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """The tokens of one row, and for each whether it is to be predicted from those before it."""
+    """The tokens of one row, and for each whether it is to be predicted from those before it.
+
+    `unspoken` counts the assistant's messages whose reasoning is not among them.
+    """
 
     ids_N: Int32[np.ndarray, " N"]
     trained_N: Bool[np.ndarray, " N"]
+    unspoken: int = 0
 
 
 class Renderer:
@@ -104,7 +109,7 @@ class Renderer:
                 "'thinking'."
             )
         drop = settings.drop_thinking if row.drop_thinking is None else row.drop_thinking
-        messages = _with_tools(row)
+        messages = _with_head(row)
         segments = chat.chat_segments(
             messages,
             mode,
@@ -117,7 +122,9 @@ class Renderer:
         trained_N = self._inside(ids_N, segments, flags)
         if not trained_N.any():
             raise ValueError("messages have no assistant's token to train; leave the row out.")
-        return Document(ids_N, trained_N)
+        reasoned = {i for i, message in enumerate(messages) if message.get("reasoning_content")}
+        written = {segment.message for segment in segments if segment.reasoning}
+        return Document(ids_N, trained_N, len(reasoned - written))
 
     def _flags(self, segments: Sequence[Segment], messages: Sequence[dict]) -> list[bool]:
         """Whether each segment is trained."""
@@ -145,23 +152,25 @@ class Renderer:
         return before_S1[ends_N] - before_S1[ends_N - sizes_N] == sizes_N
 
 
-def _with_tools(row: ChatRow) -> list[dict]:
-    """The row's messages, its tools in the system message, which is put first if there is none."""
-    if not row.tools:
+def _with_head(row: ChatRow) -> list[dict]:
+    """The row's messages, its own system text and tools in the system message before them."""
+    head: dict[str, Any] = {"content": row.system, "tools": row.tools}
+    head = {field: value for field, value in head.items() if value}
+    if not head:
         return row.messages
-    tools = {"role": "system", "tools": row.tools}
     try:
-        chat.encode_chat([tools])
+        chat.encode_chat([{"role": "system", **head}])
     except ValueError as error:
         raise ValueError(str(error).removeprefix("messages[0].")) from None
     # Refused as they stand, so that the error counts the row's own messages.
     chat.encode_chat(row.messages)
     first = row.messages[0]
     if first["role"] != "system":
-        return [tools, *row.messages]
-    if first.get("tools"):
-        raise ValueError("tools are given by the row and by messages[0]; leave one of them out.")
-    return [{**first, "tools": row.tools}, *row.messages[1:]]
+        return [{"role": "system", **head}, *row.messages]
+    for field, name in (("tools", "tools are"), ("content", "system is")):
+        if field in head and first.get(field):
+            raise ValueError(f"{name} given by the row and by messages[0]; leave one of them out.")
+    return [{**first, **head}, *row.messages[1:]]
 
 
 def _begun(text: str) -> str:

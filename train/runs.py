@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,27 @@ from .trainable import Parts
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
-    """Make the directory, with the recipe in it."""
+    """Make the directory, with the recipe in it, its paths absolute."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(tables.to_table(recipe), indent=1)
+    text = json.dumps(tables.to_table(_anywhere(recipe)), indent=1)
     (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe as it is read the same from any folder."""
+    absolute = lambda name: str(Path(name).absolute())
+    # What is no path here is a name on the Hub.
+    local = Path(os.path.expanduser(recipe.model.path))
+    is_here = bool(recipe.model.path) and local.exists()
+    model = str(local.absolute()) if is_here else recipe.model.path
+    trained, held_out = (tuple(map(absolute, x.files)) for x in (recipe.data, recipe.evaluation))
+    return dataclasses.replace(
+        recipe,
+        out=recipe.out and absolute(recipe.out),
+        model=dataclasses.replace(recipe.model, path=model),
+        data=dataclasses.replace(recipe.data, files=trained),
+        evaluation=dataclasses.replace(recipe.evaluation, files=held_out),
+    )
 
 
 def read_recipe(directory: Path) -> Recipe:

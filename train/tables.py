@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -57,7 +58,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {value!r}; it is a list of strings.")
         return tuple(parts)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; it is a finite number.")
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise ValueError(f"{where} is {value!r}; it is a {hint.__name__}.")
     return value

@@ -64,6 +64,8 @@ class Lora:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it is at least 1.")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; it is a finite number above 0.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it is from 0 to below 1.")
         if self.dropout and has_experts(self):

@@ -39,11 +39,8 @@ def load(
     read: Any = native.load if native.is_native(directory) else huggingface.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
     text = tokenizer(directory)
-    if text is not None and text.vocab_size > cfg.vocab_size:
-        raise CheckpointError(
-            f"{directory / 'tokenizer.json'}: {text.vocab_size} tokens, but the model's vocabulary "
-            f"has {cfg.vocab_size}. Take the tokenizer of this checkpoint."
-        )
+    if text is not None:
+        check_vocabulary(directory, text, cfg)
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), text)
@@ -67,6 +64,15 @@ def with_adapter(model: LanguageModel, adapter: str | Path | None) -> LanguageMo
 
 def _read_update(adapter: str | Path, cfg: ModelConfig) -> updates.Update:
     return updates.read(Path(os.path.expanduser(adapter)), cfg)
+
+
+def check_vocabulary(directory: Path, text: Tokenizer, cfg: ModelConfig) -> None:
+    """Refuse a tokenizer with more tokens than the model's vocabulary has."""
+    if text.vocab_size > cfg.vocab_size:
+        raise CheckpointError(
+            f"{directory / 'tokenizer.json'}: {text.vocab_size} tokens, but the model's vocabulary "
+            f"has {cfg.vocab_size}. Take the tokenizer of this checkpoint."
+        )
 
 
 def tokenizer(directory: Path) -> Tokenizer | None:

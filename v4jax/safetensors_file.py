@@ -215,13 +215,14 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
 
 def parse_json(text: str) -> dict[str, Any]:
     """A JSON object; ValueError for anything else, or for a key that occurs twice."""
-    parsed = json.loads(text, object_pairs_hook=_unique)
+    parsed = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(parsed, dict):
         raise ValueError("it is not an object")
     return parsed
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs; ValueError for a key that occurs twice."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)

@@ -1,5 +1,6 @@
 """Text files with a byte order mark, in other encodings; control characters written out."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from v4jax import checkpoint_files, hub, inspect, text_files
+from v4jax.__main__ import main
 from v4jax.safetensors_file import CheckpointError
 from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
 from v4jax_train import journal, recipe, runs
@@ -90,6 +92,14 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
         checkpoint_files.read_json(file)
     with pytest.raises(ValueError, match=re.escape(told)):
         recipe.read(file)
+
+
+def test_a_prompt_on_standard_input_may_begin_with_a_mark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff\n"))
+    assert main(["generate", "tiny", "-p", "-"]) == 1
+    assert "the prompt is empty" in capsys.readouterr().err
 
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:

@@ -1,7 +1,7 @@
 """Conversations as ShareGPT has them, as messages."""
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from v4jax.safetensors_file import unique_keys
@@ -15,22 +15,22 @@ _ROLES = {
 _CALL = "function_call"
 
 
-def from_sharegpt(turns: list[Any], ignored: Container[str] = ()) -> list[Any]:
+def from_sharegpt(turns: list[Any]) -> list[Any]:
     """Messages of turns with `from` and `value`; others are left as they are.
 
     Raises:
       ValueError: a speaker that no role is known for, or a call that is none.
     """
     return [
-        _message(turn, f"conversations[{i}]", ignored)
+        _message(turn, f"conversations[{i}]")
         if isinstance(turn, Mapping) and "from" in turn
         else turn
         for i, turn in enumerate(turns)
     ]
 
 
-def _message(turn: Mapping[str, Any], where: str, ignored: Container[str]) -> dict[str, Any]:
-    rest = {k: v for k, v in turn.items() if k not in ignored}
+def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rest = dict(turn)
     speaker, value = rest.pop("from"), rest.pop("value", None)
     for key in ("role", "content", "tool_calls"):
         if rest.get(key) is not None:
@@ -46,13 +46,12 @@ def _message(turn: Mapping[str, Any], where: str, ignored: Container[str]) -> di
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls that a turn's JSON text has: an object with name and arguments, or a list."""
     try:
-        found = json.loads(value, object_pairs_hook=unique_keys)
+        value = json.loads(value, object_pairs_hook=unique_keys)
     except (TypeError, ValueError, RecursionError):
-        found = None
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(
-        isinstance(x, dict) and x.keys() == {"name", "arguments"} for x in calls
-    ):
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    is_call = lambda call: isinstance(call, dict) and call.keys() == {"name", "arguments"}
+    if not (calls and all(map(is_call, calls))):
         raise ValueError(
             f"{where}.value is no call; give the JSON text of an object with name and arguments."
         )

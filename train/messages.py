@@ -34,12 +34,12 @@ _NOTES = frozenset(
         "finish_reason",
     ]
 )
-# What answers of an API and caching add to a part.
 IGNORE = "remove it, or name it in data.ignore."
 _REMEDIES = {
     "function_call": "give it as tool_calls.",
     **dict.fromkeys(("mask", "masked"), "say 'train': true or false."),
 }
+# What answers of an API and caching add to a part.
 _PART_NOTES = ("annotations", "cache_control", "citations", "logprobs", "signature")
 
 
@@ -70,19 +70,19 @@ def read(message: Any, where: str, ignored: Container[str] = ()) -> Any:
     rest = {k: v for k, v in message.items() if v is not None and k not in ignored}
     trained = _flag(rest, role, where)
     content, thoughts = _content(rest.pop("content", None), role, f"{where}.content")
-    found = {"role": rest.pop("role"), "content": content}
+    kept = {"role": rest.pop("role"), "content": content}
     if role == "assistant":
         thoughts += [_text(rest.pop(key), f"{where}.{key}") for key in REASONING if key in rest]
-        found |= _reasoning(thoughts, where)
-    found |= {key: rest.pop(key) for key in _KEYS[role] if key in rest}
+        kept |= _reasoning(thoughts, where)
+    kept |= {key: rest.pop(key) for key in _KEYS[role] if key in rest}
     if role == "tool" or rest.get("type") == "message":
         rest.pop("name" if role == "tool" else "type", None)
     _refuse_rest(rest, role, where)
-    if role == "assistant" and content is None and not found.get("tool_calls"):
+    if role == "assistant" and content is None and not kept.get("tool_calls"):
         raise ValueError(f"{where} has neither content nor tool_calls; there is nothing to train.")
-    if not isinstance(found.get("wo_eos", False), bool):
-        raise ValueError(f"{where}.wo_eos is {found['wo_eos']!r}; give true or false.")
-    return found if trained is None else found | {"train": trained}
+    if not isinstance(kept.get("wo_eos", False), bool):
+        raise ValueError(f"{where}.wo_eos is {kept['wo_eos']!r}; give true or false.")
+    return kept if trained is None else kept | {"train": trained}
 
 
 def _flag(rest: dict[str, Any], role: str, where: str) -> bool | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from v4jax.text_files import visible
@@ -69,13 +69,13 @@ def facts(documents: Documents, plan: Plan) -> Facts:
 def pieces(document: Document, number: int, plan: Plan) -> list[Document]:
     """What is packed of a file's document, piece by piece: the first token of each is only seen."""
     chosen_P = np.flatnonzero(plan.document_P == number)
-    found = []
+    parts = []
     for begin, length in sorted(zip(plan.begin_P[chosen_P], plan.length_P[chosen_P], strict=True)):
         part = slice(begin, begin + length)
         trained_N = document.trained_N[part].copy()
         trained_N[0] = False
-        found.append(Document(document.ids_N[part], trained_N))
-    return found
+        parts.append(Document(document.ids_N[part], trained_N))
+    return parts
 
 
 def coloured(document: Document, tokenizer: Tokenizer) -> Text:
@@ -118,14 +118,14 @@ def _print_document(
     documents: Documents, number: int, plan: Plan, tokenizer: Tokenizer, console: Console
 ) -> None:
     document = documents[number]
-    found = pieces(document, number, plan)
-    for i, piece in enumerate(found, 1):
-        which = f" ({i} of {len(found)})" if len(found) > 1 else ""
+    parts = pieces(document, number, plan)
+    for i, piece in enumerate(parts, 1):
+        which = f" ({i} of {len(parts)})" if len(parts) > 1 else ""
         console.rule(Text(visible(documents.where(number)) + which))
         console.print(coloured(piece, tokenizer))
-    if not found:
+    if not parts:
         console.rule(Text(visible(documents.where(number))))
-    if left := len(document.ids_N) - sum(len(piece.ids_N) for piece in found):
+    if left := len(document.ids_N) - sum(len(piece.ids_N) for piece in parts):
         console.print(Text(f"{left:,} of {len(document.ids_N):,} tokens are left out.", "yellow"))
 
 
@@ -137,7 +137,16 @@ def _print_facts(
     console: Console,
 ) -> None:
     """Of the files, of which the first are trained and the others measured."""
-    table = Table("file", "rows", "wrong", "tokens", "trained", "lengths", "packs", "filled")
+    table = Table(
+        Column("file", overflow="fold"),
+        "rows",
+        "wrong",
+        "tokens",
+        "trained",
+        "lengths",
+        "packs",
+        "filled",
+    )
     say = lambda text, style="": console.print(Text(visible(text), style))
     for i, (documents, packs) in enumerate(zip(found, packed, strict=True)):
         one = facts(documents, packs.plan(0))

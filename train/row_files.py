@@ -120,7 +120,7 @@ def _bare(line: bytes) -> bytes:
 
 def _entries(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
     try:
-        found = json.loads(decode(file.read()), object_pairs_hook=unique_keys)
+        entries = json.loads(decode(file.read()), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise _NotAList(error) from None
-    yield from ((number, json.dumps(entry).encode()) for number, entry in enumerate(found))
+    yield from ((number, json.dumps(entry).encode()) for number, entry in enumerate(entries))

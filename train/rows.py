@@ -42,7 +42,7 @@ _OPTIONAL = {
     "sharegpt": _CHAT,
     "alpaca": (*_CHAT, "input"),
 }
-_FIELDS = tuple({*sum(_NEEDED.values(), ()), *sum(_OPTIONAL.values(), ())})
+_FIELDS = tuple(dict.fromkeys((*sum(_NEEDED.values(), ()), *sum(_OPTIONAL.values(), ()))))
 _ALIKE = 0.85  # "tool" and "tools" are alike, "prompt_id" and "prompt" are not
 
 
@@ -184,7 +184,7 @@ def _messages(row: Mapping[str, Any], settings: RowSettings) -> ChatRow:
 
 
 def _sharegpt(row: Mapping[str, Any], settings: RowSettings) -> ChatRow:
-    turns = conversations.from_sharegpt(_typed(row, "conversations", list), settings.ignore)
+    turns = conversations.from_sharegpt(_typed(row, "conversations", list))
     return _chat(row, turns, "conversations", settings)
 
 
@@ -218,10 +218,10 @@ _READ: dict[str, Callable[[Mapping[str, Any], RowSettings], Row]] = {
 def _tools(row: Mapping[str, Any]) -> list[Any]:
     """The tools, or what their JSON text says: some libraries hold lists of objects as text."""
     try:
-        found = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else None
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else None
     except (ValueError, RecursionError):
-        found = None
-    return (found if isinstance(found, list) else _typed(row, "tools", list)) or []
+        tools = None
+    return (tools if isinstance(tools, list) else _typed(row, "tools", list)) or []
 
 
 def _string(row: Mapping[str, Any], field: str, *, empty: bool = False) -> str:

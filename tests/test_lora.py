@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped_matmul import LoraWeight
 from tests import models
 from tests.models import CSA, HCA
 from v4jax import cache as caches
-from v4jax import lora, params, steps
+from v4jax import layers, lora, params, steps
 from v4jax.lora import Lora
 from v4jax.model import Model
 from v4jax.numerics import HF
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CFG = models.config(CSA, HCA, hashed=0)
 TOKENS = models.tokens(CFG, 2, 40)
 
@@ -44,8 +46,11 @@ def merged(settings: Lora, adapter: lora.Adapter) -> Model:
 
 @pytest.mark.parametrize(
     "settings",
-    [Lora("attn+shared", rank=3), Lora("all", rank=4, expert_rank=2, rank_stabilized=True)],
-    ids=["attn+shared", "all"],
+    [
+        Lora(("attn+shared", "kv_proj", "gate_proj", "indexer.q_b_proj", "weights_proj"), rank=3),
+        Lora("all", rank=4, expert_rank=2, rank_stabilized=True),
+    ],
+    ids=["with compressors and indexers", "all"],
 )
 def test_an_attached_adapter_is_the_sum_of_the_matrices(settings: Lora) -> None:
     adapter, base = learned(settings), models.weights(CFG)
@@ -53,6 +58,47 @@ def test_an_attached_adapter_is_the_sum_of_the_matrices(settings: Lora) -> None:
     expected = logits(merged(settings, adapter))
     assert np.abs(got - logits(base)).max() > 0.1 * np.abs(expected).max()
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_map_in_float32_takes_an_update_in_float32() -> None:
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.float32)
+    weight = LoraWeight(draw(0, 6, 8).astype(jnp.bfloat16), draw(1, 2, 8), draw(2, 6, 2), 0.5)
+    x_TK = draw(3, 5, 8).astype(jnp.bfloat16)
+    whole_NK = weight.base.astype(jnp.float32) + 0.5 * weight.b @ weight.a
+    got = layers.linear_float32(x_TK, weight)
+    np.testing.assert_allclose(got, x_TK.astype(jnp.float32) @ whole_NK.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "fields"),
+    [
+        ("kv_proj", 3),
+        (("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"), 7),
+        (("gate_proj", "down_proj"), 4),
+        (("experts.down_proj", "gate_up_proj"), 3),
+        (("attn", "self_attn.kv_proj"), 4),
+        (("all",), 10),
+    ],
+)
+def test_targets_are_sets_and_ends_of_names(targets: Any, fields: int) -> None:
+    settings = Lora(targets)
+    assert len(lora.fields(settings)) == fields
+    assert lora.declare(CFG, settings).keys() == {
+        name
+        for name, _ in params.leaves(Model(CFG))
+        if name.endswith(tuple(f".{field}" for field in lora.fields(settings)))
+    }
+
+
+@pytest.mark.parametrize("targets", ["kv_prj", "proj", "", (), ("attn", "lm_head"), "o_a_proj"])
+def test_targets_that_are_none_are_named(targets: Any) -> None:
+    with pytest.raises(ValueError, match=r"targets (has|is empty)"):
+        Lora(targets)
+
+
+def test_targets_that_a_model_lacks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'indexer\.kv_proj', which no layer of this model has"):
+        lora.declare(models.config(HCA), Lora(("attn", "indexer.kv_proj")))
 
 
 def test_a_new_adapter_changes_nothing() -> None:

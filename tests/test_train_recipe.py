@@ -38,6 +38,15 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert found.data.files == ("x.jsonl:2", "y.jsonl")
 
 
+def test_targets_are_a_word_or_a_list(tmp_path: Path) -> None:
+    names = '["q_a_proj", "kv_proj"]'
+    found = read(tmp_path, MINIMAL, adapter__targets=names)
+    assert found.adapter == Lora(("q_a_proj", "kv_proj"))
+    assert recipe.from_table(json.loads(json.dumps(tables.to_table(found)))) == found
+    for text in ("all", '["all"]'):
+        assert read(tmp_path, MINIMAL, adapter__targets=text).adapter == Lora("all")
+
+
 def test_a_recipe_is_the_same_after_a_trip_through_json(tmp_path: Path) -> None:
     found = read(tmp_path, MINIMAL, data__files='["x.jsonl"]', evaluation__prompts='["Once"]')
     assert recipe.from_table(json.loads(json.dumps(tables.to_table(found)))) == found
@@ -61,6 +70,9 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
             "adapter has no 'ranks'; did you mean 'rank'?",
         ),
         ("[adapter]\nrank = 0\n[steps]\nsteps = 5", "adapter: rank is 0; it is at least 1."),
+        ('[adapter]\ntargets = ["attn", "kv"]', "adapter: targets has 'kv'; it is one of attn, "),
+        ("[adapter]\ntargets = 3", "adapter.targets is 3; it is a list of strings."),
+        ("[adapter]\nalpha = nan", "adapter: alpha is nan; it is a finite number."),
         ("[adaptor]\n", "The recipe has no 'adaptor'; did you mean 'adapter'?"),
         ("adapter = 3\n", "adapter is 3; it is a table."),
         (MINIMAL + "batch = 6\nparts = 4", "steps: batch is 6; use a multiple of parts, 4."),

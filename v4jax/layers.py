@@ -66,14 +66,18 @@ def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     return kept(quantize.linear(x, matrix, layer=layer))
 
 
-def _updated(x: Float[Array, "*rows K"], weight: LoraWeight) -> Float[Array, "*rows N"]:
+def _updated(
+    x: Float[Array, "*rows K"], weight: LoraWeight, precision: Any = None
+) -> Float[Array, "*rows N"]:
+    """Base and update; with a precision, all of it is in x's dtype, which is float32."""
     seen, a = x, weight.a
     if isinstance(a, Dropped):
         kept = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
         seen, a = jnp.where(kept, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
-    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype))
+    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
     delta = plain(plain(seen, a), weight.b).astype(jnp.float32)
-    return (linear(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
+    product = linear if precision is None else linear_float32
+    return (product(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
 
 
 def _matrix(weight: Any) -> tuple[Any, Any]:
@@ -84,9 +88,10 @@ def _matrix(weight: Any) -> tuple[Any, Any]:
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
     """The same in float32 throughout, at full precision on every device."""
-    weight_NK = value(weight).astype(jnp.float32)
-    highest = jax.lax.Precision.HIGHEST
-    return kept(quantize.linear(x.astype(jnp.float32), weight_NK, precision=highest))
+    matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    if isinstance(matrix, LoraWeight):
+        return _updated(x32, matrix, highest)
+    return kept(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:

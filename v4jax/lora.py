@@ -6,7 +6,7 @@ Axis letters: r rank, N output channels, K input channels of a matrix; layers L 
 import dataclasses
 import math
 import zlib
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,32 @@ from v4jax.layers import Dropped
 from v4jax.model import Model
 from v4jax.params import ParamSpec
 
-Preset = Literal["attn", "attn+shared", "experts", "all"]
+# The linear modules of a layer by transformers' names, and our fields. Its grouped projection
+# (`o_a_proj`) is not among them: PEFT has no factors for it.
+_INDEXER = "self_attn.compressor.indexer"
+MODULES = {
+    "self_attn.q_a_proj": "attention.q_a_RD",
+    "self_attn.q_b_proj": "attention.q_b_PR",
+    "self_attn.kv_proj": "attention.kv_KD",
+    "self_attn.o_b_proj": "attention.o_b_DQ",
+    "self_attn.compressor.kv_proj": "attention.compressor.kv_CD",
+    "self_attn.compressor.gate_proj": "attention.compressor.gate_CD",
+    f"{_INDEXER}.kv_proj": "attention.indexer.compressor.kv_CD",
+    f"{_INDEXER}.gate_proj": "attention.indexer.compressor.gate_CD",
+    f"{_INDEXER}.q_b_proj": "attention.indexer.q_b_PR",
+    f"{_INDEXER}.scorer.weights_proj": "attention.indexer.weights_ID",
+    "mlp.shared_experts.gate_proj": "shared.gate_FD",
+    "mlp.shared_experts.up_proj": "shared.up_FD",
+    "mlp.shared_experts.down_proj": "shared.down_DF",
+}
+# Parameters of a module there, each of them all experts' matrices.
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+PARAMETERS = {GATE_UP: ("gate_EFD", "up_EFD"), DOWN: ("down_EDF",)}
+EXPERTS = ("gate_EFD", "up_EFD", "down_EDF")
 _ATTENTION = ("attention.q_a_RD", "attention.q_b_PR", "attention.kv_KD", "attention.o_b_DQ")
 _SHARED = ("shared.gate_FD", "shared.up_FD", "shared.down_DF")
-EXPERTS = ("gate_EFD", "up_EFD", "down_EDF")
 # The fields that each set of targets stands for.
-FIELDS: dict[str, tuple[str, ...]] = {
+PRESETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+shared": _ATTENTION + _SHARED,
     "experts": EXPERTS,
@@ -40,8 +60,9 @@ class Lora:
 
     Attributes:
       targets: 'attn' the projections around attention, 'attn+shared' the shared expert's too,
-        'experts' those of each routed expert, 'all'. Compressors, indexers, routers and drafters
-        are never among them.
+        'experts' those of each routed expert, 'all' of these; or ends of modules' names, as in
+        PEFT: 'kv_proj' is attention's, and every compressor's and indexer's too. Several are a
+        tuple. Routers, drafters and MTP blocks are never among them.
       rank: of the update.
       alpha: the update is multiplied by alpha / rank.
       expert_rank: of a routed expert's update; None: `rank`.
@@ -50,7 +71,7 @@ class Lora:
       rank_stabilized: multiply by alpha / sqrt(rank) instead.
     """
 
-    targets: Preset = "attn"
+    targets: tuple[str, ...] | str = "attn"
     rank: int = 16
     alpha: float = 32.0
     expert_rank: int | None = None
@@ -58,14 +79,18 @@ class Lora:
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        if self.targets not in get_args(Preset):
-            raise ValueError(f"targets is {self.targets!r}; it is one of {get_args(Preset)}.")
+        if not isinstance(self.targets, str):
+            # One form only, so that equal settings are equal: a name, or a tuple of several.
+            names = tuple(self.targets)
+            object.__setattr__(self, "targets", names[0] if len(names) == 1 else names)
+        if not fields(self):
+            raise ValueError("targets is empty; name what is to be trained.")
         for name in ("rank", "expert_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it is at least 1.")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}; it is a finite number above 0.")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"alpha is {self.alpha}; it is a finite number other than 0.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it is from 0 to below 1.")
         if self.dropout and has_experts(self):
@@ -83,21 +108,56 @@ class Lora:
 
 def has_experts(lora: Lora) -> bool:
     """Whether routed experts are among the targets."""
-    return lora.targets in ("experts", "all")
+    return any(field in EXPERTS for field in fields(lora))
 
 
 def _is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def _names(lora: Lora) -> tuple[str, ...]:
+    return (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+
+
+def fields(lora: Lora) -> tuple[str, ...]:
+    """The fields of a layer that the targets stand for, in a fixed order.
+
+    Raises:
+      ValueError: a target is none.
+    """
+    chosen = {field for target in _names(lora) for field in _fields(target)}
+    return tuple(field for field in (*MODULES.values(), *EXPERTS) if field in chosen)
+
+
+def _fields(target: str) -> tuple[str, ...]:
+    """What one target stands for: a set, else modules, else parameters of experts."""
+    if target in PRESETS:
+        return PRESETS[target]
+    named = lambda name: f".{name}".endswith(f".{target}")
+    if modules := tuple(field for name, field in MODULES.items() if named(name)):
+        return modules
+    parameters = [fields for name, fields in PARAMETERS.items() if named(name)]
+    if not parameters:
+        raise ValueError(
+            f"targets has {target!r}; it is one of {', '.join(PRESETS)}, or the end of one of these"
+            f" names: {', '.join((*MODULES, *PARAMETERS))}."
+        )
+    return sum(parameters, ())
+
+
 def targets(declared: Any, lora: Lora) -> dict[str, ParamSpec]:
-    """The weights that get an update, by name."""
-    fields = tuple(f".{field}" for field in FIELDS[lora.targets])
-    return {
-        name: spec
-        for name, spec in params.leaves(declared)
-        if name.endswith(fields) and not name.startswith("mtp.")
-    }
+    """The weights that get an update, by name.
+
+    Raises:
+      ValueError: the model has none of a target.
+    """
+    leaves = [(name, spec) for name, spec in params.leaves(declared) if not name.startswith("mtp.")]
+    for target in _names(lora):
+        ends = tuple(f".{field}" for field in _fields(target))
+        if not any(name.endswith(ends) for name, _ in leaves):
+            raise ValueError(f"targets has {target!r}, which no layer of this model has.")
+    ends = tuple(f".{field}" for field in fields(lora))
+    return {name: spec for name, spec in leaves if name.endswith(ends)}
 
 
 def declare(cfg: ModelConfig, lora: Lora) -> dict[str, dict[str, ParamSpec]]:
@@ -158,7 +218,7 @@ def attach(
     if found != expected:
         wrong = sorted(n for n in found.keys() | expected if found.get(n) != expected.get(n))
         raise ValueError(
-            f"The adapter does not fit the model and targets '{lora.targets}', rank {lora.rank}:"
+            f"The adapter does not fit the model and targets {lora.targets!r}, rank {lora.rank}:"
             f" {len(wrong)} weights differ, the first is '{wrong[0]}'."
         )
 

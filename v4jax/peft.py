@@ -7,18 +7,20 @@ their file of settings says.
 Axis letters: L layers of a stack, E experts, r rank, N output channels, K input channels.
 """
 
+import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from v4jax import checkpoint_files, lora, peft_config, unfinished
+from v4jax import checkpoint_files, config_json, hub, lora, params, peft_config, unfinished
 from v4jax.config import ModelConfig
-from v4jax.lora import Adapter, Lora, Preset
-from v4jax.peft_config import DOWN, EXPERTS, GATE_UP, MODULES
+from v4jax.lora import DOWN, GATE_UP, MODULES, PARAMETERS, Adapter, Lora
+from v4jax.model import Model
+from v4jax.peft_config import Told
 from v4jax.plan import segments
 from v4jax.safetensors_file import (
     CheckpointError,
@@ -29,10 +31,16 @@ from v4jax.safetensors_file import (
 )
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model.model.layers."
-# The second `model.` is missing where PEFT wrapped transformers' model without its head.
-_NAME = re.compile(r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(.+)\.(lora_[AB])\.weight")
+_PREFIX = "base_model.model."
+_HEAD = "model."  # missing where PEFT wrapped transformers' model without its head
+_NAME = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\..+)\.(lora_[AB])\.weight")
+_EXPERTS = "mlp.experts"  # the module that has `lora.PARAMETERS`
 _FLOATS = ("F32", "BF16", "F16")
+# What two models may differ in and share adapters all the same: formats, drafters, where texts end.
+_APART = {
+    *("num_nextn_predict_layers", "dspark", "quantized", "expert_dtype", "bos_token_id"),
+    *("eos_token_ids", "initializer_range", "max_position_embeddings"),
+}
 
 
 class Pair(NamedTuple):
@@ -51,6 +59,14 @@ class _Layer(NamedTuple):
 
     def leaf(self, field: str) -> str:
         return f"{self.experts if field in lora.EXPERTS else self.blocks}.{field}"
+
+
+class _Module(NamedTuple):
+    """One layer's module or parameter, by transformers' name within the layer and in the model."""
+
+    layer: int
+    name: str
+    key: str
 
 
 def _layers(cfg: ModelConfig) -> dict[int, _Layer]:
@@ -85,34 +101,54 @@ def export(
       CheckpointError: the directory exists.
     """
     directory = directory.absolute()
-    layers = _layers(cfg)
+    changed = peft_config.modules(settings)
+    modules = [module for module in _present(cfg, _HEAD) if module.name in changed]
     names = {
-        f"{_PREFIX}{number}.{wrapped}.lora_{part}.weight": (layer, module, part)
-        for number, layer in layers.items()
-        for module, wrapped in _wrapped(settings).items()
+        f"{_PREFIX}{place}.lora_{part}.weight": (module, part)
+        for place, module in _places(modules).items()
         for part in "AB"
     }
+    layers = _layers(cfg)
 
     def read(name: str) -> np.ndarray:
-        layer, module, part = names[name]
-        pair = _pair(adapter, layer, module)
-        a, b = _flat(pair) if module.startswith(EXPERTS) else pair
+        module, part = names[name]
+        pair = _pair(adapter, layers[module.layer], module.name)
+        a, b = _flat(pair) if module.name in PARAMETERS else pair
         return np.ascontiguousarray(a if part == "A" else b)
 
     infos = {name: TensorInfo("F32", read(name).shape) for name in names}
+    told = peft_config.make(settings, base, list(dict.fromkeys(module.name for module in modules)))
     with unfinished.begin(directory, "export-adapter", "") as work:
         write_safetensors(work.directory / TENSORS, infos, read, metadata={"format": "pt"})
-        text = json.dumps(peft_config.make(settings, base), indent=2)
+        text = json.dumps(told, indent=2)
         (work.directory / CONFIG).write_text(text + "\n", encoding="utf-8")
         work.finish()
 
 
-def _wrapped(settings: Lora) -> dict[str, str]:
-    """The modules that an adapter changes, and where PEFT has their factors."""
-    modules = {module: module for module in peft_config.modules(settings)}
-    # PEFT wraps a module once for each of its parameters: the first one is inside.
-    inside = {GATE_UP: f"{EXPERTS}.base_layer", DOWN: EXPERTS}
-    return modules | (inside if lora.has_experts(settings) else {})
+def _present(cfg: ModelConfig, head: str) -> list[_Module]:
+    """All modules and parameters of the model that an adapter may change."""
+    leaves = {name for name, _ in params.leaves(Model(cfg))}
+    fields = MODULES | {name: parts[0] for name, parts in PARAMETERS.items()}
+    return [
+        _Module(number, name, f"{head}layers.{number}.{name}")
+        for number, layer in _layers(cfg).items()
+        for name, field in fields.items()
+        if layer.leaf(field) in leaves
+    ]
+
+
+def _places(modules: Sequence[_Module]) -> dict[str, _Module]:
+    """Where PEFT has the factors of these: around experts it nests one wrapper in the other."""
+    keys = {module.key for module in modules}
+
+    def place(module: _Module) -> str:
+        if module.name not in PARAMETERS:
+            return module.key
+        layer = module.key.removesuffix(module.name)
+        inside = module.name == GATE_UP and f"{layer}{DOWN}" in keys
+        return f"{layer}{_EXPERTS}.base_layer" if inside else f"{layer}{_EXPERTS}"
+
+    return {place(module): module for module in modules}
 
 
 def _pair(adapter: Adapter, layer: _Layer, module: str) -> Pair:
@@ -153,8 +189,7 @@ def load(directory: Path, cfg: ModelConfig) -> tuple[Lora, Adapter]:
     Raises:
       CheckpointError: it is damaged, changes what adapters here cannot, or is of another model.
     """
-    told, pairs = _read(directory, cfg)
-    settings = _settings(told, pairs)
+    settings, pairs = _read(directory, cfg)
     adapter: Adapter = {}
     for name, factors in lora.declare(cfg, settings).items():
         a, b = (np.zeros(factors[part].shape, np.float32) for part in "ab")
@@ -171,19 +206,18 @@ def load(directory: Path, cfg: ModelConfig) -> tuple[Lora, Adapter]:
 _Pairs = dict[tuple[str, int], tuple[Pair, float]]
 
 
-def _settings(told: peft_config.Told, pairs: _Pairs) -> Lora:
+def _settings(told: Told, modules: list[_Module], pairs: _Pairs) -> Lora:
     """The least settings that hold all pairs."""
     ranks = {True: 0, False: 0}
     for (name, _), (pair, _) in pairs.items():
         expert = ".experts." in name
         ranks[expert] = max(ranks[expert], pair.a.shape[-2])
-    shared = any(".shared." in name for name, _ in pairs)
-    targets: Preset = "attn+shared" if shared else "attn"
-    if ranks[True]:
-        targets = "all" if ranks[False] else "experts"
+    changed = {module.name for module in modules}
+    names = tuple(name for name in (*MODULES, *PARAMETERS) if name in changed)
+    alike = (name for name in lora.PRESETS if lora.fields(Lora(name)) == lora.fields(Lora(names)))
     rank = ranks[False] or told.rank
     return Lora(
-        targets=targets,
+        targets=next(alike, names),
         rank=rank,
         alpha=told.alpha,
         expert_rank=ranks[True] if ranks[True] not in (0, rank) else None,
@@ -192,52 +226,83 @@ def _settings(told: peft_config.Told, pairs: _Pairs) -> Lora:
     )
 
 
-def _read(directory: Path, cfg: ModelConfig) -> tuple[peft_config.Told, _Pairs]:
+def _read(directory: Path, cfg: ModelConfig) -> tuple[Lora, _Pairs]:
     if not is_adapter(directory) or not (directory / TENSORS).is_file():
         raise CheckpointError(f"{directory}: is not an adapter: expected {CONFIG} and {TENSORS}.")
     where = directory / CONFIG
     told = peft_config.read(checkpoint_files.read_json(where), where)
+    _check_base(told.base, cfg, where)
     layers = _layers(cfg)
     pairs: _Pairs = {}
     with open_safetensors(directory / TENSORS) as file:
-        for (number, module), (a, b) in _modules(file, told, layers).items():
-            for field, pair in _parts(module, Pair(_values(file, a), _values(file, b)), file, cfg):
-                layer = layers[number]
-                pairs[layer.leaf(field), layer.repeat] = pair, told.scale(number, module)
+        modules = _modules(file, told, cfg)
+        for module, (a, b) in modules.items():
+            pair = Pair(_values(file, a), _values(file, b))
+            _check_rank(module, pair, told, file, cfg)
+            layer = layers[module.layer]
+            for field, part in _parts(module.name, pair, cfg):
+                pairs[layer.leaf(field), layer.repeat] = part, told.scale(module.key)
         _check(file.path, cfg, pairs)
-    if not pairs:
+    return _settings(told, list(modules), pairs), pairs
+
+
+def _check_base(base: str, cfg: ModelConfig, where: Path) -> None:
+    """Refuse an adapter whose base lies here and is another model than this one."""
+    file = (hub.TINY if base == "tiny" else Path(base).expanduser()) / checkpoint_files.CONFIG
+    if not base or not file.is_file():
+        return
+    other = config_json.from_json(checkpoint_files.read_json(file), where=str(file))
+    for name in (field.name for field in dataclasses.fields(cfg) if field.name not in _APART):
+        if getattr(other, name) != getattr(cfg, name):
+            raise CheckpointError(
+                f"{where}: is of another model: the {name} of its base, {base}, is not that of "
+                "this model."
+            )
+
+
+def _modules(file: SafetensorsFile, told: Told, cfg: ModelConfig) -> dict[_Module, tuple[str, str]]:
+    """Of each module that is changed, the names of its factors: just those that are told of."""
+    if not file.names:
         raise CheckpointError(f"{file.path}: holds no factors. The adapter is damaged.")
-    return told, pairs
-
-
-def _modules(
-    file: SafetensorsFile, told: peft_config.Told, layers: dict[int, _Layer]
-) -> dict[tuple[int, str], tuple[str, str]]:
-    """Of each layer and module that is changed, the names of its factors."""
-    names: dict[tuple[int, str], dict[str, str]] = {}
+    head = _HEAD if any(name.startswith(_PREFIX + _HEAD) for name in file.names) else ""
+    targets = [module for module in _present(cfg, head) if told.changes(module.key)]
+    places = _places(targets)
+    names: dict[_Module, dict[str, str]] = {}
     for name in file.names:
         match = _NAME.fullmatch(name)
-        number, inside = (int(match[1]), match[2]) if match else (-1, "")
-        module = told.wrapped(number).get(inside, inside)
-        known = module in MODULES or module in (GATE_UP, DOWN)
-        if match is None or not known:
-            raise CheckpointError(
-                f"{file.path}: changes '{name}', which adapters here leave as it is. Merge it with "
-                "PEFT into the model instead."
-            )
-        if number not in layers:
-            raise CheckpointError(
-                f"{file.path}: is of another model: it has '{name}', and this model "
-                f"{len(layers)} layers."
-            )
-        names.setdefault((number, module), {})[match[3]] = name
+        if match is None or match[1] not in places:
+            raise CheckpointError(f"{file.path}: {_strange(name, match, cfg)}")
+        names.setdefault(places[match[1]], {})[match[3]] = name
     for parts in names.values():
         if len(parts) < 2:
             raise CheckpointError(
                 f"{file.path}: has '{next(iter(parts.values()))}' without its other factor. The "
                 "adapter is damaged."
             )
-    return {key: (parts["lora_A"], parts["lora_B"]) for key, parts in names.items()}
+    missing = [module.key for module in targets if module not in names]
+    missing += told.others([f"{head}layers.{number}" for number in _layers(cfg)], bool(head))
+    if missing:
+        raise CheckpointError(
+            f"{file.path}: has no factors for '{missing[0]}', which is a target in {CONFIG}. The "
+            "two files do not belong together, or are damaged."
+        )
+    return {module: (parts["lora_A"], parts["lora_B"]) for module, parts in names.items()}
+
+
+def _strange(name: str, match: re.Match[str] | None, cfg: ModelConfig) -> str:
+    """What is wrong with a name that belongs to no target."""
+    known = (*MODULES, _EXPERTS, f"{_EXPERTS}.base_layer")
+    if match is None or not match[1].endswith(known):
+        return (
+            f"changes '{name}', which adapters here leave as it is. Merge it with PEFT into the "
+            "model instead."
+        )
+    if int(match[2]) >= len(cfg.layers):
+        return f"is of another model: it has '{name}', and this model {len(cfg.layers)} layers."
+    return (
+        f"has factors for '{match[1]}', which is no target in {CONFIG}. The two files do not "
+        "belong together."
+    )
 
 
 def _values(file: SafetensorsFile, name: str) -> np.ndarray:
@@ -255,20 +320,30 @@ def _values(file: SafetensorsFile, name: str) -> np.ndarray:
     return values
 
 
-def _parts(
-    module: str, pair: Pair, file: SafetensorsFile, cfg: ModelConfig
-) -> Iterator[tuple[str, Pair]]:
-    """The fields of our model that a module is, and their factors."""
+def _check_rank(
+    module: _Module, pair: Pair, told: Told, file: SafetensorsFile, cfg: ModelConfig
+) -> None:
+    """Refuse factors that do not fit together, or not what is told of them."""
     (wide, _), (_, rank) = pair.a.shape, pair.b.shape
-    experts = cfg.n_routed_experts if module in (GATE_UP, DOWN) else 1
+    experts = cfg.n_routed_experts if module.name in PARAMETERS else 1
     if wide != rank or not wide or wide % experts:
         raise CheckpointError(
-            f"{file.path}: the factors of {module} have ranks {wide} and {rank}; they must be "
+            f"{file.path}: the factors of {module.name} have ranks {wide} and {rank}; they must be "
             f"alike and a multiple of the {experts} matrices of this model."
         )
+    if (own := wide // experts) != (wanted := told.rank_of(module.key)):
+        raise CheckpointError(
+            f"{file.path}: the factors of '{module.key}' have rank {own}, and {CONFIG} says "
+            f"{wanted}. The two files do not belong together."
+        )
+
+
+def _parts(module: str, pair: Pair, cfg: ModelConfig) -> Iterator[tuple[str, Pair]]:
+    """The fields of our model that a module is, and their factors."""
     if module in MODULES:
         yield MODULES[module], pair
         return
+    experts = cfg.n_routed_experts
     a = pair.a.reshape(experts, -1, pair.a.shape[-1])
     b = pair.b.reshape(len(pair.b), -1, experts).transpose(2, 0, 1)
     if module == DOWN:
@@ -286,10 +361,9 @@ def _parts(
 
 def _check(path: Path, cfg: ModelConfig, pairs: _Pairs) -> None:
     """Refuse factors whose channels are not those of the model's matrices."""
-    declared = lora.declare(cfg, Lora("all", rank=1))
+    specs = dict(params.leaves(Model(cfg)))
     for (name, _), (pair, _) in pairs.items():
-        specs = declared[name]
-        wanted = (specs["b"].shape[-2], specs["a"].shape[-1])
+        wanted = specs[name].shape[-2:]
         found = (pair.b.shape[-2], pair.a.shape[-1])
         if found != wanted:
             raise CheckpointError(

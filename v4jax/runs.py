@@ -50,7 +50,7 @@ def open_run(path: Path, *, best: bool = False) -> Run:
         raise CheckpointError(f"{path}: is not the directory of a run: it has no {RECIPE}.")
     recipe = checkpoint_files.read_json(path / RECIPE)
     try:
-        adapter = Lora(**recipe["adapter"]) if "adapter" in recipe else None
+        adapter = Lora(**_with_tuples(recipe["adapter"])) if "adapter" in recipe else None
         fp4_experts = adapter is None and bool(recipe["full"].get("fp4_experts", False))
         model = str(recipe.get("model", {}).get("path", ""))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -63,6 +63,11 @@ def open_run(path: Path, *, best: bool = False) -> Run:
         which = "state that an evaluation found best" if best else "saved state"
         raise CheckpointError(f"{path}: has no {which} yet; train further.")
     return Run(path, model, adapter, fp4_experts, step, folder / str(step) / "state")
+
+
+def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
+    """The same with its lists as the tuples that they were."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 def _newest(folder: Path) -> int | None:

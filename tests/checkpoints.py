@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 
 from pallas_kernels import quantize
 from v4jax import config_json, hf_names, params
@@ -70,6 +71,43 @@ def write_release(
     files = [{name: made[name].info for name in _in_file_order(part, made)} for part in parts]
     write_checkpoint(directory, config_json.to_json(cfg), files, lambda name: made[name].make())
     return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer of one token, which fits every vocabulary."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.save(str(directory / "tokenizer.json"))
+
+
+def write_passengers(directory: Path) -> None:
+    """What lies beside a release's weights, and what nothing takes along."""
+    write_tokenizer(directory)
+    files = {
+        "LICENSE": "as you like",
+        "README.md": "a model\n",
+        "generation_config.json": '{"temperature":   1.0}',
+        "encoding/encode.py": "pass\n",
+        "encoding/tests/case.json": "[1,\n",
+        ".cache/lock": "",
+        "pytorch_model.bin": "",
+        "pytorch_model.bin.index.json": "{}",
+    }
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+
+
+def taken_along(directory: Path) -> dict[str, bytes]:
+    """All files but weights, and those that nothing takes along."""
+    left = (".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return {
+        name: file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file()
+        and (name := file.relative_to(directory).as_posix()) not in left
+        and file.suffix != ".safetensors"
+    }
 
 
 def _in_file_order(names: list[str], made: dict[str, Made]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from v4jax import checkpoint_files
+from v4jax import checkpoint_files, unfinished
 from v4jax.checkpoint_files import Checkpoint, check_scales, write_checkpoint
 from v4jax.safetensors_file import CheckpointError, TensorInfo, write_safetensors
 
@@ -262,17 +262,20 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path):
 
 
 def test_an_unfinished_directory_does_not_look_like_a_checkpoint_and_is_replaced(tmp_path: Path):
-    work = tmp_path / "new.v4jax-unfinished"
+    work = unfinished.scratch(tmp_path / "new") / "result"
 
     def read(name: str) -> np.ndarray:
         if name == "s":
             assert not (tmp_path / "new").exists()
+            assert not (work / "left over").exists()
             with pytest.raises(CheckpointError, match="is not a checkpoint"):
                 Checkpoint.open(work)
         return arrays()[name]
 
-    work.mkdir()
+    work.mkdir(parents=True)
     (work / "left over").touch()
+    # As a process that was killed leaves it.
+    (work.parent / "journal.jsonl").write_text('{"v4jax": "write", "identity": ""}\n')
     write_checkpoint(tmp_path / "new", CONFIG, SHARDS, read)
     assert Checkpoint.open(tmp_path / "new").total_bytes == 38
     assert [p.name for p in tmp_path.iterdir()] == ["new"]

@@ -28,14 +28,14 @@ RATIOS = [0, 0, 4, 128, 4]
 def write_release(directory: Path, **options: Any) -> Path:
     cfg = options.pop("cfg", checkpoints.tiny())
     checkpoints.write_release(directory, cfg, 1, **options)
-    (directory / "tokenizer.json").write_text('{"a": 1}')
-    (directory / "generation_config.json").write_text('{"temperature": 1.0}')
+    checkpoints.write_passengers(directory)
     return directory
 
 
 def write_saved(directory: Path) -> Path:
     model = hf_models.make(RATIOS, 0)
     model.save_pretrained(directory, max_shard_size="200KB")
+    checkpoints.write_passengers(directory)
     return directory
 
 
@@ -122,6 +122,7 @@ def test_export_reproduces_the_source(kept, tmp_path):
     for file in ("config.json", "tokenizer.json", "generation_config.json"):
         if (source / file).exists():
             assert (source / file).read_bytes() == (tmp_path / "exported" / file).read_bytes()
+    assert checkpoints.taken_along(tmp_path / "exported") == checkpoints.taken_along(source)
 
 
 @pytest.mark.parametrize(("dtype", "keep"), [("bfloat16", True), ("float32", False)])
@@ -265,7 +266,7 @@ def test_a_fraction_of_one_leaf_is_held_in_memory(tmp_path):
 
 
 def test_a_checkpoint_on_the_hub_is_converted_shard_by_shard(released, tmp_path):
-    files = {file.name: file.read_bytes() for file in released.iterdir()}
+    files = contents(released)
     home, target = tmp_path / "home", tmp_path / "target"
     script = f"from v4jax import convert\nout = convert.convert('org/name', Path({str(target)!r}))"
     with Hub(files) as server:

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--evaluation.files", "other.jsonl:2"], "files of an evaluation have no weights"),
         (["--samples", "-1"], "samples is -1; it is at least 0."),
         (["--adapter.alpha", "nan"], "adapter.alpha is nan; it is a finite number."),
-        (["--adapter.alpha", "-1.0"], "alpha is -1.0; it is a finite number above 0."),
+        (["--adapter.alpha", "0.0"], "alpha is 0.0; it is a finite number other than 0."),
         (["--guard.spike", "inf"], "guard.spike is inf; it is a finite number."),
         (["--optimizer.rate", "nan"], "optimizer.rate is nan"),
         (["--optimizer.rule", "muon"], "Muon trains weights in full; for an adapter"),

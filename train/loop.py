@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from v4jax import hub, unfinished
+
 from . import dataset, flops, preparation, runs, step
 from .checkpoints import Checkpoints
 from .evaluation import Evaluator
@@ -69,6 +71,9 @@ def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Ou
             f"{directory}: is not empty; 'v4jax-train resume {directory}' goes on with a run, or"
             " choose another directory."
         )
+    base = hub.local(recipe.model.path) if recipe.model.path else None
+    if jax.process_index() == 0 and base is not None:
+        unfinished.check_target(directory, base)
     run = _Run(recipe, directory, progress)
     if jax.process_index() == 0:
         runs.write_recipe(directory, recipe)

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
-from v4jax import facts, hub, numerics, open_model, sharding, updates
+from v4jax import facts, hub, numerics, open_model, passengers, sharding, updates
 from v4jax.config import ModelConfig
 from v4jax.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def text_tokenizer(recipe: Recipe) -> Tokenizer:
     """
     if not recipe.model.path:
         raise ValueError("No model is named; give --model, or model.path in the recipe.")
-    directory = hub.resolve(recipe.model.path)
+    directory = hub.resolve(recipe.model.path, allow_patterns=["tokenizer.json"])
     found = open_model.tokenizer(directory)
     if found is None:
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
@@ -171,7 +171,7 @@ def prepare(
     return setup, _first(parts, rule, mesh, recipe.steps.seed)
 
 
-def check(recipe: Recipe, tokenizer: Tokenizer) -> None:
+def check(recipe: Recipe) -> None:
     """Refuse what loading would, as far as the model's configuration tells.
 
     Raises:
@@ -179,7 +179,7 @@ def check(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """
     directory = hub.resolve(recipe.model.path)
     cfg = updates.open_config(directory)
-    open_model.check_vocabulary(directory, tokenizer, cfg)
+    passengers.tokenizer(directory, cfg.vocab_size)
     _check_mtp(recipe, cfg)
 
 

@@ -107,7 +107,7 @@ def _add_inspect(commands: Any) -> None:
 def _add_convert(commands: Any) -> None:
     text = "turn a Hugging Face checkpoint into a native one"
     parser = _command(commands, "convert", _convert, text, help_texts.CONVERT)
-    parser.add_argument("source", help="a Hugging Face directory or a Hub id")
+    parser.add_argument("source", help="a Hugging Face directory, a Hub id, or 'tiny'")
     parser.add_argument("target", type=Path, help="the directory to make")
     parser.add_argument(
         "--weights",
@@ -120,7 +120,7 @@ def _add_convert(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     text = "turn a native checkpoint back into a Hugging Face one"
     parser = _command(commands, "export", _export, text, help_texts.EXPORT)
-    parser.add_argument("source", type=Path, help="a native checkpoint made with --weights keep")
+    parser.add_argument("source", help="a native checkpoint, or a Hub id of one")
     parser.add_argument("target", type=Path, help="the directory to make")
 
 
@@ -136,8 +136,10 @@ def _add_export_adapter(commands: Any) -> None:
 def _add_merge(commands: Any) -> None:
     text = "make a release with a training run's or an adapter's change in it"
     parser = _command(commands, "merge", _merge, text, help_texts.MERGE)
-    parser.add_argument("source", type=Path, metavar="RELEASE", help="a Hugging Face directory")
-    parser.add_argument("change", type=Path, metavar="CHANGE", help="a run or a PEFT adapter")
+    release = "a Hugging Face directory, a Hub id, or 'tiny'"
+    parser.add_argument("source", metavar="RELEASE", help=release)
+    change = "a run, a PEFT adapter, or a Hub id of one"
+    parser.add_argument("change", metavar="CHANGE", help=change)
     parser.add_argument("target", type=Path, metavar="TARGET", help="the directory to make")
     parser.add_argument(
         "--weights",

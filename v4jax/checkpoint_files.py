@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from v4jax import unfinished
 from v4jax.safetensors_file import (
     CheckpointError,
     SafetensorsFile,
@@ -21,7 +22,6 @@ from v4jax.safetensors_file import (
     open_safetensors,
     parse_json,
     require_space,
-    sync_directory,
     write_safetensors,
 )
 from v4jax.text_files import read_text
@@ -237,8 +237,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint directory; it appears under its name when it is complete.
 
-    Until then it is called `directory` + '.v4jax-unfinished'. What an interrupted run left there is
-    replaced; after an exception nothing is left.
+    What an interrupted run left is replaced; after an exception nothing is left.
 
     Args:
       directory: to be made; may exist if empty.
@@ -252,31 +251,20 @@ def write_checkpoint(
         tensor is not as declared or is declared twice.
     """
     directory = Path(directory).resolve()
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists; choose another place, or remove it first.")
+    unfinished.check_target(directory)
     weight_map = _weight_map(shards)
     total_bytes = sum(info.nbytes for shard in shards for info in shard.values())
-    work = directory.with_name(directory.name + ".v4jax-unfinished")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    try:
-        require_space(work, total_bytes)
-        _write_json(work / CONFIG, config)
+    with unfinished.begin(directory, "write", "") as work:
+        require_space(work.directory, total_bytes)
+        _write_json(work.directory / CONFIG, config)
         for extra in extras:
-            shutil.copyfile(extra, work / extra.name)
+            shutil.copyfile(extra, work.directory / extra.name)
         for i, shard in enumerate(shards):
-            path = work / _shard_name(i, len(shards))
+            path = work.directory / _shard_name(i, len(shards))
             write_safetensors(path, shard, read, metadata={"format": "pt"})
-        _write_json(
-            work / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        )
-        sync_directory(work)
-        work.replace(directory)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    sync_directory(directory.parent)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(work.directory / INDEX, index)
+        work.finish()
 
 
 def _weight_map(shards: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:

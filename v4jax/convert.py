@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, get_args
@@ -28,6 +27,7 @@ from v4jax import (
     huggingface,
     native,
     params,
+    passengers,
     release,
     unfinished,
     zarr_arrays,
@@ -118,34 +118,58 @@ def convert(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}; it must be one of {get_args(Weights)}.")
-    target = Path(os.path.abspath(target))
-    unfinished.refuse_existing(target)
+    target = Path(os.path.abspath(os.path.expanduser(target)))
+    unfinished.check_target(target)
     with _open(source, unfinished.scratch(target)) as opened:
+        unfinished.check_target(target, opened.folder)
         plan = _plan(opened, weights)
+        files = _passengers(opened.folder, plan.config)
         with unfinished.begin(target, "convert", _identity(opened, weights)) as work:
             _write(plan, work, progress)
-            _copy_small_files(opened.folder, work.directory)
+            passengers.copy(opened.folder, files, work.directory)
+            passengers.copy(opened.folder, [PurePath(checkpoint_files.CONFIG)], work.directory)
+            if weights == "keep" and plan.manifest.index is not None:
+                index = [PurePath(checkpoint_files.INDEX)]
+                passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
             zarr_arrays.write_json(work.directory / native.MANIFEST, plan.manifest.to_json())
             work.finish()
 
 
 @contextlib.contextmanager
 def _open(source: str | Path, scratch: Path) -> Iterator[_Source]:
-    path = Path(os.path.expanduser(source))
-    if not path.exists():
-        small = [*native.PASSENGERS, checkpoint_files.CONFIG, checkpoint_files.INDEX]
-        folder = hub.resolve(str(source), allow_patterns=small)
+    path = hub.local(source)
+    if path is None:
+        _refuse_native(hub.resolve(source, allow_patterns=[native.MANIFEST]), str(source))
+        later = (*passengers.FOREIGN, "*.safetensors")
+        folder = hub.resolve(source, allow_patterns=["*"], ignore_patterns=later)
         # The snapshot's name is the commit: the shards come from the same one.
         with hub.HubCheckpoint.open(str(source), scratch, revision=folder.name) as files:
             yield _Source(files, folder, Path(files.repo_id), folder.name)
         return
-    if native.is_native(path):
-        raise CheckpointError(f"{path}: is a native checkpoint already.")
+    _refuse_native(path, str(path))
     unfinished.refuse_unfinished(path)
     with checkpoint_files.Checkpoint.open(path) as files:
         shards = sorted({str(files.info(name).file) for name in files.names})
         stats = [os.stat(shard) for shard in shards]
         yield _Source(files, path, path, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
+def _refuse_native(folder: Path, name: str) -> None:
+    if native.is_native(folder):
+        raise CheckpointError(f"{name}: is a native checkpoint already.")
+
+
+def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
+    """The files to copy, checked."""
+    files = passengers.find(folder)
+    for inside in files:
+        if inside.parts[0] in native.OWN:
+            raise CheckpointError(
+                f"{folder / inside}: {inside.parts[0]} is a name that native checkpoints have "
+                "another use for; move it elsewhere."
+            )
+    passengers.check(folder, files, cfg.vocab_size)
+    return files
 
 
 def _plan(source: _Source, weights: Weights) -> _Plan:
@@ -201,13 +225,6 @@ def _identity(source: _Source, weights: Weights) -> str:
     ]
     told = [native.VERSION, weights, source.files.config, source.version, infos]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _copy_small_files(folder: Path, target: Path) -> None:
-    copied = {file for pattern in native.PASSENGERS for file in folder.glob(pattern)}
-    for file in sorted(copied | {folder / checkpoint_files.CONFIG}):
-        if file.is_file():
-            shutil.copyfile(file, target / file.name)
 
 
 def _units(plan: _Plan) -> dict[str, int]:

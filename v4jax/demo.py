@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import v4jax
-from v4jax import hub
+from v4jax import hub, unfinished
 from v4jax.language_model import LanguageModel
 
 PROMPT = "The assignment statement"
@@ -35,14 +35,13 @@ def copy(directory: Path) -> None:
     """Copy the model to a directory, which appears when it is complete.
 
     Raises:
-      ValueError: it has something in it.
+      ValueError: it has something in it, or lies in the model's own.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: exists; choose another place, or remove it first.")
-    work = directory.with_name(directory.name + ".v4jax-unfinished")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(hub.TINY, work)
-    work.rename(directory)
+    directory = directory.absolute()
+    unfinished.check_target(directory, hub.TINY)
+    with unfinished.begin(directory, "demo", "") as work:
+        shutil.copytree(hub.TINY, work.directory, dirs_exist_ok=True)
+        work.finish()
 
 
 def _is_tiny(directory: Path) -> bool:

@@ -4,20 +4,22 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from v4jax import checkpoint_files, hf_names, native, unfinished, zarr_arrays
+from v4jax import checkpoint_files, hf_names, hub, native, passengers, unfinished, zarr_arrays
 from v4jax.native import Native
 from v4jax.safetensors_file import (
     DTYPES,
+    CheckpointError,
     TensorInfo,
     open_safetensors,
     require_space,
     write_safetensors,
 )
+from v4jax.zarr_arrays import DAMAGED
 
 Progress = Callable[[str, int, int], None]
 _NAMED = {"bfloat16": "BF16", "float32": "F32"}
@@ -27,13 +29,14 @@ _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
 def export(source: str | Path, target: str | Path, *, progress: Progress | None = None) -> None:
     """Make a Hugging Face checkpoint; it appears under its name when it is complete.
 
-    Names, shapes and files are those of the source that was converted; with weights 'keep', so are
-    dtypes and every byte of the tensors. Otherwise tensors are dense, without scales, and the
+    Names, shapes and files are those of the source that was converted. With weights 'keep', so are
+    dtypes and every byte of the tensors and of the files beside them; only the headers of the
+    tensors' files are written anew. Otherwise tensors are dense, without scales, and the
     configuration names no quantisation; DSpark's tensors stay as they were. An interrupted run
     leaves `target` + '.unfinished', and the same call goes on there, file by file.
 
     Args:
-      source: a native checkpoint.
+      source: a native checkpoint, or an id on the Hub.
       target: a directory to be made.
       progress: told what is being done, bytes done, and bytes in all.
 
@@ -41,21 +44,48 @@ def export(source: str | Path, target: str | Path, *, progress: Progress | None 
       CheckpointError: the source is not a native checkpoint or is damaged; the target exists; the
         disk is too full.
     """
-    target = Path(os.path.abspath(target))
-    unfinished.refuse_existing(target)
-    opened = Native(Path(source))
+    target = Path(os.path.abspath(os.path.expanduser(target)))
+    unfinished.check_target(target)
+    opened = Native(_resolve(source))
+    unfinished.check_target(target, opened.path)
+    files = passengers.find(opened.path, besides=native.OWN)
+    passengers.check(opened.path, files, opened.config.vocab_size)
     identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
-    tensors = _Tensors(opened)
+    tensors, index = _Tensors(opened), _kept_index(opened)
     weights = opened.manifest.weights
     with unfinished.begin(target, "export", identity) as work:
         write_shards(tensors.files, tensors.read, work, progress, what="exporting")
-        if (metadata := opened.manifest.index) is not None:
+        if index is not None:
+            passengers.copy(index, [PurePath(checkpoint_files.INDEX)], work.directory)
+        elif (metadata := opened.manifest.index) is not None:
             write_index(metadata, tensors.files, work.directory, same=weights == "keep")
-        for file in opened.path.iterdir():
-            if file.is_file() and file.name not in (native.MANIFEST, checkpoint_files.CONFIG):
-                shutil.copyfile(file, work.directory / file.name)
+        passengers.copy(opened.path, files, work.directory)
         write_config(opened.path, work.directory, weights)
         work.finish()
+
+
+def _resolve(source: str | Path) -> Path:
+    """The directory; of the Hub's other checkpoints the weights are not downloaded."""
+    small = [native.MANIFEST, checkpoint_files.CONFIG]
+    directory = hub.resolve(source, allow_patterns=small)
+    if not native.is_native(directory):
+        return directory
+    return hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+
+
+def _kept_index(opened: Native) -> Path | None:
+    """The folder of the source's own index, where it was kept.
+
+    Raises:
+      CheckpointError: it is damaged, or another checkpoint's.
+    """
+    file = opened.path / native.EXTRAS / checkpoint_files.INDEX
+    if opened.manifest.index is None or not file.is_file():
+        return None
+    sources = {name: str(info.file) for name, info in opened.manifest.sources.items()}
+    if checkpoint_files.read_index(file) != sources:
+        raise CheckpointError(f"{file}: does not list the tensors of {native.MANIFEST}. {DAMAGED}")
+    return file.parent
 
 
 class _Tensors:

@@ -27,15 +27,17 @@ CONVERT = """\
 A native checkpoint holds the arrays as the model has them in memory: it loads faster, and on many
 hosts each reads its own part. The source is checked before anything is written. TARGET appears when
 it is complete; until then all lies in TARGET.unfinished, and the same command goes on there after
-an interruption. Of a Hub id one shard at a time is on the disk.
+an interruption. Of a Hub id one shard at a time is on the disk. All files beside the weights come
+along, but for hidden ones and weights in other formats.
 
 examples:
   v4jax convert path/to/DeepSeek-V4-Flash flash-native
   v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights bfloat16
 """
 EXPORT = """\
-The files are those that were converted, byte for byte. TARGET appears when it is complete; the same
-command goes on after an interruption.
+The files are those that were converted. Of a checkpoint made with --weights keep, tensors and all
+files beside the weights are the same byte for byte; headers of the weights' files are written anew.
+TARGET appears when it is complete; the same command goes on after an interruption.
 
 example:
   v4jax export flash-native flash-hf
@@ -50,7 +52,8 @@ examples:
 """
 MERGE = """\
 RELEASE is a Hugging Face directory, CHANGE a training run or a PEFT adapter. TARGET has RELEASE's
-names and files; it appears when it is complete, and the same command goes on after an interruption.
+names and files, those beside the weights too; it appears when it is complete, and the same command
+goes on after an interruption.
 With --weights keep each changed tensor goes back into its own format and all others keep their
 bytes. Rounding takes a part of the change away, of a small one in FP4 nearly all: the table says
 how much is left (gain: 1 all of it, 0 none; cosine: whether what is left points the same way).

@@ -27,7 +27,8 @@ from v4jax.safetensors_file import (
 TINY = Path(__file__).parent / "data" / "tiny"  # a small trained model, in the release format
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Weights, configuration and tokenizer: not the code or the papers beside them.
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*")
+# A native checkpoint has its weights in a folder of that name.
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "weights/*")
 _LOG_IN = "log in with 'hf auth login' or set HF_TOKEN"
 
 
@@ -36,24 +37,22 @@ def resolve(
     *,
     revision: str | None = None,
     allow_patterns: Sequence[str] | None = None,
+    ignore_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The directory of a checkpoint, downloaded if it is not here.
+    """The directory of a checkpoint or an adapter, downloaded if it is not here.
 
     Args:
-      path_or_id: what exists as a path is that path; else 'tiny' is the model that the package
-        brings with it, and `organisation/name` a Hub id.
+      path_or_id: see `local`; else `organisation/name`, a Hub id.
       revision: branch, tag or commit on the Hub; its main branch without.
       allow_patterns: files to download; weights, configuration and tokenizer without.
+      ignore_patterns: of these, files not to download.
 
     Raises:
       CheckpointError: it is neither here nor to be had, and why.
     """
-    path = Path(os.path.expanduser(path_or_id))
-    if path.exists():
+    if (path := local(path_or_id)) is not None:
         return path
     repo_id = str(path_or_id)
-    if repo_id == "tiny":
-        return TINY
     if not _ID.fullmatch(repo_id):
         raise CheckpointError(
             f"{repo_id}: no such file or directory, and no Hub id either: those look like "
@@ -64,8 +63,21 @@ def resolve(
     patterns = list(allow_patterns or _PATTERNS)
     with _explained(repo_id, revision):
         return Path(
-            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(ignore_patterns or ()),
+            )
         )
+
+
+def local(path_or_id: str | Path) -> Path | None:
+    """What exists as a path is that path; else 'tiny' is the model that the package brings."""
+    path = Path(os.path.expanduser(path_or_id))
+    if path.exists():
+        return path
+    return TINY if str(path_or_id) == "tiny" else None
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Literal, get_args
 
@@ -19,8 +18,10 @@ from v4jax import (
     checkpoint_files,
     export,
     hf_names,
+    hub,
     huggingface,
     native,
+    passengers,
     release,
     requantise,
     unfinished,
@@ -36,8 +37,6 @@ from v4jax.updates import Update
 
 Weights = Literal["bfloat16", "keep"]
 Progress = Callable[[str, int, int], None]
-# What the update is not in, and nothing that a release has beside its weights.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _NUMBERS = re.compile(r"^layers\.\d+\.|(?<=^mtp\.)\d+\.|(?<=experts\.)\d+\.|\.weight$")
 
 
@@ -56,8 +55,8 @@ def merge(
     source's bytes. What the model does not run, such as DSpark's tensors, is copied.
 
     Args:
-      source: a Hugging Face directory.
-      update: the directory of a run or of a PEFT adapter.
+      source: a Hugging Face directory, 'tiny', or an id on the Hub.
+      update: the directory of a run or of a PEFT adapter, or an adapter's id on the Hub.
       target: a directory to be made.
       weights: 'keep' puts each changed tensor back into its own format; 'bfloat16' makes all of
         them dense, but for those that are float32.
@@ -69,13 +68,16 @@ def merge(
 
     Raises:
       CheckpointError: one of the directories is not what it should be, or is damaged; the target
-        exists; the disk is too full; what an earlier run left was made of other files.
+        exists or lies in one of them; the disk is too full; what an earlier run left was made of
+        other files.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}; it must be one of {get_args(Weights)}.")
-    source, update = Path(os.path.expanduser(source)), Path(os.path.expanduser(update))
     target = Path(os.path.abspath(os.path.expanduser(target)))
-    unfinished.refuse_existing(target)
+    unfinished.check_target(target)
+    update = updates.resolve(update)
+    source = hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+    unfinished.check_target(target, source, update)
     if native.is_native(source):
         raise CheckpointError(
             f"{source}: is a native checkpoint, and merging takes a release; make one of it with "
@@ -86,7 +88,8 @@ def merge(
     change = updates.read(update, opened[1], best=best)
     identity = _identity(files, weights, updates.identity(update, best=best))
     merged = _Tensors(files, opened, change, weights)
-    others = list(_others(source))
+    others = passengers.find(source)
+    passengers.check(source, others, opened[1].vocab_size)
     with unfinished.begin(target, "merge", identity) as work:
         return _write(merged, others, work, unfinished.scratch(target) / "kept", progress)
 
@@ -98,18 +101,6 @@ def _identity(files: Checkpoint, weights: Weights, update: str) -> str:
     versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     told = [weights, update, files.config, versions, infos]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _others(source: Path) -> Iterator[PurePath]:
-    """The files to copy, relative to the source: all but weights, their index, and hidden ones."""
-    written = {PurePath(checkpoint_files.CONFIG), PurePath(checkpoint_files.INDEX)}
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            inside = PurePath(folder, name).relative_to(source)
-            left_out = name.startswith(".") or name.endswith(_NOT_COPIED) or inside in written
-            if not left_out:
-                yield inside
 
 
 def _write(
@@ -133,10 +124,7 @@ def _write(
     elif not merged.is_single:
         metadata = checkpoint_files.read_json(source / checkpoint_files.INDEX).get("metadata", {})
         export.write_index(metadata, merged.files, work.directory, same=False)
-    for inside in others:
-        copy = work.directory / inside
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint_files.locate(source, str(inside)), copy)
+    passengers.copy(source, others, work.directory)
     export.write_config(source, work.directory, weights)
     total = Ledger()
     for file in place.values():

@@ -1,11 +1,12 @@
 """Native checkpoints: the model's own arrays, stacked as it holds them, in Orbax's layout.
 
 ```
-config.json, tokenizer.json, ...   the source's
+config.json, tokenizer.json, ...   the source's, all but weights and hidden files
 v4jax.json                         `Manifest`
 weights/                           an Orbax checkpoint: {leaf: array}, {leaf}.codes and {leaf}.scale
                                    where it is quantised
-extras/                            tensors that the model does not run, as safetensors
+extras/                            tensors that the model does not run, as safetensors; and the
+                                   source's index, where the tensors are as it has them
 ```
 
 Axis letters: N rows, K columns of a stored matrix.
@@ -32,11 +33,7 @@ from v4jax.zarr_arrays import DAMAGED, Arrays
 Weights = Literal["keep", "bfloat16", "float32"]
 MANIFEST, WEIGHTS, EXTRAS = "v4jax.json", "weights", "extras"
 VERSION = 1
-# Copied as they are. The configuration is not among them: it is written last.
-PASSENGERS = (
-    *("tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges.txt", "chat_template*", "*.jinja"),
-)
+OWN = (MANIFEST, WEIGHTS, EXTRAS)  # beside what is the source's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`v4jax.load`: any kind of checkpoint to a model that is ready to run."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from v4jax import hub, huggingface, native, numerics, updates
+from v4jax import hub, huggingface, native, numerics, passengers, updates
 from v4jax.config import ModelConfig
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
@@ -38,9 +37,7 @@ def load(
     update = None if adapter is None else _read_update(adapter, updates.open_config(directory))
     read: Any = native.load if native.is_native(directory) else huggingface.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
-    text = tokenizer(directory)
-    if text is not None:
-        check_vocabulary(directory, text, cfg)
+    text = passengers.tokenizer(directory, cfg.vocab_size)
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), text)
@@ -63,16 +60,7 @@ def with_adapter(model: LanguageModel, adapter: str | Path | None) -> LanguageMo
 
 
 def _read_update(adapter: str | Path, cfg: ModelConfig) -> updates.Update:
-    return updates.read(Path(os.path.expanduser(adapter)), cfg)
-
-
-def check_vocabulary(directory: Path, text: Tokenizer, cfg: ModelConfig) -> None:
-    """Refuse a tokenizer with more tokens than the model's vocabulary has."""
-    if text.vocab_size > cfg.vocab_size:
-        raise CheckpointError(
-            f"{directory / 'tokenizer.json'}: {text.vocab_size} tokens, but the model's vocabulary "
-            f"has {cfg.vocab_size}. Take the tokenizer of this checkpoint."
-        )
+    return updates.read(updates.resolve(adapter), cfg)
 
 
 def tokenizer(directory: Path) -> Tokenizer | None:

@@ -44,7 +44,8 @@ def add_running_options(group: Any) -> None:
         default="official",
         help="round where DeepSeek's runtime does (default) or where transformers does",
     )
-    add("--adapter", metavar="DIR", help="a PEFT adapter, or a training run, to run it with")
+    adapter = "a PEFT adapter, a Hub id of one, or a training run, to run it with"
+    add("--adapter", metavar="DIR", help=adapter)
     add("--keep", action="store_true", help="hold FP8 and FP4 weights as they are: less memory")
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 from v4jax.safetensors_file import CheckpointError, sync_directory
 
 _SUFFIX = ".unfinished"
-_JOURNAL = "journal.jsonl"
+_JOURNAL, _RESULT = "journal.jsonl", "result"
 # A part is on the disk before its line is written, so a lost line costs only doing it again.
 _SYNC_EVERY = 64
 
@@ -29,7 +29,7 @@ class Work:
     """
 
     def __init__(self, target: Path, journal: IO[bytes], done: set[str]) -> None:
-        self.directory = scratch(target) / "result"
+        self.directory = scratch(target) / _RESULT
         self.done = done
         self._target, self._journal = target, journal
 
@@ -48,7 +48,7 @@ class Work:
             sync_directory(path)
         self.directory.replace(self._target)
         sync_directory(self._target.parent)
-        shutil.rmtree(scratch(self._target))
+        _remove(scratch(self._target))
 
 
 def scratch(target: Path) -> Path:
@@ -56,14 +56,25 @@ def scratch(target: Path) -> Path:
     return target.with_name(target.name + _SUFFIX)
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise if there is something under the name already."""
+def check_target(target: Path, *sources: Path) -> None:
+    """Raise unless a directory can be made under the name, outside of all that it is made from.
+
+    Raises:
+      CheckpointError: there is something under the name already, or it would lie in a source.
+    """
+    _clear(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists; choose another place, or remove it first.")
+    real = Path(os.path.realpath(target))
+    for source in sources:
+        # The same folder may have several names, by links and by mounts.
+        if any(folder.exists() and folder.samefile(source) for folder in (real, *real.parents)):
+            raise CheckpointError(f"{target}: lies in {source}; choose a place outside of it.")
 
 
 def refuse_unfinished(directory: Path) -> None:
     """Raise if the directory is what an interrupted run left."""
+    _clear(directory)
     for folder in (directory, directory.parent):
         if folder.name.endswith(_SUFFIX) and (folder / _JOURNAL).is_file():
             raise CheckpointError(
@@ -72,9 +83,34 @@ def refuse_unfinished(directory: Path) -> None:
             )
 
 
+def _clear(target: Path) -> None:
+    """Remove what is left of a run that was killed when the directory had appeared already."""
+    folder = scratch(Path(os.path.abspath(target)))
+    journal = folder / _JOURNAL
+    if not journal.is_file() or (folder / _RESULT).exists() or not target.is_dir():
+        return
+    # It may be someone else's to remove, or not be in our power.
+    with contextlib.suppress(CheckpointError, OSError), journal.open("a+b") as file:
+        _lock(file, folder)
+        if any(target.iterdir()):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a scratch directory; its journal last, which tells whose it is."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _JOURNAL:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
 @contextlib.contextmanager
 def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
     """Start making `target`, or go on where an interrupted run of the same kind stopped.
+
+    Where such a run had no part done, all is begun anew.
 
     Args:
       target: an absolute path, to be made; an empty directory may be there.
@@ -85,7 +121,7 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
       CheckpointError: the target exists, another process is at work on it, or what is there was
         begun from other files or with other settings.
     """
-    refuse_existing(target)
+    check_target(target)
     folder = scratch(target)
     journal = folder / _JOURNAL
     if folder.exists() and not journal.is_file() and any(folder.iterdir()):
@@ -95,12 +131,14 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
         _lock(file, folder)
         done = _resume(file, folder, {"v4jax": what, "identity": identity})
         work = Work(target, file, done)
+        if not done and work.directory.exists():
+            shutil.rmtree(work.directory)
         work.directory.mkdir(exist_ok=True)
         try:
             yield work
         except BaseException:
             if not work.done:
-                shutil.rmtree(folder)
+                _remove(folder)
             raise
 
 
@@ -121,13 +159,14 @@ def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
     file.seek(0)
     # A line that was cut off has no end; what it was about is done again.
     lines = [line for line in file if line.endswith(b"\n")]
-    file.truncate(sum(map(len, lines)))
-    if not lines:
+    if len(lines) < 2:
+        file.truncate(0)
         file.write(json.dumps(header).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
         sync_directory(folder)
         return set()
+    file.truncate(sum(map(len, lines)))
     try:
         found, *done = map(json.loads, lines)
     except ValueError as error:

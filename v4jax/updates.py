@@ -5,6 +5,7 @@ tensor at a time by `merge`.
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ class Replaced(NamedTuple):
 Update = Adapted | Replaced
 
 
+def resolve(path_or_id: str | Path) -> Path:
+    """The directory of a run or an adapter; an adapter that is not here comes from the Hub."""
+    return hub.resolve(path_or_id, allow_patterns=[peft.CONFIG, peft.TENSORS])
+
+
 def read(path: Path, cfg: ModelConfig, *, best: bool = False) -> Update:
     """What a run's newest state or a PEFT adapter changes.
 
@@ -62,6 +68,7 @@ def read(path: Path, cfg: ModelConfig, *, best: bool = False) -> Update:
     Raises:
       CheckpointError: it is neither, is damaged, or is of another model.
     """
+    unfinished.refuse_unfinished(path)
     if peft.is_adapter(path):
         if best:
             raise CheckpointError(f"{path}: is an adapter, of which there is one state only.")
@@ -73,6 +80,7 @@ def read(path: Path, cfg: ModelConfig, *, best: bool = False) -> Update:
         )
     run = runs.open_run(path, best=best)
     trained = runs.trained(run)
+    _check_finite(run, trained)
     if run.adapter is not None:
         _check(path, trained, lora.declare(cfg, run.adapter), whole=True)
         return Adapted(run.adapter, trained)
@@ -90,6 +98,16 @@ def _check(path: Path, found: dict[str, Any], declared: dict[str, Any], *, whole
             there = shape(declared[name]) if name in declared else "no weight of it"
             raise CheckpointError(
                 f"{path}: is of another model: '{name}' is {here}, and in this model {there}."
+            )
+
+
+def _check_finite(run: runs.Run, trained: dict[str, Any]) -> None:
+    for path, value in jax.tree.leaves_with_path(trained):
+        if not np.isfinite(value).all():
+            name = ".".join(str(key.key) for key in path)
+            raise CheckpointError(
+                f"{run.state}: '{name}' has values that are no finite numbers. The state is "
+                "damaged, or the training went wrong; take another state."
             )
 
 
@@ -182,9 +200,11 @@ def export_adapter(
       best: the state that evaluations found best, not the newest.
 
     Raises:
-      CheckpointError: the run has no adapter, its model is not to be had, or the target exists.
+      CheckpointError: the run has no adapter or a damaged one, its model is not to be had, or the
+        target exists or lies in one of them.
     """
-    unfinished.refuse_existing(target)
+    run, target = (Path(os.path.abspath(os.path.expanduser(path))) for path in (run, target))
+    unfinished.check_target(target)
     opened = runs.open_run(run, best=best)
     if opened.adapter is None:
         raise CheckpointError(
@@ -193,9 +213,11 @@ def export_adapter(
     name = model or opened.model
     try:
         small = [checkpoint_files.CONFIG, native.MANIFEST]
-        cfg = open_config(hub.resolve(name, allow_patterns=small))
+        base = hub.resolve(name, allow_patterns=small)
+        cfg = open_config(base)
     except CheckpointError as error:
         raise CheckpointError(f"{error} That is the run's model; give --model.") from error
+    unfinished.check_target(target, run, base)
     update = read(run, cfg, best=best)
     assert isinstance(update, Adapted)
     peft.export(target, cfg, *update, base=name)

@@ -16,7 +16,6 @@ from v4jax.lora import Lora
 from v4jax.model import Model
 from v4jax.numerics import HF
 
-pytestmark = pytest.mark.quick
 CFG = models.config(CSA, HCA, hashed=0)
 TOKENS = models.tokens(CFG, 2, 40)
 

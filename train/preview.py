@@ -101,7 +101,7 @@ def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
     if samples < 0:
         raise ValueError(f"samples is {samples}; it is at least 0.")
     tokenizer = preparation.text_tokenizer(recipe)
-    preparation.check(recipe, tokenizer)
+    preparation.check(recipe)
     trained = preparation.read_data(recipe, tokenizer, recipe.data.files)
     packed = preparation.packs(recipe, trained)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -197,8 +198,40 @@ READ = {
     ),
     "values that are not strings stand as they are": (
         "chat",
-        invoke("f", parameter("k", " {'a': 1} ", False), parameter('"q"', "", True)),
-        ("", "", [called("f", '{"k":  {\'a\': 1} , "\\"q\\"": ""}')]),
+        invoke("f", parameter("k", ' {"a":1e5} ', False), parameter('"q"', "", True)),
+        ("", "", [called("f", '{"k":  {"a":1e5} , "\\"q\\"": ""}')]),
+    ),
+    **{
+        f"a value that is no JSON becomes a string: {value[:9]}": (
+            "chat",
+            invoke("f", parameter("k", value, False), parameter("l", "1", False)),
+            ("", "", [called("f", json.dumps({"k": value, "l": 1}), incomplete=True)]),
+        )
+        for value in ("Tense", "", "{'a': 1}", "True", "[1, 2", '"a', "1, 2", "NaN", "-Infinity",
+                      "1e999", '{"a": [NaN]}', '"\\ud800"', "9" * 5000, "[" * 100000)
+    },
+    "blanks may stand in tags": (
+        "chat",
+        f'a\n\n<{DSML}tool_calls >\n<{DSML}invoke  name = "f" \n>\n<{DSML}parameter\tname="k" '
+        f'string = "true"\t>v</{DSML}parameter  >\n</{DSML}invoke\n>\n</{DSML}tool_calls >b',
+        ("ab", "", [called("f", '{"k": "v"}')]),
+    ),
+    "quotes and blanks may stand in names": (
+        "chat",
+        invoke('f" g', parameter('k" > "', "v")),
+        ("", "", [called('f" g', '{"k\\" > \\"": "v"}')]),
+    ),
+    "closers before a call do not lose it": (
+        "chat",
+        f"a{OPEN}</{DSML}invoke></{DSML}parameter>\n{invoke('f')}{CLOSE}",
+        ("a", "", [called("f", "{}")]),
+    ),
+    "closers in a call and after it do not lose it": (
+        "thinking",
+        f"r{OPEN}"
+        + invoke("f", parameter("k", "v") + f"</{DSML}parameter >", "</think>", parameter("l", "w"))
+        + f"\n</{DSML}invoke>\n{invoke('g')}{CLOSE}a",
+        ("a", "r", [called("f", '{"k": "v", "l": "w"}'), called("g", "{}")]),
     ),
     "the end of the sentence ends a value": (
         "chat",
@@ -279,6 +312,19 @@ SNIPPETS = st.sampled_from(
             f'<{DSML}parameter name="j" string="false">',
         ),
         *(f"</{DSML}parameter>", f"<{DSML}tool_calls>", 'string="true">'),
+        *(
+            f"</{DSML}parameter >",
+            f"</{DSML}invoke\n>",
+            f'<{DSML}invoke name="g" >',
+            '" ',
+            " ",
+            "\t",
+        ),
+        *(
+            parameter("m", "Tense", False),
+            parameter("n", "NaN", False),
+            parameter("o", "[1e5]", False),
+        ),
     ]
 )
 OUTPUTS = st.lists(SNIPPETS, max_size=12).map("".join)
@@ -313,14 +359,36 @@ def test_events_of_any_text_are_in_order(text, mode):
             case _:
                 assert open_call is None
     assert open_call is None
-    arguments = [json.loads(c["function"]["arguments"]) for c in valid_calls(text, mode)]
-    assert all(isinstance(value, dict) for value in arguments)
+    assert all(isinstance(value, dict) for value in arguments(text, mode))
 
 
-def valid_calls(text: str, mode: str) -> list[dict]:
-    """The calls of a text whose only values that are not strings are JSON."""
-    values = (part.split(f"</{DSML}parameter>")[0] for part in text.split('string="false">')[1:])
-    return parse_chat(text, mode)["tool_calls"] if all(v in ("1", "3") for v in values) else []
+def strict(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def arguments(text: str, mode: str = "chat") -> list[Any]:
+    """Of all calls, complete or not."""
+    calls = parse_chat(text, mode)["tool_calls"]
+    return [json.loads(c["function"]["arguments"], parse_constant=strict) for c in calls]
+
+
+VALUES = st.text() | st.sampled_from(["1", "1e400", "NaN", '"\\ud800"', "{}", '{"a": 1, "a": 2}'])
+NUMBERS = st.floats().map(json.dumps) | st.integers().map(str)
+PARAMETERS = st.builds(parameter, st.text(), VALUES | NUMBERS, st.booleans())
+CALLS = st.builds(lambda name, parts: invoke(name, *parts), st.text(), st.lists(PARAMETERS))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.one_of(OUTPUTS, st.lists(CALLS | SNIPPETS, max_size=4).map("".join)), MODES)
+def test_complete_calls_are_written_and_read_again(text, mode):
+    calls = parse_chat(text, mode)["tool_calls"]
+    whole = [call for call in calls if not call.get("incomplete")]
+    turn = {"role": "assistant", "content": "", "tool_calls": whole}
+    again = parse_chat(encode_chat([turn], add_bos=False))["tool_calls"]
+    value = lambda c: (c["function"]["name"], json.loads(c["function"]["arguments"]))
+    assert [value(call) for call in again] == [value(call) for call in whole]
+    assert not any(call.get("incomplete") for call in again)
+    assert all(isinstance(members, dict) for members in arguments(text, mode))
 
 
 PLAIN = st.text(max_size=12).filter(lambda s: DSML not in s and "<" not in s)

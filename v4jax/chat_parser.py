@@ -8,10 +8,15 @@
 reads well-formed output only. This parser never raises on text, and how the text is cut never
 changes what is reported. What it does with the rest:
 
+- Blanks may stand before the `>` of a tag, and around its attributes.
 - A call may stand anywhere, with or without the enclosing `tool_calls`, also in reasoning that was
   never closed; the text after it goes on as reasoning or content, whichever the call interrupted.
 - A tag that the output's end cuts off is dropped. A call that it cuts off ends with
   `complete=False`: a string value keeps what there is of it, another value is left out.
+- A value that is called no string but is no JSON, or none that can be written again (NaN, 1e999),
+  becomes a string, and the call ends with `complete=False`. So arguments are always a JSON object.
+- Closing tags, of a parameter or a call or the reasoning, that close nothing are dropped where a
+  call or a parameter could begin.
 - Anything else than a tag inside a call ends the call with `complete=False`; from there on the text
   is reasoning or content as it stands, until the next call. So are tags outside of any call.
 - A parameter given twice keeps its first value, and the call ends with `complete=False`.
@@ -25,16 +30,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from v4jax import dsml
 from v4jax.chat import DSML, END_THINK, EOS, THINK, THINKING_MODES
-
-_OPEN_CALLS = f"<{DSML}tool_calls>"
-_CLOSE_CALLS = f"</{DSML}tool_calls>"
-_OPEN_INVOKE = f'<{DSML}invoke name="'
-_CLOSE_INVOKE = f"</{DSML}invoke>"
-_OPEN_PARAMETER = f'<{DSML}parameter name="'
-_CLOSE_PARAMETER = f"</{DSML}parameter>"
-_STRING, _JSON = '" string="true">', '" string="false">'
-_BLANK = " \t\r\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +59,7 @@ class ToolCallStart:
 
 @dataclasses.dataclass(frozen=True)
 class ArgumentsDelta:
-    """More of a call's arguments; together they are JSON whenever the model's values are."""
+    """More of a call's arguments; together they are a JSON object."""
 
     index: int
     text: str
@@ -157,6 +154,7 @@ class ChatParser:
         self._keys: set[str] = set()
         self._lead = "{"
         self._value: Literal["string", "json", "repeated"] = "string"
+        self._member = ""
         self._json = ""
 
     def feed(self, text: str) -> list[Event]:
@@ -170,7 +168,7 @@ class ChatParser:
     def finish(self) -> list[Event]:
         """The remaining events, `Done` last; nothing if the end of the sentence has been read."""
         if self._state in ("start", "text"):
-            at, _ = self._find(_OPEN_CALLS, _OPEN_INVOKE)
+            at, *_ = dsml.find(self._buffer, dsml.OPEN_CALLS, dsml.OPEN_INVOKE)
             cut = DSML in self._buffer[at:]
             self._emit_text(self._before_tag(at) if cut else self._buffer)
             self._end(truncated=cut)
@@ -207,7 +205,8 @@ class ChatParser:
         return True
 
     def _in_text(self) -> bool:
-        at, mark = self._find(END_THINK, EOS, _OPEN_CALLS, _OPEN_INVOKE)
+        marks = (END_THINK, EOS, dsml.OPEN_CALLS, dsml.OPEN_INVOKE)
+        at, mark, _ = dsml.find(self._buffer, *marks)
         before = self._buffer[:at] if mark in (END_THINK, EOS) else self._before_tag(at)
         self._emit_text(before)
         self._drop(len(before))
@@ -221,66 +220,77 @@ class ChatParser:
         return bool(mark)
 
     def _in_block(self) -> bool:
-        mark = self._head(EOS, _OPEN_CALLS, _OPEN_INVOKE, _CLOSE_CALLS)
+        stray = (dsml.CLOSE_INVOKE, dsml.CLOSE_PARAMETER)
+        mark, end = self._head(EOS, dsml.OPEN_CALLS, dsml.OPEN_INVOKE, dsml.CLOSE_CALLS, *stray)
         if mark is None:
             return False
         if mark == EOS:
             self._end(truncated=bool(self._skipped.strip()))
-        elif mark == _CLOSE_CALLS:
-            self._drop(len(mark))
+        elif mark == dsml.CLOSE_CALLS:
+            self._drop(end)
             self._skipped, self._state = "", "text"
-        elif mark == _OPEN_CALLS:
-            self._skip(len(mark))
-        elif mark == _OPEN_INVOKE:
-            return self._in_invoke_tag()
+        elif mark == dsml.OPEN_CALLS:
+            self._skip(end)
+        elif mark == dsml.OPEN_INVOKE:
+            return self._in_invoke_tag(end)
+        elif mark in stray:
+            self._drop(end)
         else:
             self._leave_block()
         return True
 
-    def _in_invoke_tag(self) -> bool:
-        tag = self._tag(_OPEN_INVOKE, ('">',), barred=(DSML, EOS, "\n"))
+    def _in_invoke_tag(self, start: int) -> bool:
+        barred = (DSML, EOS, "\n")
+        tag = dsml.attribute(self._buffer, start, (dsml.NAMED,), barred=barred)
         if tag is None:
             return False
-        name, end = tag
-        if end:
+        name, closed, end = tag
+        if closed:
+            self._drop(end)
             self._start_call(name)
         else:
-            self._skip(len(_OPEN_INVOKE))
+            self._skip(start)
             self._leave_block()
         return True
 
     def _in_call(self) -> bool:
-        mark = self._head(EOS, _OPEN_PARAMETER, _CLOSE_INVOKE)
+        stray = (dsml.CLOSE_PARAMETER, END_THINK)
+        mark, end = self._head(EOS, dsml.OPEN_PARAMETER, dsml.CLOSE_INVOKE, *stray)
         if mark is None:
             return False
         if mark == EOS:
             self._end(truncated=True)
-        elif mark == _CLOSE_INVOKE:
-            self._drop(len(mark))
+        elif mark == dsml.CLOSE_INVOKE:
+            self._drop(end)
             self._skipped = ""
             self._end_call(self._clean)
-        elif mark == _OPEN_PARAMETER:
-            return self._in_parameter_tag()
+        elif mark == dsml.OPEN_PARAMETER:
+            return self._in_parameter_tag(end)
+        elif mark in stray:
+            self._drop(end)
+            self._reasoning = self._reasoning and mark != END_THINK
         else:
             self._end_call(complete=False)
         return True
 
-    def _in_parameter_tag(self) -> bool:
-        tag = self._tag(_OPEN_PARAMETER, (_STRING, _JSON), barred=(DSML, EOS))
+    def _in_parameter_tag(self, start: int) -> bool:
+        kinds = (dsml.STRING, dsml.JSON)
+        tag = dsml.attribute(self._buffer, start, kinds, barred=(DSML, EOS))
         if tag is None:
             return False
-        key, end = tag
-        if end:
-            self._start_value(key, end)
+        key, kind, end = tag
+        if kind:
+            self._drop(end)
+            self._start_value(key, kind)
         else:
             self._end_call(complete=False)
         return True
 
     def _in_value(self) -> bool:
-        at, mark = self._find(_CLOSE_PARAMETER, EOS)
+        at, mark, end = dsml.find(self._buffer, dsml.CLOSE_PARAMETER, EOS)
         self._emit_value(self._buffer[:at])
-        self._drop(at + len(mark))
-        if mark == _CLOSE_PARAMETER:
+        self._drop(end)
+        if mark == dsml.CLOSE_PARAMETER:
             self._end_value()
         elif mark == EOS:
             self._end(truncated=True)
@@ -297,16 +307,16 @@ class ChatParser:
         self._events.append(ToolCallEnd(self._call, complete))
         self._state = "block"
 
-    def _start_value(self, key: str, end: str) -> None:
+    def _start_value(self, key: str, kind: str) -> None:
         self._skipped, self._state = "", "value"
         member = f"{self._lead}{json.dumps(key, ensure_ascii=False)}: "
         if key in self._keys:
             self._value, self._clean = "repeated", False
-        elif end == _STRING:
+        elif kind == dsml.STRING:
             self._value, self._lead = "string", ", "
             self._emit_arguments(member + '"')
         else:
-            self._value, self._json = "json", member
+            self._value, self._member, self._json = "json", member, ""
         self._keys.add(key)
 
     def _emit_value(self, text: str) -> None:
@@ -320,8 +330,10 @@ class ChatParser:
         if self._value == "string":
             self._emit_arguments('"')
         elif self._value == "json":
-            self._emit_arguments(self._json)
-            self._lead = ", "
+            is_json = dsml.is_json(self._json)
+            value = self._json if is_json else json.dumps(self._json, ensure_ascii=False)
+            self._emit_arguments(self._member + value)
+            self._clean, self._lead = self._clean and is_json, ", "
         self._state = "call"
 
     def _end(self, *, truncated: bool) -> None:
@@ -356,44 +368,7 @@ class ChatParser:
         text = self._buffer[:at]
         return text.removesuffix("\n").removesuffix("\n")
 
-    def _find(self, *marks: str) -> tuple[int, str]:
-        """Where the first mark is, and which; "" if it is cut off by the buffer's end or absent.
-
-        All marks begin with "<" and have no other.
-        """
-        at = self._buffer.find("<")
-        while at >= 0:
-            for mark in marks:
-                there = self._buffer[at : at + len(mark)]
-                if mark.startswith(there):
-                    return at, mark if there == mark else ""
-            at = self._buffer.find("<", at + 1)
-        return len(self._buffer), ""
-
-    def _head(self, *marks: str) -> str | None:
-        """The mark after any blanks; None while more text may make one, "" for anything else."""
-        self._skip(len(self._buffer) - len(self._buffer.lstrip(_BLANK)))
-        for mark in marks:
-            if self._buffer.startswith(mark):
-                return mark
-        return None if any(mark.startswith(self._buffer) for mark in marks) else ""
-
-    def _tag(
-        self, mark: str, ends: tuple[str, ...], *, barred: tuple[str, ...]
-    ) -> tuple[str, str] | None:
-        """Read `mark` TEXT `end`, and drop it.
-
-        Returns:
-          TEXT and the end; ("", "") if one of `barred` stands before it, when nothing is dropped;
-          None while neither has come.
-        """
-        places = {s: self._buffer.find(s, len(mark)) for s in (*ends, *barred)}
-        found = [(at, s) for s, at in places.items() if at >= 0]
-        if not found:
-            return None
-        at, first = min(found)
-        if first in barred:
-            return "", ""
-        text = self._buffer[len(mark) : at]
-        self._drop(at + len(first))
-        return text, first
+    def _head(self, *marks: str) -> tuple[str | None, int]:
+        """The mark after any blanks, as `dsml.head` tells it."""
+        self._skip(len(self._buffer) - len(self._buffer.lstrip(dsml.BLANK)))
+        return dsml.head(self._buffer, *marks)

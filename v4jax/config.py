@@ -1,10 +1,11 @@
 """The configuration: frozen, hashable, complete; it refuses what the model does not define."""
 
 import dataclasses
-import math
 import tomllib
 from importlib import resources
 from typing import Any, Literal, get_args
+
+from v4jax import config_ranges
 
 AttentionKind = Literal["sliding", "csa", "hca"]
 FfnKind = Literal["hash", "routed"]
@@ -29,7 +30,8 @@ class LayerKind:
     def __post_init__(self) -> None:
         if self.attention not in get_args(AttentionKind) or self.ffn not in get_args(FfnKind):
             raise ValueError(f"No such layer: attention '{self.attention}', ffn '{self.ffn}'.")
-        if (self.attention == "sliding") != (self.ratio == 0) or self.ratio < 0:
+        config_ranges.check_all(vars(self))
+        if (self.attention == "sliding") != (self.ratio == 0):
             raise ValueError(
                 f"A {self.attention} layer cannot have ratio {self.ratio}: "
                 "sliding layers have 0, compressed layers 1 or more."
@@ -50,6 +52,14 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
+    def __post_init__(self) -> None:
+        config_ranges.check_all(vars(self))
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}; YaRN turns that "
+                "round."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class DSpark:
@@ -60,6 +70,9 @@ class DSpark:
     noise_token_id: int
     target_layer_ids: tuple[int, ...]
     stages: int = 3
+
+    def __post_init__(self) -> None:
+        config_ranges.check_all(vars(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,21 +117,29 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type is int}
-        for name, value in sizes.items():
-            least = 0 if name == "num_nextn_predict_layers" else 1
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be {least} or more.")
-        if not self.layers:
-            raise ValueError("The model needs at least one layer (num_hidden_layers is 0).")
+        config_ranges.check_all(vars(self))
+        config_ranges.check("num_hidden_layers", len(self.layers))
+        self._check_tokens()
         self._check_divisions()
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds "
                 f"n_routed_experts {self.n_routed_experts}."
             )
-        if not math.isfinite(self.swiglu_limit) or self.swiglu_limit <= 0:
-            raise ValueError(f"swiglu_limit is {self.swiglu_limit}; it must be a positive number.")
+
+    def _check_tokens(self) -> None:
+        if self.bos_token_id is not None:
+            config_ranges.check_token("bos_token_id", self.bos_token_id, self.vocab_size)
+        for token in self.eos_token_ids:
+            config_ranges.check_token("eos_token_id", token, self.vocab_size)
+        if self.dspark is None:
+            return
+        name, token = "dspark_noise_token_id", self.dspark.noise_token_id
+        config_ranges.check_token(name, token, self.vocab_size)
+        if outside := [i for i in self.dspark.target_layer_ids if i >= len(self.layers)]:
+            raise ValueError(
+                f"dspark_target_layer_ids has {outside}; the model has {len(self.layers)} layers."
+            )
 
     def _check_divisions(self) -> None:
         for whole in ("head_dim", "index_head_dim"):

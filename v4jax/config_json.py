@@ -4,51 +4,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax import config_keys as keys
+from v4jax import config_ranges
 from v4jax.config import DSpark, ExpertDtype, LayerKind, ModelConfig, Yarn
 
-_SAME_NAME = (
-    *("vocab_size", "hidden_size", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups"),
-    *("o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk"),
-    *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "hc_mult"),
-    *("routed_scaling_factor", "swiglu_limit", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps"),
-    *("rope_theta", "compress_rope_theta", "max_position_embeddings"),
-)
-_FLOATS = frozenset(
-    {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta"}
-    | {"compress_rope_theta"}
-)
-# Keys with one value that the model defines; any other value is another model.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v4",),
-    "num_key_value_heads": (1,),
-    "n_shared_experts": (1,),
-    "norm_topk_prob": (True,),
-    "scoring_func": ("sqrtsoftplus",),
-    "topk_method": ("noaux_tc",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "tie_word_embeddings": (False,),
-}
-# Read below, each by the function that knows what it means.
-_READ = frozenset(
-    {"num_hidden_layers", "compress_ratios", "layer_types", "compress_rates", "num_hash_layers"}
-    | {"mlp_layer_types", "rope_scaling", "rope_parameters", "qk_rope_head_dim", "expert_dtype"}
-    | {"partial_rotary_factor", "num_nextn_predict_layers", "n_mtp_layers", "quantization_config"}
-    | {"dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id"}
-    | {"dspark_target_layer_ids", "bos_token_id", "eos_token_id", "initializer_range"}
-    | {"compress_rate_csa", "compress_rate_hca"}
-)
-# Known not to change a forward pass.
-_IGNORED = frozenset(
-    {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map"}
-    | {"attention_dropout", "pad_token_id", "output_router_logits", "router_aux_loss_coef"}
-    | {"router_jitter_noise", "_name_or_path", "output_hidden_states", "output_attentions"}
-    | {"return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id"}
-    | {"problem_type", "tokenizer_class", "task_specific_params", "_attn_implementation"}
-    | {"_commit_hash", "ep_size", "pretraining_tp", "aux_loss_alpha", "seq_aux", "reap_pruning"}
-    | {"source_revision", "experts_implementation", "name", "license"}
-)
 _LAYER_TYPES = {
     "sliding_attention": "sliding",
     "compressed_sparse_attention": "csa",
@@ -68,26 +27,21 @@ def from_json(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelCon
     Raises:
       ValueError: a key is missing, has a value that the model does not define, or is unknown.
     """
-    raw = {key: value for key, value in raw.items() if value is not None}
-    _refuse_other_models(raw, where)
-    values: dict[str, Any] = {}
-    for key in _SAME_NAME:
-        value = _need(raw, key, where)
-        _check_number(key, value, where)
-        values[key] = float(value) if key in _FLOATS else value
+    raw = _without_nulls(raw)
     try:
+        _refuse_other_models(raw, where)
         return ModelConfig(
-            **values,
+            **_same_names(raw, where),
             qk_rope_head_dim=_rope_dim(raw, where),
             yarn=_yarn(raw, where),
             layers=_layers(raw, where),
-            num_nextn_predict_layers=0 if "dspark_block_size" in raw else _mtp_layers(raw),
+            num_nextn_predict_layers=_mtp_layers(raw),
             dspark=_dspark(raw, where),
             quantized="quantization_config" in raw,
             expert_dtype=_expert_dtype(raw, where),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_eos(raw.get("eos_token_id", ())),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            bos_token_id=_first_token(raw),
+            eos_token_ids=end_tokens(raw.get("eos_token_id", []), raw["vocab_size"]),
+            initializer_range=_number(raw, "initializer_range", 0.02),
         )
     except ValueError as error:
         message = str(error)
@@ -101,8 +55,8 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
     in transformers' spelling.
     """
     out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"]}
-    out |= {key: allowed[0] for key, allowed in _FIXED.items()}
-    out |= {key: getattr(cfg, key) for key in _SAME_NAME}
+    out |= {key: allowed[0] for key, allowed in keys.FIXED.items()}
+    out |= {key: getattr(cfg, key) for key in keys.SAME_NAME}
     out |= {
         "qk_rope_head_dim": cfg.qk_rope_head_dim,
         "num_hidden_layers": cfg.num_hidden_layers,
@@ -137,21 +91,69 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
     return out
 
 
+def end_tokens(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokens of an `eos_token_id`: one or a list; a ValueError if it is neither."""
+    listed = value if isinstance(value, list) else [value]
+    for token in listed:
+        config_ranges.check_token("eos_token_id", token, vocab_size)
+    return tuple(listed)
+
+
+def _first_token(raw: Mapping[str, Any]) -> int | None:
+    token = raw.get("bos_token_id")
+    if token is not None:
+        config_ranges.check_token("bos_token_id", token, raw["vocab_size"])
+    return token
+
+
 def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
-    for key, allowed in _FIXED.items():
-        if key in raw and raw[key] not in allowed:
-            raise ValueError(
-                f"{where}: {key} is {raw[key]!r}; DeepSeek-V4 defines {allowed[0]!r} only. "
-                "Use a DeepSeek-V4 checkpoint."
-            )
-    known = {*_SAME_NAME, *_FIXED, *_READ, *_IGNORED}
-    for key in raw.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
+    for key, allowed in (keys.FIXED | keys.FIXED_IF_TOLD).items():
+        if key in raw:
+            _check_fixed(key, raw[key], allowed)
+    for key, kind in (*((k, list | tuple) for k in keys.LISTS), *((k, dict) for k in keys.OBJECTS)):
+        if key in raw and not isinstance(raw[key], kind):
+            config_ranges.refuse(key, raw[key], "an object" if kind is dict else "a list")
+    for key in filter(keys.is_unknown, raw):
+        near = difflib.get_close_matches(key, keys.KNOWN, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "this model does not define it."
         raise ValueError(
-            f"{where}: unknown key '{key}' ({raw[key]!r}) could change the mathematics; {hint} "
-            "Remove it if it is a note."
+            f"{where}: unknown key '{key}' ({raw[key]!r:.100}) could change the mathematics; "
+            f"{hint} Remove it if it is a note: ignored are keys that begin with '_', and those "
+            "known to be of bookkeeping, generation and training's losses."
         )
+    for alias, key in keys.ALIASES.items():
+        if alias in raw and raw[alias] != _need(raw, key, where):
+            raise ValueError(f"{alias} is {raw[alias]!r} and {key} {raw[key]!r}; remove {alias}.")
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have none, at any depth: null says nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+
+
+def _check_fixed(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    # By type too: JSON's true is 1 to Python.
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise ValueError(
+            f"{key} is {value!r:.100}; DeepSeek-V4 defines {allowed[0]!r} only. "
+            "Use a DeepSeek-V4 checkpoint."
+        )
+
+
+def _refuse_unknown(part: Mapping[str, Any], known: frozenset[str], name: str) -> None:
+    unknown = [key for key in part if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{name} has unknown keys {sorted(unknown)}; remove them.")
+
+
+def _same_names(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key in keys.SAME_NAME:
+        config_ranges.check(key, _need(raw, key, where))
+        values[key] = float(raw[key]) if key in keys.FLOATS else raw[key]
+    return values
 
 
 def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
@@ -160,22 +162,21 @@ def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
     return raw[key]
 
 
-def _check_number(key: str, value: Any, where: str) -> None:
-    kinds = (int, float) if key in _FLOATS else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ValueError(f"{where}: {key} is {value!r}; expected a number.")
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    config_ranges.check(key, raw.get(key, default))
+    return float(raw.get(key, default))
 
 
 def _rope_dim(raw: Mapping[str, Any], where: str) -> int:
-    head_dim = _need(raw, "head_dim", where)
     told = {}
     if "qk_rope_head_dim" in raw:
+        config_ranges.check("qk_rope_head_dim", raw["qk_rope_head_dim"])
         told["qk_rope_head_dim"] = raw["qk_rope_head_dim"]
-    if "partial_rotary_factor" in raw:
-        told["partial_rotary_factor x head_dim"] = int(head_dim * raw["partial_rotary_factor"])
-    for label, part in _nested_rope(raw).items():
+    parts = {f"rope_parameters.{label}": part for label, part in _nested_rope(raw).items()}
+    for label, part in {"config.json": raw, **parts}.items():
         if "partial_rotary_factor" in part:
-            told[f"rope_parameters.{label}"] = int(head_dim * part["partial_rotary_factor"])
+            factor = _number(part, "partial_rotary_factor", 1.0)
+            told[f"{label}: partial_rotary_factor x head_dim"] = int(raw["head_dim"] * factor)
     if not told:
         raise ValueError(f"{where}: neither qk_rope_head_dim nor partial_rotary_factor is given.")
     if len(set(told.values())) > 1:
@@ -184,8 +185,15 @@ def _rope_dim(raw: Mapping[str, Any], where: str) -> int:
 
 
 def _nested_rope(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The parts of `rope_parameters` in transformers' spelling: for sliding layers, for others."""
     rope = raw.get("rope_parameters") or {}
-    return {label: rope[label] for label in ("main", "compress") if label in rope}
+    parts = {label: rope[label] for label in ("main", "compress") if label in rope}
+    for label, part in parts.items():
+        if not isinstance(part, dict):
+            config_ranges.refuse(f"rope_parameters.{label}", part, "an object")
+    if parts:
+        _refuse_unknown(rope, frozenset({"main", "compress"}), "rope_parameters")
+    return parts
 
 
 def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
@@ -196,55 +204,77 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
             raise ValueError(
                 f"{where}: rope_parameters.{label} says theta {told}, {theta} {raw[theta]}."
             )
-    main_type = nested.get("main", {}).get("rope_type", "default")
-    if main_type != "default":
-        raise ValueError(f"{where}: sliding layers use plain RoPE, not '{main_type}'.")
-    scaling = nested.get("compress") or raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if "main" in nested:
+        main_type = _rope_type(nested["main"])
+        if main_type != "default":
+            raise ValueError(f"{where}: sliding layers use plain RoPE, not '{main_type}'.")
+        _refuse_unknown(nested["main"], keys.ROPE_KNOWN, "rope_parameters.main")
+    flat = {} if nested else raw.get("rope_parameters") or {}
+    parts = [part for part in (nested.get("compress"), raw.get("rope_scaling"), flat) if part]
+    told = [_scaling(part, where) for part in parts]
+    if any(one != told[0] for one in told):
+        raise ValueError(f"{where}: RoPE's scaling is told twice, differently; remove one.")
+    return told[0] if told else None
+
+
+def _rope_type(part: Mapping[str, Any]) -> Any:
+    kinds = [part[key] for key in ("rope_type", "type") if key in part] or ["default"]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"RoPE has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove one.")
+    return kinds[0]
+
+
+def _scaling(part: Mapping[str, Any], where: str) -> Yarn | None:
+    """What `rope_scaling` or its like says."""
+    kind = _rope_type(part)
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{where}: RoPE scaling '{kind}'; DeepSeek-V4 defines 'yarn' only.")
+    known = keys.YARN_KNOWN if kind == "yarn" else keys.ROPE_KNOWN
+    _refuse_unknown(part, known, f"{where}: RoPE scaling '{kind}'")
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(f"{where}: RoPE scaling '{kind}'; DeepSeek-V4 defines 'yarn' only.")
-    known = {"rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast"}
-    known |= {"beta_slow", "rope_theta", "partial_rotary_factor", "attention_factor", "truncate"}
-    if extra := sorted(scaling.keys() - known):
-        raise ValueError(f"{where}: RoPE scaling has unknown keys {extra}; remove them.")
-    if scaling.get("attention_factor", 1.0) != 1.0 or scaling.get("truncate", True) is not True:
+    if part.get("attention_factor", 1.0) != 1.0 or part.get("truncate", True) is not True:
         raise ValueError(
             f"{where}: DeepSeek-V4's YaRN has attention_factor 1 and truncated bounds."
         )
+    length = "original_max_position_embeddings"
+    config_ranges.check(length, _need(part, length, where))
+    _need(part, "factor", where)
     return Yarn(
-        factor=float(_need(scaling, "factor", where)),
-        original_max_position_embeddings=_need(scaling, "original_max_position_embeddings", where),
-        beta_fast=float(scaling.get("beta_fast", 32)),
-        beta_slow=float(scaling.get("beta_slow", 1)),
+        factor=_number(part, "factor", 1.0),
+        original_max_position_embeddings=part[length],
+        beta_fast=_number(part, "beta_fast", 32.0),
+        beta_slow=_number(part, "beta_slow", 1.0),
     )
 
 
 def _layers(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
     count = _need(raw, "num_hidden_layers", where)
-    _check_number("num_hidden_layers", count, where)
+    config_ranges.check("num_hidden_layers", count)
     ffn = _ffn_kinds(raw, count, where)
     attention = _attention_kinds(raw, count, where)
     return tuple(LayerKind(kind, ratio, f) for (kind, ratio), f in zip(attention, ffn, strict=True))
 
 
 def _ffn_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any]:
-    hashed = raw.get("num_hash_layers")
-    by_number = None if hashed is None else ["hash"] * min(hashed, count)
-    if by_number is not None:
-        by_number += ["routed"] * (count - len(by_number))
+    by_number = None
+    if "num_hash_layers" in raw:
+        config_ranges.check("num_hash_layers", raw["num_hash_layers"])
+        hashed = min(raw["num_hash_layers"], count)
+        by_number = ["hash"] * hashed + ["routed"] * (count - hashed)
     by_name = _named_kinds(raw, "mlp_layer_types", _FFN_TYPES, count, where)
     return _agree(by_number, by_name, "num_hash_layers", "mlp_layer_types", where)
 
 
 def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any]:
-    by_number = None
+    rates, by_number = _compress_rates(raw, where), None
     if "compress_ratios" in raw:
         ratios = raw["compress_ratios"]
-        if not all(isinstance(r, int) and r >= 0 for r in ratios) or len(ratios) < count:
+        for ratio in ratios:
+            config_ranges.check("ratio", ratio, name="A number in compress_ratios")
+        if len(ratios) < count:
             raise ValueError(
-                f"{where}: compress_ratios must hold {count} or more whole numbers, one a layer "
+                f"{where}: compress_ratios must hold {count} or more numbers, one a layer "
                 f"(MTP layers last); it is {ratios}."
             )
         if any(ratios[count:]):
@@ -253,23 +283,31 @@ def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any
             )
         kinds = {0: "sliding", _CSA_RATIO: "csa"}
         by_number = [(kinds.get(ratio, "hca"), ratio) for ratio in ratios[:count]]
+        if wrong := {(k, ratio) for k, ratio in by_number if ratio != rates.get(k, ratio)}:
+            raise ValueError(
+                f"{where}: compress_ratios has {sorted(wrong)}, and the rates told are {rates}; "
+                "remove one."
+            )
     names = _named_kinds(raw, "layer_types", _LAYER_TYPES, count, where)
     by_name = None
     if names is not None:
-        ratio = {"sliding": 0} | _compress_rates(raw, where)
+        ratio = {"sliding": 0, "csa": _CSA_RATIO, "hca": _HCA_RATIO} | rates
         by_name = [(kind, ratio[kind]) for kind in names]
     return _agree(by_number, by_name, "compress_ratios", "layer_types", where)
 
 
 def _compress_rates(raw: Mapping[str, Any], where: str) -> dict[str, int]:
-    rates = {"csa": raw.get("compress_rate_csa", _CSA_RATIO), "hca": _HCA_RATIO}
-    rates["hca"] = raw.get("compress_rate_hca", _HCA_RATIO)
+    """The ratios that are told by kind of attention."""
+    told = {"csa": raw.get("compress_rate_csa"), "hca": raw.get("compress_rate_hca")}
     for name, rate in raw.get("compress_rates", {}).items():
         if name not in _LAYER_TYPES:
             raise ValueError(
                 f"{where}: compress_rates names '{name}'; known: {list(_LAYER_TYPES)}."
             )
-        rates[_LAYER_TYPES[name]] = rate
+        told[_LAYER_TYPES[name]] = rate
+    rates = {kind: rate for kind, rate in told.items() if rate is not None}
+    for kind, rate in rates.items():
+        config_ranges.check("ratio", rate, name=f"The compression rate of '{kind}'")
     return rates
 
 
@@ -299,40 +337,37 @@ def _agree(
 
 
 def _mtp_layers(raw: Mapping[str, Any]) -> int:
-    return raw.get("num_nextn_predict_layers", raw.get("n_mtp_layers", 0))
+    layers = raw.get("num_nextn_predict_layers", raw.get("n_mtp_layers", 0))
+    config_ranges.check("num_nextn_predict_layers", layers)
+    return 0 if "dspark_block_size" in raw else layers
 
 
 def _dspark(raw: Mapping[str, Any], where: str) -> DSpark | None:
     if "dspark_block_size" not in raw:
         return None
-    return DSpark(
-        block_size=raw["dspark_block_size"],
-        markov_rank=_need(raw, "dspark_markov_rank", where),
-        noise_token_id=_need(raw, "dspark_noise_token_id", where),
-        target_layer_ids=tuple(_need(raw, "dspark_target_layer_ids", where)),
-        stages=raw.get("n_mtp_layers", 3),
-    )
+    numbers = {
+        field: _need(raw, f"dspark_{field}", where)
+        for field in ("block_size", "markov_rank", "noise_token_id", "target_layer_ids")
+    }
+    numbers["target_layer_ids"] = tuple(numbers["target_layer_ids"])
+    numbers["stages"] = raw.get("n_mtp_layers", 3)
+    config_ranges.check_all(numbers)
+    return DSpark(**numbers)
 
 
 def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype | None:
     quantization = raw.get("quantization_config")
     if quantization is None:
         return None
-    expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    for key, value in expected.items():
-        if quantization.get(key, value) != value:
-            raise ValueError(
-                f"{where}: quantization_config.{key} is {quantization[key]!r}, not {value!r}."
-            )
+    for key, allowed in keys.QUANTIZATION_FIXED.items():
+        if quantization.get(key) is not None:
+            _check_fixed(f"quantization_config.{key}", quantization[key], allowed)
+    _refuse_unknown(quantization, keys.QUANTIZATION_KNOWN, "quantization_config")
     # The first release of April 2026 has FP4 experts and no key that says so.
     dtype = raw.get("expert_dtype", quantization.get("expert_dtype", "fp4"))
     if dtype not in ("fp4", "fp8"):
         raise ValueError(f"{where}: expert_dtype is {dtype!r}; known: 'fp4', 'fp8'.")
     return dtype
-
-
-def _eos(value: Any) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _layers_json(cfg: ModelConfig) -> dict[str, Any]:

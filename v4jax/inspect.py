@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from v4jax import checkpoint_files, config_json, hub, huggingface, native
+from v4jax import checkpoint_files, config_file, hub, huggingface, native
 from v4jax.config import ModelConfig, preset, preset_names
 from v4jax.facts import DEVICES, GIB, Report, devices, report
 from v4jax.plan import segments
@@ -51,7 +51,7 @@ def find(name: str) -> Subject:
     if path.is_dir():
         return _directory(path)
     if path.exists():
-        return Subject(f"{path}", _read_config(path))
+        return Subject(f"{path}", config_file.read(path))
     if name in preset_names():
         return Subject(f"preset {name}", preset(name))
     try:
@@ -61,16 +61,12 @@ def find(name: str) -> Subject:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         presets = ", ".join(preset_names())
         raise ValueError(f"{error} It is no preset either: those are {presets}.{hint}") from error
-    return Subject(f"{name} on the Hub", _read_config(folder / checkpoint_files.CONFIG))
+    return Subject(f"{name} on the Hub", config_file.read(folder / checkpoint_files.CONFIG))
 
 
 def config_of(name: str) -> ModelConfig:
     """The configuration of a directory, a `config.json`, a preset or a Hub id; see `find`."""
     return find(name).config
-
-
-def _read_config(path: Path) -> ModelConfig:
-    return config_json.from_json(checkpoint_files.read_json(path), where=str(path))
 
 
 def _directory(path: Path) -> Subject:
@@ -79,7 +75,7 @@ def _directory(path: Path) -> Subject:
     config = path / checkpoint_files.CONFIG
     weights = (path / checkpoint_files.SINGLE, path / checkpoint_files.INDEX)
     if config.is_file() and not any(file.is_file() for file in weights):
-        return Subject(f"{config}, without weights beside it", _read_config(config))
+        return Subject(f"{config}, without weights beside it", config_file.read(config))
     tensors, cfg, _ = huggingface.open_release(path)
     with checkpoint_files.Checkpoint.open(path) as files:
         held = _count((files.info(name).dtype, files.info(name).nbytes) for name in files.names)

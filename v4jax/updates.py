@@ -18,7 +18,7 @@ from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import (
     checkpoint_files,
-    config_json,
+    config_file,
     hub,
     lora,
     native,
@@ -227,5 +227,4 @@ def open_config(directory: Path) -> ModelConfig:
     """The configuration of a checkpoint, of whose weights nothing is read."""
     if native.is_native(directory):
         return native.read_config(directory, native.read_manifest(directory))
-    file = directory / checkpoint_files.CONFIG
-    return config_json.from_json(checkpoint_files.read_json(file), where=str(file))
+    return config_file.read(directory / checkpoint_files.CONFIG)

@@ -1,0 +1,72 @@
+"""A checkpoint's configuration: config.json, and what it leaves to the files beside it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from v4jax import chat, checkpoint_files, config_json
+from v4jax.config import ModelConfig
+from v4jax.safetensors_file import CheckpointError
+
+_GENERATION, _TOKENIZER = "generation_config.json", "tokenizer.json"
+# Where transformers looks for the names of special tokens.
+_NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def read(file: Path) -> ModelConfig:
+    """The configuration of the checkpoint that a config.json belongs to.
+
+    Where it does not say which tokens end a text, generation_config.json does, else the tokenizer.
+    Without all of them nothing does.
+
+    Raises:
+      CheckpointError: a file is no JSON object, or there is a tokenizer but no end of a text.
+      ValueError: see `config_json.from_json`.
+    """
+    cfg = config_json.from_json(checkpoint_files.read_json(file), where=str(file))
+    if cfg.eos_token_ids:
+        return cfg
+    return dataclasses.replace(cfg, eos_token_ids=_end_tokens(file.parent, cfg.vocab_size))
+
+
+def _end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    generation = directory / _GENERATION
+    told = _read(generation).get("eos_token_id")
+    if told not in (None, []):
+        return _checked(generation, told, vocab_size)
+    file = directory / _TOKENIZER
+    if not file.is_file():
+        return ()
+    from v4jax.tokenizer import Tokenizer
+
+    token = _end_name(directory)
+    number = Tokenizer.load(file).token_id(token)
+    if number is None:
+        raise CheckpointError(
+            f"{file}: has no token {token!r}, and no other file says which token ends a text; add "
+            f"eos_token_id to {directory / checkpoint_files.CONFIG}."
+        )
+    return _checked(file, number, vocab_size)
+
+
+def _end_name(directory: Path) -> str:
+    """The token that ends a text, as the tokenizer's files call it; else V4's own."""
+    for file in (directory / name for name in _NAMING):
+        token = _read(file).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+        if token is not None:
+            raise CheckpointError(f"{file}: eos_token is {token!r:.100}; it must be a text.")
+    return chat.EOS
+
+
+def _checked(file: Path, told: Any, vocab_size: int) -> tuple[int, ...]:
+    try:
+        return config_json.end_tokens(told, vocab_size)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return checkpoint_files.read_json(file) if file.is_file() else {}

@@ -310,7 +310,6 @@ class _Recorder:
     [
         (tiny(), ["--chat"], {"revision": "april"}),
         (tiny(), ["--thinking", "high"], {"thinking_mode": "thinking", "revision": "april"}),
-        (tiny(), ["--thinking", "low"], {"thinking_mode": "thinking", "revision": "april"}),
         (
             tiny(),
             ["--thinking", "max"],
@@ -333,8 +332,18 @@ def test_chat_options_choose_the_encoding(
 ) -> None:
     model = _Recorder(cfg)
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
+    monkeypatch.setattr("v4jax.updates.open_config", lambda _: cfg)
     assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
     assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
+
+
+def test_an_effort_that_the_checkpoint_does_not_know_is_told_before_loading(
+    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    told = fails(capsys, "generate", str(checkpoint), "-p", "x", "--thinking", "low")
+    assert "--thinking low: this checkpoint, of revision april, knows no such effort" in told
+    assert "use one of high, max." in told
 
 
 def test_an_adapter_is_given_to_the_loader(

@@ -239,7 +239,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
-    from v4jax import hub
+    from v4jax import hub, updates
 
     chat = args.chat or args.system is not None or args.thinking != "off"
     prompt = _read_prompt() if args.prompt == "-" else args.prompt
@@ -249,6 +249,8 @@ def _generate(args: argparse.Namespace) -> int:
     # Loading takes minutes: what can be told before is told before.
     if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
+    if chat:
+        prompt = _chat_prompt(prompt, args, updates.open_config(directory))
     with _progress() as progress:
         model = v4jax.load(
             directory,
@@ -258,8 +260,6 @@ def _generate(args: argparse.Namespace) -> int:
             adapter=args.adapter,
             progress=progress,
         )
-    if chat:
-        prompt = _chat_prompt(prompt, args, model.config)
     settings = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed")}
     if sys.stdout.isatty() if args.stream is None else args.stream:
         for piece in model.stream(prompt, max_tokens=args.max_tokens, **settings):
@@ -278,17 +278,20 @@ def _read_prompt() -> str:
 
 
 def _chat_prompt(text: str, args: argparse.Namespace, cfg: "ModelConfig") -> str:
-    from v4jax.chat import encode_chat
+    from v4jax.chat import EFFORTS, encode_chat
 
     system = [{"role": "system", "content": args.system}] if args.system else []
     messages = [*system, {"role": "user", "content": text}]
+    revision = "0731" if cfg.dspark else "april"
     if args.thinking == "off":
-        return encode_chat(messages, "chat", revision="0731" if cfg.dspark else "april")
-    if cfg.dspark:
-        return encode_chat(messages, "thinking", reasoning_effort=args.thinking, revision="0731")
-    # The April checkpoints know no level below high.
-    effort = "max" if args.thinking == "max" else None
-    return encode_chat(messages, "thinking", reasoning_effort=effort, revision="april")
+        return encode_chat(messages, "chat", revision=revision)
+    efforts = [effort for effort in EFFORTS[revision] if effort]
+    if args.thinking not in efforts:
+        raise ValueError(
+            f"--thinking {args.thinking}: this checkpoint, of revision {revision}, knows no such "
+            f"effort; use one of {', '.join(efforts)}."
+        )
+    return encode_chat(messages, "thinking", args.thinking, revision=revision)
 
 
 @contextlib.contextmanager

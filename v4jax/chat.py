@@ -35,7 +35,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_MODES = ("chat", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 # revision -> effort -> name of the text before the first message; None stands for no text.
-_EFFORTS: dict[str, dict[str | None, str | None]] = {
+EFFORTS: dict[str, dict[str | None, str | None]] = {
     "april": {None: None, "high": None, "max": "effort_absolute"},
     "0731": {None: None, "low": None, "high": "effort_absolute", "max": "effort_beyond"},
 }
@@ -375,9 +375,9 @@ def _json(value: Any, where: str) -> str:
 
 
 def _effort_text(effort: str | None, revision: str) -> str:
-    if revision not in _EFFORTS:
-        _refuse("revision", f"is {revision!r}; use one of {', '.join(_EFFORTS)}.")
-    efforts = _EFFORTS[revision]
+    if revision not in EFFORTS:
+        _refuse("revision", f"is {revision!r}; use one of {', '.join(EFFORTS)}.")
+    efforts = EFFORTS[revision]
     if effort not in efforts:
         known = ", ".join(str(name) for name in efforts)
         _refuse("reasoning_effort", f"is {effort!r}; revision {revision} has {known}.")

@@ -14,7 +14,7 @@ def add_chat_options(group: Any) -> None:
         choices=("off", "low", "high", "max"),
         default="off",
         help="reason before answering, and how hard (default: off); unless off it means --chat; "
-        "checkpoints before 0731 know no level below high",
+        "checkpoints before 0731 have no low",
     )
 
 

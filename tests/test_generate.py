@@ -1,16 +1,19 @@
 """Generation: the compiled loop, where it ends, what it reports, and bad arguments."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import models
-from v4jax import generate, steps
-from v4jax.generate import Engine
+from v4jax import generate, params, steps
+from v4jax.generate import Engine, NotFiniteError
 from v4jax.language_model import LanguageModel
+from v4jax.model import Model
 from v4jax.numerics import HF
 from v4jax.sampling import SamplingParams
 from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
@@ -174,6 +177,47 @@ def test_without_a_tokenizer_tokens_still_work(model: LanguageModel) -> None:
         bare.generate("text")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         bare.stream(PROMPT)
+
+
+def damaged(model: LanguageModel, leaf: str, row: int, value: float) -> LanguageModel:
+    """The model with one row of a weight replaced."""
+
+    def fill(name: str, _: Any, weight: jax.Array) -> jax.Array:
+        return weight.at[row].set(value) if name == leaf else weight
+
+    changed = params.map_leaves(fill, Model(CFG), model.engine.model)
+    return LanguageModel(dataclasses.replace(model.engine, model=changed), model.tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [("norm_D", np.nan), ("norm_D", np.inf), ("head_VD", np.nan), ("head_VD", -np.inf)],
+)
+def test_logits_that_are_not_finite_end_with_an_error(
+    model: LanguageModel, leaf: str, value: float, temperature: float
+) -> None:
+    wrong = damaged(model, leaf, 7, value)
+    settings: dict[str, Any] = {"max_tokens": 5, "temperature": temperature, "seed": 0}
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        wrong.generate(PROMPT, **settings)
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        list(wrong.stream(PROMPT, **settings))
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        wrong.logits([PROMPT])
+
+
+def test_what_comes_before_the_first_bad_logits_is_streamed(model: LanguageModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 30, "temperature": 0.0}
+    tokens = model.generate(PROMPT, **settings).tokens
+    at, token = next((i, t) for i, t in enumerate(tokens) if t not in PROMPT)
+    wrong = damaged(model, "embed_VD", token, np.nan)
+    blocks = wrong.engine.run([PROMPT], [SamplingParams(temperature=0.0)], [30])
+    seen: list[int] = []
+    with pytest.raises(NotFiniteError):
+        seen.extend(token.id for (block,) in blocks for token in block)
+    assert seen == tokens[: len(seen)]
+    assert len(seen) <= at + 1
 
 
 def test_chunks_hold_the_prompt_and_little_more() -> None:

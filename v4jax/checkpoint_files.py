@@ -63,6 +63,9 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path}: is not a directory; give a checkpoint's directory.")
+        for name in (CONFIG, SINGLE, INDEX):
+            if (path / name).is_symlink():
+                locate(path, name)
         has_weights = (path / SINGLE).is_file() or (path / INDEX).is_file()
         if not has_weights or not (path / CONFIG).is_file():
             raise CheckpointError(
@@ -185,46 +188,18 @@ def _check_inside(referrer: Path, name: str) -> None:
 def locate(directory: Path, name: str) -> Path:
     """The path of one of a checkpoint's files.
 
-    Links may stay in the directory. In the Hub's cache they may also lead from
-    `<cache>/models--org--name/snapshots/<commit>` to that repository's blobs, and from there to
-    the cache's shared ones.
+    A link is followed wherever it leads, as it is its owner's: to another disk, or in the Hub's
+    cache from `snapshots` to `blobs`. Names in an index may not lead out; see `read_index`.
     """
     path = directory / name
-    if not os.path.isfile(path):
+    if os.path.isfile(path):
+        return path
+    if "\0" not in name and os.path.islink(path):
         raise CheckpointError(
-            f"{path}: does not exist, but {INDEX} names it; download this file too."
+            f"{path}: is a link to {os.readlink(path)}, and there is no file; mend the link, or "
+            "mount the disk."
         )
-    home = directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        repository = home.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    real = path.resolve()
-    if not any(real.is_relative_to(root) for root in allowed):
-        raise CheckpointError(
-            f"{path}: is a link to {real}, outside the checkpoint's directory; replace the link by "
-            "the file itself."
-        )
-    return path
-
-
-def check_scales(name: str, scales: np.ndarray) -> None:
-    """Refuse quantisation scales that are not numbers: they would spread through the model.
-
-    Args:
-      name: the tensor, for the message.
-      scales: E8M0 (where byte 255 is NaN), its bytes as uint8, or floats.
-
-    Raises:
-      CheckpointError: naming the first bad position.
-    """
-    bad = scales.view(np.uint8) == 255 if scales.itemsize == 1 else ~np.isfinite(scales)
-    if bad.any():
-        position = [int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape)]
-        raise CheckpointError(
-            f"Tensor {name!r} has {int(bad.sum())} scales that are not finite numbers, the first "
-            f"at {position}. The file is damaged; download it again."
-        )
+    raise CheckpointError(f"{path}: does not exist, but {INDEX} names it; download this file too.")
 
 
 def write_checkpoint(

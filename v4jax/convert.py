@@ -21,7 +21,7 @@ import numpy as np
 
 from v4jax import (
     checkpoint_files,
-    config_json,
+    config_file,
     hf_names,
     hub,
     huggingface,
@@ -174,9 +174,9 @@ def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
 
 def _plan(source: _Source, weights: Weights) -> _Plan:
     files = source.files
-    tensors = Release(files)
-    where = str(source.folder / checkpoint_files.CONFIG)
-    cfg = release.fit_config(tensors, config_json.from_json(files.config, where=where))
+    cfg = config_file.read(source.folder / checkpoint_files.CONFIG)
+    tensors = Release(files, cfg)
+    cfg = release.fit_config(tensors, cfg)
     formats = release.check(tensors, cfg)
     held: dict[str, Format] = formats if weights == "keep" else dict.fromkeys(formats, "dense")
     structs = {}
@@ -285,7 +285,7 @@ def _require_space(plan: _Plan, work: unfinished.Work, share: float) -> None:
 
 def _parts(plan: _Plan, stores: dict[str, Any], name: str) -> Iterator[tuple[Any, np.ndarray]]:
     """Parts of arrays and what to write there, for one release tensor."""
-    leaf, index, spec = plan.slots[name]
+    leaf, index, _ = plan.slots[name]
     stored, held = plan.formats[leaf], plan.manifest.leaves[leaf]
     where = [stores[array][index] for array in native.array_names(leaf, held)]
     if held != "dense":
@@ -300,16 +300,7 @@ def _parts(plan: _Plan, stores: dict[str, Any], name: str) -> Iterator[tuple[Any
     height = zarr_arrays.chunk_shape(struct.shape, stack_dims, dtype.itemsize)[stack_dims]
     for start in range(0, store.shape[0], height):
         rows = slice(start, min(start + height, store.shape[0]))
-        values = plan.tensors[name].read(rows)
-        if spec.stored == "i64":
-            _check_ids(name, values)
-        yield store[rows], values.astype(dtype, copy=False)
-
-
-def _check_ids(name: str, values: np.ndarray) -> None:
-    limits = np.iinfo(np.int32)
-    if values.size and (values.min() < limits.min or values.max() > limits.max):
-        raise CheckpointError(f"Tensor '{name}' has integers beyond 32 bits; it is damaged.")
+        yield store[rows], plan.tensors[name].read(rows).astype(dtype, copy=False)
 
 
 def _write_extras(plan: _Plan, work: unfinished.Work, unit: str) -> None:
@@ -352,7 +343,11 @@ class _Writer:
             self._land()
 
     def close(self) -> None:
-        """Let go of what has not landed, after an error."""
+        """Wait for what has not landed, after an error: nothing is written from here on."""
+        for future, _, _ in self._queue:
+            if future is not None:
+                with contextlib.suppress(Exception):
+                    future.result()
         self._queue.clear()
 
     def _land(self) -> None:

@@ -130,7 +130,7 @@ class _Tensors:
             return self._extras[name].read(name)
         if name in self._scales:
             leaf, index, _ = self._scales[name]
-            return self._native.arrays.read(f"{leaf}.scale", index).T
+            return self._native.read(f"{leaf}.scale", index).T
         if fused := hf_names.FUSED.match(name):
             return self._fused(fused, declared)
         slot = self._slots[name]

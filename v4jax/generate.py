@@ -27,6 +27,17 @@ CHUNKS = (64, 512, 2048)
 _LOOK_SECONDS = 0.05
 
 
+class NotFiniteError(ValueError):
+    """The model's logits are NaN or infinite, so that they say nothing of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's logits are not finite numbers, so no token can be chosen: its weights or "
+            "its adapter are damaged, or too large for its dtype. Try dtype 'float32', or get the "
+            "files again."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Timings:
     """Seconds of wall time.
@@ -101,6 +112,9 @@ class Engine:
         """Generate; yields each row's new tokens, an end-of-sequence token included, as they come.
 
         The program is compiled once for each number of rows and bucket of capacity.
+
+        Raises:
+          NotFiniteError: a row's logits are not finite.
         """
         longest = max(len(prompt) + new for prompt, new in zip(prompts, max_tokens, strict=True))
         capacity = caches.bucket(longest, self.cfg.max_position_embeddings)
@@ -144,6 +158,8 @@ def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
 def _tokens(block: steps.Block) -> list[list[Token]]:
     """Each row's tokens in a block of loop output."""
     block = jax.device_get(block)
+    if np.isnan(block.logprob_BT[block.real_BT]).any():
+        raise NotFiniteError
     return [
         [
             Token(

@@ -78,6 +78,16 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(".weight") + ".scale"
 
 
+def are_scales(name: str) -> bool:
+    """Whether a release tensor holds scales; see `scale_name`."""
+    return name.endswith(".scale")
+
+
+def are_ids(name: str) -> bool:
+    """Whether a release tensor holds the experts of each token."""
+    return name.endswith(".tid2eid")
+
+
 def release_names(leaf: str, cfg: ModelConfig) -> list[str] | list[list[str]] | str:
     """The release tensors that make up one leaf of the model.
 

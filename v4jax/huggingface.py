@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels import quantize
-from v4jax import checkpoint_files, config_json, hf_names, params, release, sharding, unfinished
+from v4jax import checkpoint_files, config_file, hf_names, params, release, sharding, unfinished
 from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.params import ParamSpec, map_leaves
@@ -33,9 +33,9 @@ def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
     """
     unfinished.refuse_unfinished(path)
     files = checkpoint_files.Checkpoint.open(path)
-    tensors = Release(files)
-    where = str(path / "config.json")
-    cfg = release.fit_config(tensors, config_json.from_json(files.config, where=where))
+    cfg = config_file.read(path / checkpoint_files.CONFIG)
+    tensors = Release(files, cfg)
+    cfg = release.fit_config(tensors, cfg)
     return tensors, cfg, release.check(tensors, cfg)
 
 
@@ -144,8 +144,6 @@ def dense(tensors: Release, name: str, stored: Format, dtype: Any) -> np.ndarray
 
 
 def _stored(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
-    scale_name = hf_names.scale_name(name)
-    scale = tensors[scale_name].read()
-    checkpoint_files.check_scales(scale_name, scale)
+    scale = tensors[hf_names.scale_name(name)].read()
     codes = tensors[name].read()
     return codes.view(np.int8) if stored == "fp4" else codes, scale

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from v4jax import cache as caches
-from v4jax import generate, steps
+from v4jax import generate, steps, tensor_values
 from v4jax.config import ModelConfig
 from v4jax.generate import Engine, FinishReason, Timings, Token
 from v4jax.sampling import SamplingParams
@@ -80,6 +80,7 @@ class LanguageModel:
 
         Raises:
           ValueError: not two dims, empty, or an id outside the vocabulary.
+          NotFiniteError: the logits are not finite.
         """
         tokens_BT = np.asarray(tokens)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0:
@@ -106,6 +107,8 @@ class LanguageModel:
             )
             parts.append(np.asarray(logits_BTV)[:, : chunk.shape[1]])
             start += size
+        if not all(tensor_values.are_finite(part) for part in parts):
+            raise generate.NotFiniteError
         return np.concatenate(parts, axis=1)
 
     def generate(
@@ -129,6 +132,7 @@ class LanguageModel:
         Raises:
           ValueError: an argument out of range, a prompt too long for the model, or text without a
             tokenizer.
+          NotFiniteError: the model's logits are not finite.
         """
         return self._run(prompt, max_tokens, stop, top_logprobs, sampling).finish()
 

@@ -22,7 +22,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import quantize
-from v4jax import checkpoint_files, config_json, hf_names, huggingface, params, unfinished
+from v4jax import (
+    checkpoint_files,
+    config_file,
+    hf_names,
+    huggingface,
+    params,
+    tensor_values,
+    unfinished,
+)
 from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.params import ParamSpec, map_leaves
@@ -122,8 +130,7 @@ def _inside(name: str) -> str:
 
 def read_config(path: Path, manifest: Manifest) -> ModelConfig:
     """The configuration of what the checkpoint holds."""
-    file = path / checkpoint_files.CONFIG
-    cfg = config_json.from_json(checkpoint_files.read_json(file), where=str(file))
+    cfg = config_file.read(path / checkpoint_files.CONFIG)
     if not any(leaf.startswith("mtp.") for leaf in manifest.leaves):
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     if manifest.leaves.keys() != {leaf for leaf, _ in params.leaves(Model(cfg))}:
@@ -147,11 +154,23 @@ class Native:
 
     def dense(self, leaf: str, index: tuple[Any, ...]) -> np.ndarray:
         """A part of a leaf that is held dense."""
-        return self.arrays.read(leaf, index)
+        return self.read(leaf, index)
+
+    def read(self, array: str, index: tuple[Any, ...]) -> np.ndarray:
+        """A part of an array, whose values are checked."""
+        values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
+        leaf = array.removesuffix(".scale")
+        if leaf != array and self.manifest.leaves.get(leaf) != "dense":
+            tensor_values.check_scales(where, values)
+        elif values.dtype.kind == "i":
+            tensor_values.check_ids(where, values, self.config.n_routed_experts)
+        else:
+            tensor_values.check(where, values)
+        return values
 
     def stored(self, leaf: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Codes [N, K] and scales of one quantised matrix, as in the files they came from."""
-        codes, scale = (self.arrays.read(name, index) for name in array_names(leaf, "fp8"))
+        codes, scale = (self.read(name, index) for name in array_names(leaf, "fp8"))
         if self.manifest.leaves[leaf] == "fp8":
             return quantize.fp8_to_checkpoint(codes, scale)
         return quantize.fp4_to_checkpoint(codes, scale)
@@ -223,7 +242,7 @@ def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
     form = native.manifest.leaves[name]
 
     def make(array: str, part: Any, lies: Any) -> jax.Array:
-        fill = lambda index: native.arrays.read(array, index).astype(part.dtype, copy=False)
+        fill = lambda index: native.read(array, index).astype(part.dtype, copy=False)
         return jax.make_array_from_callback(part.shape, lies, fill)
 
     if form == "dense":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from v4jax import hf_names, params
+from v4jax import hf_names, params, tensor_values
 from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.params import ParamSpec
@@ -36,9 +36,11 @@ class Tensor:
 
 
 class Release:
-    """Tensors of a checkpoint by release name."""
+    """Tensors of a checkpoint by release name, whose values are checked when they are read."""
 
-    def __init__(self, files: Any) -> None:
+    def __init__(self, files: Any, cfg: ModelConfig) -> None:
+        self._experts = cfg.n_routed_experts
+        self._sound: set[str] = set()
         translate = hf_names.to_release(files.names)
         self.tensors: dict[str, Tensor] = {}
         for theirs in files.names:
@@ -48,7 +50,28 @@ class Release:
                         f"{tensor.file}: tensors '{theirs}' and another both hold "
                         f"'{tensor.name}'; remove one of them."
                     )
-                self.tensors[tensor.name] = tensor
+                self.tensors[tensor.name] = self._checked(tensor)
+
+    def _checked(self, tensor: Tensor) -> Tensor:
+        """The tensor with a `read` that refuses bad values, until all have been read once."""
+
+        def read(rows: slice | None = None) -> np.ndarray:
+            values = tensor.read(rows)
+            if tensor.name not in self._sound:
+                self._check(tensor.name, values, (rows and rows.start) or 0)
+                if rows is None:
+                    self._sound.add(tensor.name)
+            return values
+
+        return dataclasses.replace(tensor, read=read)
+
+    def _check(self, name: str, values: np.ndarray, first_row: int) -> None:
+        if hf_names.are_ids(name):
+            tensor_values.check_ids(name, values, self._experts, first_row=first_row)
+        elif hf_names.are_scales(name):
+            tensor_values.check_scales(name, values, first_row=first_row)
+        else:
+            tensor_values.check(name, values, first_row=first_row)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

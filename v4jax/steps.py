@@ -109,7 +109,7 @@ class Loop:
       sampling: parameters, counts and draws so far, per row.
       token_B: the newest token of each row, not yet in the cache.
       left_B: tokens that each row may still generate.
-      done_B: rows that ended, by an end-of-sequence token or by their limit.
+      done_B: rows that ended, by an end-of-sequence token, by their limit, or by bad logits.
     """
 
     cache: Cache
@@ -122,7 +122,10 @@ class Loop:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What some steps of the loop gave; `real_BT` tells tokens from padding."""
+    """What some steps of the loop gave; `real_BT` tells tokens from padding.
+
+    `logprob_BT` is NaN where a row's logits were not all finite, which ends the row.
+    """
 
     real_BT: Any
     token_BT: Any
@@ -138,8 +141,10 @@ def _choose(
     token_B, logprob_B, (top_id_BN, top_logprob_BN), state = sampling.sample(
         logits_BV, loop.sampling, top_logprobs=top_logprobs
     )
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
+    logprob_B = jnp.where(finite_B, logprob_B, jnp.nan)
     left_B = loop.left_B - 1
-    ended_B = left_B <= 0
+    ended_B = (left_B <= 0) | ~finite_B
     for eos in cfg.eos_token_ids:
         ended_B = ended_B | (token_B == eos)
     chosen = (~loop.done_B, token_B, logprob_B, top_id_BN, top_logprob_BN)

@@ -58,20 +58,21 @@ class Release:
         def read(rows: slice | None = None) -> np.ndarray:
             values = tensor.read(rows)
             if tensor.name not in self._sound:
-                self._check(tensor.name, values, (rows and rows.start) or 0)
+                self._check(tensor, values, (rows and rows.start) or 0)
                 if rows is None:
                     self._sound.add(tensor.name)
             return values
 
         return dataclasses.replace(tensor, read=read)
 
-    def _check(self, name: str, values: np.ndarray, first_row: int) -> None:
-        if hf_names.are_ids(name):
-            tensor_values.check_ids(name, values, self._experts, first_row=first_row)
-        elif hf_names.are_scales(name):
-            tensor_values.check_scales(name, values, first_row=first_row)
+    def _check(self, tensor: Tensor, values: np.ndarray, first_row: int) -> None:
+        where = f"{tensor.file}: '{tensor.name}'"
+        if hf_names.are_ids(tensor.name):
+            tensor_values.check_ids(where, values, self._experts, first_row=first_row)
+        elif hf_names.are_scales(tensor.name):
+            tensor_values.check_scales(where, values, first_row=first_row)
         else:
-            tensor_values.check(name, values, first_row=first_row)
+            tensor_values.check(where, values, first_row=first_row)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -41,7 +41,7 @@ def check(name: str, values: np.ndarray, *, first_row: int = 0) -> None:
     """Refuse a tensor with NaN or infinity in it, of FP8 with a code that stands for NaN.
 
     Args:
-      name: the tensor, for the message.
+      name: the file and the tensor, for the message.
       values: all of it or some of its rows. E8M0 is checked as scales, integers are not.
       first_row: the row that `values` begin with.
 
@@ -60,7 +60,7 @@ def check_scales(name: str, scales: np.ndarray, *, first_row: int = 0) -> None:
     """Refuse scales that are no numbers from 0 to 2**119, above which FP8 codes overflow.
 
     Args:
-      name: the tensor, for the message.
+      name: the file and the tensor, for the message.
       scales: E8M0, or its bytes as uint8, in which 255 is NaN; or floats.
       first_row: the row that `scales` begin with.
 
@@ -91,6 +91,4 @@ def _refuse(name: str, bad: np.ndarray, says: str, first_row: int) -> NoReturn:
     at = [int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape)]
     if at:
         at[0] += first_row
-    raise CheckpointError(
-        f"Tensor '{name}' has {int(bad.sum()):,} {says}, the first at {at}. {_DAMAGED}"
-    )
+    raise CheckpointError(f"{name} has {int(bad.sum()):,} {says}, the first at {at}. {_DAMAGED}")

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import v4jax_configs
@@ -79,6 +81,11 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
         (MINIMAL + "batch = true", "steps.batch is True; it is a int."),
         (MINIMAL + '[model]\ndtype = "half"', "model.dtype is 'half'; it is one of 'bfloat16'"),
         (MINIMAL + "[data]\nseq_len = 100", "data: seq_len is 100; use a multiple of 128."),
+        (MINIMAL + "seed = 4294967296", "steps.seed is 4294967296; it is at most 2.14748e+09."),
+        (MINIMAL + "[guard]\nspike = nan", "guard.spike is nan; it is at most 3.40282e+38."),
+        ("[adapter]\nalpha = inf\n[steps]\nsteps = 5", "adapter.alpha is inf; it is at most"),
+        ("a = " + "[" * 3000, "is not TOML"),
+        ("[steps]\nsteps = " + "9" * 5000, "is not TOML"),
         (MINIMAL + "[losses]\nmtp = 0.1", "[losses] trains MTP blocks, routers and indexers"),
         (MINIMAL + "[optimizer]\nrate = 0.0", "optimizer: rate is 0.0; it is above 0.0."),
         (MINIMAL + "[guard]\nspike = 0.5", "guard: spike is 0.5"),
@@ -90,3 +97,69 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         read(tmp_path, text)
     assert str(caught.value).startswith(str(tmp_path / "recipe.toml"))
+
+
+def fields(kind: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Each field of a recipe by its dotted name, and what it is annotated with."""
+    for name, hint in get_type_hints(kind).items():
+        plain = next((x for x in get_args(hint) if dataclasses.is_dataclass(x)), hint)
+        if dataclasses.is_dataclass(plain):
+            yield f"{where}{name}", dict
+            yield from fields(plain, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", hint
+
+
+# In TOML, and the annotations that take it.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "4": (int, float, int | None),
+    "2.5": (float,),
+    "nan": (),
+    "-inf": (),
+    "1e300": (),
+    "9223372036854775808": (),
+    "true": (bool,),
+    '"word"': (str, str | None, tuple[str, ...]),
+    "[1, 2]": (),
+    "[[]]": (),
+    '["word", 3]': (),
+    "[]": (tuple[str, ...],),
+    "{}": (dict,),
+    "{ a = { b = 1 } }": (),
+    "[{ a = 1 }]": (),
+    "2026-11-29": (),
+    "2026-11-29T10:00:00Z": (),
+    "10:00:00": (),
+}
+
+
+@pytest.mark.parametrize(("name", "hint"), fields(Recipe))
+def test_a_value_of_a_wrong_type_is_one_line(name: str, hint: Any, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    table, _, field = name.rpartition(".")
+    wrong = [value for value, takes in VALUES.items() if hint not in takes]
+    assert len(wrong) > 10
+    for value in wrong:
+        line = f"{field} = {value}\n"
+        place = f"[{table}]\n{line}" if table else line
+        file.write_text(place + "[adapter]\n" * (name.split(".")[0] != "adapter"))
+        with pytest.raises(ValueError, match=rf"recipe\.toml: {name} is ") as caught:
+            recipe.read(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["4", "true", '"word"', "[1]", "2026-11-29"])
+def test_a_flag_into_what_is_no_table_is_one_line(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter is .*; it is a table"):
+        read(tmp_path, f"adapter = {value}\n", adapter__rank="3")
+
+
+def test_a_flag_is_one_value(tmp_path: Path) -> None:
+    found = read(tmp_path, MINIMAL, model__path='"a"\nother = 3')
+    assert found.model.path == '"a"\nother = 3'
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert recipe.read(file).steps.steps == 5

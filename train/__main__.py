@@ -6,10 +6,11 @@ import importlib.metadata
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from v4jax import command_line, options
 
 _EPILOG = """\
 exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.
@@ -30,11 +31,18 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def command() -> int:
-    """`main` for the command line: in a process that began with large pages, on Linux."""
+    """`main` for the command line, which may end the process.
+
+    On Linux it begins anew with large pages.
+    """
     if sys.platform == "linux" and LARGE_PAGES.keys().isdisjoint(os.environ):
         words = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, words, os.environ | LARGE_PAGES)
-    return main()
+    status = main()
+    if status == 1:
+        # Where a state could not be saved, Orbax's unfinished coroutines would complain at the end.
+        os._exit(status)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,58 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         words.insert(0, "train")
-    warnings.showwarning = _warn
-    try:
-        args = _parser().parse_args(words)
-    except ModuleNotFoundError as error:
-        return _missing(error)
-    among_others = lambda: getattr(args, "among_others", False)
-    try:
-        status = _run(args)
-    except Exception:
-        if not among_others():
-            raise
-        traceback.print_exc()
-        status = 1
-    if status == 1 and among_others():
-        # They would wait for this process; when it is gone, they end too.
-        sys.stderr.flush()
-        os._exit(1)
-    return status
+    with command_line.process("v4jax-train"):
+        try:
+            args = _parser().parse_args(words)
+        except ModuleNotFoundError as error:
+            return _missing(error)
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        return _failed(args, "interrupted; 'v4jax-train resume' goes on from the last saved state.")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _failed(args, f"{where}{error.strerror or error}.")
-    except ValueError as error:
-        return _failed(args, str(error))
-    except ModuleNotFoundError as error:
-        return _missing(error)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _failed(
-            args, "out of memory; try more steps.parts, a shorter data.seq_len or remat."
+        status = command_line.status(
+            f"v4jax-train {args.command}",
+            lambda: args.run(args),
+            interrupted="; 'v4jax-train resume' goes on from the last saved state.",
+            out_of_memory="try more steps.parts, a shorter data.seq_len or remat.",
         )
+    except ModuleNotFoundError as error:
+        status = _missing(error)
+    except Exception:
+        if not args.among_others:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status == 1 and args.among_others:
+        # They would wait for this process; when it is gone, they end too.
+        os._exit(1)
+    return status
 
 
 def _missing(error: ModuleNotFoundError) -> int:
     extra = "train" if error.name != "tensorboardX" else "tensorboard"
-    print(f"v4jax-train: {error.name} is missing; pip install 'v4jax[{extra}]'", file=sys.stderr)
-    return 1
-
-
-def _warn(message: Warning | str, *_: Any) -> None:
-    print(f"v4jax-train: warning: {message}", file=sys.stderr)
-
-
-def _failed(args: argparse.Namespace, why: str) -> int:
-    print(f"v4jax-train {args.command}: {' '.join(why.split())}", file=sys.stderr)
+    command_line.say(f"v4jax-train: {error.name} is missing; pip install 'v4jax[{extra}]'")
     return 1
 
 
@@ -120,9 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="of each file (3)")
     resume = _command(commands, "resume", _resume, "go on with a run from its newest state")
     _add_run(resume)
+    _add_state(resume, "go on from this one, not the newest; what came after it is dropped")
+    resume.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="go on though data files are not what the run began with",
+    )
     _add_processes(resume)
     evaluate = _command(commands, "eval", _evaluate, "measure a run's newest or best state")
     _add_run(evaluate)
+    _add_state(evaluate, "this one, not the newest")
     evaluate.add_argument("--data", action="append", metavar="FILE", help="instead of the recipe's")
     evaluate.add_argument("--best", action="store_true", help="the best state, not the newest")
     plot = _command(commands, "plot", _plot, "draw a run's curves")
@@ -143,12 +138,16 @@ def _command(
 ) -> argparse.ArgumentParser:
     description = text[0].upper() + text[1:] + "."
     parser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, among_others=False)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="RUN", help="the directory of a run")
+
+
+def _add_state(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--state", type=options.whole(1), metavar="STEP", help=text)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +221,9 @@ def _resume(args: argparse.Namespace) -> int:
 
     _begin_processes(args)
     with display.live() as show:
-        outcome = loop.resume(args.directory, show=show)
+        outcome = loop.resume(
+            args.directory, show=show, step=args.state, changed_data=args.changed_data
+        )
     return _ended(outcome, args.directory)
 
 
@@ -249,7 +250,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from . import runs
 
-    found = runs.evaluate(args.directory, files=tuple(args.data or ()), best=args.best)
+    found = runs.evaluate(
+        args.directory, files=tuple(args.data or ()), best=args.best, step=args.state
+    )
     print(json.dumps(found, indent=1, ensure_ascii=False))
     return 0
 

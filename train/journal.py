@@ -1,14 +1,16 @@
 """What a run says of itself: JSON lines in `metrics.jsonl`, and where its time went."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax.text_files import read_text
+from v4jax.unfinished import write_file
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -37,24 +39,29 @@ class Journal:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(directory / BOARD), purge_step=after + 1)
-        path = directory / FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= after]
-        # Beside the old one, which stays whole if this is interrupted.
-        shorter = path.with_suffix(".tmp")
-        shorter.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        shorter.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = directory / FILE
+        kept = [line for line, values in _lines(self._path) if values["step"] <= after]
+        write_file(self._path, "".join(f"{line}\n" for line in kept).encode())
+        # Without a buffer: what does not fit on the disk is not tried again.
+        self._file = self._path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a line; what JSON cannot hold, such as NaN, is written as null."""
         if self._file is not None:
             line = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            self._append(f"{json.dumps(line, allow_nan=False)}\n".encode())
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -73,15 +80,29 @@ def read(directory: Path, kind: str) -> list[dict[str, Any]]:
     path = directory / FILE
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give the directory of a run.")
-    found = [json.loads(line) for line in _lines(path)]
-    return [line for line in found if line["kind"] == kind]
+    return [values for _, values in _lines(path) if values["kind"] == kind]
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file: a run that was killed may leave a part of one."""
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a file, and what they say: a killed run may leave a part of one."""
     if not path.is_file():
         return []
-    return [line for line in read_text(path).split("\n")[:-1] if line]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [
+        (line.decode(errors="replace"), _parse(line, f"{path}:{number}"))
+        for number, line in enumerate(lines, 1)
+        if line
+    ]
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+        if isinstance(values["kind"], str) and isinstance(values["step"], int):
+            return values
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{where}: is no line of metrics; remove it.")
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import io
 import signal
 import statistics
 import threading
@@ -17,8 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from v4jax import hub, unfinished
+from v4jax.unfinished import write_file
 
-from . import dataset, flops, preparation, runs, step
+from . import dataset, fingerprint, flops, preparation, processes, runs, step
 from .checkpoints import Checkpoints
 from .evaluation import Evaluator
 from .journal import Clock, Journal
@@ -66,41 +68,84 @@ def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Ou
     if not recipe.out:
         raise ValueError("No directory is named; give --out, or out in the recipe.")
     directory = Path(recipe.out)
-    if jax.process_index() == 0 and directory.exists() and any(directory.iterdir()):
+    processes.first(lambda: _refuse_inside_model(directory, recipe.model.path))
+    with runs.locked(directory):
+        processes.first(lambda: _refuse_existing(directory))
+        run = _Run(recipe, directory, progress)
+        processes.first(lambda: _write_down(run))
+        return run.go(show)
+
+
+def resume(
+    directory: Path,
+    *,
+    show: Show,
+    progress: Progress | None = None,
+    step: int | None = None,
+    changed_data: bool = False,
+) -> Outcome:
+    """Go on from the newest state of a run, or from its beginning where there is none yet.
+
+    Args:
+      directory: of the run.
+      show: told the metrics of each step.
+      progress: told of the model's loading.
+      step: go on from the state of this step; what was made after it is dropped.
+      changed_data: go on where the data is not what the run began with.
+
+    Raises:
+      ValueError: the run is another process's, its state is damaged, or its data has changed.
+      Stopped: training went wrong.
+    """
+    recipe = runs.read_recipe(directory)
+    with runs.locked(directory):
+        chosen = runs.choose_state(directory, step)
+        run = _Run(recipe, directory, progress, same_data=not changed_data)
+        if changed_data:
+            processes.first(lambda: fingerprint.write(directory, run.files))
+        return run.go(show, chosen)
+
+
+def _write_down(run: "_Run") -> None:
+    fingerprint.write(run.directory, run.files)
+    runs.write_recipe(run.directory, run.recipe)
+
+
+def _refuse_inside_model(directory: Path, model: str) -> None:
+    base = hub.local(model) if model else None
+    is_new = not directory.exists() or not any(directory.iterdir())
+    if base is not None and is_new:
+        unfinished.check_target(directory, base)
+
+
+def _refuse_existing(directory: Path) -> None:
+    if not runs.is_empty(directory):
         raise ValueError(
             f"{directory}: is not empty; 'v4jax-train resume {directory}' goes on with a run, or"
             " choose another directory."
         )
-    base = hub.local(recipe.model.path) if recipe.model.path else None
-    if jax.process_index() == 0 and base is not None:
-        unfinished.check_target(directory, base)
-    run = _Run(recipe, directory, progress)
-    if jax.process_index() == 0:
-        runs.write_recipe(directory, recipe)
-    _together("begun")
-    return run.go(show)
-
-
-def resume(directory: Path, *, show: Show, progress: Progress | None = None) -> Outcome:
-    """Go on from the newest state of a run, or from its beginning where there is none yet."""
-    return _Run(runs.read_recipe(directory), directory, progress).go(show)
-
-
-def _together(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 class _Run:
     """What goes on while a run runs. Metrics of a step are read when the next one is under way."""
 
-    def __init__(self, recipe: Recipe, directory: Path, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: Path,
+        progress: Progress | None,
+        *,
+        same_data: bool = False,
+    ) -> None:
         self.recipe, self.directory, self.clock = recipe, directory, Clock()
         with self.clock.spent_on("data"):
             tokenizer = preparation.text_tokenizer(recipe)
             documents = preparation.read_data(recipe, tokenizer, recipe.data.files)
             self.data = preparation.batches(recipe, documents)
             held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
+            self.files = [*documents, *held_out]
+            if same_data:
+                processes.together(lambda: fingerprint.check(directory, self.files))
         self.steps = preparation.count_steps(recipe, self.data)
         tokens = recipe.steps.batch * recipe.data.seq_len
         with self.clock.spent_on("load"):
@@ -125,11 +170,11 @@ class _Run:
             indexer=settings.indexer_weight > 0,
         )
 
-    def go(self, show: Show) -> Outcome:
-        """Make the steps that are left."""
+    def go(self, show: Show, state: int | None = None) -> Outcome:
+        """Make the steps that are left after a saved state."""
         self.checkpoints = Checkpoints(self.directory, keep=self.recipe.checkpoints.keep)
         try:
-            first = self._restore()
+            first = self._restore(state)
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
             # A run that has a journal can be ended: the signal first.
@@ -147,13 +192,16 @@ class _Run:
         finally:
             self.checkpoints.close()
 
-    def _restore(self) -> int:
-        if self.checkpoints.latest is None:
+    def _restore(self, state: int | None) -> int:
+        if state is None:
             return 0
         with self.clock.spent_on("checkpoint"):
-            self.state, notes = self.checkpoints.restore(self.state)
+            self.state, notes = self.checkpoints.restore(self.state, state)
+            best_is_gone = self.checkpoints.remove_after(state)
         self.losses.extend(notes["losses"])
-        self.best, self.waited, self.wrong = notes["best"], notes["waited"], notes["wrong"]
+        self.wrong = notes["wrong"]
+        if not best_is_gone:
+            self.best, self.waited = notes["best"], notes["waited"]
         return notes["step"]
 
     def _steps(self, first: int, show: Show) -> Outcome:
@@ -273,7 +321,9 @@ class _Run:
     def _wrong_step(self, number: int, local: Any, found: dict[str, Any]) -> None:
         place = self.directory / BAD / f"step{number}.process{jax.process_index()}.npz"
         place.parent.mkdir(exist_ok=True)
-        np.savez_compressed(place, **local)
+        content = io.BytesIO()
+        np.savez_compressed(content, **local)
+        write_file(place, content.getvalue())
         guard = self.recipe.guard
         if guard.action == "stop" or self.wrong >= guard.most:
             raise Stopped(

@@ -1,7 +1,11 @@
 """Curves of runs, from their metrics to a picture."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from v4jax.unfinished import write_file
 
 from . import journal
 
@@ -17,7 +21,7 @@ def draw(runs: Sequence[Path], target: Path) -> None:
       target: the file to make.
 
     Raises:
-      ValueError: a directory has no metrics, or matplotlib is missing.
+      ValueError: a directory has no metrics, or none of a step, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -27,15 +31,26 @@ def draw(runs: Sequence[Path], target: Path) -> None:
     panels = figure.subplots(2, 2)
     for run in runs:
         steps = journal.read(run, "step")
+        if not steps:
+            raise ValueError(f"{run / journal.FILE}: has no steps yet; train further.")
         measured = journal.read(run, "evaluation")
         for panel, name, title in zip(panels.flat, _PANELS, _TITLES, strict=True):
-            points = [(line["step"], line[name]) for line in steps if line[name] is not None]
+            points = _points(steps, name)
             panel.plot(*zip(*points, strict=True), label=run.name, linewidth=1) if points else None
             panel.set_title(title)
             panel.set_xlabel("step")
-        held_out = [(line["step"], line["loss"]) for line in measured if line.get("loss")]
+        held_out = _points(measured, "loss")
         if held_out:
             label = f"{run.name}, held out"
             panels[0, 0].plot(*zip(*held_out, strict=True), "o-", label=label)
-    panels[0, 0].legend()
-    figure.savefig(target, dpi=120)
+    if panels[0, 0].lines:
+        panels[0, 0].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_file(target, picture.getvalue())
+
+
+def _points(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """A metric by step, where it is a number."""
+    values = [(line["step"], line.get(name)) for line in lines]
+    return [(step, value) for step, value in values if isinstance(value, int | float)]

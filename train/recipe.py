@@ -333,15 +333,11 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
     """
     try:
         table = tomllib.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not TOML ({error}).") from None
-    for key, text in (overrides or {}).items():
-        *tables, field = key.split(".")
-        place = table
-        for name in tables:
-            place = place.setdefault(name, {})
-        place[field] = _toml(text)
     try:
+        for key, text in (overrides or {}).items():
+            _override(table, key, _toml(text))
         return from_table(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -365,6 +361,15 @@ def weighted(name: str) -> tuple[str, float]:
     return path, weight
 
 
+def _override(table: dict[str, Any], key: str, value: Any) -> None:
+    *tables, field = key.split(".")
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is {table!r:.100}; it is a table.")
+    table[field] = value
+
+
 def from_table(table: Mapping[str, Any]) -> Recipe:
     """The recipe that nested tables describe, as `tables.to_table` makes them."""
     return made(Recipe, table)
@@ -372,6 +377,7 @@ def from_table(table: Mapping[str, Any]) -> Recipe:
 
 def _toml(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return table["value"] if table.keys() == {"value"} else text

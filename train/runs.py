@@ -1,26 +1,80 @@
 """The directory of a run: its recipe, and its states read back."""
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax.runs import RECIPE
+from v4jax import runs, unfinished
+from v4jax.runs import BEST, RECIPE, STATES
 from v4jax.text_files import read_text
 
-from . import preparation, tables
+from . import preparation, processes, tables
 from .checkpoints import Checkpoints, restore_best
 from .evaluation import Evaluator
 from .recipe import Recipe, from_table
 from .trainable import Parts
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Let no other process train in a directory, which is made if it is not there.
+
+    The lock ends with the process that has it, however that ends. What is empty is removed.
+
+    Raises:
+      CheckpointError: another process is at work there.
+    """
+    with contextlib.ExitStack() as held:
+        processes.first(lambda: held.enter_context(_lock(directory)))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    with path.open("ab") as file:
+        unfinished.lock(file, directory)
+        try:
+            yield
+        finally:
+            path.unlink()
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether a directory has nothing in it but a lock."""
+    return all(file.name == LOCK for file in directory.iterdir())
+
+
+def choose_state(directory: Path, step: int | None = None, *, best: bool = False) -> int | None:
+    """The step of a run's newest state, its best or the one asked for, which is whole.
+
+    Returns:
+      None where there is no state yet.
+
+    Raises:
+      CheckpointError: there is none of the step, or it is damaged.
+    """
+    folder = directory / (BEST if best else STATES)
+    step = runs.choose(folder, step)
+    if step is not None:
+        processes.first(lambda: runs.check(folder, step))
+    return step
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
     """Make the directory, with the recipe in it, its paths absolute."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(tables.to_table(_anywhere(recipe)), indent=1)
-    (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
+    unfinished.write_file(directory / RECIPE, f"{text}\n".encode())
 
 
 def _anywhere(recipe: Recipe) -> Recipe:
@@ -55,13 +109,20 @@ def read_recipe(directory: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False) -> dict[str, Any]:
+def evaluate(
+    directory: Path,
+    *,
+    files: tuple[str, ...] = (),
+    best: bool = False,
+    step: int | None = None,
+) -> dict[str, Any]:
     """Measure a state of a run.
 
     Args:
       directory: of the run.
       files: instead of those that its recipe is evaluated on.
       best: the state that evaluations found best, not the newest.
+      step: the state of this step.
 
     Returns:
       What `evaluation.Evaluator.measure` does, and the state's `step`.
@@ -75,6 +136,9 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
         recipe = dataclasses.replace(recipe, evaluation=settings)
     if not (recipe.evaluation.files or recipe.evaluation.prompts):
         raise ValueError("There is nothing to measure; give --data, or evaluation.files.")
+    if best and step is not None:
+        raise ValueError("The best state or that of a step; choose one.")
+    step = choose_state(directory, step, best=best)
     tokenizer = preparation.text_tokenizer(recipe)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
     tokens = recipe.steps.batch * recipe.data.seq_len
@@ -83,7 +147,7 @@ def evaluate(directory: Path, *, files: tuple[str, ...] = (), best: bool = False
         (trained, balanced), notes = restore_best(directory, (state.trained, state.balanced))
     else:
         saved = Checkpoints(directory, keep=recipe.checkpoints.keep, read_only=True)
-        state, notes = saved.restore(state)
+        state, notes = saved.restore(state, step)
         trained, balanced = state.trained, state.balanced
         saved.close()
     parts = Parts(trained, balanced, prepared.frozen)

@@ -7,6 +7,10 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# What JAX computes with holds no more, and no number is NaN.
+_MOST: dict[Any, float] = {int: 2**31 - 1, float: 3.4028235e38}
+_SHOWN = 100  # characters of a value that is wrong
+
 
 def to_table(settings: Any) -> dict[str, Any]:
     """A dataclass as nested tables of plain values; what is None is left out."""
@@ -25,7 +29,7 @@ def made(kind: Any, table: Any, where: str = "") -> Any:
       ValueError: a key or value that is not the dataclass's; `where` stands before its name.
     """
     if not isinstance(table, Mapping):
-        raise ValueError(f"{where} is {table!r}; it is a table.")
+        raise ValueError(f"{where} is {_short(table)}; it is a table.")
     hints = get_type_hints(kind)
     for key in table:
         if key not in hints:
@@ -50,20 +54,27 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             allowed = ", ".join(map(repr, get_args(hint)))
-            raise ValueError(f"{where} is {value!r}; it is one of {allowed}.")
+            raise ValueError(f"{where} is {_short(value)}; it is one of {allowed}.")
         return value
     if get_origin(hint) is tuple:
         parts = [value] if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or not all(isinstance(x, str) for x in parts):
-            raise ValueError(f"{where} is {value!r}; it is a list of strings.")
+            raise ValueError(f"{where} is {_short(value)}; it is a list of strings.")
         return tuple(parts)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}; it is a finite number.")
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
-        raise ValueError(f"{where} is {value!r}; it is a {hint.__name__}.")
+        raise ValueError(f"{where} is {_short(value)}; it is a {hint.__name__}.")
+    if hint in (int, float) and not abs(value) <= _MOST[hint]:
+        raise ValueError(f"{where} is {_short(value)}; it is at most {_MOST[hint]:g}.")
     return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def at_least(settings: Any, name: str, least: int | float, *, above: bool = False) -> None:

@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from v4jax import help_texts, options
+from v4jax import command_line, help_texts, options
 
 if TYPE_CHECKING:
     from v4jax.config import ModelConfig
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 # JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
 
 _SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id"
-_BEST = "the state that evaluations found best, not the newest"
+_BEST = "of a run, the state that evaluations found best, not the newest"
+_STATE = "of a run, the state of this step"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,31 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 done, 1 failed. Misuse raises SystemExit with 2, as argparse does.
     """
-    args = _parser().parse_args(argv)
-    try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # The reader has gone. Python would flush at exit, and complain, if there were a pipe left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return _failed(args, "interrupted.")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _failed(args, f"{where}{error.strerror or error}.")
-    except ValueError as error:
-        return _failed(args, str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _failed(args, "out of memory; 'v4jax inspect' says what the model needs.")
-
-
-def _failed(args: argparse.Namespace, why: str) -> int:
-    print(f"v4jax {args.command}: {' '.join(why.split())}", file=sys.stderr)
-    return 1
+    with command_line.process("v4jax"):
+        args = _parser().parse_args(argv)
+        return command_line.status(
+            f"v4jax {args.command}",
+            lambda: args.run(args),
+            interrupted=".",
+            out_of_memory="'v4jax inspect' says what the model needs.",
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +113,7 @@ def _add_export_adapter(commands: Any) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a training run")
     parser.add_argument("target", type=Path, metavar="ADAPTER", help="the directory to make")
     parser.add_argument("--model", metavar="PATH", help=f"its model, where it moved: {_SOURCE}")
-    parser.add_argument("--best", action="store_true", help=_BEST)
+    _add_state(parser)
 
 
 def _add_merge(commands: Any) -> None:
@@ -147,7 +130,14 @@ def _add_merge(commands: Any) -> None:
         required=True,
         help="all dense, or each in the format that it has",
     )
-    parser.add_argument("--best", action="store_true", help=_BEST)
+    _add_state(parser)
+
+
+def _add_state(parser: argparse.ArgumentParser) -> None:
+    """Which state of a run, where it is not the newest."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help=_BEST)
+    which.add_argument("--state", type=options.whole(1), metavar="STEP", help=_STATE)
 
 
 def _add_generate(commands: Any) -> None:
@@ -213,9 +203,19 @@ def _export(args: argparse.Namespace) -> int:
 def _export_adapter(args: argparse.Namespace) -> int:
     from v4jax import updates
 
-    updates.export_adapter(args.run_directory, args.target, model=args.model, best=args.best)
+    run = _state(args.run_directory, args.state)
+    updates.export_adapter(run, args.target, model=args.model, best=args.best)
     print(f"Made {args.target}.")
     return 0
+
+
+def _state(run: str | Path | None, step: int | None) -> Path:
+    """The path of a run, or of the state of a step."""
+    from v4jax.runs import STATES
+
+    if run is None:
+        raise ValueError("--state is of a training run; name one by --adapter.")
+    return Path(run) if step is None else Path(run) / STATES / str(step)
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -223,7 +223,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     with _progress() as progress:
         rows = merge.merge(
-            *(args.source, args.change, args.target),
+            *(args.source, _state(args.change, args.state), args.target),
             weights=args.weights,
             best=args.best,
             progress=progress,
@@ -233,7 +233,7 @@ def _merge(args: argparse.Namespace) -> int:
     print(f"Made {args.target}.")
     sys.stdout.flush()
     for line in requantise.warnings(rows):
-        print(f"v4jax merge: warning: {line}", file=sys.stderr)
+        command_line.say(f"v4jax merge: warning: {line}")
     return 0
 
 
@@ -257,7 +257,7 @@ def _generate(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             numerics=args.numerics,
             keep=args.keep,
-            adapter=args.adapter,
+            adapter=args.adapter if args.state is None else _state(args.adapter, args.state),
             progress=progress,
         )
     settings = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed")}

@@ -1,11 +1,12 @@
 """What a training run has made so far, read back without the package that trains."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax import checkpoint_files
+from v4jax import checkpoint_files, checksums
 from v4jax.lora import Lora
 from v4jax.safetensors_file import CheckpointError
 from v4jax.zarr_arrays import Arrays
@@ -36,16 +37,30 @@ class Run:
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the directory of a run."""
-    return (path / RECIPE).is_file()
+    """Whether this is the directory of a run, or of one of its states."""
+    return (locate(path)[0] / RECIPE).is_file()
+
+
+def locate(path: Path) -> tuple[Path, int | None]:
+    """The directory of a run, and the step where the path is that of one of its states."""
+    if path.parent.name == STATES and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def open_run(path: Path, *, best: bool = False) -> Run:
     """Find the newest state of a run, or the one that evaluations found best.
 
+    Args:
+      path: the run's directory, or that of one state, which is taken then.
+      best: the best state.
+
     Raises:
       CheckpointError: it is no run, has no such state yet, or its recipe is damaged.
     """
+    path, step = locate(path)
+    if best and step is not None:
+        raise CheckpointError(f"{path}: the best state or that of step {step}; choose one.")
     if not is_run(path):
         raise CheckpointError(f"{path}: is not the directory of a run: it has no {RECIPE}.")
     recipe = checkpoint_files.read_json(path / RECIPE)
@@ -58,7 +73,7 @@ def open_run(path: Path, *, best: bool = False) -> Run:
             f"{path / RECIPE}: is damaged, or was written by another version ({error!r:.100})."
         ) from error
     folder = path / (BEST if best else STATES)
-    step = _newest(folder)
+    step = choose(folder, step)
     if step is None:
         which = "state that an evaluation found best" if best else "saved state"
         raise CheckpointError(f"{path}: has no {which} yet; train further.")
@@ -70,12 +85,56 @@ def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
-def _newest(folder: Path) -> int | None:
-    """The newest state that is complete."""
+def choose(folder: Path, step: int | None = None) -> int | None:
+    """The step of the newest complete state in a folder, or the one that is asked for.
+
+    Returns:
+      None where there is no state at all.
+
+    Raises:
+      CheckpointError: there are states, and none of this step.
+    """
+    steps = _steps(folder)
+    if step is None or step in steps:
+        return max(steps, default=None) if step is None else step
+    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"
+    raise CheckpointError(f"{folder}: has no state of step {step}; {there}.")
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of the states that are complete."""
     import orbax.checkpoint as ocp
 
-    steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
-    return max(steps, default=None)
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+
+
+def check(folder: Path, step: int) -> None:
+    """Refuse a state of which a file is not as it was saved.
+
+    Raises:
+      CheckpointError: which file of it is, and which other state is whole.
+    """
+    state = folder / str(step)
+    if not _has_checksums(state):
+        warnings.warn(
+            f"{state}: has no {checksums.FILE}, so damage to it would not be seen: it is being"
+            " saved, or its run was killed then, or it is from an older v4jax.",
+            stacklevel=2,
+        )
+        return
+    damaged = checksums.damage(state)
+    if damaged is None:
+        return
+    others = (folder / str(other) for other in reversed(_steps(folder)) if other != step)
+    whole = next((x for x in others if _has_checksums(x) and not checksums.damage(x)), None)
+    offer = "no other state of it is whole; restore the directory from a copy"
+    if whole is not None:
+        offer = f"the state of step {whole.name} is whole: --state {whole.name} takes {whole}"
+    raise CheckpointError(f"{state}: is damaged: {damaged} is not as it was saved; {offer}.")
+
+
+def _has_checksums(state: Path) -> bool:
+    return (state / checksums.FILE).is_file()
 
 
 def trained(run: Run) -> dict[str, Any]:
@@ -86,6 +145,7 @@ def trained(run: Run) -> dict[str, Any]:
     Raises:
       CheckpointError: the state is damaged.
     """
+    check(run.state.parent.parent, run.step)
     saved = checkpoint_files.read_json(run.state / _METADATA)
     arrays = Arrays(
         run.state.absolute(),

@@ -1,4 +1,4 @@
-"""Directories that appear when they are complete, and resume where an interrupted run stopped.
+"""Directories and files that appear when complete; directories resume where a run stopped.
 
 `target` is made as `target.unfinished/result`, beside a journal of the parts that are done. Nothing
 that looks finished exists before the last step, which is a rename.
@@ -128,7 +128,7 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
         raise CheckpointError(f"{folder}: is in the way and not from {what}; move it elsewhere.")
     folder.mkdir(parents=True, exist_ok=True)
     with journal.open("a+b") as file:
-        _lock(file, folder)
+        lock(file, folder)
         done = _resume(file, folder, {"v4jax": what, "identity": identity})
         work = Work(target, file, done)
         if not done and work.directory.exists():
@@ -142,7 +142,30 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
             raise
 
 
-def _lock(file: IO[bytes], folder: Path) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is there whole, or as it was before.
+
+    Raises:
+      OSError: it cannot be written; names it.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def lock(file: IO[bytes], folder: Path) -> None:
+    """Refuse to work in a folder where another process has locked the file; it ends with that.
+
+    Raises:
+      CheckpointError: another process is at work.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows

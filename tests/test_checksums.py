@@ -1,0 +1,78 @@
+"""Digests beside files: any bit that flips is noticed, in the files and in the digests."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from v4jax import checksums
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "state" / "d").mkdir(parents=True)
+    (tmp_path / "state" / "d" / "0a1b").write_bytes(np.random.default_rng(0).bytes(3000))
+    (tmp_path / "state" / "empty").touch()
+    (tmp_path / "notes").write_text('{"step": 3}')
+    checksums.write(tmp_path)
+    return tmp_path
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def test_what_is_as_it_was_is_whole(folder: Path) -> None:
+    assert checksums.damage(folder) is None
+    # Written anew it is the same, without itself.
+    before = (folder / checksums.FILE).read_bytes()
+    checksums.write(folder)
+    assert (folder / checksums.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["state/d/0a1b", "notes"])
+def test_a_bit_that_flips_in_a_file_is_noticed(name: str, folder: Path) -> None:
+    bits = (folder / name).stat().st_size * 8
+    for bit in (0, bits // 2, bits - 1):
+        flip(folder / name, bit)
+        assert checksums.damage(folder) == name
+        flip(folder / name, bit)
+    assert checksums.damage(folder) is None
+
+
+def test_every_bit_of_the_digests_is_noticed(folder: Path) -> None:
+    file = folder / checksums.FILE
+    for bit in range(file.stat().st_size * 8):
+        flip(file, bit)
+        assert checksums.damage(folder) is not None, bit
+        flip(file, bit)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda folder: (folder / "notes").unlink(), "notes"),
+        (lambda folder: (folder / "notes").rename(folder / "noted"), "noted"),
+        (lambda folder: (folder / "state" / "more").touch(), "state/more"),
+        (lambda folder: (folder / checksums.FILE).write_text(""), "notes"),
+        (lambda folder: (folder / "state" / "empty").write_text("x"), "state/empty"),
+    ],
+)
+def test_files_that_come_go_or_grow_are_noticed(
+    change: Callable[[Path], object], name: str, folder: Path
+) -> None:
+    change(folder)
+    assert checksums.damage(folder) == name
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum")
+def test_the_systems_own_command_reads_them(folder: Path) -> None:
+    command = ["sha256sum", "--check", "--strict", "--quiet", checksums.FILE]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+    flip(folder / "notes", 7)
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 1

@@ -1,0 +1,309 @@
+"""The life of a run: damaged states, other data, two processes at once, a disk that is full."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from tests import quick
+from v4jax import random_checkpoint, updates
+from v4jax.__main__ import main as v4jax_main
+from v4jax.config import preset
+from v4jax.runs import STATES
+from v4jax.safetensors_file import CheckpointError
+from v4jax_train import fingerprint, journal, loop, recipe, runs
+from v4jax_train.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TINY = preset("tiny")
+SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
+
+
+def silent(_: dict[str, Any]) -> None:
+    """Shows nothing."""
+
+
+def rows(file: Path, letters: str) -> Path:
+    file.write_text("".join(json.dumps({"text": letter * 100}) + "\n" for letter in letters))
+    return file
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion() -> Iterator[None]:
+    """Optax mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data and data held out."""
+    directory = tmp_path_factory.mktemp("life")
+    random_checkpoint.make_checkpoint(directory / "model", SMALL, 0)
+    rows(directory / "data.jsonl", "abcdefghijklmnop")
+    rows(directory / "held_out.jsonl", "qrs")
+    return directory
+
+
+def settings(place: Path, out: Path, **tables: dict[str, Any]) -> recipe.Recipe:
+    base: dict[str, Any] = {
+        "out": str(out),
+        "model": {"path": str(place / "model"), "dtype": "float32"},
+        "data": {"files": [str(place / "data.jsonl")], "seq_len": 128},
+        "evaluation": {"files": [str(place / "held_out.jsonl")]},
+        "adapter": {"rank": 2},
+        "steps": {"steps": 4, "batch": 8},
+        "checkpoints": {"every": 2},
+    }
+    return recipe.from_table(base | tables)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run with states after 2 and 4 steps, to be copied."""
+    assert loop.begin(settings(place, place / "whole"), show=silent).why == "finished"
+    return place / "whole"
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def damage(run: Path, step: int = 4) -> Path:
+    """Flip a bit in the largest file of a state."""
+    files = [file for file in (run / STATES / str(step)).rglob("*") if file.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)
+    flip(file)
+    return file
+
+
+def losses(directory: Path) -> list[float]:
+    return [line["loss"] for line in journal.read(directory, "step")]
+
+
+def test_each_file_of_a_state_is_covered(run: Path, place: Path) -> None:
+    for file in sorted(file for file in (run / STATES / "4").rglob("*") if file.is_file()):
+        if file.stat().st_size == 0:
+            continue
+        flip(file)
+        with pytest.raises(CheckpointError, match=r"is damaged: .* the state of step 2 is whole"):
+            runs.choose_state(run)
+        flip(file)
+    assert runs.choose_state(run) == 4
+
+
+def told(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *words: Any) -> str:
+    """The sentence of a command that fails."""
+    assert command([str(word) for word in words]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_every_command_names_a_damaged_state_and_the_one_that_is_whole(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = damage(run)
+    model, out = place / "model", tmp_path / "out"
+    for command, words in (
+        (main, ("resume", run)),
+        (main, ("eval", run)),
+        (v4jax_main, ("export-adapter", run, out)),
+        (v4jax_main, ("merge", model, run, out, "--weights", "bfloat16")),
+        (v4jax_main, ("generate", model, "-p", "a", "--adapter", run)),
+    ):
+        said = told(capsys, command, *words)
+        assert f"{run / STATES / '4'}: is damaged: {file.relative_to(run / STATES / '4')}" in said
+        assert "--state 2" in said
+        assert not out.exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_older_state_is_read_where_it_is_named(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = updates.read(run / STATES / "2", SMALL)
+    damage(run)
+    again = updates.read(run / STATES / "2", SMALL)
+    for a, b in zip(jax.tree.leaves(named), jax.tree.leaves(again), strict=True):
+        assert (a == b).all() if hasattr(a, "all") else a == b
+    assert v4jax_main(["export-adapter", str(run), str(tmp_path / "out"), "--state", "2"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--state", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    said = told(capsys, main, "resume", run, "--state", "3")
+    assert "has no state of step 3; there are 2, 4." in said
+
+
+def test_a_run_goes_on_from_an_older_state_as_if_the_newer_had_never_been(
+    run: Path, whole: Path
+) -> None:
+    damage(run)
+    assert loop.resume(run, show=silent, step=2).step == 4
+    assert losses(run) == losses(whole)
+    assert runs.choose_state(run) == runs.choose_state(run, best=True) == 4
+
+
+def test_where_no_state_is_whole_that_is_said(run: Path) -> None:
+    damage(run, 2)
+    damage(run, 4)
+    with pytest.raises(CheckpointError, match="no other state of it is whole"):
+        runs.choose_state(run)
+    shutil.rmtree(run / STATES / "2")
+    with pytest.raises(CheckpointError, match="no other state of it is whole"):
+        runs.choose_state(run)
+
+
+def test_the_best_state_has_checksums_too(run: Path) -> None:
+    assert runs.choose_state(run, best=True) == 4
+    file = next((run / "best" / "4" / "state").rglob("d/*"))
+    flip(file)
+    with pytest.raises(CheckpointError, match="best/4: is damaged"):
+        runs.evaluate(run, best=True)
+
+
+def test_a_state_without_checksums_is_read_with_a_warning(run: Path) -> None:
+    (run / STATES / "4" / "SHA256SUMS").unlink()
+    with pytest.warns(UserWarning, match="damage to it would not be seen"):
+        assert runs.choose_state(run) == 4
+
+
+@pytest.mark.parametrize("name", ["data", "held_out"])
+def test_a_run_does_not_go_on_with_other_data_unless_told_to(
+    name: str, whole: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("data", "held_out"):
+        shutil.copy(place / f"{file}.jsonl", tmp_path / f"{file}.jsonl")
+    files = {"files": [str(tmp_path / "data.jsonl")], "seq_len": 128}
+    held_out = {"files": [str(tmp_path / "held_out.jsonl")]}
+    moved = settings(place, tmp_path / "run", data=files, evaluation=held_out)
+    run = shutil.copytree(whole, tmp_path / "run")
+    runs.write_recipe(run, moved)
+    # Moved, but the same.
+    assert loop.resume(run, show=silent).step == 4
+    changed = tmp_path / f"{name}.jsonl"
+    rows(changed, "zyx")
+    said = told(capsys, main, "resume", run)
+    assert said.startswith(f"v4jax-train resume: {changed}: has changed since the run began")
+    assert "--changed-data" in said
+    assert main(["resume", str(run), "--changed-data"]) == 0
+    # From now on it is the run's data.
+    assert main(["resume", str(run)]) == 0
+
+
+def test_damaged_or_missing_fingerprints_are_told(run: Path) -> None:
+    (run / fingerprint.FILE).write_text("[{")
+    with pytest.raises(ValueError, match=r"data\.json: is damaged"):
+        loop.resume(run, show=silent)
+    (run / fingerprint.FILE).write_text("[]")
+    with pytest.raises(ValueError, match="is of 0 files, the recipe of 2"):
+        loop.resume(run, show=silent)
+    (run / fingerprint.FILE).unlink()
+    with pytest.warns(UserWarning, match="whether its data has changed is not known"):
+        loop.resume(run, show=silent)
+
+
+HOLDER = """
+import sys, time; from pathlib import Path; from v4jax_train import runs
+with runs.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_is_of_one_process_and_of_none_that_is_dead(
+    place: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    go_on = lambda directory: loop.resume(directory, show=silent)
+    begin = lambda directory: loop.begin(settings(place, directory), show=silent)
+    for directory, start in ((run, go_on), (new, begin)):
+        words = [sys.executable, "-c", HOLDER, str(directory)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            before = sorted(directory.rglob("*"))
+            with pytest.raises(CheckpointError, match="another process is at work there"):
+                start(directory)
+            assert sorted(directory.rglob("*")) == before
+            holder.send_signal(signal.SIGKILL)
+        assert (directory / runs.LOCK).exists()
+    assert loop.resume(run, show=silent).step == 4
+    assert not (run / runs.LOCK).exists()
+    with runs.locked(new):
+        assert runs.is_empty(new)
+    assert not new.exists()
+
+
+def test_a_run_that_cannot_begin_leaves_no_directory(place: Path, tmp_path: Path) -> None:
+    wrong = settings(place, tmp_path / "run", model={"path": str(tmp_path / "nothing")})
+    with pytest.raises(CheckpointError, match="nothing"):
+        loop.begin(wrong, show=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def limit(most: int) -> None:
+    """Files cannot grow beyond some bytes, as if the disk were full then."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place: Path) -> None:
+    longer = dataclasses.replace(settings(place, run), steps=recipe.Steps(steps=6))
+    runs.write_recipe(run, longer)
+    done = subprocess.run(
+        [sys.executable, "-m", "v4jax_train", "resume", str(run)],
+        env=os.environ | quick.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: limit(8192),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert lines == [
+        f"v4jax-train resume: {run / STATES}: the state of step 6 cannot be saved: File too large."
+        " The one of step 4 is whole. Make room; then 'v4jax-train resume' goes on."
+    ]
+    assert sorted(file.name for file in (run / STATES).iterdir()) == ["2", "4"]
+    assert loop.resume(run, show=silent).step == 6
+    assert runs.choose_state(run) == 6
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    limit(100)
+    yield
+    limit(resource.RLIM_INFINITY)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_stops_the_metrics_with_their_name(tmp_path: Path) -> None:
+    written = journal.Journal(tmp_path)
+    for step in (0, 1):
+        written.write("step", step, loss=1.0)
+    with pytest.raises(OSError, match="No space left") as caught:
+        written.write("step", 2, loss=1.0)
+    written.close()
+    assert caught.value.filename == str(tmp_path / journal.FILE)
+    limit(resource.RLIM_INFINITY)
+    # What was cut off is dropped.
+    journal.Journal(tmp_path, after=99).close()
+    assert [line["step"] for line in journal.read(tmp_path, "step")] == [0, 1]

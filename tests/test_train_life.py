@@ -260,21 +260,17 @@ def test_a_run_that_cannot_begin_leaves_no_directory(place: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def limit(most: int) -> None:
-    """Files cannot grow beyond some bytes, as if the disk were full then."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place: Path) -> None:
     longer = dataclasses.replace(settings(place, run), steps=recipe.Steps(steps=6))
     runs.write_recipe(run, longer)
+    # In kilobytes, a bound on each file: as if the disk were full then.
+    limited = f'ulimit -f 8; exec "{sys.executable}" -m v4jax_train resume "{run}"'
     done = subprocess.run(
-        [sys.executable, "-m", "v4jax_train", "resume", str(run)],
+        ["bash", "-c", limited],
         env=os.environ | quick.ENVIRONMENT,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: limit(8192),
     )
     assert (done.returncode, done.stdout) == (1, "")
     lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
@@ -285,6 +281,11 @@ def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place
     assert sorted(file.name for file in (run / STATES).iterdir()) == ["2", "4"]
     assert loop.resume(run, show=silent).step == 6
     assert runs.choose_state(run) == 6
+
+
+def limit(most: int) -> None:
+    """Files cannot grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
 @pytest.fixture

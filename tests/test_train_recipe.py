@@ -133,7 +133,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "hint"), fields(Recipe))
+@pytest.mark.parametrize(("name", "hint"), list(fields(Recipe)))
 def test_a_value_of_a_wrong_type_is_one_line(name: str, hint: Any, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     table, _, field = name.rpartition(".")

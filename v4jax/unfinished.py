@@ -91,7 +91,7 @@ def _clear(target: Path) -> None:
         return
     # It may be someone else's to remove, or not be in our power.
     with contextlib.suppress(CheckpointError, OSError), journal.open("a+b") as file:
-        _lock(file, folder)
+        lock(file, folder)
         if any(target.iterdir()):
             _remove(folder)
 

@@ -1,4 +1,7 @@
-"""Sharding: the same program gives the same logits on one device and on eight simulated ones."""
+"""Sharding: the same program gives the same logits on one device and on eight simulated ones.
+
+And no step moves pools, experts or logits.
+"""
 
 import dataclasses
 import re
@@ -8,21 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import quantize
-from tests import models
+from tests import exchanges, models
 from v4jax import cache as caches
 from v4jax import config, params, sharding, steps
+from v4jax.generate import Engine
 from v4jax.model import Model
 from v4jax.numerics import HF
 
 pytestmark = pytest.mark.quick
-CFG = models.config(models.SLIDING, models.CSA, models.HCA)
+CFG = exchanges.CFG
+CAPACITY = 1100
 TOKENS = models.tokens(CFG, 8, 10)
 MESHES: dict[str, dict[str, int]] = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
     "expert 8": {"expert": 8},
-    "data 2, tensor 4": {"data": 2, "tensor": 4},
+    "tensor 8": {"tensor": 8},
     "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 
@@ -33,33 +39,37 @@ def place(mesh: Any) -> Any:
     return jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
 
 
-def run(model: Any, place_rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A prefill and a decode step."""
-    cache = caches.make(CFG, 8, 32, jnp.float32)
-    count_B = jnp.full(8, 9, jnp.int32)
+def run(model: Any) -> tuple[list[np.ndarray], list[str]]:
+    """Logits of a prefill and of a decode step; what the two programs are."""
+    engine = Engine(model, CFG, HF, jnp.float32)
+    cache = caches.make(CFG, 8, CAPACITY, jnp.float32, mesh=engine.mesh)
+    on_rows = engine.by_row
     settings = {"cfg": CFG, "numerics": HF}
-    tokens_BT = place_rows(jnp.asarray(TOKENS[:, :9]))
-    first, cache = steps.prefill(model, tokens_BT, cache, count_B, **settings)
-    second, _ = steps.decode(model, place_rows(jnp.asarray(TOKENS[:, 9])), cache, **settings)
-    return np.asarray(first), np.asarray(second)
+    with sharding.on(engine.mesh):
+        prompt = (on_rows(TOKENS[:, :9]), cache, on_rows(np.full(8, 9, np.int32)))
+        prefill = steps.prefill.lower(model, *prompt, **settings).compile()
+        first, cache = prefill(model, *prompt)
+        token = (on_rows(TOKENS[:, 9]), cache)
+        decode = steps.decode.lower(model, *token, **settings).compile()
+        second, _ = decode(model, *token)
+    return [np.asarray(first), np.asarray(second)], [str(x.as_text()) for x in (prefill, decode)]
 
 
 @pytest.fixture(scope="module")
-def expected() -> tuple[np.ndarray, np.ndarray]:
-    return run(models.weights(CFG), lambda x: x)
+def expected() -> list[np.ndarray]:
+    return run(models.weights(CFG))[0]
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
-def test_sharded_equals_one_device(
-    sizes: dict[str, int], expected: tuple[np.ndarray, np.ndarray]
+def test_sharded_equals_one_device_and_moves_nothing_large(
+    sizes: dict[str, int], expected: list[np.ndarray]
 ) -> None:
-    mesh = sharding.make_mesh(**sizes)
-    rows = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
-    with jax.set_mesh(mesh):
-        got = run(place(mesh), lambda x: jax.device_put(x, rows))
+    got, programs = run(place(sharding.make_mesh(**sizes)))
     for ours, theirs in zip(got, expected, strict=True):
         # Sums over devices round in another order: 1e-5 of the largest logit.
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    for text in programs:
+        assert not exchanges.large(text)
 
 
 def test_experts_are_never_gathered() -> None:

@@ -168,7 +168,7 @@ def test_what_makes_no_batch_is_refused() -> None:
     for problem, sources, fields in wrong:
         with pytest.raises(ValueError, match=problem):
             dataset.batches(sources, batch=4, **fields)
-    with pytest.raises(ValueError, match="batch is 6; use a multiple of the 4 processes"):
+    with pytest.raises(ValueError, match="batch is 6; use a multiple of the 4 groups"):
         dataset.share(6, 0, 4)
 
 

@@ -41,7 +41,11 @@ def lower(
 
     Returns:
       What `.compile()` makes a program of; its `memory_analysis` tells the bytes per device.
+
+    Raises:
+      ValueError: the mesh does not divide the weights or a part of the batch.
     """
+    sharding.check_rows(batch // parts, mesh)
     taken = _taken_apart(settings, mesh, dtype)
     state = _spread(jax.eval_shape(lambda: step.begin(_zeros(taken), rule, 0)), taken, mesh)
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"], None))

@@ -111,7 +111,7 @@ def batches(
     sources: Sequence[Packs],
     *,
     batch: int,
-    part: range | None = None,
+    part: Sequence[int] | None = None,
     weights: Sequence[int | float] | None = None,
 ) -> grain.MapDataset:
     """The batches as a dataset of grain, whose element n is step n's part for this process.
@@ -141,16 +141,16 @@ def batches(
     return grain.MapDataset.source(_Batches(packs, batch, part))
 
 
-def share(batch: int, process: int, processes: int) -> range:
-    """The packs of a batch that one of several processes loads: the same number, side by side.
+def share(batch: int, group: int, groups: int) -> range:
+    """The packs of a batch that one of several groups of devices has: as many each, side by side.
 
     Raises:
       ValueError: the batch cannot be shared out evenly.
     """
-    if batch % processes:
-        raise ValueError(f"batch is {batch}; use a multiple of the {processes} processes.")
-    size = batch // processes
-    return range(process * size, (process + 1) * size)
+    if batch % groups:
+        raise ValueError(f"batch is {batch}; use a multiple of the {groups} groups of devices.")
+    size = batch // groups
+    return range(group * size, (group + 1) * size)
 
 
 def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grain.DatasetIterator:
@@ -167,7 +167,7 @@ def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grai
 class _Batches:
     """One process's part of every batch, for random access."""
 
-    def __init__(self, packs: Any, batch: int, part: range):
+    def __init__(self, packs: Any, batch: int, part: Sequence[int]):
         self._packs = packs
         self._batch = batch
         self._part = part

@@ -24,7 +24,7 @@ class Evaluator:
         self._recipe, self._setup = recipe, prepared
         self._run = step.evaluate(prepared.settings)
         batch = recipe.steps.batch // recipe.steps.parts
-        part = dataset.share(batch, jax.process_index(), jax.process_count())
+        part = preparation.packs_here(batch, 1, prepared.mesh)
         packed = preparation.held_out_packs(recipe, held_out)
         preparation.warn(note for one in packed for note in one.notes(waste=False))
         self._data = [dataset.batches([one], batch=batch, part=part) for one in packed]

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from v4jax import hub, unfinished
+from v4jax import hub, sharding, unfinished
 from v4jax.unfinished import write_file
 
 from . import dataset, fingerprint, flops, preparation, processes, runs, step
@@ -217,7 +217,7 @@ class _Run:
                 batch = preparation.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
             if number == first:
                 run = self._compiled(run, batch)
-            with self.clock.spent_on("step"), preparation.on(self.setup.mesh):
+            with self.clock.spent_on("step"), sharding.on(self.setup.mesh):
                 self.state, metrics = run(self.state, frozen, batch, self._limit())
                 if pending is not None:
                     self._account(pending, show)
@@ -237,7 +237,7 @@ class _Run:
 
     def _compiled(self, run: Any, batch: Any) -> Any:
         """The step's program, when every process has it: devices wait for each other not long."""
-        with self.clock.spent_on("compile"), preparation.on(self.setup.mesh):
+        with self.clock.spent_on("compile"), sharding.on(self.setup.mesh):
             program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
             ocp.multihost.sync_global_processes("compiled", timeout=_PATIENCE)
         return program
@@ -259,7 +259,7 @@ class _Run:
         why = "signal" if self.ended else None
         evaluate = made % self.recipe.evaluation.every == 0 or made == self.steps
         if self.evaluator.wanted and evaluate and not self.ended:
-            with self.clock.spent_on("evaluation"), preparation.on(self.setup.mesh):
+            with self.clock.spent_on("evaluation"), sharding.on(self.setup.mesh):
                 why = self._evaluate(made)
         if made % self.recipe.checkpoints.every == 0:
             self._save(made)

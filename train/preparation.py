@@ -1,6 +1,5 @@
 """From a recipe to what a run needs: weights taken apart, an optimiser, batches, devices."""
 
-import contextlib
 import dataclasses
 import math
 import warnings
@@ -107,9 +106,16 @@ def batches(recipe: Recipe, found: list[Documents]) -> Any:
     return dataset.batches(
         packed,
         batch=recipe.steps.batch,
-        part=dataset.share(recipe.steps.batch, jax.process_index(), jax.process_count()),
+        part=packs_here(recipe.steps.batch, recipe.steps.parts, make_mesh(recipe)),
         weights=[weight for _, weight in map(weighted, recipe.data.files)],
     )
+
+
+def packs_here(batch: int, parts: int, mesh: Mesh | None) -> list[int]:
+    """The packs of a batch that this process's devices hold, part after part."""
+    rows, groups = batch // parts, sharding.row_groups(mesh)
+    shares = [dataset.share(rows, group, groups) for group in sharding.groups_of(mesh)]
+    return [part * rows + row for part in range(parts) for share in shares for row in share]
 
 
 def count_steps(recipe: Recipe, data: Any) -> int:
@@ -241,19 +247,27 @@ def make_mesh(recipe: Recipe) -> Mesh | None:
     return None if devices == 1 else sharding.make_mesh(data=devices // used, **sizes)
 
 
-def on(mesh: Mesh | None) -> Any:
-    """The context in which programs for the mesh are compiled and run."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
 def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> dict[str, Any]:
     """A step's batch on the devices, [A, B, T] each, from this process's packs of it."""
     used = {name: local[name] for name in ("tokens", "trained", "document")}
     cut = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in used.items()}
     if mesh is None:
         return jax.device_put(cut)
-    place = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"], None))
-    return {name: jax.make_array_from_process_local_data(place, x) for name, x in cut.items()}
+    here, groups = sharding.groups_of(mesh), sharding.row_groups(mesh)
+
+    def spread(x_ABT: np.ndarray) -> jax.Array:
+        parts, held, length = x_ABT.shape
+        rows = held // len(here)
+        shape = (parts, rows * groups, length)
+
+        def of_group(index: tuple[slice, ...]) -> np.ndarray:
+            first = here.index((index[1].start or 0) // rows) * rows
+            return x_ABT[:, first : first + rows]
+
+        place = sharding.place((None, "batch"), shape, mesh)
+        return jax.make_array_from_callback(shape, place, of_group)
+
+    return {name: spread(x_ABT) for name, x_ABT in cut.items()}
 
 
 def _first(

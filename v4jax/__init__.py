@@ -40,11 +40,13 @@ def load(
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
       keep: hold FP8 and FP4 weights as they are instead of dequantising them.
       adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
-      mesh: devices to spread the weights over (`v4jax.sharding.make_mesh`); one device without.
+      mesh: devices to spread weights and cache over (`v4jax.sharding.make_mesh`); all that the
+        model is asked then runs on them. One device without.
       progress: called with what is being done, how much is done, and of how much.
 
     Raises:
-      ValueError: the checkpoint is damaged or not DeepSeek-V4, or an argument has no such value.
+      ValueError: the checkpoint is damaged or not DeepSeek-V4, an argument has no such value, or
+        the mesh does not divide the weights.
     """
     # JAX and Flax are heavy: they are imported when there is something to load.
     from v4jax import open_model

@@ -239,7 +239,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
-    from v4jax import hub, updates
+    from v4jax import hub, sharding, updates
 
     chat = args.chat or args.system is not None or args.thinking != "off"
     prompt = _read_prompt() if args.prompt == "-" else args.prompt
@@ -251,6 +251,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     if chat:
         prompt = _chat_prompt(prompt, args, updates.open_config(directory))
+    mesh = None if args.mesh is None else sharding.read_mesh(args.mesh)
     with _progress() as progress:
         model = v4jax.load(
             directory,
@@ -258,6 +259,7 @@ def _generate(args: argparse.Namespace) -> int:
             numerics=args.numerics,
             keep=args.keep,
             adapter=args.adapter if args.state is None else _state(args.adapter, args.state),
+            mesh=mesh,
             progress=progress,
         )
     settings = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed")}

@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from v4jax import cache as caches
-from v4jax import numerics, params, sharding, steps
+from v4jax import numerics, params, sampling, sharding, steps
 from v4jax.config import ExpertDtype, ModelConfig
 from v4jax.model import Model
+from v4jax.sampling import SamplingParams, SamplingState
 
-Step = Literal["prefill", "decode"]
+Step = Literal["prefill", "decode", "begin", "advance"]
 
 
 def topology_mesh(topology: str, **sizes: int) -> Mesh:
@@ -36,41 +38,74 @@ def lower(
     step: Step,
     mesh: Mesh,
     *,
-    batch: int,
-    capacity: int,
-    tokens: int = 512,
-    dtype: Any = jnp.bfloat16,
-    kept: ExpertDtype | None = None,
     rounding: numerics.Numerics = numerics.OFFICIAL,
+    **sizes: Any,
 ) -> jax.stages.Lowered:
     """Trace and lower a step for the mesh's devices.
 
     Args:
       cfg: the model.
-      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`.
+      step: which; see `arguments`.
       mesh: of real devices, or of a topology.
-      batch: rows.
+      rounding: the numerics.
+      sizes: as `arguments` takes them.
+
+    Returns:
+      What `.compile()` makes a program of; its `memory_analysis` tells the bytes per device.
+
+    Raises:
+      ValueError: the mesh does not divide the weights or the batch.
+    """
+    given = arguments(cfg, step, mesh, **sizes)
+    with jax.set_mesh(mesh):
+        return getattr(steps, step).lower(*given, cfg=cfg, numerics=rounding)
+
+
+def arguments(
+    cfg: ModelConfig,
+    step: Step,
+    mesh: Mesh,
+    *,
+    batch: int,
+    capacity: int,
+    tokens: int = 512,
+    dtype: Any = jnp.bfloat16,
+    kept: ExpertDtype | None = None,
+) -> tuple[Any, ...]:
+    """A step's arguments, abstract, where generation has them.
+
+    Args:
+      cfg: the model.
+      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; 'begin' and 'advance'
+        are what generation runs after its prefill.
+      mesh: of real devices, or of a topology.
+      batch: rows. A single one lies whole on every device; more are shared.
       capacity: tokens that the cache has room for.
       tokens: of a prefill chunk.
       dtype: of activations, cache and unquantised weights.
       kept: hold FP8 weights and experts quantised, experts in this format.
-      rounding: the numerics.
-    Returns:
-      What `.compile()` makes a program of; its `memory_analysis` tells the bytes per device.
+
+    Raises:
+      ValueError: the mesh does not divide the weights or the batch.
     """
+    sharding.check_rows(batch, mesh)
     declared = Model(cfg)
     model = params.abstract(declared, dtype, kept)
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
-    rows = sharding.partition_spec(("batch",))[0]
-    by_row = lambda struct, dim: placed(struct, _rows(struct, dim, rows, mesh))
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
-    cache = jax.tree.map(lambda struct: by_row(struct, 0 if struct.ndim == 1 else 1), cache)
-    ints = lambda *shape: by_row(jax.ShapeDtypeStruct(shape, jnp.int32), 0)
-    static = {"cfg": cfg, "numerics": rounding}
-    with jax.set_mesh(mesh):
-        if step == "decode":
-            return steps.decode.lower(model, ints(batch), cache, **static)
-        return steps.prefill.lower(model, ints(batch, tokens), cache, ints(batch), **static)
+    cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
+    rows = lambda *shape, of=jnp.int32: _rows((batch, *shape), of, mesh, "batch")
+    match step:
+        case "decode":
+            return model, rows(), cache
+        case "prefill":
+            return model, rows(tokens), cache, rows()
+    state = _sampling(cfg, batch, mesh)
+    if step == "begin":
+        logits_BV = _rows((batch, cfg.vocab_size), jnp.float32, mesh, "batch", "vocab")
+        return logits_BV, cache, state, rows()
+    loop = steps.Loop(cache, state, rows(), rows(), rows(of=bool))
+    return model, loop, _rows((), jnp.int32, mesh)
 
 
 def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
@@ -78,12 +113,12 @@ def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
 
-def _rows(struct: Any, dim: int, rows: Any, mesh: Mesh) -> NamedSharding:
-    """Rows of the batch over the mesh, where they divide."""
-    axes = [None] * struct.ndim
-    ways = 1
-    for name in rows:
-        ways *= mesh.shape[name]
-    if struct.shape[dim] % ways == 0:
-        axes[dim] = rows
-    return NamedSharding(mesh, PartitionSpec(*axes))
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.place(axes, shape, mesh))
+
+
+def _sampling(cfg: ModelConfig, batch: int, mesh: Mesh) -> SamplingState:
+    prompts_BT, lengths_B = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
+    asked = [SamplingParams(seed=0)] * batch
+    state = jax.eval_shape(lambda: sampling.init(asked, cfg.vocab_size, prompts_BT, lengths_B))
+    return jax.tree.map(placed, state, sampling.shardings(state, mesh))

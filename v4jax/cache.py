@@ -9,12 +9,15 @@ K channels of the value at hand.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from v4jax import sharding
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.plan import segments
 
@@ -24,6 +27,9 @@ SPARE = 8
 BLOCK = 128
 # Pools are whole tiles of device memory for every dtype down to 8 bits, as kernels ask.
 _POOL_TILE = 32
+# How states and rows are split over devices, each of which reads and writes its own rows.
+_STATE, _ROWS = (None, "batch"), ("batch",)
+_WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
 
 
 @jax.tree_util.register_dataclass
@@ -72,34 +78,55 @@ def bucket(tokens: int, limit: int) -> int:
     return min(capacity, -(-limit // BLOCK) * BLOCK)
 
 
-def make(cfg: ModelConfig, batch: int, capacity: int, dtype: Any, *, mtp: bool = False) -> Cache:
-    """An empty cache for `batch` rows of up to `capacity` tokens."""
-    caches = tuple(
-        tuple(
-            _layer_cache(cfg, kind, segment.repeats, batch, capacity, dtype)
-            for kind in segment.pattern
-        )
-        for segment in segments(cfg.layers)
+def make(
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any,
+    *,
+    mtp: bool = False,
+    mesh: Mesh | None = None,
+) -> Cache:
+    """An empty cache for `batch` rows of up to `capacity` tokens, on the mesh if there is one."""
+    layer = lambda kind, repeats: _layer_cache(
+        cfg, kind, capacity, _maker(repeats, batch, dtype, mesh)
     )
     drafters = range(cfg.num_nextn_predict_layers if mtp else 0)
     return Cache(
-        length_B=jnp.zeros(batch, jnp.int32),
-        segments=caches,
-        mtp=tuple(_layer_cache(cfg, cfg.mtp_kind, 1, batch, capacity, dtype) for _ in drafters),
+        length_B=jnp.zeros(batch, jnp.int32, device=place((batch,), mesh)),
+        segments=tuple(
+            tuple(layer(kind, segment.repeats) for kind in segment.pattern)
+            for segment in segments(cfg.layers)
+        ),
+        mtp=tuple(layer(cfg.mtp_kind, 1) for _ in drafters),
     )
+
+
+def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Where a cache's array of this shape lies: its rows are shared by the mesh."""
+    if mesh is None:
+        return None
+    return sharding.place(_ROWS if len(shape) == 1 else _STATE, shape, mesh)
 
 
 def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
     """The empty state of one layer, for rows of `tokens` at once."""
-    return _layer_cache(cfg, kind, 1, batch, tokens, dtype)
+    return _layer_cache(cfg, kind, tokens, _maker(1, batch, dtype, None))
+
+
+def _maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
+    """Makes the empty arrays of a layer, of so many rows and channels."""
+
+    def zeros(rows: int, channels: int, of: Any = dtype) -> Float[Array, "L B R K"]:
+        shape = (repeats, batch, rows, channels)
+        return jnp.zeros(shape, of, device=place(shape, mesh))
+
+    return zeros
 
 
 def _layer_cache(
-    cfg: ModelConfig, kind: LayerKind, repeats: int, batch: int, capacity: int, dtype: Any
+    cfg: ModelConfig, kind: LayerKind, capacity: int, zeros: Callable[..., Any]
 ) -> LayerCache:
-    def zeros(rows: int, channels: int, of: Any = dtype) -> Any:
-        return jnp.zeros((repeats, batch, rows, channels), of)
-
     window = zeros(cfg.sliding_window + SPARE, cfg.head_dim)
     if kind.attention == "sliding":
         return LayerCache(window_LBRK=window)
@@ -141,9 +168,15 @@ def ring_read(
     ring_LBRK: Float[Array, "L B R K"], layer: Int[Array, ""], position_BX: Int[Array, "B X"]
 ) -> Float[Array, "B X K"]:
     """Rows of the given positions (any position that the ring still holds)."""
-    rows = ring_LBRK.shape[2]
-    ring_BRK = layer_of(ring_LBRK, layer)
-    return jnp.take_along_axis(ring_BRK, jnp.mod(position_BX, rows)[..., None], axis=1)
+
+    def read(ring_LBRK: Array, layer: Array, position_BX: Array) -> Array:
+        row_BX = jnp.mod(position_BX, ring_LBRK.shape[2])
+        return jnp.take_along_axis(layer_of(ring_LBRK, layer), row_BX[..., None], axis=1)
+
+    axes = (_STATE, (), _ROWS)
+    return sharding.per_device(
+        read, ring_LBRK, layer, position_BX, axes=axes, out=_ROWS, kernels=False
+    )
 
 
 def ring_write(
@@ -154,6 +187,18 @@ def ring_write(
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B R K"]:
     """Put tokens start .. start + count - 1 of each row in their ring rows."""
+    return sharding.per_device(
+        _ring_write,
+        *(ring_LBRK, layer, new_BTK, start_B, count_B),
+        axes=_WRITTEN,
+        out=_STATE,
+        kernels=False,
+    )
+
+
+def _ring_write(
+    ring_LBRK: Array, layer: Array, new_BTK: Array, start_B: Array, count_B: Array
+) -> Array:
     rows, tokens = ring_LBRK.shape[2], new_BTK.shape[1]
     new_BTK = new_BTK.astype(ring_LBRK.dtype)
     if tokens <= SPARE:
@@ -179,6 +224,18 @@ def pool_write(
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B S K"]:
     """Put entries first .. first + count - 1 of each row in the pool."""
+    return sharding.per_device(
+        _pool_write,
+        *(pool_LBSK, layer, new_BnK, first_B, count_B),
+        axes=_WRITTEN,
+        out=_STATE,
+        kernels=False,
+    )
+
+
+def _pool_write(
+    pool_LBSK: Array, layer: Array, new_BnK: Array, first_B: Array, count_B: Array
+) -> Array:
     new_BnK = new_BnK.astype(pool_LBSK.dtype)
     rows, entries = pool_LBSK.shape[2], new_BnK.shape[1]
     entries = min(entries, rows)

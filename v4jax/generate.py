@@ -5,16 +5,17 @@ Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Shaped
 
 from v4jax import cache as caches
-from v4jax import sampling, steps
+from v4jax import sampling, sharding, steps
 from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.numerics import Numerics
@@ -70,7 +71,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """The compiled loop for one model.
+    """The compiled loop for one model, on one device or on the mesh that its weights lie on.
 
     Attributes:
       model, cfg, numerics: the weights and how they are run.
@@ -82,17 +83,38 @@ class Engine:
     numerics: Numerics
     dtype: Any
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the weights; None where they are on one device."""
+        return sharding.mesh_of(self.model)
+
+    def rows(self, wanted: int) -> int:
+        """How many rows to run for so many: the mesh's devices share them, if not a single one."""
+        groups = sharding.row_groups(self.mesh)
+        return wanted if wanted == 1 else -(-wanted // groups) * groups
+
+    def call(self, step: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """One of the `steps` of this model."""
+        with sharding.on(self.mesh):
+            return step(*args, cfg=self.cfg, numerics=self.numerics, **static)
+
+    def by_row(self, x_B: Shaped[np.ndarray, "B ..."]) -> Shaped[Array, "B ..."]:
+        """An array of the host on the devices that have its rows."""
+        if self.mesh is None:
+            return jnp.asarray(x_B)
+        return jax.device_put(x_B, sharding.place(("batch",), x_B.shape, self.mesh))
+
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Any]:
         """Logits [B, V] after each prompt, and the cache that holds the prompts."""
-        cache = caches.make(self.cfg, len(prompts), capacity, self.dtype)
+        cache = caches.make(self.cfg, len(prompts), capacity, self.dtype, mesh=self.mesh)
         lengths_B = np.array([len(prompt) for prompt in prompts])
         logits_BV = None
         start = 0
         for size in chunk_sizes(int(lengths_B.max())):
             tokens_BT = pad([prompt[start : start + size] for prompt in prompts], size)
             count_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
-            new_BV, cache = steps.prefill(
-                self.model, tokens_BT, cache, count_B, cfg=self.cfg, numerics=self.numerics
+            new_BV, cache = self.call(
+                steps.prefill, self.model, self.by_row(tokens_BT), cache, self.by_row(count_B)
             )
             # A row that ended in an earlier chunk keeps the logits of that one.
             logits_BV = (
@@ -116,27 +138,37 @@ class Engine:
         Raises:
           NotFiniteError: a row's logits are not finite.
         """
+        rows = len(prompts)
+        spare = self.rows(rows) - rows
+        prompts = [*prompts, *[[0]] * spare]
+        params = [*params, *[SamplingParams(temperature=0)] * spare]
+        max_tokens = [*max_tokens, *[0] * spare]
         longest = max(len(prompt) + new for prompt, new in zip(prompts, max_tokens, strict=True))
         capacity = caches.bucket(longest, self.cfg.max_position_embeddings)
         logits_BV, cache = self.prefill(prompts, capacity)
-        width = max(len(prompt) for prompt in prompts)
-        state = sampling.init(
-            params,
-            self.cfg.vocab_size,
-            pad(prompts, caches.bucket(width, self.cfg.max_position_embeddings)),
-            np.array([len(prompt) for prompt in prompts], np.int32),
-        )
-        settings = {"cfg": self.cfg, "numerics": self.numerics, "top_logprobs": top_logprobs}
-        limit_B = np.array(max_tokens, np.int32)
-        loop, first = steps.begin(logits_BV, cache, state, limit_B, **settings)
-        yield _tokens(first)
+        state = self._sampling(prompts, params)
+        limit_B = self.by_row(np.array(max_tokens, np.int32))
+        asked = {"top_logprobs": top_logprobs}
+        loop, first = self.call(steps.begin, logits_BV, cache, state, limit_B, **asked)
+        yield _tokens(first)[:rows]
         look = 1
         while not bool(np.all(loop.done_B)):
             began = time.perf_counter()
-            loop, block = steps.advance(self.model, loop, np.int32(look), **settings)
-            yield _tokens(block)
+            loop, block = self.call(steps.advance, self.model, loop, np.int32(look), **asked)
+            yield _tokens(block)[:rows]
             per_step = (time.perf_counter() - began) / look
             look = int(np.clip(_LOOK_SECONDS / per_step, 1, min(2 * look, steps.LOOP)))
+
+    def _sampling(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> sampling.SamplingState:
+        """The state before the first draw, where the loop keeps it."""
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = caches.bucket(int(lengths_B.max()), self.cfg.max_position_embeddings)
+        state = sampling.init(params, self.cfg.vocab_size, pad(prompts, width), lengths_B)
+        if self.mesh is None:
+            return state
+        return jax.device_put(state, sampling.shardings(state, self.mesh))
 
 
 def chunk_sizes(tokens: int) -> list[int]:

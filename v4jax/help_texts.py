@@ -65,12 +65,14 @@ examples:
 GENERATE = """\
 Text is given to the model as it stands; with --chat it is one message of a conversation, in the
 checkpoint's own format. The first run of a length compiles, which takes a while. The text ends at
-the model's end-of-sequence token or after --max-tokens.
+the model's end-of-sequence token or after --max-tokens. With --mesh the weights are spread over all
+devices: 'expert' and 'fsdp' share out experts, 'tensor' heads and the vocabulary.
 
 examples:
   v4jax generate path/to/checkpoint -p "Once upon a time" --temperature 0
   v4jax generate path/to/checkpoint --chat -p - --thinking max --max-tokens 4096 < question.txt
   v4jax generate path/to/checkpoint --adapter runs/a -p "Once upon a time"
+  v4jax generate path/to/checkpoint --mesh tensor=4 --keep -p "Once upon a time"
 """
 DEMO = """\
 The model has DeepSeek's tensor names, FP8 matrices, FP4 experts, an MTP block and a tokenizer, in

@@ -89,23 +89,21 @@ class LanguageModel:
             )
         for row in tokens_BT:
             self._check_tokens(row.tolist())
-        engine, (batch, length) = self.engine, tokens_BT.shape
+        engine, (asked, length) = self.engine, tokens_BT.shape
         self._check_length(length, 0)
         sizes = generate.chunk_sizes(length)
-        cache = caches.make(engine.cfg, batch, sum(sizes), engine.dtype)
+        batch = engine.rows(asked)
+        tokens_BT = np.pad(tokens_BT, ((0, batch - asked), (0, 0)))
+        cache = caches.make(engine.cfg, batch, sum(sizes), engine.dtype, mesh=engine.mesh)
         parts, start = [], 0
         for size in sizes:
             chunk = tokens_BT[:, start : start + size]
             count_B = np.full(batch, chunk.shape[1], np.int32)
-            logits_BTV, cache = steps.logits(
-                engine.model,
-                generate.pad(chunk.tolist(), size),
-                cache,
-                count_B,
-                cfg=engine.cfg,
-                numerics=engine.numerics,
+            padded_BT = engine.by_row(generate.pad(chunk.tolist(), size))
+            logits_BTV, cache = engine.call(
+                steps.logits, engine.model, padded_BT, cache, engine.by_row(count_B)
             )
-            parts.append(np.asarray(logits_BTV)[:, : chunk.shape[1]])
+            parts.append(np.asarray(logits_BTV)[:asked, : chunk.shape[1]])
             start += size
         if not all(tensor_values.are_finite(part) for part in parts):
             raise generate.NotFiniteError

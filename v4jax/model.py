@@ -187,4 +187,5 @@ def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Floa
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     """Logits in float32; what comes back as their gradient is rounded to the weight's dtype."""
     weight_VD: Any = layers.value(model.head_VD)
-    return products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
+    logits_BTV = products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
+    return sharding.constrain(logits_BTV, "batch", None, "vocab")

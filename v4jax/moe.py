@@ -18,6 +18,8 @@ from v4jax.config import LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.params import Declare
 
+_ROWS = ("batch",)
+
 
 class Router(nnx.Module):
     """Scores for all experts; `bias_E` (learned choice) or `expert_ids_VA` (choice by token id).
@@ -75,7 +77,10 @@ def route(
     score_BTE = jnp.sqrt(jax.nn.softplus(logits_BTE))
     if hasattr(p, "bias_E"):
         biased_BTE = score_BTE + layers.value(p.bias_E)[None, None]
-        expert_BTA = kept(jax.lax.top_k(biased_BTE, cfg.num_experts_per_tok)[1])
+        choose = lambda x_BTE: jax.lax.top_k(x_BTE, cfg.num_experts_per_tok)[1]
+        expert_BTA = kept(
+            sharding.per_device(choose, biased_BTE, axes=(_ROWS,), out=_ROWS, kernels=False)
+        )
     else:
         expert_BTA = layers.value(p.expert_ids_VA)
     weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)

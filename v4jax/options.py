@@ -44,6 +44,8 @@ def add_running_options(group: Any) -> None:
         default="official",
         help="round where DeepSeek's runtime does (default) or where transformers does",
     )
+    mesh = "spread the model over all devices, as in tensor=4 or expert=4,tensor=2; axes: data, "
+    add("--mesh", metavar="SIZES", help=mesh + "fsdp, expert, tensor (default: the first device)")
     adapter = "a PEFT adapter, a Hub id of one, or a training run, to run it with"
     add("--adapter", metavar="DIR", help=adapter)
     add("--state", type=whole(1), metavar="STEP", help="of that run, not the newest state")

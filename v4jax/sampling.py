@@ -19,11 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
+
+from v4jax import sharding
 
 # Below this a float32 quotient can overflow; the draw is the largest logit long before.
 _LEAST_TEMPERATURE = 1e-30
 _FLOAT32 = np.finfo(np.float32)
+_OF_VOCABULARY = ("in_prompt_BV", "count_BV")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,16 @@ def init(
         in_prompt_BV=jnp.asarray(_occurs(prompt_tokens_BT, prompt_lengths_B, vocab)),
         count_BV=jnp.zeros((B, vocab), jnp.int32),
     )
+
+
+def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
+    """Where each array lies: rows as those of the batch, the vocabulary as that of the logits."""
+
+    def lies(name: str) -> NamedSharding:
+        axes = ("batch", "vocab") if name in _OF_VOCABULARY else ("batch",)
+        return sharding.place(axes, getattr(state, name).shape, mesh)
+
+    return SamplingState(**{field.name: lies(field.name) for field in dataclasses.fields(state)})
 
 
 def _occurs(

@@ -4,18 +4,24 @@ Mesh axes: data (replicas), fsdp (weights' hidden dims), expert (routed experts)
 shared expert, vocabulary). Batches are split over data, fsdp and expert.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import quantize
 from v4jax.params import ParamSpec, map_leaves
 
+AnyMesh = Mesh | AbstractMesh
+# A weight that the mesh does not divide is whole on every device if it has fewer bytes than this.
+_SMALL = 16 * 2**20
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -38,17 +44,44 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the four axes, over the given devices (all, by default).
 
+    Devices that are next to each other on an axis are so on a TPU's torus, as far as it allows.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: a size below 1, or sizes that do not multiply to the number of devices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     shape = (data, fsdp, expert, tensor)
-    if math.prod(shape) != devices.size:
-        sizes = ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
+    if min(shape) < 1 or math.prod(shape) != len(devices):
         raise ValueError(
-            f"A mesh of {sizes} needs {math.prod(shape)} devices; there are {devices.size}."
+            f"A mesh of {_sizes(shape)} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
-    return Mesh(devices.reshape(shape), AXES)
+    try:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # Some chips of a slice that are no block of it.
+        arranged = np.asarray(devices).reshape(shape)
+    return Mesh(arranged, AXES)
+
+
+def read_mesh(text: str) -> Mesh:
+    """The mesh over all devices that a text such as 'expert=4,tensor=2' says.
+
+    Raises:
+      ValueError: it says none, or one of another number of devices.
+    """
+    found = [
+        re.fullmatch(r"\s*(\w+)=([1-9]\d{0,5})\s*", part, re.ASCII) for part in text.split(",")
+    ]
+    sizes = {match[1]: int(match[2]) for match in found if match}
+    if len(sizes) < len(found) or sizes.keys() - set(AXES):
+        raise ValueError(
+            f"'{text}' is no mesh; give sizes as in 'expert=4,tensor=2', of {', '.join(AXES)}, "
+            f"that multiply to {jax.device_count()}, the number of devices."
+        )
+    return make_mesh(**sizes)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -58,33 +91,150 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def shardings(declared: Any, mesh: Mesh, like: Any) -> Any:
+def shardings(declared: Any, mesh: AnyMesh, like: Any) -> Any:
     """A NamedSharding for each array in `like`, a tree of weights declared by `declared`.
 
-    A dim that its mesh axes do not divide is not split. Scales of quantised weights lie with
-    their codes where their coarser grid divides too.
+    A small array that its mesh axes do not divide is whole on every device. Scales of quantised
+    weights lie with their codes where their coarser grid divides too.
+
+    Raises:
+      ValueError: the mesh has other axes, or does not divide a large array.
     """
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"The mesh has the axes {', '.join(map(str, mesh.axis_names))}; make one with "
+            f"v4jax.sharding.make_mesh, of {', '.join(AXES)}."
+        )
+    if undivided := _undivided(declared, mesh, like):
+        raise ValueError(f"{_why(undivided)} {_nearest(declared, mesh, like)}")
 
-    def place(_: str, spec: ParamSpec, leaf: Any) -> Any:
-        axes = spec.axes
-        if isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight):
-            axes = (*axes[:-2], axes[-1], axes[-2])
-        return jax.tree.map(lambda array: _fitting(axes, array.shape, mesh), leaf)
+    def lies(_: str, spec: ParamSpec, leaf: Any) -> Any:
+        axes = _axes_of(spec, leaf)
+        return jax.tree.map(lambda array: place(axes, array.shape, mesh), leaf)
 
-    return map_leaves(place, declared, like)
+    return map_leaves(lies, declared, like)
 
 
-def _fitting(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, _fitting_spec(axes, shape, mesh))
+def _axes_of(spec: ParamSpec, leaf: Any) -> tuple[str | None, ...]:
+    if isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight):
+        return (*spec.axes[:-2], spec.axes[-1], spec.axes[-2])
+    return spec.axes
 
 
-def _fitting_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+class _Undivided(NamedTuple):
+    """A large array with a dim that would be whole on every device, and what that would hold."""
+
+    name: str
+    size: int
+    ways: str
+    bytes: int
+
+
+def _undivided(declared: Any, mesh: AnyMesh, like: Any) -> list[_Undivided]:
+    found = []
+
+    def look(name: str, spec: ParamSpec, leaf: Any) -> None:
+        axes = _axes_of(spec, leaf)
+        for array in jax.tree.leaves(leaf):
+            wanted, fits = partition_spec(axes), _fitting_spec(axes, array.shape, mesh)
+            held = array.size * array.dtype.itemsize
+            if held < _SMALL or wanted == fits:
+                continue
+            dim = next(i for i, part in enumerate(wanted) if part != fits[i])
+            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _names(wanted[dim]))
+            held //= math.prod(mesh.shape[axis] for part in fits for axis in _names(part))
+            found.append(_Undivided(name, array.shape[dim], ways, held))
+
+    map_leaves(look, declared, like)
+    return found
+
+
+def _why(undivided: list[_Undivided]) -> str:
+    name, size, ways, _ = undivided[0]
+    held = sum(array.bytes for array in undivided) / 2**30
+    others = f" and {len(undivided) - 1} others" if len(undivided) > 1 else ""
+    return (
+        f"A mesh of {ways} does not divide a dim of {size}, and every device would hold it whole: "
+        f"{held:.1f} GiB of {name}{others}."
+    )
+
+
+def _nearest(declared: Any, mesh: AnyMesh, like: Any) -> str:
+    """The mesh of as many devices that is least different and divides all that is large."""
+    asked = [mesh.shape[axis] for axis in AXES]
+
+    def distance(shape: tuple[int, ...]) -> tuple[float, list[int]]:
+        steps = [abs(math.log2(new / old)) for new, old in zip(shape, asked, strict=True)]
+        return round(sum(steps), 6), [-size for size in shape]
+
+    shapes = sorted(_shapes(mesh.size, len(AXES)), key=distance)
+    works = lambda shape: not _undivided(declared, AbstractMesh(shape, AXES), like)
+    return f"The nearest mesh that works has {_sizes(next(filter(works, shapes)))}."
+
+
+def _shapes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to arrange so many devices on so many axes."""
+    if axes == 1:
+        yield (devices,)
+        return
+    for size in (n for n in range(1, devices + 1) if devices % n == 0):
+        for rest in _shapes(devices // size, axes - 1):
+            yield size, *rest
+
+
+def place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
+    """Where an array whose first dims have these axes lies; a dim that does not divide is whole."""
+    return NamedSharding(mesh, _fitting_spec(axes, shape[: len(axes)], mesh))
+
+
+def _fitting_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh
+) -> PartitionSpec:
     dims = []
     for part, size in zip(partition_spec(axes), shape, strict=True):
-        names = (part,) if isinstance(part, str) else (part or ())
-        ways = math.prod(mesh.shape[name] for name in names)
+        ways = math.prod(mesh.shape[name] for name in _names(part))
         dims.append(part if size % ways == 0 else None)
     return PartitionSpec(*dims)
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else (part or ())
+
+
+def row_groups(mesh: Mesh | None) -> int:
+    """How many groups of devices share the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
+
+
+def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:
+    """The groups that a process, by default this one, has devices of."""
+    if mesh is None:
+        return [0]
+    groups, process = row_groups(mesh), jax.process_index() if process is None else process
+    places = place(("batch",), (groups,), mesh).devices_indices_map((groups,))
+    here = (rows for device, (rows,) in places.items() if device.process_index == process)
+    return sorted({rows.start or 0 for rows in here})
+
+
+def check_rows(batch: int, mesh: Mesh) -> None:
+    """Refuse a batch that would lie whole on every device; one row has to."""
+    groups = row_groups(mesh)
+    if batch > 1 and batch % groups:
+        raise ValueError(
+            f"A batch of {batch} rows cannot be shared by {groups} groups of devices; use a "
+            f"multiple of {groups}."
+        )
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that arrays lie on; None where they are on one device."""
+    lies = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return getattr(lies, "mesh", None)
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which programs for the mesh are compiled and run."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -104,6 +254,7 @@ def per_device(
     *args: Any,
     axes: tuple[tuple[str | None, ...], ...],
     out: tuple[str | None, ...],
+    kernels: bool = True,
 ) -> Any:
     """`run(*args)` by each device on its own part: the compiler does not partition kernels.
 
@@ -113,6 +264,8 @@ def per_device(
       axes: the logical axes of each argument; None for a dim that every device has whole. A named
         axis is split where all dims of that name divide.
       out: the axes of the result, or of all arrays in it.
+      kernels: `run` has some, of which JAX does not see what of their results is the same on
+        several devices, so that gradients are summed over those as well.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -128,7 +281,7 @@ def per_device(
         mesh=mesh,
         in_specs=tuple(spec(names) for names in axes),
         out_specs=spec(out),
-        check_vma=False,
+        check_vma=not kernels,
     )(*args)
 
 
@@ -148,11 +301,16 @@ def over_experts(
       weights: stacks [L, E, ...], arrays or quantised.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    group = () if mesh.empty else ("fsdp", "expert")
+    if mesh.empty or mesh.size == 1:
+        return run(x_TD, expert_TA, weight_TA, *weights)
+    group = ("fsdp", "expert")
     ways = math.prod(mesh.shape[name] for name in group)
     experts = jax.tree.leaves(weights)[0].shape[1]
-    if ways == 1 or experts % ways:
-        return run(x_TD, expert_TA, weight_TA, *weights)
+    if experts % ways:
+        # Every device has all of them, so tokens stay where they are.
+        axes = (*(("batch",) for _ in range(3)), *(() for _ in weights))
+        args = (x_TD, expert_TA, weight_TA, *weights)
+        return per_device(run, *args, axes=axes, out=("batch",))
     batch = partition_spec(("batch",))[0]
     split = x_TD.shape[0] % math.prod(mesh.shape[name] for name in batch) == 0
 

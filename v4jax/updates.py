@@ -132,7 +132,7 @@ def attach(model: Model, cfg: ModelConfig, update: Update, dtype: Any) -> Model:
       dtype: of weights that replace old ones and need not be float32.
     """
     base = detach(model, cfg)
-    mesh = getattr(jax.tree.leaves(base)[0].sharding, "mesh", None)
+    mesh = sharding.mesh_of(base)
     if isinstance(update, Adapted):
         declared = lora.declare(cfg, update.settings)
         factors = _placed(update.factors, declared, mesh)

@@ -1,0 +1,36 @@
+"""A model whose arrays are told by their dims, and what of them a program moves."""
+
+from tests import models
+from v4jax import audit
+from v4jax.audit import Collective
+
+CFG = models.config(
+    models.SLIDING,
+    models.CSA,
+    models.HCA,
+    vocab_size=232,
+    num_attention_heads=8,
+    o_groups=8,
+    index_n_heads=8,
+    moe_intermediate_size=40,
+)
+# Entries of the pools of CSA and HCA for 1100 tokens, and for 256 in training.
+ENTRIES = (288, 96, 160)
+
+
+def large(text: str) -> dict[str, list[Collective]]:
+    """The collectives that move pools, experts or logits, where there are any."""
+    D, F = CFG.hidden_size, CFG.moe_intermediate_size
+    found: dict[str, list[Collective]] = {}
+    for one in audit.collectives(text):
+        arrays = (*one.operands, *one.results)
+        if any(one.moves(entries) for entries in ENTRIES):
+            found.setdefault("pools", []).append(one)
+        # One matrix may be the shared expert's.
+        if any({D, F} <= set(x.dims) and x.bytes > 4 * D * F for x in arrays):
+            found.setdefault("experts", []).append(one)
+        # With the hidden dim it is a weight.
+        parts = {CFG.vocab_size // ways for ways in (1, 2, 4, 8)}
+        if any(parts & set(x.dims) for x in arrays) and not any(D in x.dims for x in arrays):
+            found.setdefault("logits", []).append(one)
+    return found

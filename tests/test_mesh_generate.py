@@ -1,0 +1,133 @@
+"""Loading onto a mesh is all that a user does: generation there, and its programs for TPUs."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import v4jax
+from pallas_kernels import targets
+from tests import checkpoints
+from tests.test_aot import WIDE
+from v4jax import aot, random_checkpoint, sharding, steps
+from v4jax.__main__ import main
+from v4jax.aot import Step
+from v4jax.generate import Engine
+from v4jax.language_model import LanguageModel
+from v4jax.sampling import SamplingParams
+
+pytestmark = pytest.mark.quick
+CFG = checkpoints.tiny()
+PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
+ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3, "top_logprobs": 2}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("mesh") / "model"
+    random_checkpoint.make_checkpoint(made, CFG, 0)
+    return made
+
+
+def load(directory: Path, mesh: Mesh | None = None) -> LanguageModel:
+    return v4jax.load(directory, dtype="float32", numerics="hf", mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> LanguageModel:
+    return load(directory)
+
+
+@pytest.mark.parametrize("text", ["tensor=8", "fsdp=2,expert=2,tensor=2"])
+def test_a_model_on_a_mesh_is_used_like_any_other(
+    text: str, directory: Path, alone: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spread = load(directory, sharding.read_mesh(text))
+    ours, theirs = (model.generate(PROMPT, **ASKED) for model in (spread, alone))
+    assert ours.tokens == theirs.tokens
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+    pieces = spread.stream(PROMPT, max_tokens=6, seed=3)
+    assert "".join(pieces) == theirs.text
+    logits_BTV, expected_BTV = (model.logits([PROMPT] * 3) for model in (spread, alone))
+    np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5 * np.abs(expected_BTV).max())
+    words = ["--max-tokens", "6", "--seed", "3", "--dtype", "float32", "--numerics", "hf"]
+    prompt = spread.tokenizer.decode(PROMPT) if spread.tokenizer else ""
+    for more in ([], ["--mesh", text]):
+        assert main(["generate", str(directory), "-p", prompt, *words, *more]) == 0
+    without, on_mesh = capsys.readouterr().out.splitlines()
+    assert without == on_mesh
+
+
+def test_rows_that_the_mesh_does_not_divide_are_generated_as_if_alone(
+    directory: Path, alone: LanguageModel
+) -> None:
+    spread = load(directory, sharding.make_mesh(data=4, tensor=2))
+    prompts, params = [PROMPT, PROMPT[:5], PROMPT[2:]], [SamplingParams(seed=n) for n in range(3)]
+    found = []
+    for model in (spread, alone):
+        rows: list[list[int]] = [[], [], []]
+        for block in model.engine.run(prompts, params, [4, 6, 5]):
+            for row, tokens in zip(rows, block, strict=True):
+                row += [token.id for token in tokens]
+        found.append(rows)
+    assert found[0] == found[1]
+    assert [len(row) for row in found[0]] == [4, 6, 5]
+
+
+@pytest.mark.parametrize("words", ["tensor=3", "model=8", "tensor"])
+def test_a_wrong_mesh_is_one_sentence(
+    words: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(directory), "-p", "x", "--mesh", words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there are 8" in line or "data, fsdp, expert, tensor, that multiply to 8" in line
+
+
+def lies(tree: Any) -> list[tuple[Any, ...]]:
+    """Each array's shape, dtype and what of it is where."""
+    where = lambda x: getattr(x, "sharding", None)
+    spread = lambda x: None if where(x) is None else x.sharding.devices_indices_map(x.shape)
+    return [(x.shape, x.dtype, spread(x)) for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_what_is_compiled_ahead_is_what_generation_runs(
+    sizes: dict[str, int], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = sharding.make_mesh(**sizes)
+    model, ran = load(directory, mesh), {}
+    call = Engine.call
+
+    def recorded(self: Engine, step: Any, *args: Any, **static: Any) -> Any:
+        ran.setdefault(step, []).append(lies(args))
+        return call(self, step, *args, **static)
+
+    monkeypatch.setattr(Engine, "call", recorded)
+    model.generate(PROMPT, **ASKED)
+    assert len(ran[steps.advance]) > 1
+    names: list[Step] = ["prefill", "begin", "advance"]
+    for name in names:
+        expected = aot.arguments(
+            CFG, name, mesh, batch=1, capacity=128, tokens=64, dtype=jnp.float32
+        )
+        for args in ran[getattr(steps, name)]:
+            for ours, theirs in zip(args, lies(expected), strict=True):
+                assert ours[:2] == theirs[:2]
+                # The number of steps comes from the host.
+                assert ours[2] == theirs[2] or ours[0] == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["prefill", "begin", "advance"])
+def test_generation_compiles_for_tpus(step: Step) -> None:
+    """Four chips of v6e, one prompt, the weights in the release's formats."""
+    mesh = sharding.make_mesh(tensor=4, devices=targets.devices("v6e"))
+    lowered = aot.lower(WIDE, step, mesh, batch=1, capacity=512, tokens=64, kept="fp4")
+    program = lowered.compile()
+    assert "num_partitions=4" in str(program.as_text())
+    if step != "begin":
+        assert "experts_hidden" in str(program.as_text())

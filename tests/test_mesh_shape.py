@@ -1,0 +1,170 @@
+"""Meshes: their order on a TPU's torus, what they must divide, how they are written."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh
+
+import v4jax
+from pallas_kernels import targets
+from tests import checkpoints, models
+from v4jax import aot, config, params, random_checkpoint, sharding
+from v4jax.config import ModelConfig
+from v4jax.model import Model
+
+
+def hops(mesh: Mesh, axis: str, torus: tuple[int, ...]) -> float:
+    """How far neighbours on an axis are from each other, its ends included."""
+    place = np.array([device.coords[: len(torus)] for device in mesh.devices.flat])
+    place = place.reshape(*mesh.devices.shape, len(torus))
+    apart = np.abs(place - np.roll(place, -1, mesh.axis_names.index(axis)))
+    return float(np.minimum(apart, np.array(torus) - apart).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("topology", "torus", "sizes", "most"),
+    [
+        ("v6e:8x8", (8, 8), {"expert": 8, "tensor": 8}, {"expert": 1.0, "tensor": 1.0}),
+        ("v5p:4x4x8", (4, 4, 8), {"data": 16, "expert": 8}, {"data": 1.25, "expert": 1.0}),
+        ("v5p:4x4x8", (4, 4, 8), {"fsdp": 8, "expert": 16}, {"fsdp": 1.0, "expert": 1.25}),
+        ("v5p:4x4x4", (4, 4, 4), {"expert": 64}, {"expert": 1.4}),
+        # Axes that are parts of a side of the torus.
+        ("v6e:16x16", (16, 16), {"expert": 128, "tensor": 2}, {"expert": 1.2, "tensor": 1.0}),
+    ],
+)
+def test_neighbours_on_an_axis_are_neighbours_on_the_torus(
+    topology: str, torus: tuple[int, ...], sizes: dict[str, int], most: dict[str, float]
+) -> None:
+    mesh = aot.topology_mesh(topology, **sizes)
+    assert {axis: hops(mesh, axis, torus) <= far for axis, far in most.items()} == dict.fromkeys(
+        most, True
+    )
+    assert len(set(mesh.devices.flat)) == mesh.size
+
+
+def test_chips_that_are_no_block_of_a_slice_keep_their_order() -> None:
+    chips = targets.devices("v6e")[:3]
+    assert sharding.make_mesh(expert=3, devices=chips).devices.ravel().tolist() == list(chips)
+
+
+def test_processes_hold_the_groups_of_their_chips() -> None:
+    mesh = aot.topology_mesh("v6e:8x8", expert=8, tensor=8)
+    processes = {device.process_index for device in mesh.devices.flat}
+    held = {process: sharding.groups_of(mesh, process) for process in processes}
+    for process, groups in held.items():
+        here = [d for group in groups for d in mesh.devices.reshape(8, 8)[group]]
+        assert {d for d in mesh.devices.flat if d.process_index == process} <= set(here)
+    assert set(itertools.chain(*held.values())) == set(range(8))
+    assert sharding.groups_of(None) == [0]
+
+
+def placed(cfg: ModelConfig, **sizes: int) -> Any:
+    """The model's shardings on a mesh of any size, as the release stores its weights."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    mesh = AbstractMesh(shape, sharding.AXES)
+    declared = Model(cfg)
+    return sharding.shardings(
+        declared, mesh, params.abstract(declared, jnp.bfloat16, cfg.expert_dtype)
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "says"),
+    [
+        (
+            "pro",
+            {"expert": 256},
+            ("expert 256", "dim of 384", "data 2, fsdp 1, expert 128, tensor"),
+        ),
+        ("pro", {"fsdp": 16, "expert": 16}, ("expert 16 x fsdp 16", "384")),
+        ("flash", {"expert": 512}, ("dim of 256", "data 2, fsdp 1, expert 256, tensor 1")),
+        ("flash", {"tensor": 3}, ("tensor 3", "The nearest mesh that works has")),
+        ("flash", {"fsdp": 48}, ("expert 1 x fsdp 48", "dim of 256")),
+        ("flash", {"data": 5, "expert": 7}, ("expert 7", "data 35, fsdp 1, expert 1, tensor 1")),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_large_weight_is_refused(
+    preset: str, sizes: dict[str, int], says: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match="does not divide a dim") as refused:
+        placed(config.preset(preset), **sizes)
+    for part in says:
+        assert part in str(refused.value)
+
+
+def test_the_nearest_mesh_works_and_the_bytes_are_those_of_a_device() -> None:
+    pro = config.preset("pro")
+    with pytest.raises(ValueError, match=r"hold it whole: 80\d\.\d GiB of stacks"):
+        placed(pro, expert=256)
+    placed(pro, data=2, expert=128)
+
+
+def test_small_weights_may_be_whole() -> None:
+    experts = models.config(models.CSA, n_routed_experts=6)
+    gate = placed(experts, expert=4).stacks[0].experts[0].gate_EFD.get_value()
+    assert gate.is_fully_replicated
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_lowering_refuses_meshes_and_batches_that_do_not_fit(step: Any) -> None:
+    flash, mesh = config.preset("flash"), sharding.make_mesh(expert=8)
+    with pytest.raises(ValueError, match=r"batch of 12 rows .* 8 groups .* multiple of 8"):
+        aot.arguments(flash, step, mesh, batch=12, capacity=128)
+    other = sharding.make_mesh(tensor=7, devices=jax.devices()[:7])
+    with pytest.raises(ValueError, match="tensor 7 does not divide"):
+        aot.arguments(flash, step, other, batch=1, capacity=128)
+
+
+def test_a_single_row_is_whole_and_rows_are_shared() -> None:
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    for batch, parts in ((1, 1), (4, 2)):
+        _, tokens_B, cache = aot.arguments(
+            models.config(models.CSA), "decode", mesh, batch=batch, capacity=128
+        )
+        pool = cache.segments[0][0].pool_LBSK
+        for struct, rows in ((tokens_B, 0), (pool, 1)):
+            assert struct.sharding.shard_shape(struct.shape)[rows] == batch // parts
+
+
+def test_loading_refuses_before_it_reads(tmp_path: Any) -> None:
+    random_checkpoint.make_checkpoint(tmp_path / "model", checkpoints.tiny(), 0)
+    other = Mesh(np.array(jax.devices()), ("x",))
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match=r"axes x; make one with v4jax\.sharding\.make_mesh"):
+        v4jax.load(tmp_path / "model", mesh=other, progress=lambda *args: seen.append(args))
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "tensor",
+        "tensor=0",
+        "tensor=-1",
+        "tensor=8,tensor=1",
+        "model=8",
+        "tensor=8.0",
+        "tensor=²",
+    ],
+)
+def test_texts_that_are_no_mesh_are_told_what_is_known(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no mesh; .*data, fsdp, expert, tensor.* 8, the"):
+        sharding.read_mesh(text)
+
+
+def test_texts_of_meshes() -> None:
+    assert dict(sharding.read_mesh("expert=4, tensor=2").shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "expert": 4,
+        "tensor": 2,
+    }
+    with pytest.raises(ValueError, match="needs 4 devices; there are 8"):
+        sharding.read_mesh("tensor=4")
+    with pytest.raises(ValueError, match="there are 8"):
+        sharding.make_mesh(data=-1, expert=-8)

@@ -1,5 +1,8 @@
 """The cache's rings and pools: addressed by position, nothing erased."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,21 +88,20 @@ def test_capacities_are_few_and_hold_the_text() -> None:
 
 
 def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
-    cfg = config.preset("bench")
+    cfg = config.preset("flash")
+    kinds = [kind.attention for kind in cfg.layers]
+    names = ("window_LBRK", "tail_LBRK", "index_tail_LBRK", "pool_LBSK", "index_LBSK")
+    # The ratios divide capacities, and these pools are whole tiles.
+    capacities = (8192, 16384)
     sizes = []
-    for capacity in (8192, 16384):
-        cache = caches.make(cfg, 1, capacity, jnp.float32)
-        sizes.append(
-            {
-                name: sum(
-                    getattr(layer, name).size
-                    for part in cache.segments
-                    for layer in part
-                    if getattr(layer, name) is not None
-                )
-                for name in ("window_LBRK", "tail_LBRK", "pool_LBSK", "index_LBSK")
-            }
-        )
-    assert sizes[0]["window_LBRK"] == sizes[1]["window_LBRK"]
-    assert sizes[0]["tail_LBRK"] == sizes[1]["tail_LBRK"]
-    assert sizes[1]["pool_LBSK"] > 1.9 * sizes[0]["pool_LBSK"]
+    for capacity in capacities:
+        make = functools.partial(caches.make, cfg, 1, capacity, jnp.bfloat16)
+        layers = [vars(layer) for part in jax.eval_shape(make).segments for layer in part]
+        sizes.append({name: sum(x[name].size for x in layers if x[name]) for name in names})
+    for name in names[:3]:
+        assert sizes[0][name] == sizes[1][name] > 0
+    for capacity, size in zip(capacities, sizes, strict=True):
+        entries = kinds.count("csa") * (capacity // 4)
+        assert size["index_LBSK"] == entries * cfg.index_head_dim
+        entries += kinds.count("hca") * (capacity // 128)
+        assert size["pool_LBSK"] == entries * cfg.head_dim

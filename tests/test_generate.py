@@ -134,7 +134,16 @@ def test_one_program_serves_every_length_and_setting_of_a_bucket(model: Language
 
 
 def test_text_is_encoded_and_decoded(model: LanguageModel) -> None:
-    assert isinstance(model.generate("Hello", max_tokens=3, temperature=0.0).text, str)
+    tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
+    prompt = "Hello, wörld: 你好"
+    out = model.generate(prompt, max_tokens=9, temperature=0.0)
+    assert len(out.tokens) == 9
+    assert (
+        out.tokens == model.generate(tokenizer.encode(prompt), max_tokens=9, temperature=0.0).tokens
+    )
+    assert out.text == tokenizer.decode(out.tokens) != ""
+    other = model.generate(prompt[::-1], max_tokens=9, temperature=0.0)
+    assert other.tokens != out.tokens
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,14 @@ def test_experts_are_never_gathered() -> None:
 
 def test_each_device_holds_its_own_experts() -> None:
     mesh = sharding.make_mesh(fsdp=2, expert=4)
-    for name, value in params.leaves(place(mesh)):
-        if ".experts." in name:
-            assert value.addressable_shards[0].data.shape[1] == 1
-            held = {shard.index[1].start for shard in value.addressable_shards}
-            assert held == set(range(8))
+    experts = {name: x for name, x in params.leaves(place(mesh)) if ".experts." in name}
+    # Three matrices of each layer; no two layers are alike.
+    assert len(experts) == 3 * len(CFG.layers)
+    for name, value in experts.items():
+        assert len(value.addressable_shards) == CFG.n_routed_experts, name
+        assert {shard.data.shape[1] for shard in value.addressable_shards} == {1}, name
+        held = {shard.index[1].start for shard in value.addressable_shards}
+        assert held == set(range(CFG.n_routed_experts)), name
 
 
 @pytest.mark.parametrize("name", ["flash", "pro"])

@@ -60,6 +60,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(name: str, directory: Path) -> None:
+    assert_logits_equal_transformers(name, directory)
+
+
+def assert_logits_equal_transformers(name: str, directory: Path) -> None:
+    """The check of one of the cases."""
     ratios, changes, batch, length = CASES[name]
     theirs = hf_models.make(ratios, len(name), **changes)
     path = hf_models.save(theirs, directory / name.replace(" ", "_"))

@@ -1,5 +1,6 @@
 """The training forward and its losses: equal to the decode steps' and to plain maths."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -38,8 +39,9 @@ def test_rows_without_a_cache_have_the_logits_of_the_decode_steps() -> None:
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-LENGTHS = ((70, 200, 128), (300, 5))
-LONG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1, max_position_embeddings=512)
+# Two fill their blocks, and what follows begins beside their last token.
+LENGTHS = ((128, 200, 70), (256, 5, 130))
+LONG = dataclasses.replace(CFG, max_position_embeddings=512)
 
 
 def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
@@ -67,9 +69,9 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
 
     @jax.jit
     def total(model: Any, batch: Any) -> Any:
-        found, _ = loss.sums(model, LONG, HF, batch, mtp=True, indexer=True)
+        found, loads = loss.sums(model, LONG, HF, batch, mtp=True, agreement=True, indexer=True)
         weights = {"loss": 1.0, "mtp_loss": 0.3, "balance_loss": 0.1, "indexer_loss": 0.2}
-        return sum(weight * found[name] for name, weight in weights.items()), found
+        return sum(weight * found[name] for name, weight in weights.items()), found | loads
 
     differentiated = jax.jit(jax.value_and_grad(total, has_aux=True, allow_int=True))
     model, (batch, alone) = models.weights(LONG), packed()
@@ -87,8 +89,9 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
         expected = {name: expected[name] + found[name] for name in expected}
         add = lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b
         summed = part if summed is None else jax.tree.map(add, summed, part)
+    assert any(name.startswith("mtp.0.") for name in expected)
     for name in expected:
-        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, err_msg=name)
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(summed), strict=True
     ):
@@ -112,3 +115,18 @@ def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> 
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         if a.dtype == jnp.float32:
             assert jnp.abs(a - b).max() <= 1e-4 * jnp.abs(a).max() + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [3, 24, 100, 256])
+def test_packed_documents_are_refused_where_an_entry_would_mix_them(ratio: int) -> None:
+    cfg = models.config(SLIDING, CSA, ("csa" if ratio == 3 else "hca", ratio))
+
+    def forward(model: Any, rows: dict[str, jax.Array], document_BT: Any) -> Any:
+        return model_.forward_rows(model, cfg, HF, rows["tokens"], document_BT)[0]
+
+    rows, model = batch(np.ones_like(TOKENS)), models.weights(cfg)
+    with pytest.raises(ValueError, match=rf"compression ratio of {ratio} .* does not divide"):
+        jax.eval_shape(forward, model, rows, rows["document"])
+    with pytest.raises(ValueError, match="would mix two documents"):
+        jax.eval_shape(lambda model: loss.sums(model, cfg, HF, rows), model)
+    assert jax.eval_shape(forward, model, rows, None).shape[:2] == TOKENS.shape

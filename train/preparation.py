@@ -12,11 +12,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
-from v4jax import facts, hub, numerics, open_model, passengers, sharding, updates
+from v4jax import context, facts, hub, numerics, open_model, passengers, sharding, updates
 from v4jax.config import ModelConfig
 from v4jax.tokenizer import Tokenizer
 
-from . import dataset, documents, optimizer, step, trainable
+from . import dataset, documents, optimizer, processes, step, trainable
 from .dataset import Packs
 from .documents import Documents
 from .recipe import Recipe, weighted
@@ -137,9 +137,12 @@ def prepare(
     Raises:
       ValueError: the model cannot be loaded, or the recipe asks for what it does not have.
     """
+    processes.keep_no_programs()
     mesh = make_mesh(recipe)
     tokenizer = text_tokenizer(recipe)
     what, source = recipe.what, recipe.model
+    # Loading takes minutes: told before.
+    context.check_packing(updates.open_config(hub.resolve(source.path)))
     adapts = recipe.adapter is not None
     loaded = v4jax.load(
         source.path,

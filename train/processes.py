@@ -1,11 +1,13 @@
 """What the processes of a run do together."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def together(act: Callable[[], Any]) -> None:
@@ -38,3 +40,26 @@ def of_first(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def keep_no_programs() -> None:
+    """Compile anew where several processes on CPUs would share JAX's compilation cache.
+
+    There only the first process writes to the cache, under a key that the others do not have, so
+    that it runs what was kept and they what they compile. XLA's programs for CPUs lose on disk the
+    order of collectives in loops and branches among the others: each process waits for another
+    collective than its peers, and all die.
+    """
+    config = jax.config
+    used = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
+    if not used or jax.process_count() == 1 or jax.devices()[0].platform != "cpu":
+        return
+    if jax.process_index() == 0:
+        warnings.warn(
+            f"JAX's compilation cache, {config.jax_compilation_cache_dir}, is not used: several"
+            " processes on CPUs cannot run programs from it. They are compiled anew.",
+            stacklevel=2,
+        )
+    config.update("jax_enable_compilation_cache", False)
+    # JAX may have looked already whether there is one.
+    compilation_cache.reset_cache()

@@ -318,7 +318,8 @@ class Recipe:
         if self.adapter is not None:
             return self.adapter
         assert self.full is not None
-        return dataclasses.replace(self.full, dtype=self.model.dtype)
+        mtp = self.full.mtp and self.losses.mtp > 0
+        return dataclasses.replace(self.full, dtype=self.model.dtype, mtp=mtp)
 
 
 def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -112,8 +112,9 @@ def make(
     """The compiled step: (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
     A batch's arrays are [A, B, T]. Losses are means over all trained tokens of all parts and all
-    hosts, so that neither the number of parts nor their padding changes the update. A step whose
-    loss is above the limit, or whose loss or gradient is not finite, changes nothing but the count
+    hosts, so that neither the number of parts nor their padding changes the update. A weight whose
+    gradient is zero everywhere is not moved, and a bias whose router did not run. A step whose loss
+    is above the limit, or whose loss or gradient is not finite, changes nothing but the count
     and says so in `skipped`.
 
     Args:
@@ -125,7 +126,8 @@ def make(
     def step(state: State, frozen: Any, batch: Batch, limit: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradients, loads, metrics = _gradients(settings, state, frozen, batch, key)
-        norm = optax.tree.norm(gradients)
+        squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradients)
+        norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
         right = jnp.isfinite(norm) & (metrics["loss"] <= limit)
         old = state.trained, state.balanced, state.optimizer
 
@@ -133,11 +135,15 @@ def make(
             shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
             clipped = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)
             updates, moved = rule.update(clipped, state.optimizer, state.trained)
+            # Decay alone would shrink what nothing trains.
+            updates = jax.tree.map(lambda u, s: u * (s > 0).astype(u.dtype), updates, squares)
             balanced = {
-                name: balance.moved(bias, loads[name], settings.bias_speed)
-                for name, bias in state.balanced.items()
+                name: balance.moved(state.balanced[name], load_LE, settings.bias_speed)
+                for name, load_LE in loads.items()
+                if name in state.balanced
             }
-            return optax.apply_updates(state.trained, updates), balanced, moved
+            trained = optax.apply_updates(state.trained, updates)
+            return trained, state.balanced | balanced, moved
 
         # Choosing between old and new with `where` would make XLA copy the optimiser's moments.
         trained, balanced, moved = jax.lax.cond(right, update, lambda: old)

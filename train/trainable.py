@@ -28,7 +28,7 @@ class Full:
     """All weights but tables of expert ids and routers' biases.
 
     Attributes:
-      mtp: the MTP blocks' too.
+      mtp: the MTP blocks' too, in a recipe where `losses.mtp` gives them a gradient.
       indexers: the sparse attention's indexers too: without a loss of their own they get no
         gradient, and decay alone would move them.
       dtype: in which they are computed with; None: that in which they are held.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from v4jax import layers
+from v4jax.cache import BLOCK
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.numerics import Numerics
 
@@ -71,7 +72,12 @@ def make(
     """The context of a pass over `tokens_BT`, with activations in `dtype`.
 
     `document_BT`, 0 at padding, is for rows of several documents, which begin at position 0.
+
+    Raises:
+      ValueError: there are documents, and the model's compressed windows would mix them.
     """
+    if document_BT is not None:
+        check_packing(cfg)
     position_BT = positions(start_B, tokens_BT.shape[1])
     first_BT = None
     if document_BT is not None:
@@ -91,6 +97,31 @@ def make(
         first_BT=first_BT,
         document_BT=document_BT,
     )
+
+
+def check_packing(cfg: ModelConfig) -> None:
+    """Refuse models with a window to compress that may hold tokens of two packed documents.
+
+    Raises:
+      ValueError: a compression ratio does not divide the alignment of documents.
+    """
+    ratios = {kind.ratio for kind in cfg.layers if kind.ratio}
+    if wrong := sorted(ratio for ratio in ratios if BLOCK % ratio):
+        raise ValueError(
+            f"Documents are packed at multiples of {BLOCK} tokens, which a compression ratio of"
+            f" {wrong[0]} (compress_ratios in config.json) does not divide: an entry would mix two"
+            f" documents. Only models whose ratios divide {BLOCK} can be trained on packed rows."
+        )
+
+
+def of_next(context: Context) -> Context:
+    """The context of each position's next token; padding where its document has none."""
+    later = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+    document_BT = context.document_BT
+    if document_BT is None:
+        document_BT = context.real_BT.astype(jnp.int32)
+    document_BT = jnp.where(later(document_BT) == document_BT, document_BT, 0)
+    return dataclasses.replace(context, tokens_BT=later(context.tokens_BT), document_BT=document_BT)
 
 
 def firsts(document_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -131,6 +131,8 @@ def draft_rows(
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Run one MTP block over whole rows: hidden states for `head`, of the token after the next.
 
+    The last token of a document has no next one: its place is padding to the block.
+
     Args:
       model: the weights.
       streams_BTM: the backbone's streams, from `forward_rows`.
@@ -139,9 +141,8 @@ def draft_rows(
       remat: as for `forward_rows`.
       watch: as for `forward_rows`; what it made of the block is returned too.
     """
-    tokens_BT = jnp.pad(shared.tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    shared = dataclasses.replace(shared, tokens_BT=tokens_BT)
-    embedded_BTD = embed(model, tokens_BT)
+    shared = context.of_next(shared)
+    embedded_BTD = embed(model, shared.tokens_BT)
     drafter = model.mtp[index]
     return mtp.run_rows(drafter, streams_BTM, embedded_BTD, shared, remat=remat, watch=watch)
 

@@ -142,7 +142,7 @@ def prepare(
     tokenizer = text_tokenizer(recipe)
     what, source = recipe.what, recipe.model
     # Loading takes minutes: told before.
-    context.check_packing(updates.open_config(hub.resolve(source.path)))
+    check(recipe)
     adapts = recipe.adapter is not None
     loaded = v4jax.load(
         source.path,
@@ -153,7 +153,6 @@ def prepare(
         progress=progress,
     )
     cfg = loaded.config
-    _check_mtp(recipe, cfg)
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(recipe.steps.seed))
     declared = trainable.declare(cfg, what)
     if mesh is not None and adapts:
@@ -189,10 +188,7 @@ def check(recipe: Recipe) -> None:
     directory = hub.resolve(recipe.model.path)
     cfg = updates.open_config(directory)
     passengers.tokenizer(directory, cfg.vocab_size)
-    _check_mtp(recipe, cfg)
-
-
-def _check_mtp(recipe: Recipe, cfg: ModelConfig) -> None:
+    context.check_packing(cfg)
     if recipe.losses.mtp and not cfg.num_nextn_predict_layers:
         raise ValueError("losses.mtp is set, and the model has no MTP block; set it to 0.")
 

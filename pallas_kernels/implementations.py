@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -29,8 +30,17 @@ def require(op: str, impl: str, known: Collection[str]) -> None:
     Raises:
       NotImplementedError: naming what there is.
     """
-    if impl not in known:
-        raise NotImplementedError(f"{op} has no '{impl}' form; pass one of {sorted(known)}.")
+    if not isinstance(impl, str) or impl not in known:
+        raise NotImplementedError(f"{op} has no {shown(impl)} form; pass one of {sorted(known)}.")
+
+
+def shown(value: Any) -> str:
+    """A value in a refusal: of an array the shape, of other objects the type."""
+    if isinstance(value, str | bool | int | float) or value is None:
+        return repr(value)
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}"
+    return f"an object of type {type(value).__name__}"
 
 
 def check_arrays(
@@ -61,13 +71,60 @@ def check_arrays(
     """
     found = dict(sizes or {})
     for name, array in arrays.items():
-        dtype, kind = jnp.result_type(array), "floats"
+        kind = "floats"
         if name in integers or name in booleans:
             kind = "signed integers" if name in integers else "booleans"
+        dtype = dtype_of(op, name, array)
         if not jnp.issubdtype(dtype, _KINDS[kind]):
             raise TypeError(f"{op}: {name} is {dtype}; it takes {kind}.")
         found |= check_shape(op, name, array, found)
     return found
+
+
+def dtype_of(op: str, name: str, array: Any) -> Any:
+    """The dtype of an array or a plain number.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(array, bool | int | float):
+        return jnp.result_type(array)
+    dtype = getattr(array, "dtype", None)
+    if not isinstance(dtype, np.dtype):
+        raise TypeError(f"{op}: {name} is {shown(array)}; it takes an array.")
+    return dtype
+
+
+def check_whole(op: str, name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse what is no whole number, or less than the least.
+
+    Raises:
+      ValueError: with what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{op}: {name} is {shown(value)}; it takes whole numbers from {least} on.")
+
+
+def check_number(op: str, **values: Any) -> None:
+    """Refuse settings that are no plain numbers.
+
+    Raises:
+      TypeError: with what it is.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError(f"{op}: {name} is {shown(value)}; it takes a number.")
+
+
+def check_flag(op: str, **values: Any) -> None:
+    """Refuse settings that are neither True nor False.
+
+    Raises:
+      TypeError: with what it is.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} is {shown(value)}; it takes True or False.")
 
 
 def check_shape(op: str, name: str, array: Any, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -93,9 +150,9 @@ def check_dtype(op: str, name: str, array: Any, *dtypes: Any) -> None:
     Raises:
       TypeError: naming them.
     """
-    if array.dtype not in [jnp.dtype(dtype) for dtype in dtypes]:
-        wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-        raise TypeError(f"{op}: {name} is {array.dtype}; it takes {wanted}.")
+    if (dtype := dtype_of(op, name, array)) not in [jnp.dtype(wanted) for wanted in dtypes]:
+        wanted = " or ".join(jnp.dtype(wanted).name for wanted in dtypes)
+        raise TypeError(f"{op}: {name} is {dtype}; it takes {wanted}.")
 
 
 def dispatch(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
+from pallas_kernels.implementations import check_whole
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,7 @@ def require_chunk_window(op: str, keys: int, window: int, queries: int) -> None:
     Raises:
       ValueError: there are not window + queries keys.
     """
+    check_whole(op, "window", window, least=0)
     if keys != window + queries:
         raise ValueError(
             f"{op}: window_BXK has {keys} keys; pass those of the {window} positions before the "

@@ -43,7 +43,7 @@ class RenderSettings:
     def __post_init__(self) -> None:
         """Refuse settings that no row could be written with."""
         mode = self.thinking_mode or "chat"
-        chat.encode_chat([], mode, self.reasoning_effort, revision=self.revision)
+        chat.chat_segments([], mode, self.reasoning_effort, revision=self.revision)
         if self.turns not in ("all", "last"):
             raise ValueError(f"turns is '{self.turns}'; use 'all' or 'last'.")
 

@@ -8,6 +8,7 @@ print(model.generate("Once upon a time", max_tokens=64).text)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from v4jax import arguments
 from v4jax.chat import encode_chat
 from v4jax.chat_parser import parse_chat
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jax.sharding import Mesh
+    from jax.typing import DTypeLike
 
     from v4jax import numerics as _numerics
     from v4jax.language_model import LanguageModel
@@ -22,10 +24,25 @@ if TYPE_CHECKING:
 __all__ = ["encode_chat", "load", "parse_chat"]
 
 
+def _is_mesh(value: Any) -> bool:
+    from v4jax import sharding
+
+    return isinstance(value, sharding.Mesh) and value.axis_names == sharding.AXES
+
+
+@arguments.checked(
+    path=arguments.PATH,
+    dtype=arguments.dtype("bfloat16", "float32"),
+    numerics=arguments.choice("official", "hf"),
+    keep=arguments.FLAG,
+    adapter=arguments.optional(arguments.PATH),
+    mesh=arguments.optional(arguments.that("a mesh, from v4jax.sharding.make_mesh", _is_mesh)),
+    progress=arguments.optional(arguments.FUNCTION),
+)
 def load(
     path: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: "DTypeLike" = "bfloat16",
     numerics: "_numerics.Name" = "official",
     keep: bool = False,
     adapter: str | Path | None = None,
@@ -36,7 +53,7 @@ def load(
 
     Args:
       path: a Hugging Face directory, a native checkpoint, or a Hub id.
-      dtype: of weights, activations and cache: 'bfloat16' or 'float32'.
+      dtype: of weights, activations and cache: 'bfloat16' or 'float32', or NumPy's or JAX's of it.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
       keep: hold FP8 and FP4 weights as they are instead of dequantising them.
       adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NoReturn
 
+from v4jax.arguments import FLAG, checked, choice, one_of, optional, sequence, shown
+
 _BAR = "\uff5c"
 BOS = f"<{_BAR}begin\u2581of\u2581sentence{_BAR}>"
 EOS = f"<{_BAR}end\u2581of\u2581sentence{_BAR}>"
-USER = f"<{_BAR}User{_BAR}>"
-ASSISTANT = f"<{_BAR}Assistant{_BAR}>"
+USER, ASSISTANT = f"<{_BAR}User{_BAR}>", f"<{_BAR}Assistant{_BAR}>"
 LATEST_REMINDER = f"<{_BAR}latest_reminder{_BAR}>"
-THINK = "<think>"
-END_THINK = "</think>"
+THINK, END_THINK = "<think>", "</think>"
 DSML = f"{_BAR}DSML{_BAR}"
 TASKS = {
     task: f"<{_BAR}{task}{_BAR}>"
@@ -39,6 +39,14 @@ EFFORTS: dict[str, dict[str | None, str | None]] = {
     "april": {None: None, "high": None, "max": "effort_absolute"},
     "0731": {None: None, "low": None, "high": "effort_absolute", "max": "effort_beyond"},
 }
+_SETTINGS = {
+    "thinking_mode": choice(*THINKING_MODES),
+    "reasoning_effort": optional(choice("low", "high", "max")),
+    "drop_thinking": FLAG,
+    "revision": choice(*EFFORTS),
+    "context": sequence("a list of messages"),
+    "add_bos": FLAG,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Segment:
     reasoning: bool = False
 
 
+@checked(messages=sequence("a list of one or more messages", least=1), **_SETTINGS)
 def encode_chat(
     messages: Sequence[Any],
     thinking_mode: str = "chat",
@@ -85,18 +94,12 @@ def encode_chat(
       ValueError: an argument or a field of a message that the encoding does not define; the text
         names the message's index and the field.
     """
-    segments = chat_segments(
-        messages,
-        thinking_mode,
-        reasoning_effort,
-        drop_thinking=drop_thinking,
-        revision=revision,
-        context=context,
-        add_bos=add_bos,
-    )
+    settings: Any = {"drop_thinking": drop_thinking, "revision": revision, "add_bos": add_bos}
+    segments = chat_segments(messages, thinking_mode, reasoning_effort, context=context, **settings)
     return "".join(segment.text for segment in segments)
 
 
+@checked(messages=sequence("a list of messages"), **_SETTINGS)
 def chat_segments(
     messages: Sequence[Any],
     thinking_mode: str = "chat",
@@ -108,8 +111,6 @@ def chat_segments(
     add_bos: bool = True,
 ) -> list[Segment]:
     """The text of `encode_chat`, with the same arguments, in parts that tell who writes them."""
-    if thinking_mode not in THINKING_MODES:
-        _refuse("thinking_mode", f"is {thinking_mode!r}; use one of {', '.join(THINKING_MODES)}.")
     thinking = thinking_mode == "thinking"
     effort = _effort_text(reasoning_effort, revision)
     before = _merge([_read(m, f"context[{i}]", None) for i, m in enumerate(context)])
@@ -227,8 +228,8 @@ def _read(message: Any, where: str, index: int | None) -> _Turn:
     if not isinstance(message, Mapping):
         _refuse(where, f"is {_kind(message)}; a message is an object with 'role' and 'content'.")
     role = message.get("role")
-    if role not in ROLES:
-        _refuse(f"{where}.role", f"is {role!r}; use one of {', '.join(ROLES)}.")
+    if not one_of(role, ROLES):
+        _refuse(f"{where}.role", f"is {shown(role)}; use one of {', '.join(ROLES)}.")
     content = _content(message, role, where)
     turn = _Turn(role=role, message=index, task=_task(message, where))
     match role:
@@ -282,8 +283,9 @@ def _part(part: Any, where: str) -> str:
 
 def _task(message: Mapping[str, Any], where: str) -> str | None:
     task = message.get("task")
-    if task is not None and task not in tuple(TASKS):
-        _refuse(f"{where}.task", f"is {task!r}; leave it out or use one of {', '.join(TASKS)}.")
+    if task is not None and not one_of(task, TASKS):
+        hint = f"leave it out or use one of {', '.join(TASKS)}"
+        _refuse(f"{where}.task", f"is {shown(task)}; {hint}.")
     return task
 
 
@@ -375,12 +377,10 @@ def _json(value: Any, where: str) -> str:
 
 
 def _effort_text(effort: str | None, revision: str) -> str:
-    if revision not in EFFORTS:
-        _refuse("revision", f"is {revision!r}; use one of {', '.join(EFFORTS)}.")
     efforts = EFFORTS[revision]
-    if effort not in efforts:
+    if effort is not None and not one_of(effort, efforts):
         known = ", ".join(str(name) for name in efforts)
-        _refuse("reasoning_effort", f"is {effort!r}; revision {revision} has {known}.")
+        _refuse("reasoning_effort", f"is {shown(effort)}; revision {revision} has {known}.")
     name = efforts[effort]
     return _texts()[name] if name else ""
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from v4jax import dsml
+from v4jax.arguments import TEXT, checked, choice
 from v4jax.chat import DSML, END_THINK, EOS, THINK, THINKING_MODES
 
 
@@ -83,6 +84,7 @@ class Done:
 Event = ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta | ToolCallEnd | Done
 
 
+@checked(text=TEXT)
 def parse_chat(text: str, thinking_mode: str = "chat") -> dict[str, Any]:
     """Read the whole of a model's output (what follows the prompt) as an assistant message.
 
@@ -138,11 +140,9 @@ class ChatParser:
     marks and blanks before it that become text if no call follows.
     """
 
+    @checked(thinking_mode=choice(*THINKING_MODES))
     def __init__(self, thinking_mode: str = "chat", *, new_id: Callable[[], str] = _random_id):
         """`new_id` makes the ids of the calls, which the model does not write."""
-        if thinking_mode not in THINKING_MODES:
-            known = ", ".join(THINKING_MODES)
-            raise ValueError(f"thinking_mode is {thinking_mode!r}; use one of {known}.")
         self._new_id = new_id
         self._reasoning = thinking_mode == "thinking"
         self._state: Literal["start", "text", "block", "call", "value", "done"] = "start"
@@ -157,6 +157,7 @@ class ChatParser:
         self._member = ""
         self._json = ""
 
+    @checked(text=TEXT)
     def feed(self, text: str) -> list[Event]:
         """Events that this piece settles; text after the end of the sentence is dropped."""
         if self._state != "done":

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 from v4jax import config_ranges
+from v4jax.arguments import TEXT, checked, instance
 
 AttentionKind = Literal["sliding", "csa", "hca"]
 FfnKind = Literal["hash", "routed"]
@@ -168,6 +169,9 @@ class ModelConfig:
         return LayerKind("sliding", 0, "routed")
 
 
+CONFIG = instance("a ModelConfig, such as v4jax.config.preset('flash')", ModelConfig)
+
+
 def preset_names() -> list[str]:
     """Names that `preset` takes, such as 'flash'."""
     files = (file.name for file in resources.files("v4jax_configs").iterdir())
@@ -176,6 +180,7 @@ def preset_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("train_"))
 
 
+@checked(name=TEXT)
 def preset(name: str) -> ModelConfig:
     """A configuration that ships with the package.
 
@@ -187,6 +192,7 @@ def preset(name: str) -> ModelConfig:
     return config_json.from_json(preset_json(name), where=f"preset '{name}'")
 
 
+@checked(name=TEXT)
 def preset_json(name: str) -> dict[str, Any]:
     """A preset in the spelling of `config.json`."""
     if name not in preset_names():

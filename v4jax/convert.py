@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax import (
+    arguments,
     checkpoint_files,
     config_file,
     hf_names,
@@ -93,6 +94,7 @@ class _Plan:
     slots: dict[str, Slot]
 
 
+@arguments.checked(**arguments.FILES)
 def convert(
     source: str | Path,
     target: str | Path,
@@ -116,8 +118,10 @@ def convert(
       CheckpointError: the source is not a DeepSeek-V4 checkpoint or is damaged; the target exists;
         the disk is too full; what an earlier run left belongs to another source or other weights.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights is {weights!r}; it must be one of {get_args(Weights)}.")
+    if not arguments.one_of(weights, get_args(Weights)):
+        raise ValueError(
+            f"weights is {arguments.shown(weights)}; it must be one of {get_args(Weights)}."
+        )
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
     with _open(source, unfinished.scratch(target)) as opened:

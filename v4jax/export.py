@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from v4jax import checkpoint_files, hf_names, hub, native, passengers, unfinished, zarr_arrays
+from v4jax import (
+    arguments,
+    checkpoint_files,
+    hf_names,
+    hub,
+    native,
+    passengers,
+    unfinished,
+    zarr_arrays,
+)
 from v4jax.native import Native
 from v4jax.safetensors_file import (
     DTYPES,
@@ -26,6 +35,7 @@ _NAMED = {"bfloat16": "BF16", "float32": "F32"}
 _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
 
 
+@arguments.checked(**arguments.FILES)
 def export(source: str | Path, target: str | Path, *, progress: Progress | None = None) -> None:
     """Make a Hugging Face checkpoint; it appears under its name when it is complete.
 

@@ -8,8 +8,9 @@ import dataclasses
 import math
 
 from v4jax import params
+from v4jax.arguments import checked, whole
 from v4jax.block import Stack
-from v4jax.config import ModelConfig, preset, preset_names
+from v4jax.config import CONFIG, ModelConfig, preset, preset_names
 from v4jax.hyper import HyperHead
 from v4jax.model import Model
 from v4jax.params import ParamSpec
@@ -47,6 +48,7 @@ class Report:
     devices: dict[str, int]
 
 
+@checked(cfg=CONFIG)
 def report(cfg: ModelConfig) -> Report:
     """Everything `v4jax inspect` prints about a configuration."""
     kinds = collections.Counter(f"{layer.attention} + {layer.ffn}" for layer in cfg.layers)
@@ -65,6 +67,7 @@ def report(cfg: ModelConfig) -> Report:
     )
 
 
+@checked(nbytes=whole(0))
 def devices(nbytes: int) -> dict[str, int]:
     """The least number of each device that holds so many bytes."""
     return {name: math.ceil(nbytes / (gib * GIB)) for name, gib in DEVICES.items()}
@@ -103,6 +106,7 @@ def _active(cfg: ModelConfig) -> int:
     return total
 
 
+@checked(cfg=CONFIG)
 def release_bytes(cfg: ModelConfig) -> dict[str, int]:
     """Bytes of the release's tensors by dtype; FP4 codes are stored as I8, two in a byte."""
     sizes: collections.Counter[str] = collections.Counter()
@@ -135,6 +139,7 @@ def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
     return [("BF16", spec.size)]
 
 
+@checked(cfg=CONFIG)
 def cache_bytes(cfg: ModelConfig) -> dict[str, float]:
     """Bytes per token of the compressed pools, which grow with the text.
 

@@ -75,7 +75,7 @@ def resolve(
 def local(path_or_id: str | Path) -> Path | None:
     """What exists as a path is that path; else 'tiny' is the model that the package brings."""
     path = Path(os.path.expanduser(path_or_id))
-    if path.exists():
+    if os.path.exists(path):  # `Path.exists` raises where a name is too long
         return path
     return TINY if str(path_or_id) == "tiny" else None
 

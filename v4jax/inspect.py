@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from v4jax import checkpoint_files, config_file, hub, huggingface, native
-from v4jax.config import ModelConfig, preset, preset_names
+from v4jax import arguments, checkpoint_files, config_file, hub, huggingface, native
+from v4jax.config import CONFIG, ModelConfig, preset, preset_names
 from v4jax.facts import DEVICES, GIB, Report, devices, report
 from v4jax.plan import segments
 from v4jax.safetensors_file import DTYPES, CheckpointError, open_safetensors
@@ -39,7 +39,8 @@ class Subject:
     held: dict[str, int] | None = None
 
 
-def find(name: str) -> Subject:
+@arguments.checked(name=arguments.PATH)
+def find(name: str | Path) -> Subject:
     """What exists as a path is that path; else a preset has this name; else it is a Hub id.
 
     Of a checkpoint the headers are read and checked, of the Hub only `config.json`.
@@ -47,6 +48,7 @@ def find(name: str) -> Subject:
     Raises:
       ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
     """
+    name = os.fspath(name)
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _directory(path)
@@ -64,7 +66,8 @@ def find(name: str) -> Subject:
     return Subject(f"{name} on the Hub", config_file.read(folder / checkpoint_files.CONFIG))
 
 
-def config_of(name: str) -> ModelConfig:
+@arguments.checked(name=arguments.PATH)
+def config_of(name: str | Path) -> ModelConfig:
     """The configuration of a directory, a `config.json`, a preset or a Hub id; see `find`."""
     return find(name).config
 
@@ -105,6 +108,7 @@ def _count(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
+@arguments.checked(cfg=CONFIG, what=arguments.TEXT)
 def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None) -> None:
     """Print what a configuration amounts to.
 

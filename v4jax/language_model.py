@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from v4jax import arguments, generate, sampling, steps, tensor_values
 from v4jax import cache as caches
-from v4jax import generate, steps, tensor_values
+from v4jax.arguments import shown
 from v4jax.config import ModelConfig
 from v4jax.generate import Engine, FinishReason, Timings, Token
 from v4jax.sampling import SamplingParams
-from v4jax.stopping import StopStrings
+from v4jax.stopping import STOP, StopStrings
 from v4jax.tokenizer import StreamDecoder, Tokenizer
+
+# What `generate` and `stream` take alike.
+_TAKES = {"prompt": arguments.PROMPT, "max_tokens": arguments.whole(1), "stop": STOP}
+_TAKES |= sampling.KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Generation:
     timings: Timings
 
 
+@arguments.checked(
+    engine=arguments.instance("a v4jax.generate.Engine", Engine),
+    tokenizer=arguments.optional(arguments.instance("a v4jax.tokenizer.Tokenizer", Tokenizer)),
+)
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A model that is ready to run.
@@ -58,6 +67,7 @@ class LanguageModel:
     def config(self) -> ModelConfig:
         return self.engine.cfg
 
+    @arguments.checked(path=arguments.optional(arguments.PATH))
     def with_adapter(self, path: str | Path | None) -> "LanguageModel":
         """The same model with another adapter; the base's arrays are shared.
 
@@ -72,6 +82,7 @@ class LanguageModel:
 
         return open_model.with_adapter(self, path)
 
+    @arguments.checked(tokens=arguments.TOKEN_ROWS)
     def logits(self, tokens: Any) -> Float32[np.ndarray, "B T V"]:
         """Logits at every position.
 
@@ -82,13 +93,9 @@ class LanguageModel:
           ValueError: not two dims, empty, or an id outside the vocabulary.
           NotFiniteError: the logits are not finite.
         """
-        tokens_BT = np.asarray(tokens)
-        if tokens_BT.ndim != 2 or tokens_BT.size == 0:
-            raise ValueError(
-                f"tokens must be [batch, length], neither 0; got shape {tokens_BT.shape}."
-            )
-        for row in tokens_BT:
-            self._check_tokens(row.tolist())
+        for row in tokens:
+            self._check_tokens(row)
+        tokens_BT = np.array(tokens)
         engine, (asked, length) = self.engine, tokens_BT.shape
         self._check_length(length, 0)
         sizes = generate.chunk_sizes(length)
@@ -109,6 +116,7 @@ class LanguageModel:
             raise generate.NotFiniteError
         return np.concatenate(parts, axis=1)
 
+    @arguments.checked(**_TAKES, top_logprobs=arguments.whole(0))
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -134,6 +142,7 @@ class LanguageModel:
         """
         return self._run(prompt, max_tokens, stop, top_logprobs, sampling).finish()
 
+    @arguments.checked(**_TAKES)
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -159,20 +168,20 @@ class LanguageModel:
     ) -> "_Run":
         tokens = self._encode(prompt)
         self._check_tokens(tokens)
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number, 1 or more.")
-        if not 0 <= top_logprobs <= self.config.vocab_size:
+        if top_logprobs > self.config.vocab_size:
             raise ValueError(
-                f"top_logprobs is {top_logprobs}; it must be 0 to the vocabulary's size."
+                f"top_logprobs is {shown(top_logprobs)}; it must be 0 to the vocabulary's size."
             )
         room = self._check_length(len(tokens), 1)
-        stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
+        if stop and self.tokenizer is None:
+            raise ValueError("This checkpoint has no tokenizer.json, so there is no text to stop.")
+        stops = StopStrings(stop)
         params = SamplingParams(**sampling)
         return _Run(self, tokens, min(max_tokens, room), stops, top_logprobs, params)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return list(prompt)
         if self.tokenizer is None:
             raise ValueError("This checkpoint has no tokenizer.json; give the prompt as token ids.")
         return self.tokenizer.encode(prompt)
@@ -183,7 +192,7 @@ class LanguageModel:
         for at, token in enumerate(tokens):
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(
-                    f"Token {token} at position {at} is outside the vocabulary of "
+                    f"Token {shown(token)} at position {at} is outside the vocabulary of "
                     f"{self.config.vocab_size}."
                 )
 

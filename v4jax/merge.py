@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from v4jax import (
+    arguments,
     checkpoint_files,
     export,
     hf_names,
@@ -40,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 _NUMBERS = re.compile(r"^layers\.\d+\.|(?<=^mtp\.)\d+\.|(?<=experts\.)\d+\.|\.weight$")
 
 
+@arguments.checked(**arguments.FILES, update=arguments.PATH, best=arguments.FLAG)
 def merge(
     source: str | Path,
     update: str | Path,
@@ -71,8 +73,10 @@ def merge(
         exists or lies in one of them; the disk is too full; what an earlier run left was made of
         other files.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights is {weights!r}; it must be one of {get_args(Weights)}.")
+    if not arguments.one_of(weights, get_args(Weights)):
+        raise ValueError(
+            f"weights is {arguments.shown(weights)}; it must be one of {get_args(Weights)}."
+        )
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
     update = updates.resolve(update)

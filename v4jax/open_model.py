@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from v4jax import hub, huggingface, native, numerics, passengers, updates
 from v4jax.config import ModelConfig
@@ -15,12 +16,10 @@ from v4jax.language_model import LanguageModel
 from v4jax.safetensors_file import CheckpointError
 from v4jax.tokenizer import Tokenizer
 
-_DTYPES = ("bfloat16", "float32")
-
 
 def load(
     path: str | Path,
-    dtype: str,
+    dtype: DTypeLike,
     numerics_name: numerics.Name,
     *,
     keep: bool,
@@ -29,8 +28,6 @@ def load(
     progress: Callable[[str, int, int], None] | None,
 ) -> LanguageModel:
     """See `v4jax.load`."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     rounding = numerics.get(numerics_name)
     directory = hub.resolve(path)
     # Loading takes minutes: what is wrong with an adapter is told before.

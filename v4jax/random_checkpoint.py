@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 
 from pallas_kernels import quantize
-from v4jax import checkpoint_files, config_json, hf_names, params
-from v4jax.config import ModelConfig
+from v4jax import arguments, checkpoint_files, config_json, hf_names, params
+from v4jax.config import CONFIG, ModelConfig
 from v4jax.model import Model
 from v4jax.params import ParamSpec
 from v4jax.safetensors_file import DTYPES, TensorInfo
@@ -28,8 +28,19 @@ _SHARDS = 2
 _HEAD_STD = 0.35
 
 
+@arguments.checked(
+    directory=arguments.DIRECTORY,
+    cfg=CONFIG,
+    seed=arguments.whole(0),
+    tokenizer=arguments.optional(
+        arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
+    ),
+)
 def make_checkpoint(
-    directory: Path, cfg: ModelConfig, seed: int, tokenizer: tokenizers.Tokenizer | None = None
+    directory: Path,
+    cfg: ModelConfig,
+    seed: int,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
     """Write a checkpoint in the release format with random weights; all of it is held in memory.
 

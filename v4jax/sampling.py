@@ -11,7 +11,6 @@ Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives reported pe
 """
 
 import dataclasses
-import numbers
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,13 +22,27 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from v4jax import sharding
+from v4jax.arguments import checked, number, optional, whole
 
 # Below this a float32 quotient can overflow; the draw is the largest logit long before.
 _LEAST_TEMPERATURE = 1e-30
-_FLOAT32 = np.finfo(np.float32)
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _OF_VOCABULARY = ("in_prompt_BV", "count_BV")
 
+# What the fields of `SamplingParams` take.
+KINDS = {
+    "temperature": number("a finite number, 0 or more", lambda x: 0 <= x <= _MOST),
+    "top_k": whole(0),
+    "top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "min_p": number("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": number("a finite number above 0", lambda x: _LEAST <= x <= _MOST),
+    "presence_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "seed": optional(whole(-(2**63), 2**64 - 1, "a whole number from -2**63 to 2**64 - 1")),
+}
 
+
+@checked(**KINDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What one request asks for; the defaults draw from the model's own distribution.
@@ -46,7 +59,7 @@ class SamplingParams:
       seed: 64 bits that settle all draws; None takes them from the operating system.
 
     Raises:
-      ValueError: a value outside its range, NaN, or not a number.
+      ArgumentError: a value outside its range, NaN, or not a number; a field that there is not.
     """
 
     temperature: float | int = 1.0
@@ -57,27 +70,6 @@ class SamplingParams:
     presence_penalty: float | int = 0.0
     frequency_penalty: float | int = 0.0
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        least, most = float(_FLOAT32.tiny), float(_FLOAT32.max)
-        self._check("temperature", lambda x: 0 <= x <= most, "a finite number, 0 or more")
-        self._check("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        self._check("min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1")
-        self._check("repetition_penalty", lambda x: least <= x <= most, "a finite number above 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, lambda x: -2 <= x <= 2, "a number from -2 to 2")
-        whole = numbers.Integral
-        self._check("top_k", lambda x: x >= 0, "a whole number, 0 or more", whole)
-        if self.seed is not None:
-            says = "None or a whole number from -2**63 to 2**64 - 1"
-            self._check("seed", lambda x: -(2**63) <= x < 2**64, says, whole)
-
-    def _check(
-        self, name: str, allowed: Callable[..., bool], says: str, kind: type = numbers.Real
-    ) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
-            raise ValueError(f"{name} is {value!r}; it must be {says}.")
 
 
 @jax.tree_util.register_dataclass

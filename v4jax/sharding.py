@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import quantize
+from v4jax.arguments import checked, optional, sequence, whole
 from v4jax.params import ParamSpec, map_leaves
 
 AnyMesh = Mesh | AbstractMesh
@@ -39,6 +40,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+@checked(
+    **{axis: whole(1) for axis in AXES},
+    devices=optional(sequence("a list of JAX devices", of=jax.Device)),
+)
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:

@@ -2,7 +2,17 @@
 
 from collections.abc import Sequence
 
+from v4jax.arguments import Kind, checked, sequence
+
 MOST_STOPS = 16
+
+
+_LIST = sequence("a list of strings", of=str)
+# As `generate` takes them: a string stands for a list of it.
+STOP = Kind(
+    f"a string or {_LIST.takes}",
+    lambda value: _LIST.read([value] if isinstance(value, str) else value),
+)
 
 
 class StopStrings:
@@ -12,14 +22,13 @@ class StopStrings:
     together, does not depend on how the text was cut into pieces.
     """
 
+    @checked(stops=_LIST)
     def __init__(self, stops: Sequence[str]) -> None:
         """Take the strings; an empty sequence lets everything through.
 
         Raises:
           ValueError: not a sequence of strings, an empty string, or more than MOST_STOPS.
         """
-        if isinstance(stops, str) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError(f"stop is {stops!r}; it must be a list of strings.")
         if len(stops) > MOST_STOPS:
             raise ValueError(
                 f"There are {len(stops)} stop strings; at most {MOST_STOPS} are allowed."

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tokenizers
 
-from v4jax import chat
+from v4jax import arguments, chat
+from v4jax.arguments import checked
 from v4jax.text_files import read_text
 
 # Frequent words first: a smaller demo vocabulary takes a shorter part of the list.
@@ -33,6 +34,9 @@ page letter mother answer found study still learn should world model token quest
 class Tokenizer:
     """A byte-level BPE tokenizer that adds no tokens of its own accord."""
 
+    @checked(
+        inner=arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
+    )
     def __init__(self, inner: tokenizers.Tokenizer):
         """Wrap a tokenizer of the `tokenizers` library.
 
@@ -47,6 +51,7 @@ class Tokenizer:
         self._inner = inner
 
     @classmethod
+    @checked(path=arguments.PATH)
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Read `tokenizer.json`, given as the file or the checkpoint's directory.
 
@@ -88,10 +93,12 @@ class Tokenizer:
         """Id of the token that ends a sentence, if there is one."""
         return self.token_id(chat.EOS)
 
+    @checked(token=arguments.TEXT)
     def token_id(self, token: str) -> int | None:
         """Id of one token by its name in the vocabulary, such as `chat.USER`."""
         return self._inner.token_to_id(token)
 
+    @checked(token_id=arguments.whole(0, 2**32 - 1))
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for an id without a token."""
         token = self._inner.id_to_token(token_id)
@@ -101,6 +108,7 @@ class Tokenizer:
         known = [value for value in values if value is not None]
         return bytes(known) if len(known) == len(values) else token.encode()
 
+    @checked(text=arguments.TEXT)
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it become one id each.
 
@@ -116,14 +124,16 @@ class Tokenizer:
             ) from None
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    @checked(ids=arguments.TOKEN_IDS)
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=False)
+        return self._inner.decode(ids, skip_special_tokens=False)
 
 
 class StreamDecoder:
     """Token ids to text, one at a time; the pieces together equal `Tokenizer.decode` of all ids."""
 
+    @checked(tokenizer=arguments.instance("a v4jax.tokenizer.Tokenizer", Tokenizer))
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -139,6 +149,7 @@ class StreamDecoder:
         return text
 
 
+@checked(vocab_size=arguments.whole(0))
 def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """A small tokenizer for demo checkpoints, made from nothing; it round-trips any text.
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import (
+    arguments,
     checkpoint_files,
     config_file,
     hub,
@@ -188,6 +189,12 @@ def touches(update: Update, leaf: str) -> bool:
     return leaf in (update.factors if isinstance(update, Adapted) else update.weights)
 
 
+@arguments.checked(
+    run=arguments.DIRECTORY,
+    target=arguments.DIRECTORY,
+    model=arguments.optional(arguments.TEXT),
+    best=arguments.FLAG,
+)
 def export_adapter(
     run: Path, target: Path, *, model: str | None = None, best: bool = False
 ) -> None:

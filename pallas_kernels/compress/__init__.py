@@ -25,7 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.compress import gpu, reference, tpu, xla
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import (
+    Impl,
+    check_arrays,
+    check_number,
+    check_whole,
+    dispatch,
+    shown,
+)
 
 Rounding = Literal["none", "fp8", "fp4"]
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
@@ -71,6 +78,7 @@ def prefill(
     tokens = {"rows_BTC": rows_BTC, "before_BPC": before_BPC, "start_B": start_B}
     rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
+    check_number("compress.prefill", eps=eps)
     _check_entries("compress.prefill", tokens, *rest, overlap, rounding)
     return _run("prefill", impl, tuple(static.items()), (*tokens.values(), *rest))
 
@@ -109,10 +117,12 @@ def decode(
     Raises:
       NotImplementedError, TypeError, ValueError: as for `prefill`.
     """
-    tokens = {"ring_LBRC": ring_LBRC, "layer": jnp.asarray(layer), "window_B": window_B}
+    tokens = {"ring_LBRC": ring_LBRC, "layer": layer, "window_B": window_B}
     rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
+    check_number("compress.decode", eps=eps)
     _check_entries("compress.decode", tokens, *rest, overlap, rounding)
+    tokens["layer"] = jnp.asarray(layer)
     return _run("decode", impl, tuple(static.items()), (*tokens.values(), *rest))
 
 
@@ -157,8 +167,9 @@ def pool(
 
 def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
     """Sizes M, C, K and P."""
+    check_whole(op, "overlap", overlap)
     if overlap not in (1, 2):
-        raise ValueError(f"{op}: overlap is {overlap!r}; it takes 1 and 2.")
+        raise ValueError(f"{op}: overlap is {overlap}; it takes 1 and 2.")
     sizes = check_arrays(op, {"bias_MC": bias_MC})
     if not sizes["M"] or sizes["C"] % overlap:
         raise ValueError(f"{op}: bias_MC has shape {bias_MC.shape}, not (M, {overlap} * K).")
@@ -169,11 +180,13 @@ def _check_entries(
     op: str, tokens: Any, bias_MC: Any, scale_K: Any, table: Any, overlap: int, rounding: str
 ) -> None:
     """Entries are as many as the windows of a chunk, or one."""
-    if rounding not in get_args(Rounding):
-        raise ValueError(f"{op}: rounding is {rounding!r}; it takes {get_args(Rounding)}.")
+    if not isinstance(rounding, str) or rounding not in get_args(Rounding):
+        raise ValueError(f"{op}: rounding is {shown(rounding)}; it takes {get_args(Rounding)}.")
     sizes = _check_windows(op, bias_MC, overlap)
     integers = ("start_B", "layer", "window_B")
     sizes = check_arrays(op, tokens, integers=integers, sizes=sizes | {"C": 2 * sizes["C"]})
+    if not isinstance(table, tuple | list) or len(table) != 2:
+        raise TypeError(f"{op}: table is {shown(table)}; it takes cosine and sine.")
     sizes["n"] = -(-sizes.get("T", 1) // sizes["M"])
     ends = {"scale_K": scale_K, "table[0]_BnQ": table[0], "table[1]_BnQ": table[1]}
     sizes = check_arrays(op, ends, sizes=sizes)

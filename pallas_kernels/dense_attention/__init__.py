@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import residuals, softmax
 from pallas_kernels.dense_attention import reference, tpu, xla
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, check_number, dispatch
 
 _FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
@@ -60,11 +60,11 @@ def decode(
         "window_BRK": window_BRK,
         "window_mask_BTR": window_mask_BTR,
         "pool_LBSK": pool_LBSK,
-        "layer": jnp.asarray(layer),
+        "layer": layer,
         "visible_BT": visible_BT,
         "sink_H": sink_H,
     }
-    _check("dense_attention.decode", arrays)
+    _check("dense_attention.decode", arrays, scale)
     return _decode((scale, impl), tuple(arrays.values()))
 
 
@@ -110,22 +110,26 @@ def prefill(
         "window_BXK": window_BXK,
         "start_B": start_B,
         "pool_LBSK": pool_LBSK,
-        "layer": jnp.asarray(layer),
+        "layer": layer,
         "visible_BT": visible_BT,
         "sink_H": sink_H,
         "first_BT": first_BT,
         "hidden_BT": hidden_BT,
     }
-    sizes = _check("dense_attention.prefill", arrays)
+    sizes = _check("dense_attention.prefill", arrays, scale)
     softmax.require_chunk_window("dense_attention.prefill", sizes["X"], window, sizes["T"])
     return _prefill((window, scale, impl), tuple(arrays.values()))
 
 
-def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
+def _check(op: str, arrays: dict[str, Any], scale: Any) -> dict[str, int]:
+    """The sizes; `arrays` gets its layer as an array."""
+    check_number(op, scale=scale)
     optional = ("pool_LBSK", "first_BT", "hidden_BT")
     there = {name: x for name, x in arrays.items() if name not in optional or x is not None}
     integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
-    return check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
+    sizes = check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
+    arrays["layer"] = jnp.asarray(arrays["layer"])
+    return sizes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import gpu, reference, stacks, tpu, xla
 from pallas_kernels.grouped_matmul.lora import LoraWeight, check_expert
 from pallas_kernels.grouped_matmul.stacks import LayerWeight, Weight
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, check_flag, check_number, dispatch
 
 __all__ = ["LayerWeight", "LoraWeight", "Weight", "expert_mlp"]
 
@@ -67,6 +67,8 @@ def expert_mlp(
       ValueError: shapes that do not fit together.
     """
     _check(x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
+    check_number("grouped_matmul.expert_mlp", limit=limit)
+    check_flag("grouped_matmul.expert_mlp", weight_first=weight_first)
     if expert_TA.size == 0:
         return jnp.zeros(x_TD.shape, accumulator(x_TD.dtype))
     layer = jnp.asarray(layer)

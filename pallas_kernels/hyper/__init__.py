@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.hyper import reference, tpu
 from pallas_kernels.hyper.reference import sinkhorn
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, check_number, check_whole, dispatch
 
 __all__ = ["head", "post", "pre", "sinkhorn"]
 
@@ -59,8 +59,11 @@ def pre(
       TypeError: an array that is not of floats.
       ValueError: shapes that do not fit together, or no streams or steps.
     """
+    for name, value in (("streams", streams), ("steps", steps)):
+        check_whole("hyper.pre", name, value, least=0)
     if streams < 1 or steps < 1:
         raise ValueError(f"hyper.pre: {streams} streams and {steps} steps; it takes at least 1.")
+    check_number("hyper.pre", eps=eps, norm_eps=norm_eps)
     arrays = {"x_BTM": x_BTM, "fn_QM": fn_QM, "base_Q": base_Q, "scale_3": scale_3}
     _check("hyper.pre", arrays, streams, Q=streams * (2 + streams))
     static = {"streams": streams, "steps": steps, "eps": eps, "norm_eps": norm_eps}
@@ -82,10 +85,11 @@ def post(
     Raises:
       NotImplementedError, TypeError, ValueError: as for `pre`.
     """
-    N = post_BTN.shape[-1]
+    sizes = check_arrays("hyper.post", {"x_BTM": x_BTM, "post_BTN": post_BTN})
+    N = sizes["N"]
     arrays = {"x_BTM": x_BTM, "output_BTD": output_BTD}
     arrays |= {"post_BTN": post_BTN, "comb_BTNN": comb_BTNN}
-    _check("hyper.post", arrays, N, D=x_BTM.shape[-1] // max(N, 1))
+    _check("hyper.post", arrays, N, D=sizes["M"] // max(N, 1))
     return _run("post", impl, (), (output_BTD, x_BTM, post_BTN, comb_BTNN))
 
 
@@ -105,7 +109,8 @@ def head(
       NotImplementedError, TypeError, ValueError: as for `pre`.
     """
     arrays = {"x_BTM": x_BTM, "fn_NM": fn_NM, "base_N": base_N, "scale_1": scale_1}
-    _check("hyper.head", arrays, fn_NM.shape[0])
+    _check("hyper.head", arrays, check_arrays("hyper.head", {"fn_NM": fn_NM})["N"])
+    check_number("hyper.head", eps=eps, norm_eps=norm_eps)
     static = {"eps": eps, "norm_eps": norm_eps}
     return _run("head", impl, tuple(static.items()), (x_BTM, fn_NM, base_N, scale_1))
 

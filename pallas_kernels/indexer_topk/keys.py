@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import check_arrays, check_dtype, check_shape
+from pallas_kernels.implementations import check_arrays, check_dtype, check_shape, check_whole
 
 FP4_BLOCK = 32  # channels per scale
 SCALE_ROW = 128  # entries' scales that lie side by side
@@ -103,8 +102,7 @@ def check(
     arrays |= {"layer": layer, "visible_BT": visible_BT}
     arrays |= {} if hidden_BT is None else {"hidden_BT": hidden_BT}
     sizes = check_arrays(op, arrays, integers=("layer", "visible_BT", "hidden_BT"))
-    if not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"{op}: k is {k!r}; it takes whole numbers from 1 on.")
+    check_whole(op, "k", k)
     _check_keys(op, keys, sizes)
 
 
@@ -118,10 +116,10 @@ def _check_keys(op: str, keys: Any, sizes: dict[str, int]) -> None:
         check_dtype(op, "keys.codes", keys.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)
         check_dtype(op, "keys.scale", keys.scale, e8m0, *[jnp.float32] * fp8)
         blocks = 1 if fp8 else sizes["J"] // FP4_BLOCK
-        known |= {"G": -(-entries(keys) // SCALE_ROW), "E": blocks * SCALE_ROW}
         known["H"] = sizes["J"] // 2
         name = "keys.codes_LBSJ" if fp8 else "keys.codes_LBHS"
         known |= check_shape(op, name, keys.codes, known)
+        known |= {"G": -(-known["S"] // SCALE_ROW), "E": blocks * SCALE_ROW}
         check_shape(op, "keys.scale_LBGE", keys.scale, known)
     else:
         check_arrays(op, {"keys_LBSJ": keys}, sizes=known)

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import (
+    Impl,
+    check_arrays,
+    check_number,
+    check_whole,
+    dispatch,
+    dtype_of,
+)
 from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
@@ -81,6 +88,7 @@ def fake_quant_fp8(
       ValueError: x has no dims, or the block is not at least 1.
     """
     _check_rows("quantize.fake_quant_fp8", x, block)
+    check_number("quantize.fake_quant_fp8", amax_floor=amax_floor)
     settings = (("block", block), ("amax_floor", amax_floor))
     return _straight_through(x, "fake_quant_fp8", settings, impl)
 
@@ -97,12 +105,11 @@ def fake_quant_fp4(
 
 
 def _check_rows(op: str, x: Any, block: Any = 1) -> None:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(f"{op}: x is {jnp.result_type(x)}; it takes floats.")
+    if not jnp.issubdtype(dtype := dtype_of(op, "x", x), jnp.floating):
+        raise TypeError(f"{op}: x is {dtype}; it takes floats.")
     if not jnp.ndim(x):
         raise ValueError(f"{op}: x has no dims; its last is that of the channels.")
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"{op}: block is {block!r}; it takes whole numbers from 1 on.")
+    check_whole(op, "block", block)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -131,7 +138,8 @@ def hadamard(x: Float[Array, "*rows K"], *, impl: Impl = "auto") -> Float[Array,
     channels = x.shape[-1]
     if channels < 1 or channels & (channels - 1):
         raise ValueError(
-            f"The Hadamard transform of {channels} channels is not defined: use a power of two."
+            f"quantize.hadamard: x has {channels} channels, of which the transform is not defined: "
+            "use a power of two."
         )
     return _hadamard(x, impl)
 
@@ -197,6 +205,7 @@ def linear(
 def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     op = "quantize.linear"
     _check_rows(op, x)
+    check_whole(op, "groups", groups)
     if layer is not None:
         check_arrays(op, {"layer": layer}, integers=("layer",))
     check_weight(op, "w", w)
@@ -204,7 +213,7 @@ def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
         wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"
         raise ValueError(f"{op}: w stands for {w.shape}; it takes {wanted}.")
     N, K = w.shape[-2:]
-    if groups < 1 or N % groups or groups * K != x.shape[-1]:
+    if N % groups or groups * K != x.shape[-1]:
         raise ValueError(
             f"{op}: x has {x.shape[-1]} channels; {groups} groups of a matrix of {N} x {K} take "
             f"{groups * K}, and groups divide {N}."

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import check_dtype
+from pallas_kernels.implementations import check_dtype, dtype_of
 
 FP8_BLOCK = 128  # one scale per 128 x 128 block
 FP4_BLOCK = 32  # one scale per 32 input channels of each output channel
@@ -79,17 +79,21 @@ def as_stack(w: Any, layer: Array | None) -> tuple[Any, Int[Array, " 1"]]:
 
 
 def check_weight(op: str, name: str, w: Any) -> None:
-    """Refuse codes and scales that do not fit together; arrays pass.
+    """Refuse what is no array of floats, and codes and scales that do not fit together.
 
     Raises:
       TypeError: a dtype.
       ValueError: a shape.
     """
     if not isinstance(w, Fp8Weight | Fp4Weight):
+        if not jnp.issubdtype(dtype := dtype_of(op, name, w), jnp.floating):
+            raise TypeError(f"{op}: {name} is {dtype}; it takes floats.")
         return
     fp8, e8m0 = isinstance(w, Fp8Weight), jnp.float8_e8m0fnu
     check_dtype(op, f"{name}.codes", w.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)
     check_dtype(op, f"{name}.scale", w.scale, e8m0, *[jnp.float32] * fp8)
+    if len(w.codes.shape) < 2:
+        raise ValueError(f"{op}: {name}.codes has shape {w.codes.shape}; it takes a matrix's two.")
     *stack, rows, n = w.codes.shape
     parts = (-(-rows // FP8_BLOCK), -(-n // FP8_BLOCK)) if fp8 else (2 * rows // FP4_BLOCK, n)
     if w.scale.shape != (*stack, *parts) or (not fp8 and 2 * rows % FP4_BLOCK):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch, shown
 from pallas_kernels.rotary import reference, tpu
 from pallas_kernels.rotary.reference import Norm
 
@@ -46,6 +46,8 @@ def rotate(
     """
     arrays = {"x_BTHK": x_BTHK, "cos_BTQ": cos_BTQ, "sin_BTQ": sin_BTQ}
     sizes = check_arrays("rotary.rotate", arrays)
+    if not isinstance(norm, Norm | None):
+        raise TypeError(f"rotary.rotate: norm is {shown(norm)}; it takes a Norm or None.")
     if 2 * sizes["Q"] > sizes["K"]:
         raise ValueError(
             f"rotary.rotate: x_BTHK has {sizes['K']} channels; {sizes['Q']} pairs do not fit."

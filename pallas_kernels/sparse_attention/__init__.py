@@ -24,6 +24,7 @@ from pallas_kernels.implementations import (
     Impl,
     check_arrays,
     check_dtype,
+    check_number,
     check_shape,
     dispatch,
 )
@@ -69,11 +70,11 @@ def decode(
         "window_BRK": window_BRK,
         "window_mask_BTR": window_mask_BTR,
         "pool_LBSK": pool_LBSK,
-        "layer": jnp.asarray(layer),
+        "layer": layer,
         "indices_BTk": indices_BTk,
         "sink_H": sink_H,
     }
-    _check("sparse_attention.decode", arrays)
+    _check("sparse_attention.decode", arrays, scale)
     return _decode((scale, impl), tuple(arrays.values()))
 
 
@@ -116,28 +117,31 @@ def prefill(
         "window_BXK": window_BXK,
         "start_B": start_B,
         "pool_LBSK": pool_LBSK,
-        "layer": jnp.asarray(layer),
+        "layer": layer,
         "indices_BTk": indices_BTk,
         "sink_H": sink_H,
         "first_BT": first_BT,
     }
-    sizes = _check("sparse_attention.prefill", arrays)
+    sizes = _check("sparse_attention.prefill", arrays, scale)
     softmax.require_chunk_window("sparse_attention.prefill", sizes["X"], window, sizes["T"])
     return _prefill((window, scale, impl), tuple(arrays.values()))
 
 
-def _check(op: str, arrays: dict[str, Any]) -> dict[str, int]:
-    pool, arrays = arrays["pool_LBSK"], dict(arrays)
+def _check(op: str, arrays: dict[str, Any], scale: Any) -> dict[str, int]:
+    """The sizes; `arrays` gets its layer as an array."""
+    check_number(op, scale=scale)
+    pool, there = arrays["pool_LBSK"], dict(arrays)
     if isinstance(pool, Fp8Rows):
-        del arrays["pool_LBSK"]
-    if arrays.get("first_BT") is None:
-        arrays.pop("first_BT", None)
+        del there["pool_LBSK"]
+    if there.get("first_BT") is None:
+        there.pop("first_BT", None)
     integers = ("start_B", "layer", "indices_BTk", "first_BT")
-    sizes = check_arrays(op, arrays, integers=integers, booleans=("window_mask_BTR",))
+    sizes = check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
     if isinstance(pool, Fp8Rows):
         check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
         check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})
         check_shape(op, "pool_LBSK", pool, sizes)
+    arrays["layer"] = jnp.asarray(arrays["layer"])
     return sizes
 
 

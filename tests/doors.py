@@ -1,0 +1,47 @@
+"""A small model, and doors behind which nothing runs, for the tests of arguments."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from tests import models
+from v4jax import checkpoint_files, language_model, open_model
+from v4jax.generate import Engine, Timings
+from v4jax.language_model import Generation, LanguageModel
+from v4jax.numerics import HF
+from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
+
+VOCAB = 300
+CFG = models.config(models.SLIDING, vocab_size=VOCAB, max_position_embeddings=64)
+USER = {"role": "user", "content": "hi"}
+
+
+def small_model() -> LanguageModel:
+    engine = Engine(models.weights(CFG), CFG, HF, jnp.dtype("float32"))
+    return LanguageModel(engine, Tokenizer(build_demo_tokenizer(VOCAB)))
+
+
+def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What gets through `load` and `generate`; nothing is loaded, run or written."""
+    passed: dict[str, Any] = {}
+
+    def load(path: Any, dtype: Any, numerics: Any, **rest: Any) -> None:
+        passed.update(path=path, dtype=dtype, numerics=numerics, **rest)
+
+    class Run:
+        def __init__(self, model: Any, prompt: Any, limit: Any, stops: Any, top: Any, params: Any):
+            passed.update(prompt=prompt, max_tokens=limit, stop=stops, top_logprobs=top)
+            passed.update(params=params)
+
+        def finish(self) -> Generation:
+            return Generation("", [], [], [], "length", Timings(0.0, 0.0, 0.0))
+
+        def pieces(self) -> Iterator[str]:
+            return iter(())
+
+    monkeypatch.setattr(open_model, "load", load)
+    monkeypatch.setattr(language_model, "_Run", Run)
+    monkeypatch.setattr(checkpoint_files, "write_checkpoint", lambda *_, **__: None)
+    return passed

@@ -1,0 +1,203 @@
+"""Anything at all in every place of every public call: it works as documented or is refused."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import v4jax
+from tests.doors import CFG, USER, small_model, stub
+from v4jax import config, convert, export, facts, merge, random_checkpoint, sharding, updates
+from v4jax import inspect as inspection
+from v4jax.arguments import ArgumentError
+from v4jax.chat_parser import ChatParser
+from v4jax.language_model import LanguageModel
+from v4jax.sampling import SamplingParams
+from v4jax.stopping import StopStrings
+from v4jax.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
+
+PACKAGE = Path(v4jax.__file__).parent
+VALUES: dict[str, Any] = {
+    "None": None,
+    "5": 5,
+    "-1": -1,
+    "1.5": 1.5,
+    "nan": float("nan"),
+    "huge": 10**5000,
+    "True": True,
+    "bytes": b"x",
+    "text": "x",
+    "no text": "",
+    "long text": "x" * 5000,
+    "list": [],
+    "lists": [[]],
+    "ragged": [[1, 2], [1]],
+    "texts": ["x", "y"],
+    "bools": [True],
+    "messages": [USER],
+    "dict": {},
+    "set": {1},
+    "floats": np.array([1.5]),
+    "ints": np.array([[1, 2], [3, 4]]),
+    "empty": np.zeros((0, 3), int),
+    "device": jnp.ones(3),
+    "object": object(),
+    "iterator": iter(()),
+    "function": len,
+    "class": np.float32,
+}
+TEXT = {"text", "no text", "long text"}
+PATHS = {"text", "long text"}
+SAMPLING = {
+    "temperature": {"5", "1.5"},
+    "top_k": {"5", "huge"},
+    "top_p": set(),
+    "min_p": set(),
+    "repetition_penalty": {"5", "1.5"},
+    "presence_penalty": {"-1", "1.5"},
+    "frequency_penalty": {"-1", "1.5"},
+    "seed": {"None", "5", "-1"},
+}
+PROMPT = {
+    "prompt": {"text"},
+    "max_tokens": {"5", "huge"},
+    "stop": {"text", "long text", "list", "texts", "empty"},
+} | SAMPLING
+CHAT = {
+    "messages": {"messages"},
+    "thinking_mode": set(),
+    "reasoning_effort": {"None"},
+    "drop_thinking": {"True"},
+    "revision": set(),
+    "context": {"list", "messages", "empty"},
+    "add_bos": {"True"},
+}
+LOAD = {
+    "path": PATHS,
+    "dtype": {"class"},
+    "numerics": set(),
+    "keep": {"True"},
+    "adapter": {"None", *PATHS},
+    "mesh": {"None"},
+    "progress": {"None", "function", "class"},
+}
+CHECKPOINT = {"directory": PATHS, "cfg": set(), "seed": {"5", "huge"}, "tokenizer": {"None"}}
+# There is nothing to convert: whatever is right ends with that.
+FILES = {"source": "absent", "target": "new"}
+
+
+def nothing(*arguments: str) -> dict[str, set[str]]:
+    return {argument: set() for argument in arguments}
+
+
+# The call, arguments that are right, and for each argument which of the values it takes.
+Call = tuple[Any, dict[str, Any], dict[str, set[str]]]
+
+
+def calls(model: LanguageModel) -> dict[str, Call]:
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    cfg = {"cfg": CFG}
+    made = {"directory": "x", "cfg": CFG, "seed": 0}
+    return {
+        "load": (v4jax.load, {"path": "tiny"}, LOAD),
+        "generate": (model.generate, {"prompt": [1]}, PROMPT | {"top_logprobs": {"5"}}),
+        "stream": (model.stream, {"prompt": [1]}, PROMPT),
+        "logits": (model.logits, {}, {"tokens": {"ints"}}),
+        "with_adapter": (model.with_adapter, {}, {"path": {"None"}}),
+        "LanguageModel": (LanguageModel, {"engine": model.engine}, {"engine": set()}),
+        "tokenizer of": (LanguageModel, {"engine": model.engine}, {"tokenizer": {"None"}}),
+        "encode_chat": (v4jax.encode_chat, {"messages": [USER]}, CHAT),
+        "parse_chat": (v4jax.parse_chat, {"text": ""}, {"text": TEXT, "thinking_mode": set()}),
+        "ChatParser": (ChatParser, {}, {"thinking_mode": set()}),
+        "feed": (ChatParser().feed, {}, {"text": TEXT}),
+        "SamplingParams": (SamplingParams, {}, SAMPLING),
+        "StopStrings": (StopStrings, {}, {"stops": {"list", "texts", "empty"}}),
+        "Tokenizer": (Tokenizer, {}, {"inner": set()}),
+        "Tokenizer.load": (Tokenizer.load, {}, {"path": set()}),
+        "encode": (tokenizer.encode, {}, {"text": TEXT}),
+        "decode": (tokenizer.decode, {}, {"ids": {"list", "empty"}}),
+        "token_id": (tokenizer.token_id, {}, {"token": TEXT}),
+        "token_bytes": (tokenizer.token_bytes, {}, {"token_id": {"5"}}),
+        "StreamDecoder": (StreamDecoder, {}, {"tokenizer": set()}),
+        "demo tokenizer": (build_demo_tokenizer, {}, {"vocab_size": set()}),
+        "make_checkpoint": (random_checkpoint.make_checkpoint, made, CHECKPOINT),
+        "convert": (convert.convert, FILES, nothing("source", "target", "weights", "progress")),
+        "export": (export.export, FILES, nothing("source", "target", "progress")),
+        "merge": (
+            merge.merge,
+            FILES | {"update": "absent", "weights": "keep"},
+            nothing("source", "update", "target", "weights", "best", "progress"),
+        ),
+        "export_adapter": (
+            updates.export_adapter,
+            {"run": "absent", "target": "new"},
+            nothing("run", "target", "model", "best"),
+        ),
+        "preset": (config.preset, {}, {"name": set()}),
+        "preset_json": (config.preset_json, {}, {"name": set()}),
+        "make_mesh": (sharding.make_mesh, {}, nothing(*sharding.AXES, "devices")),
+        "report": (facts.report, {}, {"cfg": set()}),
+        "devices": (facts.devices, {}, {"nbytes": {"5"}}),
+        "release_bytes": (facts.release_bytes, {}, {"cfg": set()}),
+        "cache_bytes": (facts.cache_bytes, {}, {"cfg": set()}),
+        "find": (inspection.find, {}, {"name": set()}),
+        "config_of": (inspection.config_of, {}, {"name": set()}),
+        "show": (inspection.show, cfg, {"cfg": set(), "what": TEXT}),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return small_model()
+
+
+@pytest.fixture
+def nothing_runs(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(monkeypatch)
+    # As for users: only in tests is an annotation checked.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(call: Any) -> ValueError | None:
+    try:
+        call()
+    except ValueError as error:
+        return error
+    return None
+
+
+def fault(argument: str, takes: bool, error: ValueError | None) -> str:
+    """What is wrong with an outcome: an error is a sentence of the package, about the argument."""
+    if error is None or takes:
+        return "" if takes == (error is None) else f"takes it: {takes}; {error}"
+    told, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
+    named = argument in told or told.startswith(("The prompt", "Token", "x", "absent"))
+    ours = Path(where).is_relative_to(PACKAGE)
+    return "" if named and ours and told.endswith(".") else f"{error!r} of {where}"
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_value_works_or_is_refused_by_name(model: LanguageModel) -> None:
+    faults = [
+        f"{name}({argument}={what}): {wrong}"
+        for name, (call, right, places) in calls(model).items()
+        for argument, takes in places.items()
+        for what, value in VALUES.items()
+        for error in [refusal(lambda: call(**right | {argument: value}))]  # noqa: B023
+        if (wrong := fault(argument, what in takes, error))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_an_unknown_name_is_refused_with_those_there_are(model: LanguageModel) -> None:
+    for call, right, places in calls(model).values():
+        with pytest.raises(ArgumentError, match="has no argument 'zzz'; it takes") as told:
+            call(**right, zzz=1)
+        assert all(argument in str(told.value) for argument in places)

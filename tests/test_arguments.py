@@ -16,7 +16,7 @@ from v4jax.arguments import ArgumentError
 from v4jax.language_model import LanguageModel
 from v4jax.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")

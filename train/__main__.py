@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import sys
 import traceback
@@ -206,9 +207,15 @@ def _recipe(args: argparse.Namespace) -> Any:
     return read(args.recipe, given)
 
 
+def _quiet_orbax() -> None:
+    """When it is imported: it logs what options mean, and tracebacks of errors that it raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
 def _train(args: argparse.Namespace) -> int:
     from . import display, loop
 
+    _quiet_orbax()
     recipe = _recipe(args)
     _begin_processes(args)
     with display.live() as show:
@@ -219,6 +226,7 @@ def _train(args: argparse.Namespace) -> int:
 def _resume(args: argparse.Namespace) -> int:
     from . import display, loop
 
+    _quiet_orbax()
     _begin_processes(args)
     with display.live() as show:
         outcome = loop.resume(
@@ -250,6 +258,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from . import runs
 
+    _quiet_orbax()
     found = runs.evaluate(
         args.directory, files=tuple(args.data or ()), best=args.best, step=args.state
     )
@@ -269,6 +278,7 @@ def _plot(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import display, journal, tiny
 
+    _quiet_orbax()
     run = args.out / "run"
     overrides = {} if args.steps is None else {"steps.steps": args.steps}
     with display.live() as show:

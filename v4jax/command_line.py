@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import logging
 import os
 import sys
 import warnings
@@ -33,8 +32,6 @@ def process(program: str) -> Iterator[None]:
             # In this order each gets its own number back, which no other file can have then.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     choose_platform()
-    # Orbax logs the tracebacks of errors that it raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     stdout, stderr = _Watched(sys.stdout), _Watched(sys.stderr, forgiving=True)
     with (
         contextlib.redirect_stdout(stdout),  # pyright: ignore[reportArgumentType]

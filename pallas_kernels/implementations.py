@@ -215,7 +215,7 @@ class _Choice:
 
     name: str
     default: _Form
-    kernels: Mapping[str, _Form]
+    kernels: Mapping[str | None, _Form]
     mesh: Any
     results: Sequence[Any]
 

@@ -21,8 +21,8 @@ def load(ref: Any, layout: Any) -> Array:
 
 def store(ref: Any, value: Array) -> None:
     """Write a register array to a reference; bank conflicts and partial sectors are accepted."""
-    # Before JAX 0.12 plain assignments accept them.
-    if jax.__version_info__ < (0, 12):
-        ref[...] = value
+    # Before JAX 0.12 there is no such function, and plain assignments accept them.
+    if known := getattr(plgpu, "store", None):
+        known(ref, value, optimized=False)
     else:
-        plgpu.store(ref, value, optimized=False)
+        ref[...] = value

@@ -20,12 +20,14 @@ def interpreted(*, races: bool = False) -> Iterator[None]:
 
     Tiles must be copied from whole multiples of their size, and a race is an error unless `races`.
     """
-    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+    interpreters: Any = plgpu
+    if not hasattr(interpreters, "force_gpu_interpret_mode"):
         pytest.skip(f"JAX {jax.__version__} has no public interpreter of GPU kernels; 0.12 has.")
     misplaced: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plgpu, "copy_gmem_to_smem", _watched(plgpu.copy_gmem_to_smem, misplaced))
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=not races)):
+        params = interpreters.InterpretGPUParams(detect_races=not races)
+        with interpreters.force_gpu_interpret_mode(params):
             yield
         jax.effects_barrier()
         assert not misplaced, f"tiles begin at: {misplaced}"

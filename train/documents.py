@@ -5,7 +5,7 @@ Letters: N tokens of a document, D documents, S tokens of all of them one after 
 
 import collections
 import dataclasses
-import os
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -92,7 +92,7 @@ class Documents:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | Path,
     renderer: Renderer,
     *,
     skip_wrong: bool = False,

@@ -126,7 +126,8 @@ def _parts(content: list[Any], role: str, where: str) -> tuple[list[Any], list[s
         if not isinstance(part, Mapping):
             kept.append(part)
             continue
-        place, kind = f"{where}[{i}]", part.get("type")
+        kind: Any = part.get("type")
+        place = f"{where}[{i}]"
         is_reasoning = role == "assistant" and isinstance(kind, str) and kind in _REASONING_PARTS
         if not is_reasoning and kind not in TEXT_PARTS:
             known = ", ".join(TEXT_PARTS)

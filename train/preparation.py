@@ -259,7 +259,7 @@ def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> 
         rows = held // len(here)
         shape = (parts, rows * groups, length)
 
-        def of_group(index: tuple[slice, ...]) -> np.ndarray:
+        def of_group(index: Any) -> np.ndarray:
             first = here.index((index[1].start or 0) // rows) * rows
             return x_ABT[:, first : first + rows]
 

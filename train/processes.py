@@ -50,7 +50,7 @@ def keep_no_programs() -> None:
     order of collectives in loops and branches among the others: each process waits for another
     collective than its peers, and all die.
     """
-    config = jax.config
+    config: Any = jax.config
     used = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
     if not used or jax.process_count() == 1 or jax.devices()[0].platform != "cpu":
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax import runs, unfinished
+from v4jax import runs, sharding, unfinished
 from v4jax.runs import BEST, RECIPE, STATES
 from v4jax.text_files import read_text
 
@@ -152,5 +152,5 @@ def evaluate(
         saved.close()
     parts = Parts(trained, balanced, prepared.frozen)
     evaluator = Evaluator(recipe, prepared, held_out)
-    with preparation.on(prepared.mesh):
+    with sharding.on(prepared.mesh):
         return {"step": notes["step"]} | evaluator.measure(parts)

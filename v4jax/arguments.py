@@ -14,7 +14,7 @@ import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -128,7 +128,7 @@ def shown(value: Any) -> str:
     return _Shown().repr(scalar(value))
 
 
-def one_of(value: Any, names: Collection[str | None]) -> TypeGuard[str]:
+def one_of(value: Any, names: Collection[str | None]) -> bool:
     """Whether it is one of these strings, whatever it is."""
     return isinstance(value, str) and value in names
 

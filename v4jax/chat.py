@@ -227,7 +227,7 @@ def _read(message: Any, where: str, index: int | None) -> _Turn:
     """Check one message and make it a turn."""
     if not isinstance(message, Mapping):
         _refuse(where, f"is {_kind(message)}; a message is an object with 'role' and 'content'.")
-    role = message.get("role")
+    role: Any = message.get("role")
     if not one_of(role, ROLES):
         _refuse(f"{where}.role", f"is {shown(role)}; use one of {', '.join(ROLES)}.")
     content = _content(message, role, where)

@@ -24,10 +24,12 @@ class Range:
         most = "" if self.most in (_MOST_WHOLE, _MOST_REAL) else f", at most {self.most:g}"
         return f"{kind} {least}{most}"
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: Any) -> bool:
         kind = numbers.Integral if self.whole else numbers.Real
-        is_number = isinstance(value, kind) and not isinstance(value, bool)
-        return is_number and bool(self.least <= value <= self.most)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        number: Any = value
+        return bool(self.least <= number <= self.most)
 
 
 def _whole(least: int, most: int = _MOST_WHOLE) -> Range:

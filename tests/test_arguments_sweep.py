@@ -51,7 +51,7 @@ VALUES: dict[str, Any] = {
     "class": np.float32,
 }
 TEXT = {"text", "no text", "long text"}
-PATHS = {"text", "long text"}
+PATHS = {"text"}
 SAMPLING = {
     "temperature": {"5", "1.5"},
     "top_k": {"5", "huge"},
@@ -177,7 +177,7 @@ def fault(argument: str, takes: bool, error: ValueError | None) -> str:
     if error is None or takes:
         return "" if takes == (error is None) else f"takes it: {takes}; {error}"
     told, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
-    named = argument in told or told.startswith(("The prompt", "Token", "x", "absent"))
+    named = argument in told or told.startswith(("The prompt", "Token", "No preset", "x", "absent"))
     ours = Path(where).is_relative_to(PACKAGE)
     return "" if named and ours and told.endswith(".") else f"{error!r} of {where}"
 

@@ -6,6 +6,7 @@ is imported here: their scalars and arrays are known by `ndim`, `item` and `toli
 
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -240,7 +241,14 @@ def _flag(value: Any) -> bool:
 
 def _is_path(value: Any) -> bool:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return isinstance(text, str) and text != ""
+    if not isinstance(text, str) or not text:
+        return False
+    try:
+        os.lstat(os.path.expanduser(text))
+    except (OSError, ValueError) as error:
+        # What is not there may be made, or be a name on the Hub; what cannot be is no path.
+        return not isinstance(error, ValueError) and error.errno != errno.ENAMETOOLONG
+    return True
 
 
 FLAG = Kind("True or False", _flag)

@@ -67,7 +67,7 @@ def report(cfg: ModelConfig) -> Report:
     )
 
 
-@checked(nbytes=whole(0))
+@checked(nbytes=whole(0, 2**63 - 1))
 def devices(nbytes: int) -> dict[str, int]:
     """The least number of each device that holds so many bytes."""
     return {name: math.ceil(nbytes / (gib * GIB)) for name, gib in DEVICES.items()}

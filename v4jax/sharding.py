@@ -41,7 +41,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 @checked(
-    **{axis: whole(1) for axis in AXES},
+    **{axis: whole(1, 2**31 - 1) for axis in AXES},
     devices=optional(sequence("a list of JAX devices", of=jax.Device)),
 )
 def make_mesh(

@@ -149,7 +149,7 @@ class StreamDecoder:
         return text
 
 
-@checked(vocab_size=arguments.whole(0))
+@checked(vocab_size=arguments.whole(0, 2**32 - 1))
 def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """A small tokenizer for demo checkpoints, made from nothing; it round-trips any text.
 

@@ -215,7 +215,7 @@ class _Choice:
 
     name: str
     default: _Form
-    kernels: Mapping[str | None, _Form]
+    kernels: Mapping[str, _Form]
     mesh: Any
     results: Sequence[Any]
 
@@ -258,7 +258,7 @@ def _(*leaves: Any, choice: _Choice) -> Any:
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
     def rule(context: Any, *values: Any, choice: _Choice) -> Any:
-        run = choice.kernels.get(platform, choice.default)
+        run = choice.kernels.get(platform or "", choice.default)
         with jax.sharding.use_abstract_mesh(choice.mesh):
             return mlir.lower_fun(run, multiple_results=True)(context, *values)
 

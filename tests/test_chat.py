@@ -262,9 +262,11 @@ def test_effort_of_0731_is_low_unless_given():
     )
 
 
-def test_no_messages_are_the_beginning_alone():
-    assert encode([], "thinking", "max") == BOS
-    assert encode([], add_bos=False) == ""
+def test_no_messages_are_refused_and_of_segments_the_beginning_alone():
+    with pytest.raises(ValueError, match="it must be a list of one or more messages"):
+        encode([], "thinking", "max")
+    assert [part.text for part in chat.chat_segments([], "thinking", "max")] == [BOS]
+    assert chat.chat_segments([], add_bos=False) == []
 
 
 def test_add_bos_false_leaves_the_beginning_off():

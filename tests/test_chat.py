@@ -349,10 +349,9 @@ def test_bad_messages_are_refused_by_index_and_field(message, problem, where):
         ),
     ],
 )
-@pytest.mark.parametrize("messages", [[], [user("u")]])
-def test_unknown_settings_are_refused_in_any_mode(messages, arguments, problem):
+def test_unknown_settings_are_refused_in_any_mode(arguments, problem):
     with pytest.raises(ValueError, match=problem):
-        encode(messages, **arguments)
+        encode([user("u")], **arguments)
 
 
 def test_every_special_token_is_listed_once():
@@ -387,6 +386,7 @@ MESSAGES = st.lists(
             st.sampled_from([[], [], [TOOL]]),
         ),
     ),
+    min_size=1,
     max_size=7,
 )
 SETTINGS = st.fixed_dictionaries(
@@ -407,9 +407,9 @@ def test_messages_are_never_changed(messages, arguments):
 
 
 @settings(deadline=None, max_examples=300)
-@given(MESSAGES, MESSAGES, SETTINGS)
+@given(st.just([]) | MESSAGES, MESSAGES, SETTINGS)
 def test_with_a_context_the_rest_of_the_whole_text_is_written(context, messages, arguments):
-    if messages and messages[0]["role"] in ("user", "tool"):
+    if messages[0]["role"] in ("user", "tool"):
         messages = [{"role": "latest_reminder", "content": "apart"}, *messages]
     whole = encode([*context, *messages], **arguments)
     rest = encode(messages, **arguments, context=context)

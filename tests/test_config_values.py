@@ -186,8 +186,12 @@ def with_tokenizer(path: Path) -> None:
     build_demo_tokenizer(TINY["vocab_size"]).save(str(path / "tokenizer.json"))
 
 
+def ends_beside(file: Path) -> tuple[int, ...]:
+    return config_file.end_tokens(file.parent, config_file.read(file))
+
+
 def test_the_end_comes_from_the_first_file_that_tells_it(tmp_path: Path) -> None:
-    ends = lambda raw, **files: config_file.read(directory(tmp_path, raw, **files)).eos_token_ids
+    ends = lambda raw, **files: ends_beside(directory(tmp_path, raw, **files))
     assert ends(WITHOUT) == ()
     with_tokenizer(tmp_path)
     assert ends(WITHOUT) == (1,)
@@ -221,7 +225,7 @@ def test_a_wrong_end_beside_the_configuration_is_refused(
     with_tokenizer(tmp_path)
     file = directory(tmp_path, WITHOUT, **files)
     if says is None:
-        assert config_file.read(file).eos_token_ids == (1,)
+        assert ends_beside(file) == (1,)
         return
     with pytest.raises(ValueError, match=says):
-        config_file.read(file)
+        ends_beside(file)

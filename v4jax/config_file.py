@@ -1,6 +1,5 @@
 """A checkpoint's configuration: config.json, and what it leaves to the files beside it."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,21 @@ _NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def read(file: Path) -> ModelConfig:
-    """The configuration of the checkpoint that a config.json belongs to.
+    """What a config.json says; see `config_json.from_json`."""
+    return config_json.from_json(checkpoint_files.read_json(file), where=str(file))
 
-    Where it does not say which tokens end a text, generation_config.json does, else the tokenizer.
-    Without all of them nothing does.
+
+def end_tokens(directory: Path, cfg: ModelConfig) -> tuple[int, ...]:
+    """The tokens that end a text: config.json's, else generation_config.json's or the tokenizer's.
+
+    Without all of them there are none.
 
     Raises:
       CheckpointError: a file is no JSON object, or there is a tokenizer but no end of a text.
-      ValueError: see `config_json.from_json`.
     """
-    cfg = config_json.from_json(checkpoint_files.read_json(file), where=str(file))
     if cfg.eos_token_ids:
-        return cfg
-    return dataclasses.replace(cfg, eos_token_ids=_end_tokens(file.parent, cfg.vocab_size))
-
-
-def _end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    generation = directory / _GENERATION
+        return cfg.eos_token_ids
+    vocab_size, generation = cfg.vocab_size, directory / _GENERATION
     told = _read(generation).get("eos_token_id")
     if told not in (None, []):
         return _checked(generation, told, vocab_size)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from v4jax import hub, huggingface, native, numerics, passengers, updates
+from v4jax import config_file, hub, huggingface, native, numerics, passengers, updates
 from v4jax.config import ModelConfig
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
@@ -34,6 +34,7 @@ def load(
     update = None if adapter is None else _read_update(adapter, updates.open_config(directory))
     read: Any = native.load if native.is_native(directory) else huggingface.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
+    cfg = dataclasses.replace(cfg, eos_token_ids=config_file.end_tokens(directory, cfg))
     text = passengers.tokenizer(directory, cfg.vocab_size)
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))

@@ -172,7 +172,7 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_number(tmp_path: Path) -> None:
         ("a.json", b"[]", "the file has no rows"),
         ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "is no JSON list of rows (Extra data"),
         ("a.json", b"[" * 10_000, "is no JSON list of rows"),
-        ("a.gz", gzip.compress(LINES)[:-12], "is damaged"),
+        ("a.gz", gzip.compress(LINES, mtime=0)[:-12], "is damaged"),
         ("a.gz", b"\x1f\x8bnothing", "is damaged"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "it is in UTF-16; save it in UTF-8"),
     ],

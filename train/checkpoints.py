@@ -147,8 +147,8 @@ def _explained(folder: Any, step: int) -> Iterator[None]:
     except Exception as error:
         folder = Path(folder)
         if jax.process_index() == 0:
-            for name in ocp.utils.tmp_checkpoints(folder):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         text = " ".join(str(error).split())
         full = next((full for full in _FULL if full in text), None)
         steps = ocp.utils.checkpoint_steps(folder)

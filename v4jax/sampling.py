@@ -218,9 +218,15 @@ def sample(
     state = dataclasses.replace(
         state,
         drawn_B=state.drawn_B + 1,
-        count_BV=state.count_BV.at[jnp.arange(B), token_B].add(1),
+        count_BV=state.count_BV + _one_hot(token_B, state.count_BV.shape[1]),
     )
     return token_B, logprob_B, (top_id_BN, top_BN - logsum_B[:, None]), state
+
+
+def _one_hot(token_B: Int32[Array, " B"], vocab: int) -> Int32[Array, "B V"]:
+    """One at each row's token. XLA would gather the rows of a split vocabulary to scatter there."""
+    id_V = jnp.arange(vocab, dtype=jnp.int32)
+    return (id_V[None] == token_B[:, None]).astype(jnp.int32)
 
 
 def penalised_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:

@@ -19,7 +19,7 @@ from v4jax.numerics import HF
 from v4jax_train import preparation, step, trainable
 from v4jax_train.trainable import Full, Parts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick
 # CSA by token id, HCA of a ratio that gives its pool a size of its own.
 CFG = dataclasses.replace(
     exchanges.CFG, layers=(LayerKind("csa", 4, "hash"), LayerKind("hca", 2, "routed"))

@@ -203,7 +203,7 @@ def sample(
     Raises:
       ValueError: N is not 0 to V.
     """
-    _B, V = logits_BV.shape
+    V = logits_BV.shape[1]
     if not 0 <= top_logprobs <= V:
         raise ValueError(f"top_logprobs is {top_logprobs}; it must be 0 to {V}, the vocabulary.")
     keep_logits = lambda x_BV, _: x_BV

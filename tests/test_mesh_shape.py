@@ -83,7 +83,7 @@ def placed(cfg: ModelConfig, **sizes: int) -> Any:
         ("pro", {"fsdp": 16, "expert": 16}, ("expert 16 x fsdp 16", "384")),
         ("flash", {"expert": 512}, ("dim of 256", "data 2, fsdp 1, expert 256, tensor 1")),
         ("flash", {"tensor": 3}, ("tensor 3", "The nearest mesh that works has")),
-        ("flash", {"fsdp": 48}, ("expert 1 x fsdp 48", "dim of 256")),
+        ("flash", {"fsdp": 48}, ("A mesh of fsdp 48 ", "dim of 4096", "of embed_VD and")),
         ("flash", {"data": 5, "expert": 7}, ("expert 7", "data 35, fsdp 1, expert 1, tensor 1")),
     ],
 )
@@ -98,7 +98,8 @@ def test_a_mesh_that_does_not_divide_a_large_weight_is_refused(
 
 def test_the_nearest_mesh_works_and_the_bytes_are_those_of_a_device() -> None:
     pro = config.preset("pro")
-    with pytest.raises(ValueError, match=r"hold it whole: 80\d\.\d GiB of stacks"):
+    # 384 experts of 62 layers, three matrices of 7168 x 3072 each, at 4.25 bits a weight.
+    with pytest.raises(ValueError, match=r"hold it whole: 778\.1 GiB of .* and 29 others"):
         placed(pro, expert=256)
     placed(pro, data=2, expert=128)
 
@@ -134,7 +135,9 @@ def test_loading_refuses_before_it_reads(tmp_path: Any) -> None:
     random_checkpoint.make_checkpoint(tmp_path / "model", checkpoints.tiny(), 0)
     other = Mesh(np.array(jax.devices()), ("x",))
     seen: list[Any] = []
-    with pytest.raises(ValueError, match=r"axes x; make one with v4jax\.sharding\.make_mesh"):
+    with pytest.raises(
+        ValueError, match=r"mesh is .*; it must be .* from v4jax\.sharding\.make_mesh"
+    ):
         v4jax.load(tmp_path / "model", mesh=other, progress=lambda *args: seen.append(args))
     assert not seen
 
@@ -166,5 +169,5 @@ def test_texts_of_meshes() -> None:
     }
     with pytest.raises(ValueError, match="needs 4 devices; there are 8"):
         sharding.read_mesh("tensor=4")
-    with pytest.raises(ValueError, match="there are 8"):
+    with pytest.raises(ValueError, match="data is -1; it must be a whole number, 1 or more"):
         sharding.make_mesh(data=-1, expert=-8)

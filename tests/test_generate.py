@@ -135,7 +135,7 @@ def test_one_program_serves_every_length_and_setting_of_a_bucket(model: Language
 
 def test_text_is_encoded_and_decoded(model: LanguageModel) -> None:
     tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
-    prompt = "Hello, wörld: 你好"
+    prompt = "Hello, w\u00f6rld: \u4f60\u597d"
     out = model.generate(prompt, max_tokens=9, temperature=0.0)
     assert len(out.tokens) == 9
     assert (

@@ -152,7 +152,7 @@ def test_loading_refuses_before_it_reads(tmp_path: Any) -> None:
         "tensor=8,tensor=1",
         "model=8",
         "tensor=8.0",
-        "tensor=²",
+        "tensor=\u00b2",
     ],
 )
 def test_texts_that_are_no_mesh_are_told_what_is_known(text: str) -> None:

@@ -74,7 +74,7 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
         ("[adapter]\nrank = 0\n[steps]\nsteps = 5", "adapter: rank is 0; it is at least 1."),
         ('[adapter]\ntargets = ["attn", "kv"]', "adapter: targets has 'kv'; it is one of attn, "),
         ("[adapter]\ntargets = 3", "adapter.targets is 3; it is a list of strings."),
-        ("[adapter]\nalpha = nan", "adapter: alpha is nan; it is a finite number."),
+        ("[adapter]\nalpha = nan", "adapter.alpha is nan; it is a finite number."),
         ("[adaptor]\n", "The recipe has no 'adaptor'; did you mean 'adapter'?"),
         ("adapter = 3\n", "adapter is 3; it is a table."),
         (MINIMAL + "batch = 6\nparts = 4", "steps: batch is 6; use a multiple of parts, 4."),
@@ -82,8 +82,11 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
         (MINIMAL + '[model]\ndtype = "half"', "model.dtype is 'half'; it is one of 'bfloat16'"),
         (MINIMAL + "[data]\nseq_len = 100", "data: seq_len is 100; use a multiple of 128."),
         (MINIMAL + "seed = 4294967296", "steps.seed is 4294967296; it is at most 2.14748e+09."),
-        (MINIMAL + "[guard]\nspike = nan", "guard.spike is nan; it is at most 3.40282e+38."),
-        ("[adapter]\nalpha = inf\n[steps]\nsteps = 5", "adapter.alpha is inf; it is at most"),
+        (MINIMAL + "[guard]\nspike = nan", "guard.spike is nan; it is a finite number."),
+        (
+            "[adapter]\nalpha = inf\n[steps]\nsteps = 5",
+            "adapter.alpha is inf; it is a finite number.",
+        ),
         ("a = " + "[" * 3000, "is not TOML"),
         ("[steps]\nsteps = " + "9" * 5000, "is not TOML"),
         (MINIMAL + "[losses]\nmtp = 0.1", "[losses] trains MTP blocks, routers and indexers"),
@@ -117,7 +120,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "nan": (),
     "-inf": (),
     "1e300": (),
-    "9223372036854775808": (),
+    "9223372036854775808": (float,),
     "true": (bool,),
     '"word"': (str, str | None, tuple[str, ...]),
     "[1, 2]": (),
@@ -125,7 +128,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     '["word", 3]': (),
     "[]": (tuple[str, ...],),
     "{}": (dict,),
-    "{ a = { b = 1 } }": (),
+    "{ a = { b = 1 } }": (dict,),
     "[{ a = 1 }]": (),
     "2026-11-29": (),
     "2026-11-29T10:00:00Z": (),
@@ -143,7 +146,9 @@ def test_a_value_of_a_wrong_type_is_one_line(name: str, hint: Any, tmp_path: Pat
         line = f"{field} = {value}\n"
         place = f"[{table}]\n{line}" if table else line
         file.write_text(place + "[adapter]\n" * (name.split(".")[0] != "adapter"))
-        with pytest.raises(ValueError, match=rf"recipe\.toml: {name} is ") as caught:
+        with pytest.raises(
+            ValueError, match=rf"recipe\.toml: ({name} is |{table}: {field} (has|is) )"
+        ) as caught:
             recipe.read(file)
         assert "\n" not in str(caught.value)
 

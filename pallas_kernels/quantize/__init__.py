@@ -209,10 +209,11 @@ def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     if layer is not None:
         check_arrays(op, {"layer": layer}, integers=("layer",))
     check_weight(op, "w", w)
-    if len(w.shape) != (2 if layer is None else 3):
+    shape = getattr(w, "shape", ())  # A plain number has none.
+    if len(shape) != (2 if layer is None else 3):
         wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"
-        raise ValueError(f"{op}: w stands for {w.shape}; it takes {wanted}.")
-    N, K = w.shape[-2:]
+        raise ValueError(f"{op}: w stands for {shape}; it takes {wanted}.")
+    N, K = shape[-2:]
     if N % groups or groups * K != x.shape[-1]:
         raise ValueError(
             f"{op}: x has {x.shape[-1]} channels; {groups} groups of a matrix of {N} x {K} take "

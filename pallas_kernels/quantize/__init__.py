@@ -209,7 +209,7 @@ def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     if layer is not None:
         check_arrays(op, {"layer": layer}, integers=("layer",))
     check_weight(op, "w", w)
-    shape = getattr(w, "shape", ())  # A plain number has none.
+    shape: Any = getattr(w, "shape", ())  # A plain number has none.
     if len(shape) != (2 if layer is None else 3):
         wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"
         raise ValueError(f"{op}: w stands for {shape}; it takes {wanted}.")

@@ -177,8 +177,8 @@ def fault(argument: str, takes: bool, error: ValueError | None) -> str:
     if error is None or takes:
         return "" if takes == (error is None) else f"takes it: {takes}; {error}"
     told, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
-    named = argument in told or told.startswith(("The prompt", "Token", "No preset", "x"))
-    named |= "absent" in told
+    places = ("The prompt", "Token", "No preset", "x", "absent", str(Path("absent").absolute()))
+    named = argument in told or told.startswith(places)
     ours = Path(where).is_relative_to(PACKAGE)
     return "" if named and ours and told.endswith(".") else f"{error!r} of {where}"
 

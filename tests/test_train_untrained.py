@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -54,7 +55,8 @@ def said(chosen: recipe.Recipe, samples: int = 9) -> str:
 
 
 def test_an_answer_that_is_cut_away_is_no_step(write: Any) -> None:
-    chosen = settings(write(chat(300), chat(3), chat(900)))
+    # All simulated devices share the one pack of a batch.
+    chosen = settings(write(chat(300), chat(3), chat(900)), mesh={"tensor": jax.device_count()})
     found = packs(chosen)
     assert len(found) == 1
     assert found[0]["trained"].any()

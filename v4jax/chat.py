@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NoReturn
 
-from v4jax.arguments import FLAG, checked, choice, one_of, sequence, shown
+from v4jax.arguments import FLAG, checked, choice, one_of, optional, sequence, shown
 
 _BAR = "\uff5c"
 BOS = f"<{_BAR}begin\u2581of\u2581sentence{_BAR}>"
@@ -41,6 +41,7 @@ EFFORTS: dict[str, dict[str | None, str | None]] = {
 }
 _SETTINGS = {
     "thinking_mode": choice(*THINKING_MODES),
+    "reasoning_effort": optional(choice("low", "high", "max")),
     "drop_thinking": FLAG,
     "revision": choice(*EFFORTS),
     "context": sequence("a list of messages"),
@@ -377,7 +378,7 @@ def _json(value: Any, where: str) -> str:
 
 def _effort_text(effort: str | None, revision: str) -> str:
     efforts = EFFORTS[revision]
-    if effort is not None and not one_of(effort, efforts):
+    if effort not in efforts:
         known = ", ".join(str(name) for name in efforts)
         _refuse("reasoning_effort", f"is {shown(effort)}; revision {revision} has {known}.")
     name = efforts[effort]

@@ -196,9 +196,9 @@ def test_of_how_a_call_is_written(model: Any) -> None:
         (
             [USER],
             {"reasoning_effort": ["high"]},
-            "reasoning_effort is .*; it must be None or one of low, high, max",
+            "reasoning_effort is .*; it must be None or a string",
         ),
-        ([USER], {"reasoning_effort": 3}, "reasoning_effort is 3; it must be None or one of low"),
+        ([USER], {"reasoning_effort": 3}, "reasoning_effort is 3; it must be None or a string"),
         ([USER], {"reasoning_effort": "low"}, "reasoning_effort is 'low'; revision april has None"),
         ([USER], {"revision": {}}, "revision is {}; use one of april, 0731"),
         ([USER], {"drop_thinking": "no"}, "drop_thinking is 'no'; it must be True or False"),

@@ -137,18 +137,19 @@ def test_a_run_that_goes_wrong_stops_with_its_last_good_state(make: Any) -> None
     lines: list[dict[str, Any]] = []
     with pytest.raises(loop.Stopped, match="2 wrong in a row"):
         loop.begin(settings, show=lines.append)
-    assert [line["skipped"] for line in lines] == [0.0, 1.0, 1.0]
+    assert [line["skipped"] for line in lines] == [0.0, 0.0, 1.0, 1.0]
     directory = Path(settings.out)
-    # The first update was of finite numbers, so it stands; what came after changed nothing.
+    # Two updates were of finite numbers, so they stand: the first moves one factor, the second the
+    # other. What came after changed nothing.
     written = journal.read(directory, "step")
-    assert [line["step"] for line in written] == [1, 2, 3]
-    assert written[1]["loss"] is None
+    assert [line["step"] for line in written] == [1, 2, 3, 4]
+    assert written[2]["loss"] is None
     assert len(list((directory / loop.BAD).iterdir())) == 2
 
 
 def test_a_recipe_that_stops_at_a_wrong_step_stops_at_the_first(make: Any) -> None:
     settings = make(optimizer={"rate": 1e30}, guard={"action": "stop"}, steps={"steps": 9})
-    with pytest.raises(loop.Stopped, match="Step 2 had a loss of nan"):
+    with pytest.raises(loop.Stopped, match="Step 3 had a loss of nan"):
         loop.begin(settings, show=silent)
 
 

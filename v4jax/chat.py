@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NoReturn
 
-from v4jax.arguments import FLAG, checked, choice, one_of, optional, sequence, shown
+from v4jax.arguments import FLAG, TEXT, checked, choice, one_of, optional, sequence, shown
 
 _BAR = "\uff5c"
 BOS = f"<{_BAR}begin\u2581of\u2581sentence{_BAR}>"
@@ -41,7 +41,7 @@ EFFORTS: dict[str, dict[str | None, str | None]] = {
 }
 _SETTINGS = {
     "thinking_mode": choice(*THINKING_MODES),
-    "reasoning_effort": optional(choice("low", "high", "max")),
+    "reasoning_effort": optional(TEXT),
     "drop_thinking": FLAG,
     "revision": choice(*EFFORTS),
     "context": sequence("a list of messages"),

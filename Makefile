@@ -13,14 +13,25 @@ demo: $(VENV)/run
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
 
-# The whole suite on PYTHON, then a part of it on the other end of the supported versions.
-test: check test-whole test-others
+# The whole suite on PYTHON, then a part of it on the other end of the supported versions. Types are
+# checked beside it: their one process would leave the other cores idle.
+test:
+	@$(MAKE) $(TEST)/ready
+	@$(MAKE) --jobs 2 check test-whole
+	@$(MAKE) test-others
 
+# Of one Python: all tests but those about compiled programs, then these.
 PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+define run-tests
+	XLA_FLAGS="$$($(1) -m tests.quick)" $(1) $(PYTEST) -m "not full_compilation" $(2)
+	$(1) $(PYTEST) -m full_compilation $(2)
+endef
+
+# Whatever the shell says: without the tests' bytecode each process would compile them anew.
+test-whole test-part: export PYTHONDONTWRITEBYTECODE :=
 
 test-whole: $(TEST)/ready
-	$(TEST)/bin/python $(PYTEST) -m "not quick"
-	XLA_FLAGS="$$($(TEST)/bin/python -m tests.quick)" $(TEST)/bin/python $(PYTEST) -m quick
+	$(call run-tests,$(TEST)/bin/python)
 
 ENDS := 3.11 3.13
 VERSION = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -44,8 +55,7 @@ FILES = $(PART:%=tests/test_%.py) -k "not v5p and not tpu7x"
 
 test-part: $(VENV)/part
 	$(BIN)/v4jax demo
-	$(BIN)/python $(PYTEST) -m "not quick" $(FILES)
-	XLA_FLAGS="$$($(BIN)/python -m tests.quick)" $(BIN)/python $(PYTEST) -m quick $(FILES)
+	$(call run-tests,$(BIN)/python,$(FILES))
 
 check: $(TEST)/ready
 	$(TEST)/bin/ruff format --check

@@ -1,7 +1,9 @@
 """Settings every test runs under: CPU, eight simulated devices, strict dtypes and ranks."""
 
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -13,6 +15,23 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).parent.parent
+# Folders of the source tree, and what they are called when imported.
+PACKAGES = {"v4jax": "v4jax", "pallas_kernels": "pallas_kernels", "train": "v4jax_train"}
+
+
+def modules_with_shapes() -> Iterator[str]:
+    """The modules that annotate arrays. Checks of all others would take most of the tests' time."""
+    for folder, package in PACKAGES.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if re.search("^from jaxtyping import", file.read_text("utf-8"), re.MULTILINE):
+                inside = file.relative_to(ROOT / folder).with_suffix("").parts
+                yield ".".join((package, *inside)).removesuffix(".__init__")
+
+
+install_import_hook(list(modules_with_shapes()), "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,8 +1,8 @@
 """Programs for hosts compiled in a third of the time: not as for users.
 
-Without LLVM's optimisations and by XLA's plain emitters: for whole models that run for less time
-than they would take to compile. `make test` runs the tests marked `quick` in processes of their
-own, with what this file prints as `XLA_FLAGS`.
+Without LLVM's optimisations and by XLA's plain emitters: most tests run their programs for less
+time than they would take to compile. `make test` gives what this file prints to these tests as
+`XLA_FLAGS`; those marked `full_compilation` run in processes of their own without it.
 """
 
 import jax

@@ -14,7 +14,6 @@ from tests import models
 from v4jax import peft, random_checkpoint, updates
 from v4jax_train import loop, recipe
 
-pytestmark = pytest.mark.quick
 # A vocabulary with room for the special tokens, and rows that a window of 128 does not hold.
 CFG = dataclasses.replace(models.config(models.CSA), vocab_size=300)
 TARGETS = ["q_b_proj", "kv_proj", "weights_proj", "experts.down_proj"]

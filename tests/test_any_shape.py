@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +32,6 @@ from tests import (
     test_sparse_attention_gradients,
 )
 
-pytestmark = pytest.mark.quick
 FEW = settings(deadline=None, max_examples=3)  # each is compiled anew
 MANY = settings(deadline=None, max_examples=6)
 SEED = st.integers(0, 2**32 - 1)

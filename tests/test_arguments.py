@@ -16,8 +16,6 @@ from v4jax.arguments import ArgumentError
 from v4jax.language_model import LanguageModel
 from v4jax.sampling import SamplingParams
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:

@@ -17,7 +17,6 @@ from v4jax import native, random_checkpoint
 from v4jax.__main__ import main
 from v4jax.chat import encode_chat
 
-pytestmark = pytest.mark.quick
 COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
 Capsys = pytest.CaptureFixture[str]
 

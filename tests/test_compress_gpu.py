@@ -81,6 +81,7 @@ def test_a_chunk_shorter_than_a_window() -> None:
     np.testing.assert_allclose(run("prefill", args, static), expected_BnK, **CLOSE)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", ["flash hca", "flash csa", "flash index"])
 @pytest.mark.parametrize("step", [False, True])
 def test_full_size_compiles_for_h200(name: str, step: bool) -> None:
@@ -96,6 +97,7 @@ def test_full_size_compiles_for_h200(name: str, step: bool) -> None:
     assert targets.temporaries(program) <= table + first
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(("M", "B", "n", "overlap"), [(128, 1, 64, 1), (4, 8, 1, 2)])
 def test_the_first_step_alone_compiles_for_h200(M: int, B: int, n: int, overlap: int) -> None:
     struct = jax.ShapeDtypeStruct

@@ -70,6 +70,7 @@ def test_gradients_of_pooling() -> None:
     close(got, expected)
 
 
+@pytest.mark.full_compilation
 def test_gradients_beside_the_kernel_compile() -> None:
     shape = SHAPES["flash index"]
     run = functools.partial(compress.prefill, **settings(shape, jnp.bfloat16))

@@ -107,6 +107,7 @@ def full_size(shape: Shape, B: int, T: int) -> tuple[Any, ...]:
     return (*tokens, struct((B,), jnp.int32), *weights, table)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize("name", ["flash hca", "flash csa", "flash index"])
 def test_tokens_are_read_where_they_lie(name: str, target: Any) -> None:

@@ -14,7 +14,6 @@ from v4jax import cache as caches
 from v4jax import steps
 from v4jax.numerics import HF, OFFICIAL, Numerics
 
-pytestmark = pytest.mark.quick
 CFG = models.config(SLIDING, CSA, HCA, CSA)
 LENGTH = 90
 TOKENS = models.tokens(CFG, 2, LENGTH)

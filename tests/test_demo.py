@@ -16,8 +16,6 @@ from v4jax.language_model import LanguageModel
 from v4jax.model import Model
 from v4jax_train import loss, tiny
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:

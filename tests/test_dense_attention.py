@@ -269,6 +269,7 @@ def temporaries(op: Any, arrays: dict[str, Any], **settings: Any) -> float:
     return memory.temp_size_in_bytes / 2**20
 
 
+@pytest.mark.full_compilation
 def test_temporaries_stay_small_at_65536_entries() -> None:
     """A layer of the pool is 32 MiB, and logits of all heads and queries would be 1 GiB."""
     shape, S, T, spare = SHAPES["bench"], 65536, 512, 8

@@ -111,6 +111,7 @@ def full(name: str, S: int) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("target", "name", "S"),
     [

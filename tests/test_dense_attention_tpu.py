@@ -183,6 +183,7 @@ def assert_compiles(target: Any, op: Any, structs: tuple[Any, ...], **static: An
     assert targets.temporaries(program) <= 2**20
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_full_shapes_compile_without_temporaries(name: str, target: str) -> None:
@@ -190,6 +191,7 @@ def test_full_shapes_compile_without_temporaries(name: str, target: str) -> None
     assert_compiles(target, dense_attention.prefill, full_prefill(name, 4096, 8192), window=128)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 def test_sliding_layers_and_drafts_compile(target: str) -> None:
     assert_compiles(target, dense_attention.decode, full_decode("flash", 64, 2, 0))

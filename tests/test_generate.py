@@ -18,7 +18,6 @@ from v4jax.numerics import HF
 from v4jax.sampling import SamplingParams
 from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
 
-pytestmark = pytest.mark.quick
 VOCAB = 300
 CFG = models.config(
     models.SLIDING, models.CSA, models.HCA, vocab_size=VOCAB, max_position_embeddings=512

@@ -153,6 +153,7 @@ def test_tokens_without_an_expert_get_zero_and_may_hold_anything(tokens: int) ->
     np.testing.assert_allclose(run(args, "xla"), want, rtol=0, atol=CLOSE * np.abs(clean).max())
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("tokens", [1, 30, 700])
 @pytest.mark.parametrize("form", ["dense", "fp8", "fp4"])
 def test_no_layer_is_copied(form: str, tokens: int) -> None:

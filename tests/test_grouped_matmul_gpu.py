@@ -116,6 +116,7 @@ def weight_struct(form: str, E: int, N: int, K: int) -> Any:
             return STRUCT((2, E, N, K), jnp.bfloat16)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("name", "T", "form"),
     [

@@ -145,6 +145,7 @@ def test_the_base_of_a_low_rank_update_gets_no_gradient(impl: Any) -> None:
     assert np.any(grad.b)
 
 
+@pytest.mark.full_compilation
 def test_frozen_matrices_cost_nothing_backward_and_tokens_never_meet_all_experts() -> None:
     shape = Shape(experts=32, choices=2, hidden=256, expert_hidden=128)
     args = inputs(shape, 200, layers=1)

@@ -219,6 +219,7 @@ def activation_bytes(model: str, tokens: int) -> int:
     return 2 * rows * (2 * shape.hidden + shape.expert_hidden) + 8 * tokens * shape.hidden
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("chip", "model", "form", "tokens"),
     [
@@ -240,6 +241,7 @@ def test_compiles_at_full_size(chip: targets.Target, model: str, form: str, toke
     assert targets.temporaries(program) <= activation_bytes(model, tokens) + 2**20
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(("chip", "form"), [("v5p", "fp8"), ("tpu7x", "fp4 and low rank")])
 def test_backward_compiles_at_full_size(chip: targets.Target, form: str) -> None:
     x_TD, expert_TA, weight_TA, *weights, layer = structs("flash", form, 8)

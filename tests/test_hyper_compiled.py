@@ -97,6 +97,7 @@ def test_gradients_are_the_references(op: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
 @pytest.mark.parametrize("target", targets.TPU_TOPOLOGIES)
@@ -112,6 +113,7 @@ def test_tpus_read_the_streams_once(target: Any, name: str, op: str) -> None:
         assert cost["bytes accessed"] <= 2 * B * T * shape.hidden
 
 
+@pytest.mark.full_compilation
 def test_any_number_of_tokens_compiles() -> None:
     for op, T in (("pre", 3), ("post", 3), ("post", 67), ("head", 3)):
         shape = SHAPES["flash"]
@@ -119,6 +121,7 @@ def test_any_number_of_tokens_compiles() -> None:
         assert "tpu_custom_call" in (program.as_text() or "")
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_gpus_keep_no_streams_between(name: str, op: str) -> None:
@@ -127,6 +130,7 @@ def test_gpus_keep_no_streams_between(name: str, op: str) -> None:
     assert targets.temporaries(program) <= 2**21
 
 
+@pytest.mark.full_compilation
 def test_weights_of_fewer_bits_are_left_to_xla() -> None:
     shape = Shape(streams=2, hidden=128)
     output, x, *weights = arrays("post", shape, 1, 2)

@@ -226,6 +226,7 @@ def test_gradient_of_the_scores_is_the_formula() -> None:
     np.testing.assert_array_equal(grad_BTI, np.maximum(dots, 0).sum(-1))
 
 
+@pytest.mark.full_compilation
 def test_temporaries_stay_small_at_65536_entries() -> None:
     """Products of all heads would be 1 GiB, and scores of all queries 128 MiB."""
     shape, S, T = SHAPES["bench"], 65536, 512

@@ -55,6 +55,7 @@ def test_queries_in_fp8(impl: Any) -> None:
     np.testing.assert_array_equal(chosen, want)
 
 
+@pytest.mark.full_compilation
 def test_rounding_is_to_nearest_within_the_format() -> None:
     """E4M3 is off by 2^-4 of a value at most, E2M1 by 1/4 of its block's unit of 2^e or more."""
     keys_LBSJ = jax.random.normal(jax.random.key(0), (1, 2, 70, 64)) * 1e-3
@@ -98,6 +99,7 @@ def test_gradients_of_the_scores_are_the_references(dtype: Any) -> None:
     )
 
 
+@pytest.mark.full_compilation
 def test_training_never_holds_the_products_of_all_heads() -> None:
     """They would be 4 GiB; a head's are 64 MiB, and the scores' own gradient as much."""
     struct, (T, S) = jax.ShapeDtypeStruct, (4096, 4096)

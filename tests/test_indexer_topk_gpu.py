@@ -134,6 +134,7 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("name", "kind", "B", "T", "S", "MiB"),
     [

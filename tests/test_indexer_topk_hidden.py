@@ -152,6 +152,7 @@ def test_key_blocks_that_no_query_of_a_block_sees_are_passed_over() -> None:
     np.testing.assert_array_equal(blocks_BN, [[5, 1, 0]])
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 def test_a_prompt_of_documents_compiles_without_more_temporaries(target: Any) -> None:
     structs = *full_size("flash", 1, 4096), jax.ShapeDtypeStruct((1, 4096), jnp.int32)

@@ -69,6 +69,7 @@ def test_slices_of_fp8_keys() -> None:
     check((q_BTIJ, weights_BTI, to_fp8(jnp.asarray(keys_LBSJ))), [[2048, 1500]], 32)
 
 
+@pytest.mark.full_compilation
 def test_a_context_cut_over_devices_compiles_with_the_kernel() -> None:
     """Only candidates travel: per query 4 devices' 512 scores and indices."""
     devices = np.array(targets.devices("v6e")[:4])

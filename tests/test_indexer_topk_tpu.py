@@ -182,6 +182,7 @@ def compiled(target: Any, k: int, structs: Any) -> jax.stages.Compiled:
     return program
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_a_million_tokens_of_context_take_no_temporaries(name: str, target: Any) -> None:
@@ -190,6 +191,7 @@ def test_a_million_tokens_of_context_take_no_temporaries(name: str, target: Any)
     assert targets.temporaries(compiled(target, k, full_size(name, 1, 4096))) <= 80 * 2**20
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize("name", ["fp8", "fp4"])
 def test_quantised_keys_compile_without_copies(name: str, target: Any) -> None:
@@ -203,6 +205,7 @@ def test_quantised_keys_compile_without_copies(name: str, target: Any) -> None:
     assert targets.temporaries(compiled(target, 512, full_size("flash", 8, 1, keys))) <= 4 * 2**20
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 def test_paged_keys_compile_without_copies(target: Any) -> None:
     struct, pages = jax.ShapeDtypeStruct, 8 * 262144 // 128

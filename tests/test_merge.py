@@ -37,7 +37,6 @@ from v4jax.numerics import HF
 from v4jax.safetensors_file import CheckpointError
 from v4jax_train.trainable import Full
 
-pytestmark = pytest.mark.quick
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -20,7 +20,6 @@ from v4jax.generate import Engine
 from v4jax.model import Model
 from v4jax.numerics import HF
 
-pytestmark = pytest.mark.quick
 CFG = exchanges.CFG
 CAPACITY = 1100
 TOKENS = models.tokens(CFG, 8, 10)

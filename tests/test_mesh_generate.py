@@ -20,7 +20,6 @@ from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.sampling import SamplingParams
 
-pytestmark = pytest.mark.quick
 CFG = checkpoints.tiny()
 PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
 ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3, "top_logprobs": 2}
@@ -121,6 +120,7 @@ def test_what_is_compiled_ahead_is_what_generation_runs(
                 assert ours[2] == theirs[2] or ours[0] == ()
 
 
+@pytest.mark.full_compilation
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["prefill", "begin", "advance"])
 def test_generation_compiles_for_tpus(step: Step) -> None:

@@ -15,7 +15,6 @@ from v4jax.config import ModelConfig
 from v4jax.model import Model
 from v4jax.numerics import HF, OFFICIAL, Numerics
 
-pytestmark = pytest.mark.quick
 LENGTH = 260
 
 

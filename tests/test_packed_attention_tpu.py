@@ -67,6 +67,7 @@ def test_gradients_of_dense_attention_skip_what_documents_before_made() -> None:
 INTEGERS = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("S", [0, 1024])
 def test_dense_attention_of_packed_rows_compiles(target: Any, S: int) -> None:
@@ -86,6 +87,7 @@ def test_gradients_of_dense_attention_of_any_bounds(case: Packed) -> None:
     dense_gradients.assert_same(case)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 def test_gradients_of_dense_attention_of_packed_rows_compile(target: Any) -> None:
     structs = (*dense_gradients.full("flash", 1024), INTEGERS, INTEGERS)
@@ -126,6 +128,7 @@ def test_gradients_of_sparse_attention() -> None:
     sparse_gradients.check(listing(2, (3,), 18, S=272, dtype=jnp.float32))
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 def test_sparse_attention_of_packed_rows_compiles(target: Any) -> None:
     inputs = sparse.structs("flash", 4096, 1024, chunk=True) | {"first_BT": INTEGERS}

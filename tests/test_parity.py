@@ -10,8 +10,6 @@ import pytest
 import v4jax
 from tests import hf_models
 
-pytestmark = pytest.mark.quick
-
 # (ratios, changes, batch, length). The bar is 1e-5 of the largest logit: transformers' own chunked
 # and whole prefill differ by up to 1e-6, and ours must be no further away than rounding.
 CASES: dict[str, tuple[list[int] | None, dict[str, Any], int, int]] = {

@@ -22,7 +22,6 @@ from v4jax.safetensors_file import CheckpointError
 from v4jax_train.trainable import Full
 
 pytestmark = [
-    pytest.mark.quick,
     # PEFT does not look for patterns among parameters, but finds their ranks all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
     # It asks transformers for a property that has another name now.

@@ -29,6 +29,8 @@ from pallas_kernels import (
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.targets import Target, compiled, temporaries
 
+pytestmark = pytest.mark.full_compilation
+
 CHIPS: tuple[Target, ...] = ("v5p", "h200")
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 E4M3, E8M0 = jnp.float8_e4m3fn, jnp.float8_e8m0fnu

@@ -101,6 +101,7 @@ def struct(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("tokens", [8, 4096])
 @pytest.mark.parametrize(("name", "channels"), [("fp8 by 128", 7168), ("fp4 by 32", 128)])
@@ -113,6 +114,7 @@ def test_rounding_reads_once_and_writes_once_on_tpus(
     assert targets.temporaries(program) == 0
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_indexers_queries_take_no_more_than_their_transform_besides(chip: Target) -> None:
     x = struct(1, 4096, 64, 128)
@@ -120,6 +122,7 @@ def test_the_indexers_queries_take_no_more_than_their_transform_besides(chip: Ta
     assert targets.temporaries(program) <= 1.1 * 2 * x.size
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_on_gpus_xla_rounds_without_temporaries_of_the_inputs_size(name: str) -> None:
     x = struct(1, 4096, 4096)
@@ -128,6 +131,7 @@ def test_on_gpus_xla_rounds_without_temporaries_of_the_inputs_size(name: str) ->
     assert targets.temporaries(program) <= 2 * 4 * x.size // 32 + 1024
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("tokens", [8, 4096])
 def test_on_gpus_xlas_hadamard_takes_no_temporaries(tokens: int) -> None:
     program = targets.compiled("h200", quantize.hadamard, struct(1, tokens, 128))

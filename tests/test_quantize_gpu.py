@@ -88,6 +88,7 @@ def compiled(form: str, n: int, k: int, rows: int) -> Any:
     return program
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", ["flash query", "flash output", "pro output"])
 @pytest.mark.parametrize("rows", [8, 1024])
 def test_fp8_compiles_for_h200(name: str, rows: int) -> None:
@@ -96,6 +97,7 @@ def test_fp8_compiles_for_h200(name: str, rows: int) -> None:
     assert targets.temporaries(program) <= 2**21
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", ["flash expert up", "flash output", "pro output"])
 @pytest.mark.parametrize("rows", [8, 4096])
 def test_fp4_compiles_for_h200(name: str, rows: int) -> None:
@@ -104,6 +106,7 @@ def test_fp4_compiles_for_h200(name: str, rows: int) -> None:
     assert targets.temporaries(program) <= (2**20 if rows == 8 else 0)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("form", ["fp8", "fp4"])
 def test_no_layer_of_a_stack_is_copied_on_h200(form: str) -> None:
     S, N, K, G, L = jax.ShapeDtypeStruct, 8192, 4096, 8, 3

@@ -75,6 +75,7 @@ def test_a_layer_of_a_stack_and_groups_are_read_where_they_lie(form: str, rows: 
     np.testing.assert_allclose(dx[0].reshape(2, -1), columns_GK, rtol=0, atol=limit)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("rows", [1, 1024])
 @pytest.mark.parametrize("target", CHIPS)
 def test_no_weight_is_copied_from_a_stack_or_for_a_group(target: Target, rows: int) -> None:
@@ -207,6 +208,7 @@ def assert_compiles_without_copies(
     assert targets.temporaries(program) <= 2**16
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("name", "rows"), [*((name, 8) for name in FULL), ("pro query", 1024), ("flash output", 1024)]
@@ -215,17 +217,20 @@ def test_fp8_compiles_for_every_chip(chip: Target, name: str, rows: int) -> None
     assert_compiles_without_copies(chip, name, "fp8", rows)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("rows", [1, 1024])
 def test_fp4_compiles_for_every_chip(chip: Target, rows: int) -> None:
     assert_compiles_without_copies(chip, EXPERTS[-1], "fp4", rows)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(("chip", "rows"), [("v5p", 4096), ("v6e", 128), ("tpu7x", 4096)])
 def test_other_numbers_of_rows_compile(chip: Target, rows: int) -> None:
     assert_compiles_without_copies(chip, "pro output", "fp8", rows)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("chip", "name", "form"),
     [

@@ -15,8 +15,6 @@ from v4jax.convert import convert, export
 from v4jax.language_model import LanguageModel
 from v4jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,7 +11,6 @@ from v4jax import random_checkpoint
 from v4jax.__main__ import main
 from v4jax.config import preset_names
 
-pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ FORMS = ("auto", "reference", "xla", "tpu", "gpu")
 
 
 def of(*shape: int, dtype: Any = jnp.float32) -> Any:
-    return jnp.ones(shape, dtype)
+    # Not made by JAX: each shape would be a program.
+    return jax.device_put(np.ones(shape, dtype))
 
 
 KEYS = of(2, 2, 300, 64)

@@ -68,6 +68,7 @@ def test_gradients_are_the_references(norm: Norm | None) -> None:
             np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("target", targets.TPU_TOPOLOGIES)
 def test_tpus_read_and_write_the_heads_once(target: Any, name: str) -> None:
@@ -84,6 +85,7 @@ def test_tpus_read_and_write_the_heads_once(target: Any, name: str) -> None:
     assert cost["bytes accessed"] <= 2 * heads.size * 2 + 2**27
 
 
+@pytest.mark.full_compilation
 def test_gpus_keep_one_copy_of_the_heads() -> None:
     heads = jax.ShapeDtypeStruct((1, 4096, 64, 512), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((1, 4096, 32), jnp.float32)

@@ -246,6 +246,7 @@ def test_gradients_of_the_reference_are_finite_differences() -> None:
     jax.test_util.check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-2, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.full_compilation
 def test_temporaries_stay_small_at_65536_entries() -> None:
     """A layer of the pool is 32 MiB, and so are the entries of all queries."""
     shape, S, T, spare = SHAPES["bench"], 65536, 512, 8

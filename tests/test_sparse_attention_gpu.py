@@ -121,6 +121,7 @@ def check_program(run: Any, structs: list[Any], most: int) -> None:
     assert targets.temporaries(lowered.compile()) <= most
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("name", "eight_bits"), [("flash", False), ("flash", True), ("pro", False)]
 )
@@ -141,6 +142,7 @@ def test_decode_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
     check_program(run, structs, 132 * HEADS * K * 4 + 2**18)
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(("name", "eight_bits"), [("flash", False), ("pro", False), ("pro", True)])
 def test_prefill_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
     """Temporaries are the lists: queries alone are 256 MiB and more."""

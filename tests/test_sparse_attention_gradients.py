@@ -169,6 +169,7 @@ def test_entries_of_other_widths_are_refused() -> None:
         rows.encode(jnp.zeros((2, 511), jnp.bfloat16))
 
 
+@pytest.mark.full_compilation
 def test_temporaries_of_gradients_stay_small_at_65536_entries() -> None:
     """A layer of the pool is 32 MiB, and so are the entries of all queries."""
     T, S, H, K, k, window = 512, 65536, 8, 128, 128, 128

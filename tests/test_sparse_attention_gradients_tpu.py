@@ -62,6 +62,7 @@ def test_the_door_takes_the_kernel() -> None:
     assert "sparse_attention_prefill_backward" in traced
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize(
     ("target", "name", "S"),
     [("v5p", "flash", 8192), ("v6e", "flash", 1024), ("tpu7x", "pro", 1024)],

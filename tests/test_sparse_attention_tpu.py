@@ -258,6 +258,7 @@ def program(target: Target, door: Any, inputs: Inputs, **static: Any) -> Any:
     return found
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "T", "fp8"), [("flash", 1, False), ("flash", 8, True), ("pro", 1, False)]
@@ -268,6 +269,7 @@ def test_decode_compiles_and_copies_no_pool(name: str, T: int, fp8: bool, target
     assert temporaries(program(target, sparse_attention.decode, inputs)) <= 4e5
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_prefill_compiles_within_32_megabytes(name: str, target: Target) -> None:

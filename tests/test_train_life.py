@@ -24,7 +24,6 @@ from v4jax.safetensors_file import CheckpointError
 from v4jax_train import fingerprint, journal, loop, recipe, runs
 from v4jax_train.__main__ import main
 
-pytestmark = pytest.mark.quick
 TINY = preset("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
 

@@ -14,7 +14,6 @@ from v4jax import model as model_
 from v4jax.numerics import HF
 from v4jax_train import loss
 
-pytestmark = pytest.mark.quick
 CFG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1)
 TOKENS = models.tokens(CFG, 2, 128)
 

@@ -18,7 +18,6 @@ from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 
 LENGTH, RATE, DECAY = 256, 1e-3, 0.1
-pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from v4jax_train import display, journal, loop, plot, preparation, preview, reci
 from v4jax_train.__main__ import LARGE_PAGES, main
 from v4jax_train.trainable import Full
 
-pytestmark = pytest.mark.quick
 TINY = preset("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
 

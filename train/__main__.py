@@ -210,13 +210,13 @@ def _recipe(args: argparse.Namespace) -> Any:
 def _quiet_orbax() -> None:
     """When it is imported: it logs what options mean, and tracebacks of errors that it raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.excepthook = _told_to_nobody
+    sys.unraisablehook = _told_to_nobody
 
 
-def _told_to_nobody(kind: Any, error: BaseException, trace: Any) -> None:
-    """As Python's, but for threads that write on when a save has failed and nobody listens."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _told_to_nobody(unraisable: Any) -> None:
+    """As Python's, but for writes that end when a save has failed and nobody listens."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _train(args: argparse.Namespace) -> int:

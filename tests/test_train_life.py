@@ -276,8 +276,8 @@ def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place
     lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
     # The newest state and the best are written at once.
     sentence = (
-        f"v4jax-train resume: {run}/({STATES}|{BEST}): the state of step 6 cannot be saved: File too"
-        " large. The one of step 4 is whole. Make room; then 'v4jax-train resume' goes on."
+        f"v4jax-train resume: {run}/({STATES}|{BEST}): the state of step 6 cannot be saved: File"
+        " too large. The one of step 4 is whole. Make room; then 'v4jax-train resume' goes on."
     )
     assert len(lines) == 1, lines
     assert re.fullmatch(sentence, lines[0])

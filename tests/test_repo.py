@@ -70,6 +70,38 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def private_names(file: Path) -> set[str]:
+    """What a file takes from other libraries that begins with an underscore, wherever in it."""
+    tree = ast.parse(file.read_text())
+    ours = {*MAY_NOT_IMPORT, "v4jax_train", "tests", *sys.stdlib_module_names}
+    modules: dict[str, str] = {}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            modules |= {
+                alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= set(full.values())
+            modules |= {alias.asname or alias.name: full[alias.name] for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in modules:
+                names.add(f"{modules[first]}.{rest}")
+    private = re.compile(r"(?:^|\.)_(?!_)")
+    return {name for name in names if name.split(".")[0] not in ours and private.search(name)}
+
+
+def test_nothing_reaches_into_what_other_libraries_keep_private() -> None:
+    files = [file for file in tracked() if file.suffix == ".py"]
+    assert len(files) > 200
+    reaching = {relative(file): private_names(file) for file in files}
+    assert not {file: names for file, names in reaching.items() if names}
+
+
 @pytest.mark.parametrize("package", MAY_NOT_IMPORT)
 def test_packages_import_downwards_only(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))

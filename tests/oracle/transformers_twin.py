@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV4Config, DeepseekV4ForCausalLM
 
 from tests.oracle.model import layer_kinds
 from tests.oracle.primitives import Weights
@@ -88,7 +88,7 @@ def hf_model(
         layer_types=[LAYER_TYPES[kind] for kind, _ in kinds],
         compress_rates={LAYER_TYPES[kind]: ratio for kind, ratio in kinds},
     )
-    model = DeepseekV4ForCausalLM._from_config(
+    model = AutoModelForCausalLM.from_config(
         hf_config, attn_implementation="eager", experts_implementation="eager", dtype=dtype
     )
     model.load_state_dict(hf_state(weights, config), strict=True)

@@ -46,12 +46,16 @@ test-others:
 			echo "Python $(end) is not on this machine: nothing was tested with it.";))
 
 # The demo, the model, generation, training, each operation's kernels, and programs for v6e and H200.
-WHOLE_MODELS := consistency demo generate
-PART := aot implementations interpreters layers muon train_loop $(WHOLE_MODELS) \
-	compress_tpu dense_attention_tpu grouped_matmul_tpu hyper_compiled indexer_topk_tpu \
+KERNELS := compress_tpu dense_attention_tpu grouped_matmul_tpu hyper_compiled indexer_topk_tpu \
 	quantize_tpu rotary sparse_attention_tpu \
 	compress_gpu grouped_matmul_gpu indexer_topk_gpu quantize_gpu sparse_attention_gpu
-FILES = $(PART:%=tests/test_%.py) -k "not v5p and not tpu7x"
+MODEL := consistency.py::test_rows_do_not_see_each_other
+TRAINING := train_loop.py::test_a_run_writes_down_every_step_and_learns \
+	train_loop.py::test_a_run_that_is_killed_goes_on_bit_for_bit
+PROGRAMS := aot.py::test_steps_compile_for_every_chip aot.py::test_training_compiles_for_every_chip \
+	aot.py::test_a_step_at_a_million_tokens_of_context_needs_few_temporaries
+FILES = $(patsubst %,tests/test_%.py,implementations interpreters generate $(KERNELS)) \
+	$(addprefix tests/test_,$(MODEL) $(TRAINING) $(PROGRAMS)) -k "not v5p and not tpu7x"
 
 test-part: $(VENV)/part
 	$(BIN)/v4jax demo

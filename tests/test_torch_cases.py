@@ -16,6 +16,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.full_compilation
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}, {case.name}")
 def test_torch_computes_the_same(case: Case) -> None:
     inputs = jax.jit(case.inputs)()

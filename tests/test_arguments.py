@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -15,6 +16,12 @@ from v4jax import sharding
 from v4jax.arguments import ArgumentError
 from v4jax.language_model import LanguageModel
 from v4jax.sampling import SamplingParams
+
+
+@pytest.fixture(autouse=True)
+def users_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users have these checks alone, not the tests' of types."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ train-demo: $(VENV)/train
 
 # The whole suite on PYTHON, then a part of it on the other end of the supported versions. Types are
 # checked beside it: their one process would leave the other cores idle.
-test:
-	@$(MAKE) $(TEST)/ready
+test: $(TEST)/ready
 	@$(MAKE) --jobs 2 check test-whole
 	@$(MAKE) test-others
 

@@ -331,7 +331,7 @@ OUTPUTS = st.lists(SNIPPETS, max_size=12).map("".join)
 MODES = st.sampled_from(["chat", "thinking"])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=500)
 @given(OUTPUTS, MODES, st.lists(st.integers(0, 300), max_size=6))
 def test_how_the_text_is_cut_never_changes_what_is_reported(text, mode, cuts):
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -339,7 +339,7 @@ def test_how_the_text_is_cut_never_changes_what_is_reported(text, mode, cuts):
     assert events(pieces, mode) == events([text], mode) == events(text, mode)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=500)
 @given(OUTPUTS, MODES)
 def test_events_of_any_text_are_in_order(text, mode):
     got = events([text], mode)
@@ -378,7 +378,7 @@ PARAMETERS = st.builds(parameter, st.text(), VALUES | NUMBERS, st.booleans())
 CALLS = st.builds(lambda name, parts: invoke(name, *parts), st.text(), st.lists(PARAMETERS))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=500)
 @given(st.one_of(OUTPUTS, st.lists(CALLS | SNIPPETS, max_size=4).map("".join)), MODES)
 def test_complete_calls_are_written_and_read_again(text, mode):
     calls = parse_chat(text, mode)["tool_calls"]

@@ -396,7 +396,7 @@ def test_control_c_ends_the_process_with_one_line(checkpoint: Path) -> None:
     ) as process:
         assert process.stdin
         # More than a pipe holds: this returns when the command is reading its prompt.
-        process.stdin.write("word " * 50_000)
+        process.stdin.write("word " * 100_000)
         process.stdin.flush()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

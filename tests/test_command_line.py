@@ -36,19 +36,17 @@ def test_a_closed_output_is_told_before_anything_is_done(words: tuple[str, ...])
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("words", "told", "unbuffered"),
-    [
-        (INSPECT, "v4jax inspect: standard output: No space left on device.\n", ""),
-        (INSPECT, "v4jax inspect: standard output: No space left on device.\n", "1"),
-        (HELP, "", ""),
-    ],
+    ("words", "told"),
+    [(INSPECT, "v4jax inspect: standard output: No space left on device.\n"), (HELP, "")],
 )
 def test_an_output_that_is_full_fails(words: tuple[str, ...], told: str, unbuffered: str) -> None:
     assert shell(words, "> /dev/full", PYTHONUNBUFFERED=unbuffered) == (1, "", told)
 
 
-@pytest.mark.parametrize(("words", "unbuffered"), [(INSPECT, ""), (INSPECT, "1"), (HELP, "")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [INSPECT, HELP])
 def test_an_output_whose_reader_has_gone_fails_without_a_word(
     words: tuple[str, ...], unbuffered: str
 ) -> None:
@@ -65,15 +63,8 @@ def test_an_output_whose_reader_has_gone_fails_without_a_word(
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "where"),
-    [
-        (INSPECT, 0, "2>&-"),
-        (FAILS, 1, "2>&-"),
-        (FAILS, 1, "2> /dev/full"),
-        (FAILS, 1, "2> >(true)"),
-    ],
-)
+@pytest.mark.parametrize("where", ["2>&-", "2> /dev/full", "2> >(true)"])
+@pytest.mark.parametrize(("words", "status"), [(INSPECT, 0), (FAILS, 1)])
 def test_standard_error_that_takes_nothing_changes_nothing(
     words: tuple[str, ...], status: int, where: str
 ) -> None:

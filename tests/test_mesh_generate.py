@@ -22,7 +22,7 @@ from v4jax.sampling import SamplingParams
 
 CFG = checkpoints.tiny()
 PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
-ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3}
+ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3, "top_logprobs": 2}
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,22 @@ def private_names(file: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] not in ours and private.search(name)}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import jax._src.core",
+        "from jax._src import core",
+        "from jax import _src",
+        "import jax; jax._src.core",
+        "import orbax.checkpoint as ocp; ocp.utils._name",
+        "from transformers import AutoModel; AutoModel._from_config()",
+    ],
+)
+def test_private_names_are_seen(line: str, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(line)
+    assert private_names(tmp_path / "file.py")
+
+
 def test_nothing_reaches_into_what_other_libraries_keep_private() -> None:
     files = [file for file in tracked() if file.suffix == ".py"]
     assert len(files) > 200

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from tests import quick
 from v4jax import random_checkpoint
 from v4jax.config import preset
 from v4jax_train import journal
@@ -88,7 +87,7 @@ def command(*words: Any) -> list[str]:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One device, as on a laptop; what one run has compiled serves the next."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", quick.FLAGS)
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
 

@@ -17,14 +17,12 @@ import pytest
 
 from tests import quick
 from v4jax import random_checkpoint
-from v4jax.config import LayerKind, preset
+from v4jax.config import preset
 from v4jax_train import journal
 
 STEPS, DEVICES = 6, 8
 TINY = preset("tiny")
-SMALL = dataclasses.replace(
-    TINY, layers=(LayerKind("sliding", 0, "routed"),), num_nextn_predict_layers=0
-)
+SMALL = dataclasses.replace(TINY, layers=TINY.layers[1:2], num_nextn_predict_layers=0)
 RECIPE = """
 [model]
 dtype = "float32"

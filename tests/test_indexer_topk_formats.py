@@ -55,6 +55,7 @@ def test_queries_in_fp8(impl: Any) -> None:
     np.testing.assert_array_equal(chosen, want)
 
 
+# XLA's plain emitters cannot round to FP4.
 @pytest.mark.full_compilation
 def test_rounding_is_to_nearest_within_the_format() -> None:
     """E4M3 is off by 2^-4 of a value at most, E2M1 by 1/4 of its block's unit of 2^e or more."""

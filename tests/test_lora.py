@@ -100,6 +100,7 @@ def test_targets_that_a_model_lacks_are_named() -> None:
         lora.declare(models.config(HCA), Lora(("attn", "indexer.kv_proj")))
 
 
+# Compiled quickly, the two programs round by more than this.
 @pytest.mark.full_compilation
 def test_a_new_adapter_changes_nothing() -> None:
     settings, base = Lora("all"), models.weights(CFG)

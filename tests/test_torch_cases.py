@@ -16,6 +16,7 @@ SMALL = [
 ]
 
 
+# XLA's plain emitters cannot round to FP4.
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}, {case.name}")
 def test_torch_computes_the_same(case: Case) -> None:

@@ -1,5 +1,6 @@
 """Settings every test runs under: CPU, eight simulated devices, strict dtypes and ranks."""
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def forget_programs() -> Iterator[None]:
     """Drop each module's compiled programs: their memory maps would exhaust the process's."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector thousands of modules and tests, at each of its turns."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,13 @@
 """Small models with random weights, shared by the tests of the model's behaviour."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
@@ -109,6 +112,17 @@ def from_release(release: dict[str, np.ndarray], cfg: ModelConfig) -> Model:
     return params.map_leaves(fill, Model(cfg))
 
 
-def programs(step: Any) -> int:
-    """Programs compiled so far for one of the steps."""
-    return step._cache_size()
+@contextlib.contextmanager
+def programs() -> Iterator[list[str]]:
+    """The names of the functions that are compiled meanwhile."""
+    compiled: list[str] = []
+
+    def note(event: str, seconds: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)

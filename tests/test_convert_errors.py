@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(released
 
 def test_a_full_disk_is_told_with_both_numbers_of_bytes(released, tmp_path, monkeypatch):
     convert.convert(released, tmp_path / "native")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 5, 1234))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=9, used=5, free=1234))
     refused(r"[\d,]{7,} bytes are needed and 1,234 are free", released, tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"[\d,]{7,} bytes are needed and 1,234 are free"):
         convert.export(tmp_path / "native", tmp_path / "new")

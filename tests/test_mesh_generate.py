@@ -16,13 +16,15 @@ from tests.test_aot import WIDE
 from v4jax import aot, random_checkpoint, sharding, steps
 from v4jax.__main__ import main
 from v4jax.aot import Step
+from v4jax.config import preset
 from v4jax.generate import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.sampling import SamplingParams
 
-CFG = checkpoints.tiny()
+# One layer of each kind.
+CFG = checkpoints.tiny(layers=preset("tiny").layers[:3], num_nextn_predict_layers=0)
 PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
-ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3, "top_logprobs": 2}
+ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,19 @@ def alone(directory: Path) -> LanguageModel:
     return load(directory)
 
 
-@pytest.mark.parametrize("text", ["tensor=8", "fsdp=2,expert=2,tensor=2"])
+# Alternatives make programs of their own.
+@pytest.mark.parametrize("text, top", [("tensor=8", 0), ("fsdp=2,expert=2,tensor=2", 2)])
 def test_a_model_on_a_mesh_is_used_like_any_other(
-    text: str, directory: Path, alone: LanguageModel, capsys: pytest.CaptureFixture[str]
+    text: str, top: int, directory: Path, alone: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spread = load(directory, sharding.read_mesh(text))
-    ours, theirs = (model.generate(PROMPT, **ASKED) for model in (spread, alone))
+    ours, theirs = (
+        model.generate(PROMPT, **ASKED, top_logprobs=top) for model in (spread, alone)
+    )
     assert ours.tokens == theirs.tokens
+    ids = [[[id for id, _ in best] for best in one.top_logprobs] for one in (ours, theirs)]
+    assert ids[0] == ids[1]
+    assert {len(best) for best in ids[0]} == {top}
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
     pieces = spread.stream(PROMPT, max_tokens=6, seed=3)
     assert "".join(pieces) == theirs.text

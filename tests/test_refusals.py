@@ -33,7 +33,10 @@ def of(*shape: int, dtype: Any = jnp.float32) -> Any:
 
 
 KEYS = of(2, 2, 300, 64)
-FP8_KEYS, FP4_KEYS = to_fp8(KEYS), to_fp4(KEYS)
+FP8_KEYS, FP4_KEYS = (
+    jax.tree.map(lambda x: of(*x.shape, dtype=x.dtype), jax.eval_shape(to, KEYS))
+    for to in (to_fp8, to_fp4)
+)
 PAGES = PagedKeys(of(2, 9, 20, 64), of(2, 15, dtype=jnp.int32))
 INDEXER: dict[str, Any] = {
     "q_BTIJ": of(2, 3, 4, 64),

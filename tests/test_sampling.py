@@ -6,7 +6,6 @@ Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives, S steps.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tests import models
 from v4jax import sampling
 from v4jax.sampling import SamplingParams
 
@@ -292,14 +292,17 @@ def test_a_row_that_is_no_distribution_says_so_and_leaves_the_others_alone(bad):
 
 
 def test_no_value_compiles_a_second_program():
-    # A function of its own: jit keeps one count for all that wrap the same.
-    fn: Any = jax.jit(lambda logits_BV, state: sampling.sample(logits_BV, state))
-    for i in range(3):
-        params = [MIXED[(i + j) % len(MIXED)] for j in range(4)]
-        state = start(params, 32, [[j] * (i + 1) for j in range(4)])
-        for logits_BV in normal(3, 4, 32, seed=i):
-            *_, state = fn(jnp.asarray(logits_BV), state)
-    assert fn._cache_size() == 1
+    def once(logits_BV, state):
+        return sampling.sample(logits_BV, state)
+
+    fn = jax.jit(once)
+    with models.programs() as compiled:
+        for i in range(3):
+            params = [MIXED[(i + j) % len(MIXED)] for j in range(4)]
+            state = start(params, 32, [[j] * (i + 1) for j in range(4)])
+            for logits_BV in normal(3, 4, 32, seed=i):
+                *_, state = fn(jnp.asarray(logits_BV), state)
+    assert compiled.count("jit(once)") == 1
 
 
 # What is refused

@@ -29,8 +29,9 @@ def large(text: str) -> dict[str, list[Collective]]:
         # One matrix may be the shared expert's.
         if any({D, F} <= set(x.dims) and x.bytes > 4 * D * F for x in arrays):
             found.setdefault("experts", []).append(one)
-        # With the hidden dim it is a weight.
+        # With the hidden dim, or with the half that fsdp 2 leaves of it, it is a weight.
         parts = {CFG.vocab_size // ways for ways in (1, 2, 4, 8)}
-        if any(parts & set(x.dims) for x in arrays) and not any(D in x.dims for x in arrays):
+        weight = any({D, D // 2} & set(x.dims) for x in arrays)
+        if any(parts & set(x.dims) for x in arrays) and not weight:
             found.setdefault("logits", []).append(one)
     return found

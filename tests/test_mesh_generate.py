@@ -44,14 +44,12 @@ def alone(directory: Path) -> LanguageModel:
 
 
 # Alternatives make programs of their own.
-@pytest.mark.parametrize("text, top", [("tensor=8", 0), ("fsdp=2,expert=2,tensor=2", 2)])
+@pytest.mark.parametrize(("text", "top"), [("tensor=8", 0), ("fsdp=2,expert=2,tensor=2", 2)])
 def test_a_model_on_a_mesh_is_used_like_any_other(
     text: str, top: int, directory: Path, alone: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spread = load(directory, sharding.read_mesh(text))
-    ours, theirs = (
-        model.generate(PROMPT, **ASKED, top_logprobs=top) for model in (spread, alone)
-    )
+    ours, theirs = (model.generate(PROMPT, **ASKED, top_logprobs=top) for model in (spread, alone))
     assert ours.tokens == theirs.tokens
     ids = [[[id for id, _ in best] for best in one.top_logprobs] for one in (ours, theirs)]
     assert ids[0] == ids[1]

@@ -47,7 +47,7 @@ expert = 4
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The command's words but for the run's directory; programs are compiled once."""
+    """The command's words but for the run's directory; there is one for compiled programs."""
     place = tmp_path_factory.mktemp("inputs")
     random_checkpoint.make_checkpoint(place / "model", SMALL, 0)
     rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
@@ -80,9 +80,15 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
+    warned = []
     for process in processes:
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said[-3000:]
+        warned.append("is not used: several processes on CPUs" in said)
+    # Several neither keep a program nor run what another run has kept: they would die of it.
+    assert sum(warned) == (len(processes) > 1)
+    if len(processes) > 1:
+        assert not list(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*step*"))
 
 
 def losses(directory: Path) -> np.ndarray:

@@ -92,6 +92,7 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
         (MINIMAL + "[losses]\nmtp = 0.1", "[losses] trains MTP blocks, routers and indexers"),
         (MINIMAL + "[optimizer]\nrate = 0.0", "optimizer: rate is 0.0; it is above 0.0."),
         (MINIMAL + "[guard]\nspike = 0.5", "guard: spike is 0.5"),
+        (MINIMAL + "[evaluation]\npatience = 2", "evaluation: patience is 2, but there are no"),
         ("[full]\nindexers = true\n[steps]\nsteps = 5", "set both or neither"),
         ("[full]\nmtp = false\n[losses]\nmtp = 0.1\n[steps]\nsteps = 5", "losses.mtp is set"),
     ],

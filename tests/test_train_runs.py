@@ -95,6 +95,17 @@ def test_evaluations_are_written_down_and_the_best_state_is_kept(make: Any, data
     assert newest["samples"] == found[1]["samples"]
 
 
+def test_texts_without_files_are_written_and_nothing_is_called_best(make: Any) -> None:
+    evaluation = {"every": 1, "prompts": ["aaa", "b"], "tokens": 3}
+    settings = make(evaluation=evaluation, steps={"steps": 2})
+    assert loop.begin(settings, show=silent).why == "finished"
+    directory = Path(settings.out)
+    for line in journal.read(directory, "evaluation"):
+        assert [sample["prompt"] for sample in line["samples"]] == ["aaa", "b"]
+        assert "loss" not in line
+    assert not (directory / "best").exists()
+
+
 def test_a_run_whose_evaluations_do_not_get_better_ends_early(make: Any, data: Path) -> None:
     settings = make(
         optimizer={"rate": 1e-30, "weight_decay": 0.0},

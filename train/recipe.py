@@ -219,6 +219,10 @@ class Evaluation:
         for name in ("every", "batches", "tokens"):
             at_least(self, name, 1)
         at_least(self, "patience", 0)
+        if self.patience and not self.files:
+            raise ValueError(
+                f"patience is {self.patience}, but there are no files, whose loss could get better."
+            )
         for name in self.files:
             if weighted(name)[0] != name:
                 raise ValueError(f"files has {name}; files of an evaluation have no weights.")

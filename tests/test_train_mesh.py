@@ -1,0 +1,105 @@
+"""A step of training on meshes: the gradients of one device, and nothing large moves."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tests import exchanges, models, training_runs
+from v4jax import sharding
+from v4jax.config import LayerKind
+from v4jax.lora import Lora
+from v4jax.model import Model
+from v4jax.numerics import HF
+from v4jax_train import preparation, step, trainable
+from v4jax_train.trainable import Full, Parts
+
+# CSA by token id, HCA of a ratio that gives its pool a size of its own.
+CFG = dataclasses.replace(
+    exchanges.CFG, layers=(LayerKind("csa", 4, "hash"), LayerKind("hca", 2, "routed"))
+)
+ADAPTER = Lora("all", rank=4)
+LENGTH = 256
+MESHES: dict[str, dict[str, int]] = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "expert 8": {"expert": 8},
+    "tensor 8": {"tensor": 8},
+    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
+
+
+def batch(mesh: Mesh | None) -> dict[str, Any]:
+    """Eight rows of two documents each, what this process has of them."""
+    rows = np.array(preparation.packs_here(8, 1, mesh))
+    document = np.where(np.arange(LENGTH) < 128, 1, 2)
+    local = {
+        "tokens": models.tokens(CFG, 8, LENGTH)[rows],
+        "trained": np.ones((8, LENGTH), np.bool_)[rows],
+        "document": np.tile(document.astype(np.int32), (8, 1))[rows],
+    }
+    return preparation.place_batch(local, 1, mesh)
+
+
+def parts_of(what: Lora | Full, mesh: Mesh | None) -> Parts:
+    model = models.weights(CFG)
+    if mesh is not None:
+        model = jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
+    parts = trainable.split(model, CFG, what, jax.random.key(0))
+    if isinstance(what, Lora):
+        factors = jax.tree.map(jnp.asarray, training_runs.learned(CFG, what))
+        if mesh is not None:
+            places = sharding.shardings(trainable.declare(CFG, what), mesh, factors)
+            factors = jax.device_put(factors, places)
+        parts = parts._replace(trained=factors)
+    return parts
+
+
+def updated(what: Lora | Full, mesh: Mesh | None) -> tuple[Any, float, str]:
+    """What is trained, less its gradient; the loss; the program."""
+    rule = optax.sgd(1.0)
+    parts = parts_of(what, mesh)
+    state = step.begin(parts, rule, 0)
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        on_mesh = lambda x: isinstance(x.sharding, NamedSharding)
+        state = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), state)
+    settings = step.Settings(cfg=CFG, numerics=HF, what=what, clip=1e9)
+    args = (state, parts.frozen, batch(mesh), np.float32(np.inf))
+    with sharding.on(mesh), jax.numpy_dtype_promotion("standard"):
+        program = step.make(settings, rule, like=state if mesh else None).lower(*args).compile()
+        after, metrics = program(*args)
+    return jax.device_get(after.trained), float(metrics["loss"]), str(program.as_text())
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[Any, float, str]:
+    return updated(ADAPTER, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+def test_the_gradients_of_one_device_and_nothing_large_moves(
+    sizes: dict[str, int], alone: tuple[Any, float, str]
+) -> None:
+    trained, loss, text = updated(ADAPTER, sharding.make_mesh(**sizes))
+    expected, expected_loss, _ = alone
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    before = training_runs.learned(CFG, ADAPTER)
+    for name, factors in expected.items():
+        for part, theirs in factors.items():
+            gradient = np.asarray(theirs) - before[name][part]
+            ours = np.asarray(trained[name][part]) - before[name][part]
+            np.testing.assert_allclose(ours, gradient, atol=2e-5 * np.abs(gradient).max() + 1e-7)
+    moved = exchanges.large(text)
+    if "tensor" in sizes:
+        # All heads read an entry, and each has a part of its gradient: a sum for each layer.
+        sums = moved.pop("pools")
+        assert sum(one.times for one in sums) <= len(CFG.layers)
+        assert {one.kind for one in sums} == {"all-reduce"}
+    assert not moved

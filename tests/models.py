@@ -117,9 +117,9 @@ def programs() -> Iterator[list[str]]:
     """The names of the functions that are compiled meanwhile."""
     compiled: list[str] = []
 
-    def note(event: str, seconds: float, **about: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(about["fun_name"])
+            compiled.append(str(kwargs["fun_name"]))
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:

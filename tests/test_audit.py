@@ -82,10 +82,27 @@ def test_moves_asks_for_all_dims_of_one_array() -> None:
     assert not gathered.moves(16, 4)
 
 
-@pytest.mark.parametrize("groups", ["mesh['a'=1,'b'=8] {}, x", "{{0},{1}}, x", "[4,1]<=[4], x"])
-def test_every_spelling_of_groups_of_one(groups: str) -> None:
-    text = TEXT.replace("[2,4]<=[8], dimensions", f"{groups}, dimensions")
-    assert "all-gather" not in {one.kind for one in audit.collectives(text)}
+MESH = "mesh['a'=1,'b'=8,'c'=1]"
+
+
+@pytest.mark.parametrize(
+    ("groups", "moves"),
+    [
+        ("{{0},{1}}", False),
+        ("{{0,1},{2,3}}", True),
+        ("[4,1]<=[4]", False),
+        (MESH + " {}", False),
+        (MESH + " {'a'}", False),
+        (MESH + " {'a','c'}", False),
+        (MESH + " {'b'}", True),
+        (MESH + " {'a','b'}", True),
+        (MESH + " {'b':(1)4}", True),
+        (MESH + " {'b':(8)1}", False),
+    ],
+)
+def test_every_spelling_of_groups_of_one(groups: str, moves: bool) -> None:
+    text = TEXT.replace("[2,4]<=[8], dimensions", f"{groups}, x, dimensions")
+    assert ("all-gather" in {one.kind for one in audit.collectives(text)}) == moves
 
 
 def test_a_programs_own_text() -> None:

@@ -17,8 +17,11 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|\w+_computations?)=(?:\{([^}]*)\}|(%?[\w.-]+))")
-# Groups of one device each, between which nothing moves.
-_ALONE = re.compile(r"replica_groups=(?:\{\{\d+\}(?:,\{\d+\})*\}|\[\d+,1\]<=|mesh\[[^\]]*\] \{\},)")
+# Groups of one device each, listed or counted; and groups along axes of a mesh.
+_ALONE = re.compile(r"replica_groups=(?:\{\{\d+\}(?:,\{\d+\})*\}|\[\d+,1\]<=)")
+_ALONG = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# An axis of a mesh, and what of it, all or a part: 'a'=8, 'a', 'a':(2)4.
+_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -116,13 +119,21 @@ def _walk(computations: dict[str, _Computation], name: str, times: int) -> Itera
     computation = computations[name]
     for instruction in computation.values():
         if instruction.operation.removesuffix("-start") in _KINDS:
-            if not _ALONE.search(instruction.rest):
+            if not _moves_nothing(instruction.rest):
                 yield _collective(computation, instruction, times)
         elif not instruction.operation.endswith(("-update", "-done")):
             trips = _trips(computations, instruction)
             for several, one in _CALLED.findall(instruction.rest):
                 for called in re.findall(r"[\w.-]+", several or one):
                     yield from _walk(computations, called, times * trips)
+
+
+def _moves_nothing(rest: str) -> bool:
+    """Whether each group of devices that exchange is a single one."""
+    if not (along := _ALONG.search(rest)):
+        return bool(_ALONE.search(rest))
+    sizes = {name: size for name, size, _ in _AXIS.findall(along[1])}
+    return all(int(part or sizes[name]) == 1 for name, _, part in _AXIS.findall(along[2]))
 
 
 def _trips(computations: dict[str, _Computation], instruction: _Instruction) -> int:

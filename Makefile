@@ -23,7 +23,7 @@ test: $(TEST)/ready
 PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 define run-tests
 	XLA_FLAGS="$$($(1) -m tests.quick)" $(1) $(PYTEST) -m "not full_compilation" $(2)
-	$(1) $(PYTEST) -m full_compilation $(or $(2),$$(grep --files-with-matches full_compilation tests/test_*.py))
+	$(1) $(PYTEST) -m full_compilation $(2)
 endef
 
 # Whatever the shell says: without the tests' bytecode each process would compile them anew.

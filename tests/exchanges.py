@@ -14,6 +14,14 @@ CFG = models.config(
     index_n_heads=8,
     moe_intermediate_size=40,
 )
+# Every axis alone, and a mixture.
+MESHES: dict[str, dict[str, int]] = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "expert 8": {"expert": 8},
+    "tensor 8": {"tensor": 8},
+    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
 # Entries of the pools of CSA and HCA for 1100 tokens, and for 256 in training.
 ENTRIES = (288, 96, 160)
 
@@ -29,9 +37,9 @@ def large(text: str) -> dict[str, list[Collective]]:
         # One matrix may be the shared expert's.
         if any({D, F} <= set(x.dims) and x.bytes > 4 * D * F for x in arrays):
             found.setdefault("experts", []).append(one)
-        # With the hidden dim, or with the half that fsdp 2 leaves of it, it is a weight.
+        # With the hidden dim it is a weight; so is a matrix with the half that fsdp 2 leaves of it.
         parts = {CFG.vocab_size // ways for ways in (1, 2, 4, 8)}
-        weight = any({D, D // 2} & set(x.dims) for x in arrays)
+        weight = any(D in x.dims or (len(x.dims) == 2 and D // 2 in x.dims) for x in arrays)
         if any(parts & set(x.dims) for x in arrays) and not weight:
             found.setdefault("logits", []).append(one)
     return found

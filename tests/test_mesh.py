@@ -23,13 +23,6 @@ from v4jax.numerics import HF
 CFG = exchanges.CFG
 CAPACITY = 1100
 TOKENS = models.tokens(CFG, 8, 10)
-MESHES: dict[str, dict[str, int]] = {
-    "data 8": {"data": 8},
-    "fsdp 8": {"fsdp": 8},
-    "expert 8": {"expert": 8},
-    "tensor 8": {"tensor": 8},
-    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
-}
 
 
 def place(mesh: Any) -> Any:
@@ -59,7 +52,7 @@ def expected() -> list[np.ndarray]:
     return run(models.weights(CFG))[0]
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize("sizes", exchanges.MESHES.values(), ids=exchanges.MESHES.keys())
 def test_sharded_equals_one_device_and_moves_nothing_large(
     sizes: dict[str, int], expected: list[np.ndarray]
 ) -> None:

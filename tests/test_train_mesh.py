@@ -17,7 +17,7 @@ from v4jax.lora import Lora
 from v4jax.model import Model
 from v4jax.numerics import HF
 from v4jax_train import preparation, step, trainable
-from v4jax_train.trainable import Full, Parts
+from v4jax_train.trainable import Parts
 
 # CSA by token id, HCA of a ratio that gives its pool a size of its own.
 CFG = dataclasses.replace(
@@ -25,13 +25,6 @@ CFG = dataclasses.replace(
 )
 ADAPTER = Lora("all", rank=4)
 LENGTH = 256
-MESHES: dict[str, dict[str, int]] = {
-    "data 8": {"data": 8},
-    "fsdp 8": {"fsdp": 8},
-    "expert 8": {"expert": 8},
-    "tensor 8": {"tensor": 8},
-    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
-}
 
 
 def batch(mesh: Mesh | None) -> dict[str, Any]:
@@ -46,30 +39,27 @@ def batch(mesh: Mesh | None) -> dict[str, Any]:
     return preparation.place_batch(local, 1, mesh)
 
 
-def parts_of(what: Lora | Full, mesh: Mesh | None) -> Parts:
-    model = models.weights(CFG)
+def parts_of(mesh: Mesh | None) -> Parts:
+    """A model with an adapter that has learned something."""
+    model, factors = models.weights(CFG), training_runs.learned(CFG, ADAPTER)
+    factors = jax.tree.map(jnp.asarray, factors)
     if mesh is not None:
         model = jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
-    parts = trainable.split(model, CFG, what, jax.random.key(0))
-    if isinstance(what, Lora):
-        factors = jax.tree.map(jnp.asarray, training_runs.learned(CFG, what))
-        if mesh is not None:
-            places = sharding.shardings(trainable.declare(CFG, what), mesh, factors)
-            factors = jax.device_put(factors, places)
-        parts = parts._replace(trained=factors)
-    return parts
+        places = sharding.shardings(trainable.declare(CFG, ADAPTER), mesh, factors)
+        factors = jax.device_put(factors, places)
+    return trainable.split(model, CFG, ADAPTER, jax.random.key(0))._replace(trained=factors)
 
 
-def updated(what: Lora | Full, mesh: Mesh | None) -> tuple[Any, float, str]:
+def updated(mesh: Mesh | None) -> tuple[Any, float, str]:
     """What is trained, less its gradient; the loss; the program."""
     rule = optax.sgd(1.0)
-    parts = parts_of(what, mesh)
+    parts = parts_of(mesh)
     state = step.begin(parts, rule, 0)
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         on_mesh = lambda x: isinstance(x.sharding, NamedSharding)
         state = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), state)
-    settings = step.Settings(cfg=CFG, numerics=HF, what=what, clip=1e9)
+    settings = step.Settings(cfg=CFG, numerics=HF, what=ADAPTER, clip=1e9)
     args = (state, parts.frozen, batch(mesh), np.float32(np.inf))
     with sharding.on(mesh), jax.numpy_dtype_promotion("standard"):
         program = step.make(settings, rule, like=state if mesh else None).lower(*args).compile()
@@ -79,15 +69,15 @@ def updated(what: Lora | Full, mesh: Mesh | None) -> tuple[Any, float, str]:
 
 @pytest.fixture(scope="module")
 def alone() -> tuple[Any, float, str]:
-    return updated(ADAPTER, None)
+    return updated(None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize("sizes", exchanges.MESHES.values(), ids=exchanges.MESHES.keys())
 def test_the_gradients_of_one_device_and_nothing_large_moves(
     sizes: dict[str, int], alone: tuple[Any, float, str]
 ) -> None:
-    trained, loss, text = updated(ADAPTER, sharding.make_mesh(**sizes))
+    trained, loss, text = updated(sharding.make_mesh(**sizes))
     expected, expected_loss, _ = alone
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     before = training_runs.learned(CFG, ADAPTER)

@@ -100,7 +100,9 @@ def test_texts_without_files_are_written_and_nothing_is_called_best(make: Any) -
     settings = make(evaluation=evaluation, steps={"steps": 2})
     assert loop.begin(settings, show=silent).why == "finished"
     directory = Path(settings.out)
-    for line in journal.read(directory, "evaluation"):
+    lines = journal.read(directory, "evaluation")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
         assert [sample["prompt"] for sample in line["samples"]] == ["aaa", "b"]
         assert "loss" not in line
     assert not (directory / "best").exists()

@@ -6,9 +6,19 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-# Of matrices in shared memory, of 16 bits for tensor cores and of bytes: swizzles of 128 bytes.
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-BYTES_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+
+def tiles(shape: tuple[int, int], swizzle: int) -> tuple[Any, Any]:
+    """Transforms of a matrix in shared memory: tiles of this shape, swizzled by so many bytes."""
+    # JAX 0.12 types both as a protocol whose methods raise: pyright takes them for abstract.
+    return (
+        plgpu.TilingTransform(shape),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+    )
+
+
+# Of matrices of 16 bits for tensor cores, and of bytes.
+TILED = tiles((8, 64), 128)
+BYTES_TILED = tiles((8, 128), 128)
 
 # JAX 0.10 wants the index as an argument of its own.
 _INDEX = ((),) if jax.__version_info__ < (0, 11) else ()

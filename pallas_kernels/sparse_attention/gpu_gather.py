@@ -23,7 +23,7 @@ from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 CHUNK = 32
 # A row of weights has as many channels as a chunk rows, 64 bytes; operands must be swizzled alike.
-TILED = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+TILED = mosaic_gpu.tiles((8, 32), 64)
 _WIDTH = 128
 _LOW, _HIGH, _SCALE = rows.CODES, rows.CODES + rows.ROTATED, rows.CODES + 2 * rows.ROTATED
 

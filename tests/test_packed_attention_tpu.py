@@ -135,7 +135,8 @@ def test_sparse_attention_of_packed_rows_compiles(target: Any) -> None:
     found = sparse.program(target, sparse_attention.prefill, inputs, window=128)
     # The entries' numbers in another order, and `first_BT` in tiles of eight rows: for v5p jax
     # 0.12's compiler has these twice, 8.78 MB in all where 0.10's has 8.62.
-    assert targets.temporaries(found) <= 4096 * 512 * 4 + 2 * 4096 * 8 * 4 + 2e5
+    copies = 2 if target == "v5p" and jax.__version_info__ >= (0, 12) else 1
+    assert targets.temporaries(found) <= 4096 * 512 * 4 + copies * 4096 * 8 * 4 + 2e5
     inputs = sparse_gradients.chunk("flash", 1024) | {"first_BT": INTEGERS}
     found = targets.compiled(target, sparse_gradients.backward, inputs)
     assert "tpu_custom_call" in str(found.as_text())

@@ -58,7 +58,7 @@ def make(directory: str) -> None:
     import torch
     from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    from v4jax import config
+    from v4jax.model import config
 
     torch.manual_seed(0)
     model = DeepseekV4ForCausalLM(DeepseekV4Config(**config.preset_json("bench"))).float()
@@ -142,8 +142,8 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
     import numpy as np
 
     import v4jax
-    from v4jax import cache as caches
-    from v4jax import sampling, steps
+    from v4jax.decoding import sampling, steps
+    from v4jax.model import cache as caches
 
     engine = v4jax.load(path, dtype="float32", numerics="hf").engine
     capacity = caches.bucket(length + 3 * DECODE_STEPS, engine.cfg.max_position_embeddings)
@@ -174,7 +174,7 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
 
 def _decode_bytes(cfg: Any, length: int) -> int:
     """Float32 bytes that one token must read: active weights, windows, entries and index keys."""
-    from v4jax import inspect
+    from v4jax.commands import inspect
 
     total = 4 * inspect.report(cfg).active
     for layer in cfg.layers:

@@ -166,8 +166,8 @@ def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
     import numpy as np
 
     import v4jax
-    from v4jax.lora import Lora
-    from v4jax.numerics import HF
+    from v4jax.adapters.lora import Lora
+    from v4jax.model.numerics import HF
     from v4jax_train import optimizer, step, trainable
     from v4jax_train.trainable import Full
 

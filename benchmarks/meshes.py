@@ -70,7 +70,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Compile one case; figures are of a device."""
     import jax
 
-    from v4jax import aot, audit, config
+    from v4jax import aot, audit
+    from v4jax.model import config
 
     mesh = aot.topology_mesh(case.topology, **case.mesh)
     cfg = config.preset(case.preset)

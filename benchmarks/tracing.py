@@ -17,7 +17,8 @@ import jax
 
 from benchmarks.compare import append
 from pallas_kernels import implementations
-from v4jax import aot, config, sharding
+from v4jax import aot
+from v4jax.model import config, sharding
 
 TURNS = 3
 

@@ -12,12 +12,13 @@ import numpy as np
 import tokenizers
 
 from pallas_kernels import quantize
-from v4jax import config_json, hf_names, params
-from v4jax.checkpoint_files import write_checkpoint
-from v4jax.config import DSpark, ModelConfig, preset
-from v4jax.model import Model
-from v4jax.params import ParamSpec
-from v4jax.safetensors_file import DTYPES, TensorInfo
+from v4jax.checkpoints import tensor_names
+from v4jax.checkpoints.safetensors_directory import write_checkpoint
+from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
+from v4jax.model import config_json, params
+from v4jax.model.config import DSpark, ModelConfig, preset
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -125,7 +126,7 @@ def tensors(
 ) -> Iterator[tuple[str, Made]]:
     """All tensors of a release by name; the drafter comes last."""
     for leaf, spec in params.leaves(Model(cfg)):
-        for name in hf_names.flatten(hf_names.release_names(leaf, cfg)):
+        for name in tensor_names.flatten(tensor_names.release_names(leaf, cfg)):
             yield from _tensor(name, _one(spec), cfg, seed, scales, fill, dtype)
     if cfg.dspark is not None:
         for name, spec in _drafter(cfg, cfg.dspark):
@@ -142,7 +143,7 @@ def _drafter(cfg: ModelConfig, dspark: DSpark) -> Iterator[tuple[str, ParamSpec]
     blocks = dataclasses.replace(cfg, dspark=None, num_nextn_predict_layers=dspark.stages)
     for leaf, spec in params.leaves(Model(blocks)):
         if leaf.startswith("mtp.") and ".stack." in leaf:
-            for name in hf_names.flatten(hf_names.release_names(leaf, blocks)):
+            for name in tensor_names.flatten(tensor_names.release_names(leaf, blocks)):
                 yield name, _one(spec)
     D, last = cfg.hidden_size, f"mtp.{dspark.stages - 1}."
     yield "mtp.0.main_proj.weight", ParamSpec((D, 3 * D), (None, None), "fp8")
@@ -188,7 +189,7 @@ def _quantised(
     factor = 1.25 if scales == "F32" else 1.0
     scale = lambda: (make()[1].astype(np.float32) * np.float32(factor)).astype(DTYPES[scales])
     yield name, Made(TensorInfo(kind, shape), lambda: make()[0])
-    yield hf_names.scale_name(name), Made(TensorInfo(scales, grid), scale)
+    yield tensor_names.scale_name(name), Made(TensorInfo(scales, grid), scale)
 
 
 def _rng(name: str, seed: int) -> np.random.Generator:

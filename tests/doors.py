@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from tests import models
-from v4jax import checkpoint_files, language_model, open_model
-from v4jax.generate import Engine, Timings
+from v4jax import language_model, open_model
+from v4jax.checkpoints import safetensors_directory
+from v4jax.decoding.loop import Engine, Timings
 from v4jax.language_model import Generation, LanguageModel
-from v4jax.numerics import HF
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.model.numerics import HF
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
 
 VOCAB = 300
 CFG = models.config(models.SLIDING, vocab_size=VOCAB, max_position_embeddings=64)
@@ -43,5 +44,5 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(open_model, "load", load)
     monkeypatch.setattr(language_model, "_Run", Run)
-    monkeypatch.setattr(checkpoint_files, "write_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(safetensors_directory, "write_checkpoint", lambda *_, **__: None)
     return passed

@@ -11,12 +11,14 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import cache as caches
-from v4jax import hf_names, params, steps
-from v4jax.cache import Cache
-from v4jax.config import LayerKind, ModelConfig, preset
-from v4jax.model import Model
-from v4jax.numerics import HF, Numerics
+from v4jax.checkpoints import tensor_names
+from v4jax.decoding import steps
+from v4jax.model import cache as caches
+from v4jax.model import params
+from v4jax.model.cache import Cache
+from v4jax.model.config import LayerKind, ModelConfig, preset
+from v4jax.model.numerics import HF, Numerics
+from v4jax.model.transformer import Model
 
 SLIDING, CSA, HCA = ("sliding", 0), ("csa", 4), ("hca", 16)
 
@@ -107,7 +109,7 @@ def from_release(release: dict[str, np.ndarray], cfg: ModelConfig) -> Model:
 
     def fill(name: str, spec: params.ParamSpec) -> jax.Array:
         dtype = jnp.int32 if spec.stored == "i64" else jnp.float32
-        return jnp.asarray(stack(hf_names.release_names(name, cfg)), dtype)
+        return jnp.asarray(stack(tensor_names.release_names(name, cfg)), dtype)
 
     return params.map_leaves(fill, Model(cfg))
 

@@ -11,7 +11,8 @@ import pytest
 
 import v4jax
 from tests import models
-from v4jax import peft, random_checkpoint, updates
+from v4jax.adapters import peft, updates
+from v4jax.checkpoints import random_release
 from v4jax_train import loop, recipe
 
 # A vocabulary with room for the special tokens, and rows that a window of 128 does not hold.
@@ -22,7 +23,7 @@ TARGETS = ["q_b_proj", "kv_proj", "weights_proj", "experts.down_proj"]
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "release"
-    random_checkpoint.make_checkpoint(directory, CFG, 0)
+    random_release.make_checkpoint(directory, CFG, 0)
     return directory
 
 

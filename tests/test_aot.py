@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import Mesh
 
 from pallas_kernels import targets
-from v4jax import aot, audit, config, numerics, sharding
+from v4jax import aot, audit
+from v4jax.adapters.lora import Lora
 from v4jax.aot import Step
-from v4jax.config import ModelConfig
-from v4jax.lora import Lora
+from v4jax.model import config, numerics, sharding
+from v4jax.model.config import ModelConfig
 from v4jax_train import aot as train_aot
 from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full

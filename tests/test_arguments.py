@@ -12,10 +12,10 @@ import pytest
 
 import v4jax
 from tests.doors import USER, VOCAB, small_model, stub
-from v4jax import sharding
 from v4jax.arguments import ArgumentError
+from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
-from v4jax.sampling import SamplingParams
+from v4jax.model import sharding
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_of_tokens(model: Any, tokens: Any, says: str) -> None:
         ({"path": b"tiny"}, "path is b'tiny'"),
         (
             {"mesh": "cpu"},
-            "mesh is 'cpu'; it must be None or a mesh, from v4jax.sharding.make_mesh",
+            "mesh is 'cpu'; it must be None or a mesh, from v4jax.model.sharding.make_mesh",
         ),
         (
             {"mesh": jax.sharding.Mesh(np.array(jax.devices()), ("x",))},

@@ -11,14 +11,17 @@ import pytest
 
 import v4jax
 from tests.doors import CFG, USER, small_model, stub
-from v4jax import config, convert, export, facts, merge, random_checkpoint, sharding, updates
-from v4jax import inspect as inspection
+from v4jax import facts
+from v4jax.adapters import merge, updates
 from v4jax.arguments import ArgumentError
-from v4jax.chat_parser import ChatParser
+from v4jax.checkpoints import convert, export, random_release
+from v4jax.commands import inspect as inspection
+from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
-from v4jax.sampling import SamplingParams
-from v4jax.stopping import StopStrings
-from v4jax.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
+from v4jax.model import config, sharding
+from v4jax.text.chat_parser import ChatParser
+from v4jax.text.stopping import StopStrings
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
 
 PACKAGE = Path(v4jax.__file__).parent
 VALUES: dict[str, Any] = {
@@ -125,7 +128,7 @@ def calls(model: LanguageModel) -> dict[str, Call]:
         "token_bytes": (tokenizer.token_bytes, {}, {"token_id": {"5"}}),
         "StreamDecoder": (StreamDecoder, {}, {"tokenizer": set()}),
         "demo tokenizer": (build_demo_tokenizer, {}, {"vocab_size": set()}),
-        "make_checkpoint": (random_checkpoint.make_checkpoint, made, CHECKPOINT),
+        "make_checkpoint": (random_release.make_checkpoint, made, CHECKPOINT),
         "convert": (convert.convert, FILES, nothing("source", "target", "weights", "progress")),
         "export": (export.export, FILES, nothing("source", "target", "progress")),
         "merge": (

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from v4jax import audit, sharding
+from v4jax import audit
+from v4jax.model import sharding
 
 TEXT = """
 HloModule jit_f

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import cache as caches
-from v4jax import config
+from v4jax.model import cache as caches
+from v4jax.model import config
 
 LAYER = jnp.int32(1)
 ROWS = 13

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import chat
-from v4jax.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, LATEST_REMINDER, THINK, USER
-from v4jax.chat import encode_chat as encode
+from v4jax.text import chat
+from v4jax.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, LATEST_REMINDER, THINK, USER
+from v4jax.text.chat import encode_chat as encode
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "chat_vectors.json").read_text("utf-8"))
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"unit": "\u00b0C"}}}
@@ -362,7 +362,8 @@ def test_every_special_token_is_listed_once():
 
 def test_importing_the_encoding_loads_neither_jax_nor_tokenizers():
     heavy = "{'jax', 'flax', 'numpy', 'tokenizers'}"
-    code = f"import sys, v4jax.chat, v4jax.chat_parser; assert not {heavy} & set(sys.modules)"
+    modules = "v4jax.text.chat, v4jax.text.chat_parser"
+    code = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_chat
-from v4jax.chat_parser import (
+from v4jax.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_chat
+from v4jax.text.chat_parser import (
     ArgumentsDelta,
     ChatParser,
     ContentDelta,

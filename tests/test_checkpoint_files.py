@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from v4jax import checkpoint_files, unfinished
-from v4jax.checkpoint_files import Checkpoint, write_checkpoint
-from v4jax.safetensors_file import CheckpointError, TensorInfo, write_safetensors
+from v4jax.checkpoints import safetensors_directory, unfinished
+from v4jax.checkpoints.safetensors_directory import Checkpoint, write_checkpoint
+from v4jax.checkpoints.safetensors_file import CheckpointError, TensorInfo, write_safetensors
 
 CONFIG = {"model_type": "deepseek_v4", "hidden_size": 4}
 SHARDS = [
@@ -299,9 +299,9 @@ def test_a_tensor_declared_in_two_shards_is_refused(tmp_path: Path):
 
 def test_the_index_is_written_last(tmp_path: Path, monkeypatch: Any):
     order: list[str] = []
-    write_json = checkpoint_files._write_json
+    write_json = safetensors_directory._write_json
     monkeypatch.setattr(
-        checkpoint_files,
+        safetensors_directory,
         "_write_json",
         lambda path, value: (order.append(path.name), write_json(path, value))[1],
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from v4jax import checksums
+from v4jax.checkpoints import checksums
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 
 import v4jax
 from tests.checkpoints import tiny, tiny_dspark
-from v4jax import native, random_checkpoint
 from v4jax.__main__ import main
-from v4jax.chat import encode_chat
+from v4jax.checkpoints import native, random_release
+from v4jax.text.chat import encode_chat
 
 COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
 Capsys = pytest.CaptureFixture[str]
@@ -24,7 +24,7 @@ Capsys = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "checkpoint"
-    random_checkpoint.make_checkpoint(directory, tiny(), 0)
+    random_release.make_checkpoint(directory, tiny(), 0)
     return directory
 
 
@@ -328,7 +328,7 @@ def test_chat_options_choose_the_encoding(
 ) -> None:
     model = _Recorder(cfg)
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
-    monkeypatch.setattr("v4jax.updates.open_config", lambda _: cfg)
+    monkeypatch.setattr("v4jax.adapters.updates.open_config", lambda _: cfg)
     assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
     assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
 
@@ -354,7 +354,9 @@ def test_an_adapter_is_given_to_the_loader(
 def test_what_is_no_adapter_is_told_before_the_model_is_loaded(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("v4jax.huggingface.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "v4jax.checkpoints.release_weights.load", lambda *_, **__: pytest.fail("loaded")
+    )
     told = fails(capsys, "generate", str(checkpoint), "-p", "Why?", "--adapter", str(checkpoint))
     assert "is neither an adapter (adapter_config.json) nor the directory of a run" in told
 

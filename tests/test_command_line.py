@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from v4jax import command_line
+from v4jax.commands import command_line
 
 FULL = Path("/dev/full")
 # A command of each program that answers at once: it prints, or fails.

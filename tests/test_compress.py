@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels import compress, rotary
 from pallas_kernels.compress import reference
 from pallas_kernels.compress.shapes import SHAPES, Shape
-from v4jax import layers
+from v4jax.model import layers
 
 BENCH = {name: SHAPES[f"bench {name}"] for name in ("hca", "csa", "index")}
 # A few dozen float32 roundings, one after the other.

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import config, config_json
-from v4jax.config import LayerKind, ModelConfig, Yarn
-from v4jax.plan import segments
+from v4jax.model import config, config_json
+from v4jax.model.config import LayerKind, ModelConfig, Yarn
+from v4jax.model.segments import segments
 
 FLASH = config.preset_json("flash")
 TRANSFORMERS = {

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from v4jax import config, config_file, config_json, config_keys, config_ranges
-from v4jax.config import DSpark, LayerKind, ModelConfig, Yarn
-from v4jax.tokenizer import build_demo_tokenizer
+from v4jax.checkpoints import config_file
+from v4jax.model import config, config_json, config_keys, config_ranges
+from v4jax.model.config import DSpark, LayerKind, ModelConfig, Yarn
+from v4jax.text.tokenizer import build_demo_tokenizer
 
 FLASH = config.preset_json("flash")
 DRAFTED = config.preset_json("flash-0731")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests import models
 from tests.models import CSA, HCA, SLIDING, Runner
-from v4jax import cache as caches
-from v4jax.numerics import HF, OFFICIAL, Numerics
+from v4jax.model import cache as caches
+from v4jax.model.numerics import HF, OFFICIAL, Numerics
 
 CFG = models.config(SLIDING, CSA, HCA, CSA)
 LENGTH = 90

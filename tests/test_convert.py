@@ -17,10 +17,11 @@ import pytest
 
 from tests import checkpoints, hf_models
 from tests.test_hub import Hub, client
-from v4jax import config_json, convert, huggingface, native, params, sharding
-from v4jax.checkpoint_files import Checkpoint, write_checkpoint
-from v4jax.config import LayerKind
-from v4jax.safetensors_file import TensorInfo
+from v4jax.checkpoints import convert, native, release_weights
+from v4jax.checkpoints.safetensors_directory import Checkpoint, write_checkpoint
+from v4jax.checkpoints.safetensors_file import TensorInfo
+from v4jax.model import config_json, params, sharding
+from v4jax.model.config import LayerKind
 
 RATIOS = [0, 0, 4, 128, 4]
 
@@ -128,7 +129,7 @@ def test_export_reproduces_the_source(kept, tmp_path):
 @pytest.mark.parametrize(("dtype", "keep"), [("bfloat16", True), ("float32", False)])
 def test_native_model_equals_the_one_from_the_source(kept, dtype, keep):
     source, made = kept
-    expected, cfg = huggingface.load(source, dtype=jnp.dtype(dtype), keep=keep)
+    expected, cfg = release_weights.load(source, dtype=jnp.dtype(dtype), keep=keep)
     model, found = native.load(made, dtype=jnp.dtype(dtype), keep=keep)
     assert found == cfg
     assert_same_model(model, expected)
@@ -138,7 +139,7 @@ def test_native_model_equals_the_one_from_the_source(kept, dtype, keep):
 def test_native_model_on_a_mesh_equals_the_one_from_the_source(released, tmp_path, keep):
     convert.convert(released, tmp_path / "native")
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
-    expected, _ = huggingface.load(released, dtype=jnp.bfloat16, keep=keep, mesh=mesh)
+    expected, _ = release_weights.load(released, dtype=jnp.bfloat16, keep=keep, mesh=mesh)
     model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep=keep, mesh=mesh)
     assert_same_model(model, expected)
 
@@ -185,8 +186,8 @@ def test_decoded_checkpoint_exports_dense_tensors_under_the_same_names(tmp_path,
     }
     dtypes = {exported.info(name).dtype for name in exported.names}
     assert dtypes == {"F32", "I64"} | ({"BF16"} if weights == "bfloat16" else set())
-    expected, _ = huggingface.load(source, dtype=jnp.dtype(weights), keep=False)
-    model, _ = huggingface.load(tmp_path / "exported", dtype=jnp.dtype(weights), keep=False)
+    expected, _ = release_weights.load(source, dtype=jnp.dtype(weights), keep=False)
+    model, _ = release_weights.load(tmp_path / "exported", dtype=jnp.dtype(weights), keep=False)
     assert_same_model(model, expected)
 
 

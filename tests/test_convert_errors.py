@@ -16,8 +16,8 @@ import pytest
 
 from tests import checkpoints
 from tests.test_convert import assert_same_checkpoint, contents, run, write_release
-from v4jax import convert, huggingface, native, unfinished
-from v4jax.safetensors_file import CheckpointError, open_safetensors
+from v4jax.checkpoints import convert, native, release_weights, unfinished
+from v4jax.checkpoints.safetensors_file import CheckpointError, open_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, command):
         assert not target.exists()
         left = unfinished.scratch(target)
         assert not native.is_native(left)
-        for read in (huggingface.load, native.load):
+        for read in (release_weights.load, native.load):
             for place in (left, left / "result"):
                 with pytest.raises(CheckpointError, match="is unfinished"):
                     read(place, dtype=jnp.bfloat16, keep=True)

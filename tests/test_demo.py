@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax import demo, hub, inspect, params
 from v4jax.__main__ import main
-from v4jax.checkpoint_files import Checkpoint
-from v4jax.config import preset
+from v4jax.checkpoints import hub
+from v4jax.checkpoints.safetensors_directory import Checkpoint
+from v4jax.commands import demo, inspect
 from v4jax.language_model import LanguageModel
-from v4jax.model import Model
+from v4jax.model import params
+from v4jax.model.config import preset
+from v4jax.model.transformer import Model
 from v4jax_train import loss, tiny
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from tests import models
-from v4jax import generate, params
-from v4jax.generate import Engine, NotFiniteError
+from v4jax.decoding import loop
+from v4jax.decoding.loop import Engine, NotFiniteError
+from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
-from v4jax.model import Model
-from v4jax.numerics import HF
-from v4jax.sampling import SamplingParams
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.model import params
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
 
 VOCAB = 300
 CFG = models.config(
@@ -234,7 +235,7 @@ def test_what_comes_before_the_first_bad_logits_is_streamed(model: LanguageModel
 
 def test_chunks_hold_the_prompt_and_little_more() -> None:
     for tokens in (1, 64, 65, 512, 513, 2048, 2049, 5000):
-        sizes = generate.chunk_sizes(tokens)
+        sizes = loop.chunk_sizes(tokens)
         assert sum(sizes) >= tokens > sum(sizes) - sizes[-1]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels import products
 from pallas_kernels.hyper import reference
-from v4jax import layers
+from v4jax.model import layers
 
 B, T, D = 2, 5, 24
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax import indexer_loss
+from v4jax.model import indexer_divergence
 
 B, T, H, K, INDEX_HEADS, J, S, WINDOW = 2, 64, 3, 8, 2, 8, 16, 12
 SCALE = K**-0.5
@@ -54,11 +54,11 @@ def test_divergence_is_that_of_plain_maths(
     document: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunked:
-        monkeypatch.setattr(indexer_loss, "_LOGITS", B * H * S * 16)
+        monkeypatch.setattr(indexer_divergence, "_LOGITS", B * H * S * 16)
     index, attention = arguments()
     visible, hidden, first = places(document)
     given = (hidden, first) if document else (None, None)
-    got = indexer_loss.divergence(index, attention, visible, *given, scale=SCALE)
+    got = indexer_divergence.divergence(index, attention, visible, *given, scale=SCALE)
     expected = plain(index, attention, visible, hidden, first)
     assert expected.max() > 0.1
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
@@ -69,7 +69,9 @@ def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> No
     visible, _, _ = places(False)
 
     def total(index: Any, attention: Any) -> Any:
-        return jnp.sum(indexer_loss.divergence(index, attention, visible, None, None, scale=SCALE))
+        return jnp.sum(
+            indexer_divergence.divergence(index, attention, visible, None, None, scale=SCALE)
+        )
 
     to_index, to_attention = jax.grad(total, argnums=(0, 1))(index, attention)
     assert all(not np.any(part) for part in to_attention)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import tiny, write_release
-from v4jax import config_json, convert, facts, inspect
-from v4jax.config import preset, preset_names
-from v4jax.model import Model
-from v4jax.params import count
+from v4jax import facts
+from v4jax.checkpoints import convert
+from v4jax.commands import inspect
+from v4jax.model import config_json
+from v4jax.model.config import preset, preset_names
+from v4jax.model.params import count
+from v4jax.model.transformer import Model
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compress, hyper
-from v4jax import config, layers
-from v4jax.numerics import HF, OFFICIAL
+from v4jax.model import config, layers
+from v4jax.model.numerics import HF, OFFICIAL
 
 FLASH = config.preset("flash")
 # Rounding of a sum of a few hundred float32 terms.

@@ -10,11 +10,13 @@ import pytest
 from pallas_kernels.grouped_matmul import LoraWeight
 from tests import models
 from tests.models import CSA, HCA
-from v4jax import cache as caches
-from v4jax import layers, lora, params, steps
-from v4jax.lora import Lora
-from v4jax.model import Model
-from v4jax.numerics import HF
+from v4jax.adapters import lora
+from v4jax.adapters.lora import Lora
+from v4jax.decoding import steps
+from v4jax.model import cache as caches
+from v4jax.model import layers, params
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
 
 CFG = models.config(CSA, HCA, hashed=0)
 TOKENS = models.tokens(CFG, 2, 40)

@@ -16,25 +16,18 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 import v4jax
 from pallas_kernels import quantize
 from tests import checkpoints, hf_models, models, training_runs
-from v4jax import cache as caches
-from v4jax import (
-    export,
-    hf_names,
-    huggingface,
-    merge,
-    native,
-    params,
-    peft,
-    requantise,
-    steps,
-)
 from v4jax.__main__ import main
-from v4jax.checkpoint_files import Checkpoint
-from v4jax.config import ModelConfig
-from v4jax.lora import Lora
-from v4jax.model import Model
-from v4jax.numerics import HF
-from v4jax.safetensors_file import CheckpointError
+from v4jax.adapters import merge, peft, requantise
+from v4jax.adapters.lora import Lora
+from v4jax.checkpoints import export, native, release_weights, tensor_names
+from v4jax.checkpoints.safetensors_directory import Checkpoint
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.decoding import steps
+from v4jax.model import cache as caches
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
 from v4jax_train.trainable import Full
 
 Capsys = pytest.CaptureFixture[str]
@@ -94,7 +87,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def weights(directory: Path) -> tuple[Model, ModelConfig]:
-    return huggingface.load(directory, dtype=jnp.float32, keep=False)
+    return release_weights.load(directory, dtype=jnp.float32, keep=False)
 
 
 def logits(model: Model, cfg: ModelConfig) -> np.ndarray:
@@ -111,7 +104,11 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 def changed_names(cfg: ModelConfig, leaves: Any) -> set[str]:
     """The release tensors of these leaves, without scales."""
-    return {name for leaf in leaves for name in hf_names.flatten(hf_names.release_names(leaf, cfg))}
+    return {
+        name
+        for leaf in leaves
+        for name in tensor_names.flatten(tensor_names.release_names(leaf, cfg))
+    }
 
 
 def test_keep_changes_the_adapters_weights_and_nothing_else(
@@ -120,7 +117,7 @@ def test_keep_changes_the_adapters_weights_and_nothing_else(
     rows = merge.merge(released, adapter, tmp_path / "merged", weights="keep")
     _, factors = peft.load(adapter, CFG)
     names = changed_names(CFG, factors)
-    scales = {hf_names.scale_name(name) for name in names}
+    scales = {tensor_names.scale_name(name) for name in names}
     found = differing(released, tmp_path / "merged")
     assert names <= found <= names | scales
     before, after = files(released), files(tmp_path / "merged")

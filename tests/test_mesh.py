@@ -14,11 +14,12 @@ import pytest
 
 from pallas_kernels import quantize
 from tests import exchanges, models
-from v4jax import cache as caches
-from v4jax import config, params, sharding, steps
-from v4jax.generate import Engine
-from v4jax.model import Model
-from v4jax.numerics import HF
+from v4jax.decoding import steps
+from v4jax.decoding.loop import Engine
+from v4jax.model import cache as caches
+from v4jax.model import config, params, sharding
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
 
 CFG = exchanges.CFG
 CAPACITY = 1100

@@ -13,13 +13,16 @@ import v4jax
 from pallas_kernels import targets
 from tests import checkpoints
 from tests.test_aot import WIDE
-from v4jax import aot, random_checkpoint, sharding, steps
+from v4jax import aot
 from v4jax.__main__ import main
 from v4jax.aot import Step
-from v4jax.config import preset
-from v4jax.generate import Engine
+from v4jax.checkpoints import random_release
+from v4jax.decoding import steps
+from v4jax.decoding.loop import Engine
+from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
-from v4jax.sampling import SamplingParams
+from v4jax.model import sharding
+from v4jax.model.config import preset
 
 # One layer of each kind.
 CFG = checkpoints.tiny(layers=preset("tiny").layers[:3], num_nextn_predict_layers=0)
@@ -30,7 +33,7 @@ ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3}
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("mesh") / "model"
-    random_checkpoint.make_checkpoint(made, CFG, 0)
+    random_release.make_checkpoint(made, CFG, 0)
     return made
 
 

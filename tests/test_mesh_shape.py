@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh, Mesh
 import v4jax
 from pallas_kernels import targets
 from tests import checkpoints, models
-from v4jax import aot, config, params, random_checkpoint, sharding
-from v4jax.config import ModelConfig
-from v4jax.model import Model
+from v4jax import aot
+from v4jax.checkpoints import random_release
+from v4jax.model import config, params, sharding
+from v4jax.model.config import ModelConfig
+from v4jax.model.transformer import Model
 
 
 def hops(mesh: Mesh, axis: str, torus: tuple[int, ...]) -> float:
@@ -132,7 +134,7 @@ def test_a_single_row_is_whole_and_rows_are_shared() -> None:
 
 
 def test_loading_refuses_before_it_reads(tmp_path: Any) -> None:
-    random_checkpoint.make_checkpoint(tmp_path / "model", checkpoints.tiny(), 0)
+    random_release.make_checkpoint(tmp_path / "model", checkpoints.tiny(), 0)
     other = Mesh(np.array(jax.devices()), ("x",))
     seen: list[Any] = []
     with pytest.raises(

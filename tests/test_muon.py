@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from v4jax import aot, sharding
+from v4jax import aot
+from v4jax.model import sharding
 from v4jax_train import muon
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tests import models, oracle
-from v4jax import cache as caches
-from v4jax import config_json, steps
-from v4jax import model as m
-from v4jax.config import ModelConfig
-from v4jax.model import Model
-from v4jax.numerics import HF, OFFICIAL, Numerics
+from v4jax.decoding import steps
+from v4jax.model import cache as caches
+from v4jax.model import config_json, transformer
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import HF, OFFICIAL, Numerics
+from v4jax.model.transformer import Model
 
 LENGTH = 260
 
@@ -36,8 +36,8 @@ def run(
 
     @jax.jit
     def program(model: Model, tokens_BT: Any, cache: Any) -> Any:
-        streams, cache = m.forward(model, cfg, numerics, tokens_BT, cache, count_B)
-        return m.head(model, m.hidden(model, cfg, streams)), (streams, cache)
+        streams, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+        return transformer.head(model, transformer.hidden(model, cfg, streams)), (streams, cache)
 
     logits, state = program(model, jnp.asarray(tokens_BT, jnp.int32), cache)
     return np.asarray(logits), state

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from tests import checkpoints, training_runs
-from v4jax import convert, demo, hub, native, peft, unfinished, updates
 from v4jax.__main__ import main
-from v4jax.config import preset
-from v4jax.lora import Lora
-from v4jax.safetensors_file import CheckpointError
+from v4jax.adapters import peft, updates
+from v4jax.adapters.lora import Lora
+from v4jax.checkpoints import convert, hub, native, unfinished
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.commands import demo
+from v4jax.model.config import preset
 from v4jax_train import loop, recipe
 
 CFG, SETTINGS = preset("tiny"), Lora("self_attn.kv_proj", rank=1)

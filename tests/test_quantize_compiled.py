@@ -14,7 +14,7 @@ from pallas_kernels.targets import Target
 from tests.kernels import interpreted
 from tests.test_quantize import assert_same_bits
 from tests.test_quantize_oracle import values
-from v4jax import layers
+from v4jax.model import layers
 
 CHIPS: tuple[Target, ...] = ("v5p", "v6e", "tpu7x")
 ROUNDINGS = {

@@ -9,17 +9,18 @@ import pytest
 
 import v4jax
 from tests.checkpoints import tiny
-from v4jax import inspect, native, random_checkpoint
-from v4jax.checkpoint_files import Checkpoint
-from v4jax.convert import convert, export
+from v4jax.checkpoints import native, random_release
+from v4jax.checkpoints.convert import convert, export
+from v4jax.checkpoints.safetensors_directory import Checkpoint
+from v4jax.commands import inspect
 from v4jax.language_model import LanguageModel
-from v4jax.tokenizer import Tokenizer
+from v4jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    random_checkpoint.make_checkpoint(directory, tiny(), 0)
+    random_release.make_checkpoint(directory, tiny(), 0)
     return directory
 
 
@@ -59,7 +60,7 @@ def test_checkpoints_of_other_configurations_hold_what_inspect_computes(
     changes: dict, tmp_path: Path
 ) -> None:
     cfg = tiny(**changes)
-    random_checkpoint.make_checkpoint(tmp_path / "made", cfg, 0)
+    random_release.make_checkpoint(tmp_path / "made", cfg, 0)
     subject = inspect.find(str(tmp_path / "made"))
     assert subject.config == cfg
     assert subject.held == inspect.report(cfg).bytes_by_dtype
@@ -67,7 +68,7 @@ def test_checkpoints_of_other_configurations_hold_what_inspect_computes(
 
 def test_equal_seeds_make_equal_bytes_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
-        random_checkpoint.make_checkpoint(tmp_path / str(seed), tiny(), seed)
+        random_release.make_checkpoint(tmp_path / str(seed), tiny(), seed)
     same, other = (
         [
             (tmp_path / seed / file.name).read_bytes() == file.read_bytes()
@@ -95,14 +96,14 @@ def test_a_failure_while_making_it_leaves_nothing(
         yield "one", np.zeros(3, np.float32)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(random_checkpoint, "_arrays", arrays)
+    monkeypatch.setattr(random_release, "_arrays", arrays)
     with pytest.raises(KeyboardInterrupt):
-        random_checkpoint.make_checkpoint(tmp_path / "made", tiny(), 0)
+        random_release.make_checkpoint(tmp_path / "made", tiny(), 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_most_greedy_and_sampled_tokens_are_words(model: LanguageModel, checkpoint: Path) -> None:
-    words = set(random_checkpoint._words(Tokenizer.load(checkpoint)))
+    words = set(random_release._words(Tokenizer.load(checkpoint)))
     for temperature in (0.0, 1.0):
         out = model.generate("Once upon a time", max_tokens=64, temperature=temperature, seed=3)
         assert sum(token in words for token in out.tokens) >= 60
@@ -111,5 +112,5 @@ def test_most_greedy_and_sampled_tokens_are_words(model: LanguageModel, checkpoi
 
 def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="270 or more"):
-        random_checkpoint.make_checkpoint(tmp_path / "made", tiny(vocab_size=100), 0)
+        random_release.make_checkpoint(tmp_path / "made", tiny(vocab_size=100), 0)
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import tiny
-from v4jax import random_checkpoint
 from v4jax.__main__ import main
-from v4jax.config import preset_names
+from v4jax.checkpoints import random_release
+from v4jax.model.config import preset_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -27,7 +27,7 @@ V4JAX = [command[1:] for command in COMMANDS if command[0] == "v4jax"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the README's directories lie, its checkpoint a random one."""
     directory = tmp_path_factory.mktemp("readme")
-    random_checkpoint.make_checkpoint(directory / "HF_DIR", tiny(), 0)
+    random_release.make_checkpoint(directory / "HF_DIR", tiny(), 0)
     (directory / "path" / "to").mkdir(parents=True)
     (directory / "path" / "to" / "checkpoint").symlink_to(directory / "HF_DIR")
     return directory

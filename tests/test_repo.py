@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from v4jax.config import ModelConfig, preset, preset_names
+from v4jax.model.config import ModelConfig, preset, preset_names
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "v4jax", "train")
 SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 # The commands talk; of the libraries only these do.
-TALKERS = {ROOT / "v4jax" / name for name in ("__main__.py", "demo.py", "inspect.py")}
-TALKERS |= {ROOT / "v4jax" / "command_line.py"}
+TALKERS = {ROOT / "v4jax" / "__main__.py"}
+TALKERS |= {
+    ROOT / "v4jax" / "commands" / name for name in ("command_line.py", "demo.py", "inspect.py")
+}
 TALKERS |= {ROOT / "train" / name for name in ("__main__.py", "display.py")}
 # An operation may not know the layers above it.
 MAY_NOT_IMPORT = {

@@ -18,8 +18,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import safetensors_file
-from v4jax.safetensors_file import (
+from v4jax.checkpoints import safetensors_file
+from v4jax.checkpoints.safetensors_file import (
     DTYPES,
     CheckpointError,
     TensorInfo,
@@ -348,7 +348,7 @@ def check_error_or_valid(folder: Path, content: bytes) -> bool:
 
 def test_importing_the_file_layer_imports_nothing_heavy():
     script = (
-        "import sys, v4jax.hub, v4jax.checkpoint_files\n"
+        "import sys, v4jax.checkpoints.hub, v4jax.checkpoints.safetensors_directory\n"
         "heavy = {'jax', 'flax', 'torch', 'huggingface_hub', 'safetensors'} & set(sys.modules)\n"
         "print(*heavy)\n"
     )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from v4jax import safetensors_file
-from v4jax.safetensors_file import (
+from v4jax.checkpoints import safetensors_file
+from v4jax.checkpoints.safetensors_file import (
     CheckpointError,
     TensorInfo,
     open_safetensors,
@@ -40,7 +40,7 @@ def test_an_exception_while_writing_leaves_what_was_there(tmp_path: Path, before
 def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path):
     script = (
         "import os, sys, numpy as np\n"
-        "from v4jax.safetensors_file import TensorInfo, write_safetensors\n"
+        "from v4jax.checkpoints.safetensors_file import TensorInfo, write_safetensors\n"
         "tensors = {n: TensorInfo('F32', (4,)) for n in 'ab'}\n"
         "read = lambda n: os._exit(9) if n == 'b' else np.zeros(4, np.float32)\n"
         "write_safetensors(sys.argv[1], tensors, read)\n"

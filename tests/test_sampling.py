@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests import models
-from v4jax import sampling
-from v4jax.sampling import SamplingParams
+from v4jax.decoding import sampling
+from v4jax.decoding.sampling import SamplingParams
 
 sample = jax.jit(sampling.sample, static_argnames="top_logprobs")
 filtered = jax.jit(sampling.filtered_logits)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from v4jax import sampling
-from v4jax.sampling import SamplingParams
+from v4jax.decoding import sampling
+from v4jax.decoding.sampling import SamplingParams
 
 filtered = jax.jit(sampling.filtered_logits)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.stopping import MOST_STOPS, StopStrings
+from v4jax.text.stopping import MOST_STOPS, StopStrings
 
 # Few letters, so that stop strings overlap, nest and nearly match; two are outside ASCII, one of
 # them outside the basic plane.

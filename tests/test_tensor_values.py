@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests import checkpoints
-from v4jax import convert, export, huggingface, native, tensor_values
-from v4jax.safetensors_file import CheckpointError, open_safetensors
-from v4jax.tensor_values import are_finite, check, check_ids, check_scales
+from v4jax.checkpoints import convert, export, native, release_weights, tensor_values
+from v4jax.checkpoints.safetensors_file import CheckpointError, open_safetensors
+from v4jax.checkpoints.tensor_values import are_finite, check, check_ids, check_scales
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 F32 = jnp.dtype("float32")
@@ -132,7 +132,7 @@ def copy(released: Path, tmp_path: Path) -> Path:
 def test_bad_values_are_refused_when_they_are_read_and_others_are_not(copy: Path) -> None:
     for name, code in DAMAGE.values():
         poke(copy, name, code)
-    tensors, *_ = huggingface.open_release(copy)
+    tensors, *_ = release_weights.open_release(copy)
     damaged = {name for name, _ in DAMAGE.values()}
     assert len(damaged) == len(DAMAGE)
     for name, tensor in tensors.tensors.items():
@@ -149,8 +149,8 @@ def test_bad_values_are_refused_when_they_are_read_and_others_are_not(copy: Path
 @pytest.mark.parametrize(
     ("case", "run"),
     [
-        ("an id too large", lambda source, _: huggingface.load(source, dtype=F32, keep=True)),
-        ("an FP8 code", lambda source, _: huggingface.load(source, dtype=F32, keep=False)),
+        ("an id too large", lambda source, _: release_weights.load(source, dtype=F32, keep=True)),
+        ("an FP8 code", lambda source, _: release_weights.load(source, dtype=F32, keep=False)),
         ("a norm", lambda source, target: convert.convert(source, target)),
         ("a scale of FP4", lambda source, target: convert.convert(source, target)),
         ("a drafter's norm", lambda source, target: convert.convert(source, target)),
@@ -203,7 +203,7 @@ def test_a_native_checkpoint_with_bad_values_is_neither_loaded_nor_exported(
 def test_a_tensor_that_is_read_often_is_checked_once(
     released: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors, *_ = huggingface.open_release(released)
+    tensors, *_ = release_weights.open_release(released)
     tensors["norm.weight"].read()
     monkeypatch.setattr(tensor_values, "check", lambda *_, **__: pytest.fail("checked again"))
     tensors["norm.weight"].read()

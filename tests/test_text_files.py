@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from v4jax import checkpoint_files, hub, inspect, text_files
 from v4jax.__main__ import main
-from v4jax.safetensors_file import CheckpointError
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.checkpoints import hub, safetensors_directory
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.commands import inspect
+from v4jax.text import files
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
 from v4jax_train import journal, recipe, runs
 
 MARK = b"\xef\xbb\xbf"
@@ -30,7 +32,7 @@ def config(directory: Path) -> object:
 
 def weight_map(directory: Path) -> object:
     file = marked(directory / "index.json", '{"weight_map": {"a": "b"}}')
-    return checkpoint_files.read_index(file)
+    return safetensors_directory.read_index(file)
 
 
 def tokenizer(directory: Path) -> object:
@@ -77,7 +79,7 @@ def test_a_checkpoint_whose_text_files_have_marks_is_opened(tmp_path: Path) -> N
     for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
         if (directory / name).is_file():
             marked(directory / name, (directory / name).read_text())
-    with checkpoint_files.Checkpoint.open(directory) as opened:
+    with safetensors_directory.Checkpoint.open(directory) as opened:
         assert opened.config == json.loads((hub.TINY / "config.json").read_text())
     assert Tokenizer.load(directory).bos_id == 0
 
@@ -89,7 +91,7 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     file.write_bytes(f"{mark}{{}}".encode(encoding))
     told = f"it is in {encoding[:6].upper()}; save it in UTF-8"
     with pytest.raises(CheckpointError, match=re.escape(told)):
-        checkpoint_files.read_json(file)
+        safetensors_directory.read_json(file)
     with pytest.raises(ValueError, match=re.escape(told)):
         recipe.read(file)
 
@@ -104,6 +106,6 @@ def test_a_prompt_on_standard_input_may_begin_with_a_mark(
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:
     text = "a\x1b[2J\x07b\r\x7f\x9b31m\x00\u202e\ud800"
-    assert text_files.visible(text) == r"a\x1b[2J\x07b\r\x7f\x9b31m\x00\u202e\ud800"
+    assert files.visible(text) == r"a\x1b[2J\x07b\r\x7f\x9b31m\x00\u202e\ud800"
     plain = "lines\n\tand \u4f60\u597d, \u00e9, \U0001f468\u200d\U0001f469"
-    assert text_files.visible(plain) == plain
+    assert files.visible(plain) == plain

@@ -7,8 +7,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import chat
-from v4jax.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
+from v4jax.text import chat
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
 
 SIZES = [270, 271, 300, 1024, 2048]
 DEMO = Tokenizer(build_demo_tokenizer(1024))

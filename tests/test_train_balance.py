@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import models
-from v4jax import context
-from v4jax.moe import Routing
-from v4jax.numerics import HF
+from v4jax.model import context
+from v4jax.model.moe import Routing
+from v4jax.model.numerics import HF
 from v4jax_train import balance
 
 CFG = models.config(models.CSA, num_experts_per_tok=2, n_routed_experts=8)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax_train import dataset
-from v4jax_train.dataset import Packs
-from v4jax_train.documents import Documents, LoadReport
-from v4jax_train.packing import PackSettings
+from v4jax_train.data import dataset
+from v4jax_train.data.dataset import Packs
+from v4jax_train.data.documents import Documents, LoadReport
+from v4jax_train.data.packing import PackSettings
 
 # A document of four tokens has one that is trained and is not its first.
 LENGTHS = st.lists(st.integers(4, 600), min_size=1, max_size=30)

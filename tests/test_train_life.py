@@ -16,11 +16,12 @@ import jax
 import pytest
 
 from tests import quick
-from v4jax import random_checkpoint, updates
 from v4jax.__main__ import main as v4jax_main
-from v4jax.config import preset
-from v4jax.runs import BEST, STATES
-from v4jax.safetensors_file import CheckpointError
+from v4jax.adapters import updates
+from v4jax.adapters.runs import BEST, STATES
+from v4jax.checkpoints import random_release
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.model.config import preset
 from v4jax_train import fingerprint, journal, loop, recipe, runs
 from v4jax_train.__main__ import main
 
@@ -48,7 +49,7 @@ def promotion() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, data and data held out."""
     directory = tmp_path_factory.mktemp("life")
-    random_checkpoint.make_checkpoint(directory / "model", SMALL, 0)
+    random_release.make_checkpoint(directory / "model", SMALL, 0)
     rows(directory / "data.jsonl", "abcdefghijklmnop")
     rows(directory / "held_out.jsonl", "qrs")
     return directory

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from v4jax import random_checkpoint
-from v4jax.config import preset
+from v4jax.checkpoints import random_release
+from v4jax.model.config import preset
 from v4jax_train import journal
 
 STEPS = 30
@@ -32,7 +32,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    random_checkpoint.make_checkpoint(directory, SMALL, 0)
+    random_release.make_checkpoint(directory, SMALL, 0)
     return directory
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests import models
 from tests.models import CSA, HCA, SLIDING
-from v4jax import model as model_
-from v4jax.numerics import HF
+from v4jax.model import transformer
+from v4jax.model.numerics import HF
 from v4jax_train import loss
 
 CFG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1)
@@ -30,8 +30,8 @@ def batch(document_BT: Any, seed: int = 0) -> dict[str, jax.Array]:
 def test_rows_without_a_cache_have_the_logits_of_the_decode_steps() -> None:
     @jax.jit
     def logits(model: Any) -> Any:
-        streams_BTM, *_ = model_.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
-        return model_.head(model, model_.hidden(model, CFG, streams_BTM))
+        streams_BTM, *_ = transformer.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
+        return transformer.head(model, transformer.hidden(model, CFG, streams_BTM))
 
     expected = models.whole(CFG, TOKENS)
     got = logits(models.weights(CFG))
@@ -121,7 +121,7 @@ def test_packed_documents_are_refused_where_an_entry_would_mix_them(ratio: int) 
     cfg = models.config(SLIDING, CSA, ("csa" if ratio == 3 else "hca", ratio))
 
     def forward(model: Any, rows: dict[str, jax.Array], document_BT: Any) -> Any:
-        return model_.forward_rows(model, cfg, HF, rows["tokens"], document_BT)[0]
+        return transformer.forward_rows(model, cfg, HF, rows["tokens"], document_BT)[0]
 
     rows, model = batch(np.ones_like(TOKENS)), models.weights(cfg)
     with pytest.raises(ValueError, match=rf"compression ratio of {ratio} .* does not divide"):

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests import exchanges, models, training_runs
-from v4jax import sharding
-from v4jax.config import LayerKind
-from v4jax.lora import Lora
-from v4jax.model import Model
-from v4jax.numerics import HF
+from v4jax.adapters.lora import Lora
+from v4jax.model import sharding
+from v4jax.model.config import LayerKind
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
 from v4jax_train import preparation, step, trainable
 from v4jax_train.trainable import Parts
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from v4jax_train import rows
-from v4jax_train.rows import ChatRow, RowSettings
+from v4jax_train.data import rows
+from v4jax_train.data.rows import ChatRow, RowSettings
 
 USER = {"role": "user", "content": "u"}
 

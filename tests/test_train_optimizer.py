@@ -10,8 +10,8 @@ import pytest
 
 from tests import models
 from tests.models import CSA, HCA, SLIDING
-from v4jax.numerics import HF
-from v4jax.params import ParamSpec
+from v4jax.model.numerics import HF
+from v4jax.model.params import ParamSpec
 from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax_train import packing
-from v4jax_train.packing import PackSettings, Plan
+from v4jax_train.data import packing
+from v4jax_train.data.packing import PackSettings, Plan
 
 LENGTHS = st.lists(st.integers(1, 1500), min_size=1, max_size=60).map(np.array)
 SETTINGS = st.builds(

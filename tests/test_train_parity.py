@@ -11,9 +11,10 @@ import torch
 
 import v4jax
 from tests import hf_models
-from v4jax import hf_names, params
-from v4jax.model import Model
-from v4jax.numerics import HF
+from v4jax.checkpoints import tensor_names
+from v4jax.model import params
+from v4jax.model.numerics import HF
+from v4jax.model.transformer import Model
 from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 
@@ -53,7 +54,7 @@ def by_release_name(values: dict[str, Any], cfg: Any) -> dict[str, np.ndarray]:
     specs = dict(params.leaves(Model(cfg)))
     found = {}
     for leaf, value in values.items():
-        names = list(hf_names.flatten(hf_names.release_names(leaf, cfg)))
+        names = list(tensor_names.flatten(tensor_names.release_names(leaf, cfg)))
         shape = specs[leaf].shape[specs[leaf].stack_dims :]
         found |= dict(zip(names, np.asarray(value).reshape(len(names), *shape), strict=True))
     return found
@@ -61,11 +62,11 @@ def by_release_name(values: dict[str, Any], cfg: Any) -> dict[str, np.ndarray]:
 
 def their_tensors(named: dict[str, Any]) -> dict[str, np.ndarray]:
     """Torch's tensors by the release's names, experts apart."""
-    rename = hf_names.to_release(named)
+    rename = tensor_names.to_release(named)
     found = {}
     for name, tensor in named.items():
         array, ours = tensor.detach().numpy(), rename(name)
-        if fused := hf_names.FUSED.match(ours):
+        if fused := tensor_names.FUSED.match(ours):
             matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
             for e, expert in enumerate(array):
                 parts = np.split(expert, len(matrices))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from v4jax import hub
-from v4jax_train import documents, preparation, preview, recipe, runs
+from v4jax.checkpoints import hub
+from v4jax_train import preparation, preview, recipe, runs
 from v4jax_train.__main__ import main
+from v4jax_train.data import documents
 
 TEXT = "word " * 150
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests import quick
-from v4jax import random_checkpoint
-from v4jax.config import preset
+from v4jax.checkpoints import random_release
+from v4jax.model.config import preset
 from v4jax_train import journal
 
 STEPS, DEVICES = 6, 8
@@ -49,7 +49,7 @@ expert = 4
 def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The command's words but for the run's directory; there is one for compiled programs."""
     place = tmp_path_factory.mktemp("inputs")
-    random_checkpoint.make_checkpoint(place / "model", SMALL, 0)
+    random_release.make_checkpoint(place / "model", SMALL, 0)
     rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.toml").write_text(RECIPE)

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import v4jax_configs
 
-from v4jax.lora import Lora
+from v4jax.adapters.lora import Lora
 from v4jax_train import recipe, tables
 from v4jax_train.recipe import Recipe
 

@@ -13,11 +13,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import chat
-from v4jax.chat import BOS, END_THINK, EOS, USER
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
-from v4jax_train.rendering import Document, Renderer, RenderSettings
-from v4jax_train.rows import ChatRow, CompletionRow, TextRow
+from v4jax.text import chat
+from v4jax.text.chat import BOS, END_THINK, EOS, USER
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax_train.data.rendering import Document, Renderer, RenderSettings
+from v4jax_train.data.rows import ChatRow, CompletionRow, TextRow
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "chat_vectors.json").read_text("utf-8"))
 DEMO = Tokenizer(build_demo_tokenizer(1024))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
-from v4jax_train import documents, rows
-from v4jax_train.documents import Documents
-from v4jax_train.rendering import Renderer, RenderSettings
-from v4jax_train.rows import ChatRow, RowSettings
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax_train.data import documents, rows
+from v4jax_train.data.documents import Documents
+from v4jax_train.data.rendering import Renderer, RenderSettings
+from v4jax_train.data.rows import ChatRow, RowSettings
 
 TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 RENDERER = Renderer(Tokenizer(build_demo_tokenizer(300)), RenderSettings(thinking_mode="chat"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from v4jax.tokenizer import Tokenizer, build_demo_tokenizer
-from v4jax_train import documents, rows
-from v4jax_train.rendering import Renderer, RenderSettings
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax_train.data import documents, rows
+from v4jax_train.data.rendering import Renderer, RenderSettings
 
 TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from v4jax import random_checkpoint
-from v4jax.config import preset
+from v4jax.checkpoints import random_release
+from v4jax.model.config import preset
 from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
 from v4jax_train.__main__ import LARGE_PAGES, main
 from v4jax_train.trainable import Full
@@ -28,7 +28,7 @@ SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_laye
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "small"
-    random_checkpoint.make_checkpoint(directory, SMALL, 0)
+    random_release.make_checkpoint(directory, SMALL, 0)
     return directory
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from v4jax import hub
-from v4jax_train import packing, preparation, preview, recipe
-from v4jax_train.dataset import Packs
-from v4jax_train.packing import PackSettings
+from v4jax.checkpoints import hub
+from v4jax_train import preparation, preview, recipe
+from v4jax_train.data import packing
+from v4jax_train.data.dataset import Packs
+from v4jax_train.data.packing import PackSettings
 
 
 def chat(asked: int, answer: str = "yes", **fields: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import lora, params
-from v4jax.config import ModelConfig
-from v4jax.lora import Adapter, Lora
-from v4jax.model import Model
+from v4jax.adapters import lora
+from v4jax.adapters.lora import Adapter, Lora
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.transformer import Model
 from v4jax_train import runs, step
 from v4jax_train.checkpoints import Checkpoints
 from v4jax_train.recipe import ModelSource, Recipe, Steps

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from v4jax import command_line, options
+from v4jax.commands import command_line, options
 
 _EPILOG = """\
 exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from v4jax import aot, params, sharding
-from v4jax.lora import Lora
-from v4jax.model import Model
+from v4jax import aot
+from v4jax.adapters.lora import Lora
+from v4jax.model import params, sharding
+from v4jax.model.transformer import Model
 
 from . import step, trainable
 from .trainable import Parts

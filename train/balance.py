@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
-from v4jax.block import Seen
-from v4jax.cache import BLOCK
-from v4jax.config import LayerKind
-from v4jax.context import Context
-from v4jax.moe import Routing
+from v4jax.model.block import Seen
+from v4jax.model.cache import BLOCK
+from v4jax.model.config import LayerKind
+from v4jax.model.context import Context
+from v4jax.model.moe import Routing
 
 BIAS = "router.bias_E"
 

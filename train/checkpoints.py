@@ -11,8 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from v4jax import checksums, runs
-from v4jax.runs import BEST, STATES
+from v4jax.adapters import runs
+from v4jax.adapters.runs import BEST, STATES
+from v4jax.checkpoints import checksums
 
 from . import processes
 

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4jax.generate import Engine
+from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 
-from . import dataset, preparation, step, trainable
-from .documents import Documents
+from . import preparation, step, trainable
+from .data import dataset
+from .data.documents import Documents
 from .preparation import Setup
 from .recipe import Recipe
 from .trainable import Parts

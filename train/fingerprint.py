@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from v4jax.unfinished import write_file
+from v4jax.checkpoints.unfinished import write_file
 
-from .documents import Documents
+from .data.documents import Documents
 
 FILE = "data.json"
 

@@ -5,10 +5,10 @@ Counted is what the mathematics needs: what is computed anew to save memory is n
 
 from typing import Any
 
-from v4jax import params
-from v4jax.config import LayerKind, ModelConfig
-from v4jax.lora import Lora
-from v4jax.model import Model
+from v4jax.adapters.lora import Lora
+from v4jax.model import params
+from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.transformer import Model
 
 from . import trainable
 from .trainable import Full

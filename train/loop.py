@@ -17,11 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from v4jax import hub, sharding, unfinished
-from v4jax.unfinished import write_file
+from v4jax.checkpoints import hub, unfinished
+from v4jax.checkpoints.unfinished import write_file
+from v4jax.model import sharding
 
-from . import dataset, fingerprint, flops, preparation, processes, runs, step
+from . import fingerprint, flops, preparation, processes, runs, step
 from .checkpoints import Checkpoints
+from .data import dataset
 from .evaluation import Evaluator
 from .journal import Clock, Journal
 from .preparation import Progress, Setup

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
-from v4jax import layers
-from v4jax import model as models
-from v4jax.config import ModelConfig
-from v4jax.model import Model
-from v4jax.numerics import Numerics
+from v4jax.model import layers, transformer
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import Numerics
+from v4jax.model.transformer import Model
 
 from . import balance
 
@@ -47,7 +46,7 @@ def sums(
       mtp: predict the token after the next too, within a document.
       agreement: count where MTP's most probable token is the model's too.
       indexer: compare sparse attention's indexers with it.
-      remat: as for `v4jax.model.forward_rows`.
+      remat: as for `v4jax.model.transformer.forward_rows`.
       unroll: the same.
 
     Returns:
@@ -57,7 +56,7 @@ def sums(
       expert, by the name of the router's bias.
     """
     tokens_BT, document_BT = batch["tokens"], batch["document"]
-    streams_BTM, shared, watched = models.forward_rows(
+    streams_BTM, shared, watched = transformer.forward_rows(
         model,
         cfg,
         numerics,
@@ -68,11 +67,11 @@ def sums(
         watch=balance.watch,
         watch_indexer=indexer,
     )
-    hidden_BTD = models.hidden(model, cfg, streams_BTM)
+    hidden_BTD = transformer.hidden(model, cfg, streams_BTM)
     found = {"loss": _predict(model, hidden_BTD, batch, "loss")}
     drafters = []
     if mtp:
-        drafted_BTD, seen = models.draft_rows(
+        drafted_BTD, seen = transformer.draft_rows(
             model, streams_BTM, shared, remat=remat, watch=balance.watch
         )
         found["mtp_loss"] = _predict(model, drafted_BTD, batch, "mtp_loss")
@@ -131,7 +130,7 @@ def cross_entropy(
     @jax.checkpoint
     def of_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden_BCD, target_BC, trained_BC = part
-        logits_BCV = models.head(model, hidden_BCD)
+        logits_BCV = transformer.head(model, hidden_BCD)
         found_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - found_BC
         return total + jnp.sum(jnp.where(trained_BC, loss_BC, 0.0)), None
@@ -150,6 +149,6 @@ def _chunks(model: Model, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "N B C
 
 def _greedy(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     """The most probable token at each place."""
-    choose = lambda hidden_BCD: jnp.argmax(models.head(model, hidden_BCD), axis=-1)
+    choose = lambda hidden_BCD: jnp.argmax(transformer.head(model, hidden_BCD), axis=-1)
     chosen_NBC = jax.lax.map(choose, _chunks(model, hidden_BTD))
     return jnp.moveaxis(chosen_NBC, 0, 1).reshape(hidden_BTD.shape[:2])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from v4jax.params import path_name
+from v4jax.model.params import path_name
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')(XX')X: eight fast iterations that bring
 # singular values near one, two that bring them to it.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from v4jax.config import ModelConfig
-from v4jax.params import ParamSpec
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec
 
 from . import muon
 

@@ -12,15 +12,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
-from v4jax import context, facts, hub, numerics, open_model, passengers, sharding, updates
-from v4jax.config import ModelConfig
-from v4jax.tokenizer import Tokenizer
+from v4jax import facts, open_model
+from v4jax.adapters import updates
+from v4jax.checkpoints import hub, passengers
+from v4jax.model import context, numerics, sharding
+from v4jax.model.config import ModelConfig
+from v4jax.text.tokenizer import Tokenizer
 
-from . import dataset, documents, optimizer, processes, step, trainable
-from .dataset import Packs
-from .documents import Documents
+from . import optimizer, processes, step, trainable
+from .data import dataset, documents
+from .data.dataset import Packs
+from .data.documents import Documents
+from .data.rendering import Renderer
 from .recipe import Recipe, weighted
-from .rendering import Renderer
 from .trainable import Parts
 
 Progress = Callable[[str, int, int], None]

@@ -8,15 +8,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from v4jax.text_files import visible
-from v4jax.tokenizer import Tokenizer
+from v4jax.text.files import visible
+from v4jax.text.tokenizer import Tokenizer
 
 from . import preparation
-from .dataset import Packs
-from .documents import Documents
-from .packing import Plan
+from .data.dataset import Packs
+from .data.documents import Documents
+from .data.packing import Plan
+from .data.rendering import Document
 from .recipe import Recipe
-from .rendering import Document
 
 _SHOWN = 3
 _TRAINED, _SEEN = "bold green", "dim"

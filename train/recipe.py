@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from v4jax.lora import Lora
-from v4jax.text_files import read_text
+from v4jax.adapters.lora import Lora
+from v4jax.text.files import read_text
 
-from .packing import PackSettings
-from .rendering import RenderSettings
-from .rows import RowSettings
+from .data.packing import PackSettings
+from .data.rendering import RenderSettings
+from .data.rows import RowSettings
 from .tables import at_least, made
 from .trainable import Full
 
@@ -262,7 +262,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How devices are arranged, see `v4jax.sharding`; `data` takes those that are left."""
+    """How devices are arranged, see `v4jax.model.sharding`; `data` takes those that are left."""
 
     fsdp: int = 1
     expert: int = 1

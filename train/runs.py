@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax import runs, sharding, unfinished
-from v4jax.runs import BEST, RECIPE, STATES
-from v4jax.text_files import read_text
+from v4jax.adapters import runs
+from v4jax.adapters.runs import BEST, RECIPE, STATES
+from v4jax.checkpoints import unfinished
+from v4jax.model import sharding
+from v4jax.text.files import read_text
 
 from . import preparation, processes, tables
 from .checkpoints import Checkpoints, restore_best

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from v4jax.config import ModelConfig
-from v4jax.lora import Lora
-from v4jax.numerics import Numerics
+from v4jax.adapters.lora import Lora
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import Numerics
 
 from . import balance, loss, trainable
 from .trainable import Full, Parts
@@ -55,7 +55,7 @@ class Settings:
       indexer_weight: of the indexers' divergence from attention; 0 leaves it out.
       bias_speed: by how much a step moves routers' biases; 0 leaves them.
       clip: gradients longer than this are shortened to it.
-      remat, unroll: as for `v4jax.model.forward_rows`.
+      remat, unroll: as for `v4jax.model.transformer.forward_rows`.
     """
 
     cfg: ModelConfig

@@ -14,10 +14,12 @@ from typing import Any
 
 import tokenizers
 
-from v4jax import chat, merge, random_checkpoint
-from v4jax.config import preset
-from v4jax.runs import RECIPE
-from v4jax.text_files import read_text
+from v4jax.adapters import merge
+from v4jax.adapters.runs import RECIPE
+from v4jax.checkpoints import random_release
+from v4jax.model.config import preset
+from v4jax.text import chat
+from v4jax.text.files import read_text
 
 from . import loop, recipe
 
@@ -136,7 +138,7 @@ def prepare(out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     cfg = preset("tiny")
     texts = [row["text"] if "text" in row else row["messages"][1]["content"] for row in found]
-    random_checkpoint.make_checkpoint(
+    random_release.make_checkpoint(
         out / "untrained", cfg, 0, tokenizer=tokenizer(texts, cfg.vocab_size)
     )
 

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import quantize
-from v4jax import lora, params
-from v4jax.config import ModelConfig
-from v4jax.lora import Lora
-from v4jax.model import Model
-from v4jax.params import ParamSpec
+from v4jax.adapters import lora
+from v4jax.adapters.lora import Lora
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
 
 from . import optimizer
 

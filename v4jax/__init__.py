@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4jax import arguments
-from v4jax.chat import encode_chat
-from v4jax.chat_parser import parse_chat
+from v4jax.text.chat import encode_chat
+from v4jax.text.chat_parser import parse_chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
-    from v4jax import numerics as _numerics
     from v4jax.language_model import LanguageModel
+    from v4jax.model import numerics as _numerics
 
 __all__ = ["encode_chat", "load", "parse_chat"]
 
 
 def _is_mesh(value: Any) -> bool:
-    from v4jax import sharding
+    from v4jax.model import sharding
 
     return isinstance(value, sharding.Mesh) and value.axis_names == sharding.AXES
 
@@ -36,7 +36,9 @@ def _is_mesh(value: Any) -> bool:
     numerics=arguments.choice("official", "hf"),
     keep=arguments.FLAG,
     adapter=arguments.optional(arguments.PATH),
-    mesh=arguments.optional(arguments.that("a mesh, from v4jax.sharding.make_mesh", _is_mesh)),
+    mesh=arguments.optional(
+        arguments.that("a mesh, from v4jax.model.sharding.make_mesh", _is_mesh)
+    ),
     progress=arguments.optional(arguments.FUNCTION),
 )
 def load(
@@ -57,8 +59,8 @@ def load(
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
       keep: hold FP8 and FP4 weights as they are instead of dequantising them.
       adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
-      mesh: devices to spread weights and cache over (`v4jax.sharding.make_mesh`); all that the
-        model is asked then runs on them. One device without.
+      mesh: devices to spread weights and cache over (`v4jax.model.sharding.make_mesh`); all
+        that the model is asked then runs on them. One device without.
       progress: called with what is being done, how much is done, and of how much.
 
     Raises:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from v4jax import command_line, help_texts, options
+from v4jax.commands import command_line, help_texts, options
 
 if TYPE_CHECKING:
-    from v4jax.config import ModelConfig
+    from v4jax.model.config import ModelConfig
 
 # JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
 
@@ -79,7 +79,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    from v4jax.config import preset_names
+    from v4jax.model.config import preset_names
 
     text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
     more = help_texts.INSPECT.format(presets=", ".join(preset_names()))
@@ -169,13 +169,13 @@ def _add_generate(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from v4jax import demo
+    from v4jax.commands import demo
 
     return demo.main(args.directory)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from v4jax import inspect
+    from v4jax.commands import inspect
 
     subject = inspect.find(args.path)
     inspect.show(subject.config, what=subject.what, held=subject.held)
@@ -183,7 +183,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from v4jax import convert
+    from v4jax.checkpoints import convert
 
     with _progress() as progress:
         convert.convert(args.source, args.target, weights=args.weights, progress=progress)
@@ -192,7 +192,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from v4jax import convert
+    from v4jax.checkpoints import convert
 
     with _progress() as progress:
         convert.export(args.source, args.target, progress=progress)
@@ -201,7 +201,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_adapter(args: argparse.Namespace) -> int:
-    from v4jax import updates
+    from v4jax.adapters import updates
 
     run = _state(args.run_directory, args.state)
     updates.export_adapter(run, args.target, model=args.model, best=args.best)
@@ -211,7 +211,7 @@ def _export_adapter(args: argparse.Namespace) -> int:
 
 def _state(run: str | Path | None, step: int | None) -> Path:
     """The path of a run, or of the state of a step."""
-    from v4jax.runs import STATES
+    from v4jax.adapters.runs import STATES
 
     if run is None:
         raise ValueError("--state is of a training run; name one by --adapter.")
@@ -219,7 +219,7 @@ def _state(run: str | Path | None, step: int | None) -> Path:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from v4jax import merge, requantise
+    from v4jax.adapters import merge, requantise
 
     with _progress() as progress:
         rows = merge.merge(
@@ -239,7 +239,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
-    from v4jax import hub, sharding, updates
+    from v4jax.adapters import updates
+    from v4jax.checkpoints import hub
+    from v4jax.model import sharding
 
     chat = args.chat or args.system is not None or args.thinking != "off"
     prompt = _read_prompt() if args.prompt == "-" else args.prompt
@@ -280,7 +282,7 @@ def _read_prompt() -> str:
 
 
 def _chat_prompt(text: str, args: argparse.Namespace, cfg: "ModelConfig") -> str:
-    from v4jax.chat import EFFORTS, encode_chat
+    from v4jax.text.chat import EFFORTS, encode_chat
 
     system = [{"role": "system", "content": args.system}] if args.system else []
     messages = [*system, {"role": "user", "content": text}]

@@ -12,11 +12,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from v4jax import cache as caches
-from v4jax import numerics, params, sampling, sharding, steps
-from v4jax.config import ExpertDtype, ModelConfig
-from v4jax.model import Model
-from v4jax.sampling import SamplingParams, SamplingState
+from v4jax.decoding import sampling, steps
+from v4jax.decoding.sampling import SamplingParams, SamplingState
+from v4jax.model import cache as caches
+from v4jax.model import numerics, params, sharding
+from v4jax.model.config import ExpertDtype, ModelConfig
+from v4jax.model.transformer import Model
 
 Step = Literal["prefill", "decode", "begin", "advance"]
 

@@ -7,13 +7,13 @@ import collections
 import dataclasses
 import math
 
-from v4jax import params
 from v4jax.arguments import checked, whole
-from v4jax.block import Stack
-from v4jax.config import CONFIG, ModelConfig, preset, preset_names
-from v4jax.hyper import HyperHead
-from v4jax.model import Model
-from v4jax.params import ParamSpec
+from v4jax.model import params
+from v4jax.model.block import Stack
+from v4jax.model.config import CONFIG, ModelConfig, preset, preset_names
+from v4jax.model.hyper import HyperHead
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
 
 # Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
 DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}

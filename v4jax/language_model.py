@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from v4jax import arguments, generate, sampling, steps, tensor_values
-from v4jax import cache as caches
+from v4jax import arguments
 from v4jax.arguments import shown
-from v4jax.config import ModelConfig
-from v4jax.generate import Engine, FinishReason, Timings, Token
-from v4jax.sampling import SamplingParams
-from v4jax.stopping import STOP, StopStrings
-from v4jax.tokenizer import StreamDecoder, Tokenizer
+from v4jax.checkpoints import tensor_values
+from v4jax.decoding import loop, sampling, steps
+from v4jax.decoding.loop import Engine, FinishReason, Timings, Token
+from v4jax.decoding.sampling import SamplingParams
+from v4jax.model import cache as caches
+from v4jax.model.config import ModelConfig
+from v4jax.text.stopping import STOP, StopStrings
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
 # What `generate` and `stream` take alike.
 _TAKES = {"prompt": arguments.PROMPT, "max_tokens": arguments.whole(1), "stop": STOP}
@@ -48,8 +50,8 @@ class Generation:
 
 
 @arguments.checked(
-    engine=arguments.instance("a v4jax.generate.Engine", Engine),
-    tokenizer=arguments.optional(arguments.instance("a v4jax.tokenizer.Tokenizer", Tokenizer)),
+    engine=arguments.instance("a v4jax.decoding.loop.Engine", Engine),
+    tokenizer=arguments.optional(arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer)),
 )
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -98,7 +100,7 @@ class LanguageModel:
         tokens_BT = np.array(tokens)
         engine, (asked, length) = self.engine, tokens_BT.shape
         self._check_length(length, 0)
-        sizes = generate.chunk_sizes(length)
+        sizes = loop.chunk_sizes(length)
         batch = engine.rows(asked)
         tokens_BT = np.pad(tokens_BT, ((0, batch - asked), (0, 0)))
         cache = caches.make(engine.cfg, batch, sum(sizes), engine.dtype, mesh=engine.mesh)
@@ -106,14 +108,14 @@ class LanguageModel:
         for size in sizes:
             chunk = tokens_BT[:, start : start + size]
             count_B = np.full(batch, chunk.shape[1], np.int32)
-            padded_BT = engine.by_row(generate.pad(chunk.tolist(), size))
+            padded_BT = engine.by_row(loop.pad(chunk.tolist(), size))
             logits_BTV, cache = engine.call(
                 steps.logits, engine.model, padded_BT, cache, engine.by_row(count_B)
             )
             parts.append(np.asarray(logits_BTV)[:asked, : chunk.shape[1]])
             start += size
         if not all(tensor_values.are_finite(part) for part in parts):
-            raise generate.NotFiniteError
+            raise loop.NotFiniteError
         return np.concatenate(parts, axis=1)
 
     @arguments.checked(**_TAKES, top_logprobs=arguments.whole(0))

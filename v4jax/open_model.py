@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from v4jax import config_file, hub, huggingface, native, numerics, passengers, updates
-from v4jax.config import ModelConfig
-from v4jax.generate import Engine
+from v4jax.adapters import updates
+from v4jax.checkpoints import config_file, hub, native, passengers, release_weights
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
-from v4jax.safetensors_file import CheckpointError
-from v4jax.tokenizer import Tokenizer
+from v4jax.model import numerics
+from v4jax.model.config import ModelConfig
+from v4jax.text.tokenizer import Tokenizer
 
 
 def load(
@@ -32,7 +34,7 @@ def load(
     directory = hub.resolve(path)
     # Loading takes minutes: what is wrong with an adapter is told before.
     update = None if adapter is None else _read_update(adapter, updates.open_config(directory))
-    read: Any = native.load if native.is_native(directory) else huggingface.load
+    read: Any = native.load if native.is_native(directory) else release_weights.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
     cfg = dataclasses.replace(cfg, eos_token_ids=config_file.end_tokens(directory, cfg))
     text = passengers.tokenizer(directory, cfg.vocab_size)

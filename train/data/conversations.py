@@ -1,0 +1,58 @@
+"""Conversations as ShareGPT has them, as messages."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from v4jax.checkpoints.safetensors_file import unique_keys
+
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("observation", "tool"), "tool"),
+}
+_CALL = "function_call"
+
+
+def from_sharegpt(turns: list[Any]) -> list[Any]:
+    """Messages of turns with `from` and `value`; others are left as they are.
+
+    Raises:
+      ValueError: a speaker that no role is known for, or a call that is none.
+    """
+    return [
+        _message(turn, f"conversations[{i}]")
+        if isinstance(turn, Mapping) and "from" in turn
+        else turn
+        for i, turn in enumerate(turns)
+    ]
+
+
+def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rest = dict(turn)
+    speaker, value = rest.pop("from"), rest.pop("value", None)
+    for key in ("role", "content", "tool_calls"):
+        if rest.get(key) is not None:
+            raise ValueError(f"{where}.{key} stands beside from and value; keep one way to say it.")
+    if speaker == _CALL:
+        return rest | {"role": "assistant", "content": None, "tool_calls": _calls(value, where)}
+    if not isinstance(speaker, str) or speaker not in _ROLES:
+        known = ", ".join((*_ROLES, _CALL))
+        raise ValueError(f"{where}.from is {speaker!r}; it is one of {known}.")
+    return rest | {"role": _ROLES[speaker], "content": value}
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls that a turn's JSON text has: an object with name and arguments, or a list."""
+    try:
+        value = json.loads(value, object_pairs_hook=unique_keys)
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    is_call = lambda call: isinstance(call, dict) and call.keys() == {"name", "arguments"}
+    if not (calls and all(map(is_call, calls))):
+        raise ValueError(
+            f"{where}.value is no call; give the JSON text of an object with name and arguments."
+        )
+    return [{"type": "function", "function": call} for call in calls]

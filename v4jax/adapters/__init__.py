@@ -1,0 +1,1 @@
+"""What training changed: adapters and runs, applied, merged and exported."""

@@ -1,0 +1,252 @@
+"""`v4jax merge`: a release and what training changed in it, as a new release.
+
+Names and files are the release's. Tensors are taken one at a time, in the order of the files, and
+an interrupted run goes on file by file.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Literal, get_args
+
+import numpy as np
+
+from v4jax import arguments
+from v4jax.adapters import requantise, updates
+from v4jax.adapters.requantise import Kept, Ledger
+from v4jax.adapters.updates import Update
+from v4jax.checkpoints import (
+    export,
+    hub,
+    native,
+    passengers,
+    release,
+    release_weights,
+    safetensors_directory,
+    tensor_names,
+    unfinished,
+    zarr_arrays,
+)
+from v4jax.checkpoints.release import Format, Release
+from v4jax.checkpoints.safetensors_directory import Checkpoint
+from v4jax.checkpoints.safetensors_file import DTYPES, CheckpointError, TensorInfo
+from v4jax.model.config import ModelConfig
+
+Weights = Literal["bfloat16", "keep"]
+Progress = Callable[[str, int, int], None]
+_NUMBERS = re.compile(r"^layers\.\d+\.|(?<=^mtp\.)\d+\.|(?<=experts\.)\d+\.|\.weight$")
+
+
+@arguments.checked(**arguments.FILES, update=arguments.PATH, best=arguments.FLAG)
+def merge(
+    source: str | Path,
+    update: str | Path,
+    target: str | Path,
+    *,
+    weights: Weights,
+    best: bool = False,
+    progress: Progress | None = None,
+) -> list[Kept]:
+    """Make a release in which the update is a part of the weights.
+
+    It appears under its name when it is complete. With 'keep', what has not changed has the
+    source's bytes. What the model does not run, such as DSpark's tensors, is copied.
+
+    Args:
+      source: a Hugging Face directory, 'tiny', or an id on the Hub.
+      update: the directory of a run or of a PEFT adapter, or an adapter's id on the Hub.
+      target: a directory to be made.
+      weights: 'keep' puts each changed tensor back into its own format; 'bfloat16' makes all of
+        them dense, but for those that are float32.
+      best: of a run, take the state that evaluations found best.
+      progress: told what is being done, bytes done, and bytes in all.
+
+    Returns:
+      How much of the update is left after rounding, for each kind of weight.
+
+    Raises:
+      CheckpointError: one of the directories is not what it should be, or is damaged; the target
+        exists or lies in one of them; the disk is too full; what an earlier run left was made of
+        other files.
+    """
+    if not arguments.one_of(weights, get_args(Weights)):
+        raise ValueError(
+            f"weights is {arguments.shown(weights)}; it must be one of {get_args(Weights)}."
+        )
+    target = Path(os.path.abspath(os.path.expanduser(target)))
+    unfinished.check_target(target)
+    update = updates.resolve(update)
+    source = hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+    unfinished.check_target(target, source, update)
+    if native.is_native(source):
+        raise CheckpointError(
+            f"{source}: is a native checkpoint, and merging takes a release; make one of it with "
+            f"'v4jax export {source} HF_DIR'."
+        )
+    opened = release_weights.open_release(source)
+    files = Checkpoint.open(source)
+    change = updates.read(update, opened[1], best=best)
+    identity = _identity(files, weights, updates.identity(update, best=best))
+    merged = _Tensors(files, opened, change, weights)
+    others = passengers.find(source)
+    passengers.check(source, others, opened[1].vocab_size)
+    with unfinished.begin(target, "merge", identity) as work:
+        return _write(merged, others, work, unfinished.scratch(target) / "kept", progress)
+
+
+def _identity(files: Checkpoint, weights: Weights, update: str) -> str:
+    """A digest of all that the result depends on, as far as headers tell."""
+    stats = [os.stat(file) for file in sorted({str(files.info(name).file) for name in files.names})]
+    infos = [(name, files.info(name).dtype, files.info(name).shape) for name in files.names]
+    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    told = [weights, update, files.config, versions, infos]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _write(
+    merged: "_Tensors",
+    others: list[PurePath],
+    work: unfinished.Work,
+    ledgers: Path,
+    progress: Progress | None,
+) -> list[Kept]:
+    source, weights = merged.path, merged.weights
+    ledgers.mkdir(exist_ok=True)
+    place = {file: ledgers / f"{i}.json" for i, file in enumerate(merged.files)}
+
+    def written(file: str) -> None:
+        zarr_arrays.write_json(place[file], {"sums": merged.ledger.to_json()})
+        merged.ledger = Ledger()
+
+    export.write_shards(merged.files, merged.read, work, progress, what="merging", written=written)
+    if not merged.is_single and weights == "keep":
+        others = [*others, PurePath(safetensors_directory.INDEX)]
+    elif not merged.is_single:
+        metadata = safetensors_directory.read_json(source / safetensors_directory.INDEX).get(
+            "metadata", {}
+        )
+        export.write_index(metadata, merged.files, work.directory, same=False)
+    passengers.copy(source, others, work.directory)
+    export.write_config(source, work.directory, weights)
+    total = Ledger()
+    for file in place.values():
+        total.add_json(safetensors_directory.read_json(file)["sums"])
+    work.finish()
+    return total.report()
+
+
+class _Tensors:
+    """The merged tensors, by their names in the source.
+
+    Attributes:
+      path: of the source.
+      weights: how they are to be stored.
+      files: each file's tensors in order.
+      is_single: they are in one file without an index.
+      ledger: of the tensors that were read.
+    """
+
+    def __init__(
+        self,
+        files: Checkpoint,
+        opened: tuple[Release, ModelConfig, dict[str, Format]],
+        update: Update,
+        weights: Weights,
+    ) -> None:
+        self.path, self.ledger = files.path, Ledger()
+        self.weights: Weights = weights
+        self._tensors, cfg, self._formats = opened
+        self._update = update
+        self._slots = native.slots(cfg)
+        self._matrix = {
+            tensor_names.scale_name(name): name
+            for name, slot in self._slots.items()
+            if self._formats[slot.leaf] != "dense"
+        }
+        self._scales: dict[str, np.ndarray] = {}
+        translate = tensor_names.to_release(files.names)
+        self._ours = {theirs: translate(theirs) for theirs in files.names}
+        extras = set(release.extras(self._tensors, cfg))
+        self.files: dict[str, dict[str, TensorInfo]] = {}
+        for theirs, name in self._ours.items():
+            info = files.info(theirs)
+            declared = export.stored_as(
+                name, info, self._slots, "keep" if name in extras else weights
+            )
+            if declared is not None:
+                file = PurePath(str(info.file)).relative_to(files.path)
+                self.files.setdefault(file.as_posix(), {})[theirs] = declared
+        self.is_single = list(self.files) == [safetensors_directory.SINGLE]
+
+    def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
+        """A tensor's values, as declared."""
+        name = self._ours[theirs]
+        if fused := tensor_names.FUSED.match(name):
+            return self._fused(fused, declared)
+        if name in self._matrix:
+            return self._scale(self._matrix[name])
+        if name in self._slots and self._slots[name].spec.stored != "i64":
+            return self._weight(name, declared.dtype)
+        return self._tensors[name].read()
+
+    def _fused(self, fused: re.Match[str], declared: TensorInfo) -> np.ndarray:
+        """All experts' matrices, `w1` above `w3`."""
+        out = np.empty(declared.shape, DTYPES[declared.dtype])
+        matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+        height = declared.shape[1] // len(matrices)
+        for e in range(declared.shape[0]):
+            for i, matrix in enumerate(matrices):
+                rows = slice(i * height, (i + 1) * height)
+                out[e, rows] = self._weight(f"{fused[1]}{e}.{matrix}.weight", declared.dtype)
+        return out
+
+    def _weight(self, name: str, dtype: str) -> np.ndarray:
+        stored = self._formats[self._slots[name].leaf]
+        base, new = self._values(name)
+        if new is None:
+            if self.weights == "keep":
+                return self._tensors[name].read()
+            return release_weights.dense(self._tensors, name, stored, DTYPES[dtype])
+        if self.weights == "keep" and stored != "dense":
+            scale = self._new_scale(name, new)
+            codes = requantise.encode(new, scale, stored)
+            self._account(name, stored.upper(), new, requantise.decode(codes, scale, stored), base)
+            return codes.view(DTYPES[dtype])
+        out = new.astype(DTYPES[dtype])
+        self._account(name, dtype, new, out.astype(np.float32), base)
+        return out
+
+    def _values(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """A weight before the update and after it, float32; None where that is the same."""
+        leaf, at, _ = self._slots[name]
+        if not updates.touches(self._update, leaf):
+            return np.empty(0, np.float32), None
+        base = release_weights.dense(self._tensors, name, self._formats[leaf], np.float32)
+        return base, updates.changed(self._update, leaf, at, base)
+
+    def _scale(self, name: str) -> np.ndarray:
+        """The scales of a matrix."""
+        if name not in self._scales:
+            _, new = self._values(name)
+            if new is None:
+                return self._tensors[tensor_names.scale_name(name)].read()
+            return self._new_scale(name, new)
+        return self._scales.pop(name)
+
+    def _new_scale(self, name: str, new: np.ndarray) -> np.ndarray:
+        """The scales of a changed matrix, remembered from its first tensor to its second."""
+        if name in self._scales:
+            return self._scales.pop(name)
+        stored = self._formats[self._slots[name].leaf]
+        assert stored != "dense"
+        old = self._tensors[tensor_names.scale_name(name)].read()
+        self._scales[name] = requantise.scales(new, old, stored)
+        return self._scales[name]
+
+    def _account(
+        self, name: str, stored: str, new: np.ndarray, left: np.ndarray, base: np.ndarray
+    ) -> None:
+        self.ledger.add(_NUMBERS.sub("", name), stored, new - base, left - base)

@@ -1,0 +1,43 @@
+"""Digests of a directory's files, beside them in the form that `sha256sum --check` reads."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from v4jax.checkpoints import unfinished
+from v4jax.checkpoints.safetensors_file import sync_directory
+
+FILE = "SHA256SUMS"
+_THREADS = 4  # OpenSSL lets other threads run
+
+
+def write(folder: Path) -> None:
+    """Write down the digest of every file, for `damage` to compare."""
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(_digests(folder).items()))
+    unfinished.write_file(folder / FILE, "".join(lines).encode())
+    sync_directory(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """The name of a file that is not as it was when digests were written; None: there is none."""
+    text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
+    lines = [line.partition("  ") for line in text.split("\n")[:-1]]
+    written = {name: digest for digest, _, name in lines}
+    found = _digests(folder)
+    names = sorted(written.keys() | found)
+    return next((name for name in names if written.get(name) != found.get(name)), None)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stem != FILE]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = threads.map(_digest, files)
+        return {
+            str(file.relative_to(folder)): digest
+            for file, digest in zip(files, digests, strict=True)
+        }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,364 @@
+"""`v4jax convert`: a Hugging Face checkpoint to a native one, a tensor at a time.
+
+Tensors are taken in the order of the files, so that shards on the Hub can come and go one by one.
+What is done is noted in a journal, and an interrupted run goes on there. `export` is the way back.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax import arguments
+from v4jax.checkpoints import (
+    config_file,
+    hub,
+    native,
+    passengers,
+    release,
+    release_weights,
+    safetensors_directory,
+    tensor_names,
+    unfinished,
+    zarr_arrays,
+)
+from v4jax.checkpoints.export import export
+from v4jax.checkpoints.native import Manifest, Slot, Weights
+from v4jax.checkpoints.release import Format, Release
+from v4jax.checkpoints.safetensors_file import (
+    DTYPES,
+    CheckpointError,
+    TensorInfo,
+    require_space,
+    write_safetensors,
+)
+from v4jax.checkpoints.zarr_arrays import Arrays
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
+
+__all__ = ["convert", "export"]
+
+Progress = Callable[[str, int, int], None]
+_IN_FLIGHT_BYTES = 128 * 2**20
+_FILE_BYTES = 4096  # what a file takes on a disk beyond its bytes, at most
+_GO_ON = "Make room or mend the disk, then run the command again: it goes on where it stopped."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A checkpoint to convert.
+
+    Attributes:
+      files: a `Checkpoint` or a `HubCheckpoint`.
+      folder: has the small files: configuration, index, tokenizer.
+      root: what the paths of the tensors' files begin with.
+      version: changes when the files do.
+    """
+
+    files: Any
+    folder: Path
+    root: Path
+    version: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is to be written.
+
+    Attributes:
+      source, tensors, config: what is converted.
+      manifest: of the native checkpoint.
+      formats: how each leaf is stored in the source.
+      structs: each array to be written, by name, and how many of its dims are stacks.
+      slots: where each release tensor goes.
+    """
+
+    source: _Source
+    tensors: Release
+    config: ModelConfig
+    manifest: Manifest
+    formats: dict[str, Format]
+    structs: dict[str, tuple[jax.ShapeDtypeStruct, int]]
+    slots: dict[str, Slot]
+
+
+@arguments.checked(**arguments.FILES)
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    weights: Weights = "keep",
+    progress: Progress | None = None,
+) -> None:
+    """Make a native checkpoint; it appears under its name when it is complete.
+
+    Everything is checked from the files' headers before anything is written. Until it is complete
+    all lies in `target` + '.unfinished'; the same call goes on there after an interruption.
+
+    Args:
+      source: a Hugging Face directory, or an id on the Hub, whose shards are downloaded one by one.
+      target: a directory to be made.
+      weights: 'keep' leaves every tensor as the source has it, FP8 and FP4 included; else all is
+        decoded to that dtype, but for tensors that the model needs in float32.
+      progress: told what is being done, bytes done, and bytes in all.
+
+    Raises:
+      CheckpointError: the source is not a DeepSeek-V4 checkpoint or is damaged; the target exists;
+        the disk is too full; what an earlier run left belongs to another source or other weights.
+    """
+    if not arguments.one_of(weights, get_args(Weights)):
+        raise ValueError(
+            f"weights is {arguments.shown(weights)}; it must be one of {get_args(Weights)}."
+        )
+    target = Path(os.path.abspath(os.path.expanduser(target)))
+    unfinished.check_target(target)
+    with _open(source, unfinished.scratch(target)) as opened:
+        unfinished.check_target(target, opened.folder)
+        plan = _plan(opened, weights)
+        files = _passengers(opened.folder, plan.config)
+        with unfinished.begin(target, "convert", _identity(opened, weights)) as work:
+            _write(plan, work, progress)
+            passengers.copy(opened.folder, files, work.directory)
+            passengers.copy(opened.folder, [PurePath(safetensors_directory.CONFIG)], work.directory)
+            if weights == "keep" and plan.manifest.index is not None:
+                index = [PurePath(safetensors_directory.INDEX)]
+                passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
+            zarr_arrays.write_json(work.directory / native.MANIFEST, plan.manifest.to_json())
+            work.finish()
+
+
+@contextlib.contextmanager
+def _open(source: str | Path, scratch: Path) -> Iterator[_Source]:
+    path = hub.local(source)
+    if path is None:
+        _refuse_native(hub.resolve(source, allow_patterns=[native.MANIFEST]), str(source))
+        later = (*passengers.FOREIGN, "*.safetensors")
+        folder = hub.resolve(source, allow_patterns=["*"], ignore_patterns=later)
+        # The snapshot's name is the commit: the shards come from the same one.
+        with hub.HubCheckpoint.open(str(source), scratch, revision=folder.name) as files:
+            yield _Source(files, folder, Path(files.repo_id), folder.name)
+        return
+    _refuse_native(path, str(path))
+    unfinished.refuse_unfinished(path)
+    with safetensors_directory.Checkpoint.open(path) as files:
+        shards = sorted({str(files.info(name).file) for name in files.names})
+        stats = [os.stat(shard) for shard in shards]
+        yield _Source(files, path, path, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
+def _refuse_native(folder: Path, name: str) -> None:
+    if native.is_native(folder):
+        raise CheckpointError(f"{name}: is a native checkpoint already.")
+
+
+def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
+    """The files to copy, checked."""
+    files = passengers.find(folder)
+    for inside in files:
+        if inside.parts[0] in native.OWN:
+            raise CheckpointError(
+                f"{folder / inside}: {inside.parts[0]} is a name that native checkpoints have "
+                "another use for; move it elsewhere."
+            )
+    passengers.check(folder, files, cfg.vocab_size)
+    return files
+
+
+def _plan(source: _Source, weights: Weights) -> _Plan:
+    files = source.files
+    cfg = config_file.read(source.folder / safetensors_directory.CONFIG)
+    tensors = Release(files, cfg)
+    cfg = release.fit_config(tensors, cfg)
+    formats = release.check(tensors, cfg)
+    held: dict[str, Format] = formats if weights == "keep" else dict.fromkeys(formats, "dense")
+    structs = {}
+    for leaf, spec in params.leaves(Model(cfg)):
+        struct = _struct(leaf, spec, held[leaf], tensors, cfg, weights)
+        arrays = zip(native.array_names(leaf, held[leaf]), jax.tree.leaves(struct), strict=True)
+        structs |= {name: (array, spec.stack_dims) for name, array in arrays}
+    manifest = Manifest(weights, held, _sources(source), _index(source))
+    return _Plan(source, tensors, cfg, manifest, formats, structs, native.slots(cfg))
+
+
+def _struct(
+    leaf: str, spec: ParamSpec, held: Format, tensors: Release, cfg: ModelConfig, weights: Weights
+) -> Any:
+    if weights != "keep":
+        return params.leaf_struct(spec, weights)
+    if held != "dense" or spec.stored == "i64":
+        return release_weights.leaf_struct(leaf, spec, held, tensors, cfg, jnp.bfloat16)
+    names = tensor_names.flatten(tensor_names.release_names(leaf, cfg))
+    dtypes = {tensors[name].dtype for name in names}
+    # Float32 holds every number of the others.
+    dtype = DTYPES[dtypes.pop() if len(dtypes) == 1 else "F32"]
+    return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+
+def _sources(source: _Source) -> dict[str, TensorInfo]:
+    infos = {name: source.files.info(name) for name in source.files.names}
+    inside = lambda file: Path(PurePath(file).relative_to(source.root))
+    return {
+        name: TensorInfo(info.dtype, tuple(info.shape), inside(info.file))
+        for name, info in infos.items()
+    }
+
+
+def _index(source: _Source) -> dict[str, Any] | None:
+    file = source.folder / safetensors_directory.INDEX
+    if not file.is_file() or (source.root / safetensors_directory.SINGLE).is_file():
+        return None
+    return safetensors_directory.read_json(file).get("metadata", {})
+
+
+def _identity(source: _Source, weights: Weights) -> str:
+    """A digest of the source, as far as headers tell, and of the settings."""
+    infos = [
+        (name, info.dtype, info.shape, str(info.file)) for name, info in _sources(source).items()
+    ]
+    told = [native.VERSION, weights, source.files.config, source.version, infos]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _units(plan: _Plan) -> dict[str, int]:
+    """What is written in one go, in the order of the source's files, and its bytes there.
+
+    A unit is a release tensor with its scales, or all extras of one file.
+    """
+    units: dict[str, int] = {}
+    extras = set(release.extras(plan.tensors, plan.config))
+    for name, tensor in plan.tensors.tensors.items():
+        unit = _extras_file(plan, name) if name in extras else name
+        if name in extras or name in plan.slots:
+            units[unit] = units.get(unit, 0) + TensorInfo(tensor.dtype, tensor.shape).nbytes
+    return units
+
+
+def _extras_file(plan: _Plan, name: str) -> str:
+    file = PurePath(plan.tensors[name].file).relative_to(plan.source.root)
+    return f"{native.EXTRAS}/{file.as_posix()}"
+
+
+def _write(plan: _Plan, work: unfinished.Work, progress: Progress | None) -> None:
+    units = _units(plan)
+    total = sum(units.values())
+    done = sum(size for unit, size in units.items() if unit in work.done)
+    _require_space(plan, work, 1 - done / max(total, 1))
+    arrays = Arrays(work.directory / native.WEIGHTS)
+    stores = {
+        name: arrays.create(name, struct.shape, struct.dtype, stack_dims)
+        for name, (struct, stack_dims) in plan.structs.items()
+    }
+    arrays.write_metadata(list(stores))
+    with contextlib.closing(_Writer(work)) as writer:
+        for unit, size in units.items():
+            if unit in work.done:
+                continue
+            if unit in plan.slots:
+                writer.write(unit, _parts(plan, stores, unit))
+            else:
+                _write_extras(plan, work, unit)
+            done += size
+            if progress is not None:
+                progress("converting", done, total)
+        writer.flush()
+
+
+def _require_space(plan: _Plan, work: unfinished.Work, share: float) -> None:
+    nbytes = 0
+    for struct, stack_dims in plan.structs.values():
+        chunk = zarr_arrays.chunk_shape(struct.shape, stack_dims, struct.dtype.itemsize)
+        chunks = math.prod(map(math.ceil, np.divide(struct.shape, chunk)))
+        nbytes += math.prod(struct.shape) * struct.dtype.itemsize + chunks * _FILE_BYTES
+    extras = release.extras(plan.tensors, plan.config)
+    infos = [plan.tensors[name] for name in extras]
+    nbytes += sum(TensorInfo(info.dtype, info.shape).nbytes for info in infos)
+    require_space(work.directory, int(nbytes * share))
+
+
+def _parts(plan: _Plan, stores: dict[str, Any], name: str) -> Iterator[tuple[Any, np.ndarray]]:
+    """Parts of arrays and what to write there, for one release tensor."""
+    leaf, index, _ = plan.slots[name]
+    stored, held = plan.formats[leaf], plan.manifest.leaves[leaf]
+    where = [stores[array][index] for array in native.array_names(leaf, held)]
+    if held != "dense":
+        yield from zip(where, release_weights.quantized(plan.tensors, name, stored), strict=True)
+        return
+    [store], [array] = where, native.array_names(leaf, held)
+    dtype = store.dtype.numpy_dtype
+    if stored != "dense":
+        yield store, release_weights.dense(plan.tensors, name, stored, dtype)
+        return
+    struct, stack_dims = plan.structs[array]
+    height = zarr_arrays.chunk_shape(struct.shape, stack_dims, dtype.itemsize)[stack_dims]
+    for start in range(0, store.shape[0], height):
+        rows = slice(start, min(start + height, store.shape[0]))
+        yield store[rows], plan.tensors[name].read(rows).astype(dtype, copy=False)
+
+
+def _write_extras(plan: _Plan, work: unfinished.Work, unit: str) -> None:
+    names = [
+        name
+        for name in release.extras(plan.tensors, plan.config)
+        if _extras_file(plan, name) == unit
+    ]
+    tensors = {name: plan.tensors[name] for name in names}
+    infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    path = work.directory / unit
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, infos, lambda name: tensors[name].read())
+    work.add(unit)
+
+
+class _Writer:
+    """Writes parts of arrays while the next are read; the journal learns of what has landed."""
+
+    def __init__(self, work: unfinished.Work) -> None:
+        self._work = work
+        self._queue: collections.deque[tuple[Any, int, str | None]] = collections.deque()
+        self._bytes = 0
+
+    def write(self, unit: str, parts: Iterator[tuple[Any, np.ndarray]]) -> None:
+        for store, values in parts:
+            landed = store.write(values).commit
+            landed.force()
+            self._queue.append((landed, values.nbytes, None))
+            self._bytes += values.nbytes
+            while self._bytes > _IN_FLIGHT_BYTES:
+                self._land()
+        self._queue.append((None, 0, unit))
+        while self._queue and (self._queue[0][0] is None or self._queue[0][0].done()):
+            self._land()
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        while self._queue:
+            self._land()
+
+    def close(self) -> None:
+        """Wait for what has not landed, after an error: nothing is written from here on."""
+        for future, _, _ in self._queue:
+            if future is not None:
+                with contextlib.suppress(Exception):
+                    future.result()
+        self._queue.clear()
+
+    def _land(self) -> None:
+        future, nbytes, unit = self._queue.popleft()
+        self._bytes -= nbytes
+        if future is not None:
+            with zarr_arrays.explained(self._work.directory, _GO_ON):
+                future.result()
+        if unit is not None:
+            self._work.add(unit)

@@ -1,0 +1,255 @@
+"""`v4jax export`: a native checkpoint to the files that it was made of."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from v4jax import arguments
+from v4jax.checkpoints import (
+    hub,
+    native,
+    passengers,
+    safetensors_directory,
+    tensor_names,
+    unfinished,
+    zarr_arrays,
+)
+from v4jax.checkpoints.native import Native
+from v4jax.checkpoints.safetensors_file import (
+    DTYPES,
+    CheckpointError,
+    TensorInfo,
+    open_safetensors,
+    require_space,
+    write_safetensors,
+)
+from v4jax.checkpoints.zarr_arrays import DAMAGED
+
+Progress = Callable[[str, int, int], None]
+_NAMED = {"bfloat16": "BF16", "float32": "F32"}
+_QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
+
+
+@arguments.checked(**arguments.FILES)
+def export(source: str | Path, target: str | Path, *, progress: Progress | None = None) -> None:
+    """Make a Hugging Face checkpoint; it appears under its name when it is complete.
+
+    Names, shapes and files are those of the source that was converted. With weights 'keep', so are
+    dtypes and every byte of the tensors and of the files beside them; only the headers of the
+    tensors' files are written anew. Otherwise tensors are dense, without scales, and the
+    configuration names no quantisation; DSpark's tensors stay as they were. An interrupted run
+    leaves `target` + '.unfinished', and the same call goes on there, file by file.
+
+    Args:
+      source: a native checkpoint, or an id on the Hub.
+      target: a directory to be made.
+      progress: told what is being done, bytes done, and bytes in all.
+
+    Raises:
+      CheckpointError: the source is not a native checkpoint or is damaged; the target exists; the
+        disk is too full.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(target)))
+    unfinished.check_target(target)
+    opened = Native(_resolve(source))
+    unfinished.check_target(target, opened.path)
+    files = passengers.find(opened.path, besides=native.OWN)
+    passengers.check(opened.path, files, opened.config.vocab_size)
+    identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
+    tensors, index = _Tensors(opened), _kept_index(opened)
+    weights = opened.manifest.weights
+    with unfinished.begin(target, "export", identity) as work:
+        write_shards(tensors.files, tensors.read, work, progress, what="exporting")
+        if index is not None:
+            passengers.copy(index, [PurePath(safetensors_directory.INDEX)], work.directory)
+        elif (metadata := opened.manifest.index) is not None:
+            write_index(metadata, tensors.files, work.directory, same=weights == "keep")
+        passengers.copy(opened.path, files, work.directory)
+        write_config(opened.path, work.directory, weights)
+        work.finish()
+
+
+def _resolve(source: str | Path) -> Path:
+    """The directory; of the Hub's other checkpoints the weights are not downloaded."""
+    small = [native.MANIFEST, safetensors_directory.CONFIG]
+    directory = hub.resolve(source, allow_patterns=small)
+    if not native.is_native(directory):
+        return directory
+    return hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+
+
+def _kept_index(opened: Native) -> Path | None:
+    """The folder of the source's own index, where it was kept.
+
+    Raises:
+      CheckpointError: it is damaged, or another checkpoint's.
+    """
+    file = opened.path / native.EXTRAS / safetensors_directory.INDEX
+    if opened.manifest.index is None or not file.is_file():
+        return None
+    sources = {name: str(info.file) for name, info in opened.manifest.sources.items()}
+    if safetensors_directory.read_index(file) != sources:
+        raise CheckpointError(f"{file}: does not list the tensors of {native.MANIFEST}. {DAMAGED}")
+    return file.parent
+
+
+class _Tensors:
+    """A native checkpoint as the tensors of its source, by their names there.
+
+    Attributes:
+      files: each file's tensors in order.
+    """
+
+    def __init__(self, opened: Native) -> None:
+        self._native = opened
+        self._slots = native.slots(opened.config)
+        quantised = [n for n, slot in self._slots.items() if not self._is_dense(slot)]
+        self._scales = {tensor_names.scale_name(name): self._slots[name] for name in quantised}
+        self._extras = {}
+        for file in sorted((opened.path / native.EXTRAS).rglob("*.safetensors")):
+            extras = open_safetensors(file)
+            self._extras |= dict.fromkeys(extras.names, extras)
+        sources = opened.manifest.sources
+        translate = tensor_names.to_release(sources)
+        self._ours = {theirs: translate(theirs) for theirs in sources}
+        self.files: dict[str, dict[str, TensorInfo]] = {}
+        for theirs, info in sources.items():
+            declared = self._declared(theirs, info)
+            if declared is not None:
+                self.files.setdefault(str(info.file), {})[theirs] = declared
+
+    def _is_dense(self, slot: native.Slot) -> bool:
+        return self._native.manifest.leaves[slot.leaf] == "dense"
+
+    def _declared(self, theirs: str, source: TensorInfo) -> TensorInfo | None:
+        """How a tensor is exported; None: it is not, being the scales of what is now dense."""
+        name, weights = self._ours[theirs], self._native.manifest.weights
+        if name in self._extras:
+            return TensorInfo(source.dtype, source.shape)
+        return stored_as(name, source, self._slots, weights)
+
+    def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
+        """A tensor's values, as declared."""
+        name, dtype = self._ours[theirs], DTYPES[declared.dtype]
+        if name in self._extras:
+            return self._extras[name].read(name)
+        if name in self._scales:
+            leaf, index, _ = self._scales[name]
+            return self._native.read(f"{leaf}.scale", index).T
+        if fused := tensor_names.FUSED.match(name):
+            return self._fused(fused, declared)
+        slot = self._slots[name]
+        if self._is_dense(slot):
+            return self._native.dense(slot.leaf, slot.at).astype(dtype, copy=False)
+        return self._native.stored(slot.leaf, slot.at)[0].view(dtype)
+
+    def _fused(self, fused: Any, declared: TensorInfo) -> np.ndarray:
+        out = np.empty(declared.shape, DTYPES[declared.dtype])
+        matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+        height = declared.shape[1] // len(matrices)
+        for e in range(declared.shape[0]):
+            for i, matrix in enumerate(matrices):
+                slot = self._slots[f"{fused[1]}{e}.{matrix}.weight"]
+                out[e, i * height : (i + 1) * height] = self._native.dense(slot.leaf, slot.at)
+        return out
+
+
+def stored_as(
+    name: str, source: TensorInfo, slots: Mapping[str, native.Slot], weights: native.Weights
+) -> TensorInfo | None:
+    """How a tensor of the model is written; None: it is not, being the scales of what is now dense.
+
+    Args:
+      name: its release name.
+      source: what it was.
+      slots: the weights' tensors.
+      weights: 'keep', or the dtype of all that need not be float32.
+    """
+    if weights == "keep":
+        return TensorInfo(source.dtype, source.shape)
+    if tensor_names.FUSED.match(name):
+        return TensorInfo(_NAMED[weights], source.shape)
+    if name not in slots:
+        return None
+    spec = slots[name].spec
+    if spec.stored == "i64":
+        return TensorInfo(source.dtype, source.shape)
+    dtype = "F32" if spec.stored == "f32" else _NAMED[weights]
+    return TensorInfo(dtype, spec.shape[spec.stack_dims :])
+
+
+def write_shards(
+    files: Mapping[str, Mapping[str, TensorInfo]],
+    read: Callable[[str, TensorInfo], np.ndarray],
+    work: unfinished.Work,
+    progress: Progress | None,
+    *,
+    what: str,
+    written: Callable[[str], None] = lambda file: None,
+) -> None:
+    """Write each file that is not done yet, one tensor at a time.
+
+    Args:
+      files: each file's tensors in order.
+      read: called once for each tensor, in order.
+      work: where, and what is done.
+      progress: told bytes done, and bytes in all.
+      what: is being done, for `progress`.
+      written: called with each file before it counts as done.
+    """
+    sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in files.items()}
+    total = sum(sizes.values())
+    done = sum(size for file, size in sizes.items() if file in work.done)
+    require_space(work.directory, total - done)
+    for file, infos in files.items():
+        if file in work.done:
+            continue
+
+        def read_one(theirs: str, infos: Mapping[str, TensorInfo] = infos) -> np.ndarray:
+            nonlocal done
+            done += infos[theirs].nbytes
+            if progress is not None:
+                progress(what, done, total)
+            return read(theirs, infos[theirs])
+
+        path = work.directory / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, infos, read_one, metadata={"format": "pt"})
+        written(file)
+        work.add(file)
+
+
+def write_index(
+    metadata: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, TensorInfo]],
+    directory: Path,
+    *,
+    same: bool,
+) -> None:
+    """Write the index; `same`: sizes have not changed since `metadata` was written."""
+    total = sum(info.nbytes for infos in files.values() for info in infos.values())
+    weight_map = {theirs: file for file, infos in files.items() for theirs in infos}
+    zarr_arrays.write_json(
+        directory / safetensors_directory.INDEX,
+        {
+            "metadata": {**metadata} if same else {**metadata, "total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        },
+    )
+
+
+def write_config(source: Path, directory: Path, weights: native.Weights) -> None:
+    """Copy a directory's configuration; where weights become dense, it says so."""
+    file = source / safetensors_directory.CONFIG
+    if weights == "keep":
+        shutil.copyfile(file, directory / safetensors_directory.CONFIG)
+        return
+    config = safetensors_directory.read_json(file)
+    config = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
+    config |= {key: weights for key in ("dtype", "torch_dtype") if key in config}
+    zarr_arrays.write_json(directory / safetensors_directory.CONFIG, config)

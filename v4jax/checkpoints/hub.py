@@ -1,0 +1,246 @@
+"""Checkpoints from the Hugging Face Hub: the whole of one, or one shard at a time.
+
+Cache, tokens, resuming and offline mode are huggingface_hub's; it is imported at the first use.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v4jax.checkpoints import safetensors_directory
+from v4jax.checkpoints.safetensors_file import (
+    CheckpointError,
+    SafetensorsFile,
+    TensorInfo,
+    check_entries,
+    lookup,
+    open_safetensors,
+    require_space,
+)
+
+# A small trained model, in the release format.
+TINY = Path(str(resources.files("v4jax") / "data" / "tiny"))
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+# Weights, configuration and tokenizer: not the code or the papers beside them.
+# A native checkpoint has its weights in a folder of that name.
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "weights/*")
+_LOG_IN = "log in with 'hf auth login' or set HF_TOKEN"
+
+
+def resolve(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
+    ignore_patterns: Sequence[str] | None = None,
+) -> Path:
+    """The directory of a checkpoint or an adapter, downloaded if it is not here.
+
+    Args:
+      path_or_id: see `local`; else `organisation/name`, a Hub id.
+      revision: branch, tag or commit on the Hub; its main branch without.
+      allow_patterns: files to download; weights, configuration and tokenizer without.
+      ignore_patterns: of these, files not to download.
+
+    Raises:
+      CheckpointError: it is neither here nor to be had, and why.
+    """
+    if (path := local(path_or_id)) is not None:
+        return path
+    repo_id = str(path_or_id)
+    if not _ID.fullmatch(repo_id):
+        raise CheckpointError(
+            f"{repo_id}: no such file or directory, and no Hub id either: those look like "
+            "deepseek-ai/DeepSeek-V4-Flash."
+        )
+    import huggingface_hub
+
+    patterns = list(allow_patterns or _PATTERNS)
+    with _explained(repo_id, revision):
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(ignore_patterns or ()),
+            )
+        )
+
+
+def local(path_or_id: str | Path) -> Path | None:
+    """What exists as a path is that path; else 'tiny' is the model that the package brings."""
+    path = Path(os.path.expanduser(path_or_id))
+    if os.path.exists(path):  # `Path.exists` raises where a name is too long
+        return path
+    return TINY if str(path_or_id) == "tiny" else None
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of huggingface_hub, and of the libraries under it, into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{repo_id}: {_reason(error, revision)}") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.GatedRepoError():
+            return f"the Hub asks who you are: accept the terms on its page there, then {_LOG_IN}."
+        case errors.RepositoryNotFoundError():
+            return (
+                "no such directory here, and the Hub has no such repository or keeps it private. "
+                f"Check the spelling; for a private one, {_LOG_IN}."
+            )
+        case errors.RevisionNotFoundError():
+            return f"the Hub's repository has no revision {revision!r}; its page there lists them."
+        case errors.RemoteEntryNotFoundError():
+            return "the Hub's repository lacks a file that a checkpoint has; see its page there."
+        case _ if constants.HF_HUB_OFFLINE:
+            return (
+                "no such directory here, and the Hub's cache does not hold all of it while "
+                "HF_HUB_OFFLINE is set. Unset it to download."
+            )
+    detail = " ".join(str(error.__cause__ or error).split())
+    return (
+        f"no such directory here, and the Hub could not be used: {detail:.200}. Check network, "
+        "proxy, disk and HF_ENDPOINT, then try again: finished files are kept."
+    )
+
+
+class HubCheckpoint:
+    """A checkpoint on the Hub with the interface of `safetensors_directory.Checkpoint`.
+
+    Only the headers are fetched at `open`. A shard is downloaded when it is read from, and the one
+    before it is deleted: read in the order of `names`, or every change of shard is a download.
+    Shards that the Hub's cache holds already are read there and stay.
+
+    Attributes:
+      repo_id: the repository.
+      config: `config.json`.
+      names: all tensors, shard by shard, in the order of their bytes.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        commit: str,
+        folder: Path,
+        config: dict[str, Any],
+        shards: dict[str, dict[str, TensorInfo]],
+    ) -> None:
+        self.repo_id = repo_id
+        self.config = config
+        self._commit = commit
+        self._folder = folder
+        self._shards = shards
+        self._infos = {name: info for infos in shards.values() for name, info in infos.items()}
+        self._shard_of = {name: shard for shard, infos in shards.items() for name in infos}
+        self.names = tuple(self._infos)
+        self._held: tuple[str, SafetensorsFile] | None = None
+
+    @classmethod
+    def open(
+        cls, repo_id: str, scratch: str | Path, *, revision: str | None = None
+    ) -> "HubCheckpoint":
+        """Fetch configuration, index and headers.
+
+        Args:
+          repo_id: `organisation/name`.
+          scratch: a directory with room for the largest shard.
+          revision: branch, tag or commit; fixed to a commit here. The main branch without.
+
+        Raises:
+          CheckpointError: there is no such checkpoint to be had, or it is not as it should be.
+        """
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi()
+        with _explained(repo_id, revision):
+            found = api.model_info(repo_id, revision=revision)
+        commit = str(found.sha)
+
+        def get(name: str) -> Path:
+            with _explained(repo_id, commit):
+                return Path(huggingface_hub.hf_hub_download(repo_id, name, revision=commit))
+
+        def header(name: str) -> dict[str, TensorInfo]:
+            with _explained(repo_id, commit):
+                parsed = api.parse_safetensors_file_metadata(repo_id, name, revision=commit)
+            entries = {name: vars(entry) for name, entry in parsed.tensors.items()}
+            return check_entries(Path(repo_id, name), entries)
+
+        config = safetensors_directory.read_json(get(safetensors_directory.CONFIG))
+        files = {sibling.rfilename for sibling in found.siblings or ()}
+        if safetensors_directory.SINGLE in files:
+            shards = {safetensors_directory.SINGLE: header(safetensors_directory.SINGLE)}
+        else:
+            index = get(safetensors_directory.INDEX)
+            file_of = safetensors_directory.read_index(index)
+            shards = {name: header(name) for name in safetensors_directory.shard_names(file_of)}
+            safetensors_directory.check_index(index, file_of, shards)
+        folder = Path(scratch) / f"{repo_id.replace('/', '--')}.v4jax-shard"
+        return cls(repo_id, commit, folder, config, shards)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's dtype, shape and file."""
+        return lookup(self._infos, name, self.repo_id)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A view as `SafetensorsFile.read` gives it; its shard takes disk while the view lives."""
+        return self._hold(lookup(self._shard_of, name, self.repo_id)).read(name, rows)
+
+    def shards(self) -> Iterator[SafetensorsFile]:
+        """The files in order, each deleted when the next is taken."""
+        for shard in self._shards:
+            yield self._hold(shard)
+
+    def _hold(self, shard: str) -> SafetensorsFile:
+        if self._held is None or self._held[0] != shard:
+            self.close()
+            self._held = shard, open_safetensors(self._fetch(shard))
+        return self._held[1]
+
+    def _fetch(self, shard: str) -> Path:
+        import huggingface_hub
+
+        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, shard, revision=self._commit)
+        if isinstance(cached, str):
+            return Path(cached)
+        self._folder.mkdir(parents=True)
+        require_space(self._folder, sum(info.nbytes for info in self._shards[shard].values()))
+        with _explained(self.repo_id, self._commit):
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    self.repo_id, shard, revision=self._commit, local_dir=self._folder
+                )
+            )
+
+    def close(self) -> None:
+        """Delete the shard at hand, and what an interrupted run left."""
+        if self._held is not None:
+            self._held[1].close()
+            self._held = None
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def __enter__(self) -> "HubCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,268 @@
+"""Native checkpoints: the model's own arrays, stacked as it holds them, in Orbax's layout.
+
+```
+config.json, tokenizer.json, ...   the source's, all but weights and hidden files
+v4jax.json                         `Manifest`
+weights/                           an Orbax checkpoint: {leaf: array}, {leaf}.codes and {leaf}.scale
+                                   where it is quantised
+extras/                            tensors that the model does not run, as safetensors; and the
+                                   source's index, where the tensors are as it has them
+```
+
+Axis letters: N rows, K columns of a stored matrix.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels import quantize
+from v4jax.checkpoints import (
+    config_file,
+    release_weights,
+    safetensors_directory,
+    tensor_names,
+    tensor_values,
+    unfinished,
+)
+from v4jax.checkpoints.release import Format
+from v4jax.checkpoints.safetensors_file import CheckpointError, TensorInfo
+from v4jax.checkpoints.zarr_arrays import DAMAGED, Arrays
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec, map_leaves
+from v4jax.model.transformer import Model
+
+Weights = Literal["keep", "bfloat16", "float32"]
+MANIFEST, WEIGHTS, EXTRAS = "v4jax.json", "weights", "extras"
+VERSION = 1
+OWN = (MANIFEST, WEIGHTS, EXTRAS)  # beside what is the source's
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What v4jax.json says.
+
+    Attributes:
+      weights: what conversion was asked for.
+      leaves: how each leaf is held.
+      sources: the tensors of the files that this was made of, in their order and names.
+      index: the metadata of their index; None where there was a single file without one.
+    """
+
+    weights: Weights
+    leaves: dict[str, Format]
+    sources: dict[str, TensorInfo]
+    index: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "weights": self.weights,
+            "leaves": self.leaves,
+            "index": self.index,
+            "sources": {
+                name: [info.dtype, list(info.shape), str(info.file)]
+                for name, info in self.sources.items()
+            },
+        }
+
+
+class Slot(NamedTuple):
+    """Where a release tensor lies: a leaf, its place in the leaf's stack, its declaration."""
+
+    leaf: str
+    at: tuple[int, ...]
+    spec: ParamSpec
+
+
+def slots(cfg: ModelConfig) -> dict[str, Slot]:
+    """The place of every release tensor but scales and extras."""
+    found = {}
+    for leaf, spec in params.leaves(Model(cfg)):
+        names = tensor_names.flatten(tensor_names.release_names(leaf, cfg))
+        for index, name in zip(np.ndindex(*spec.shape[: spec.stack_dims]), names, strict=True):
+            found[name] = Slot(leaf, index, spec)
+    return found
+
+
+def is_native(path: Path) -> bool:
+    """Whether this is a finished native checkpoint."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a native checkpoint; a CheckpointError says why there is none."""
+    unfinished.refuse_unfinished(path)
+    if not is_native(path):
+        raise CheckpointError(
+            f"{path}: is not a native checkpoint: it has no {MANIFEST}. Make one with "
+            "'v4jax convert'."
+        )
+    file = path / MANIFEST
+    raw = safetensors_directory.read_json(file)
+    if raw.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file}: has format version {raw.get('version')!r}; this v4jax reads {VERSION}. "
+            "Use the v4jax that made it, or convert the checkpoint again."
+        )
+    try:
+        sources = {
+            name: TensorInfo(dtype, tuple(shape), Path(_inside(where)))
+            for name, (dtype, shape, where) in raw["sources"].items()
+        }
+        return Manifest(raw["weights"], raw["leaves"], sources, raw["index"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: is damaged ({error!r:.100}). {DAMAGED}") from error
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"file {name!r} lies outside the directory")
+    return name
+
+
+def read_config(path: Path, manifest: Manifest) -> ModelConfig:
+    """The configuration of what the checkpoint holds."""
+    cfg = config_file.read(path / safetensors_directory.CONFIG)
+    if not any(leaf.startswith("mtp.") for leaf in manifest.leaves):
+        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    if manifest.leaves.keys() != {leaf for leaf, _ in params.leaves(Model(cfg))}:
+        raise CheckpointError(f"{path}: {MANIFEST} and config.json do not agree. {DAMAGED}")
+    return cfg
+
+
+def array_names(leaf: str, form: Format) -> list[str]:
+    """The arrays that hold a leaf."""
+    return [leaf] if form == "dense" else [f"{leaf}.codes", f"{leaf}.scale"]
+
+
+class Native:
+    """A native checkpoint, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.config = read_config(path, self.manifest)
+        self.arrays = Arrays(path / WEIGHTS)
+
+    def dense(self, leaf: str, index: tuple[Any, ...]) -> np.ndarray:
+        """A part of a leaf that is held dense."""
+        return self.read(leaf, index)
+
+    def read(self, array: str, index: tuple[Any, ...]) -> np.ndarray:
+        """A part of an array, whose values are checked."""
+        values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
+        leaf = array.removesuffix(".scale")
+        if leaf != array and self.manifest.leaves.get(leaf) != "dense":
+            tensor_values.check_scales(where, values)
+        elif values.dtype.kind == "i":
+            tensor_values.check_ids(where, values, self.config.n_routed_experts)
+        else:
+            tensor_values.check(where, values)
+        return values
+
+    def stored(self, leaf: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [N, K] and scales of one quantised matrix, as in the files they came from."""
+        codes, scale = (self.read(name, index) for name in array_names(leaf, "fp8"))
+        if self.manifest.leaves[leaf] == "fp8":
+            return quantize.fp8_to_checkpoint(codes, scale)
+        return quantize.fp4_to_checkpoint(codes, scale)
+
+    def matrix(self, leaf: str, index: tuple[int, ...]) -> np.ndarray:
+        """One quantised matrix [N, K], decoded, in float32."""
+        codes, scale = self.stored(leaf, index)
+        if self.manifest.leaves[leaf] == "fp8":
+            return quantize.decode_fp8_blocks(codes, scale)
+        return quantize.decode_fp4_blocks(codes, scale)
+
+
+def load(
+    path: Path,
+    *,
+    dtype: Any,
+    keep: bool,
+    mesh: Mesh | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Model, ModelConfig]:
+    """The model's weights in `dtype`, each host reading what its devices hold.
+
+    Args:
+      path: a native checkpoint.
+      dtype: of everything that need not be float32 or integer.
+      keep: hold FP8 and FP4 as they are, where the checkpoint has them.
+      mesh: where to put the weights; the first device without.
+      progress: told what is being done, leaves done, and leaves in all.
+
+    Raises:
+      CheckpointError: it is not a native checkpoint, is unfinished, or is damaged.
+    """
+    native = Native(path)
+    declared = Model(native.config)
+    structs = map_leaves(lambda name, spec: _struct(native, name, spec, dtype, keep), declared)
+    places = release_weights.placements(declared, structs, mesh)
+    total, done = len(native.manifest.leaves), 0
+
+    def fill(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
+        nonlocal done
+        leaf = _make_leaf(native, name, struct, place)
+        done += 1
+        if progress is not None:
+            progress("loading", done, total)
+        return leaf
+
+    return map_leaves(fill, declared, structs, places), native.config
+
+
+def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep: bool) -> Any:
+    """The leaf as it will be held; what is on the disk must fit it."""
+    form = native.manifest.leaves[name]
+    on_disk = params.leaf_struct(spec, dtype, None if form == "dense" else form)
+    if form != "dense":
+        scale = native.arrays[f"{name}.scale"].dtype.numpy_dtype
+        scale = jax.ShapeDtypeStruct(on_disk.scale.shape, scale)
+        on_disk = dataclasses.replace(on_disk, scale=scale)
+    for array, struct in zip(array_names(name, form), jax.tree.leaves(on_disk), strict=True):
+        found = native.arrays[array].shape
+        if tuple(found) != struct.shape:
+            raise CheckpointError(
+                f"{native.path / WEIGHTS / array}: has shape {list(found)}; the configuration "
+                f"needs {list(struct.shape)}. {DAMAGED}"
+            )
+    return on_disk if keep else params.leaf_struct(spec, dtype)
+
+
+def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
+    form = native.manifest.leaves[name]
+
+    def make(array: str, part: Any, lies: Any) -> jax.Array:
+        fill = lambda index: native.read(array, index).astype(part.dtype, copy=False)
+        return jax.make_array_from_callback(part.shape, lies, fill)
+
+    if form == "dense":
+        return make(name, struct, place)
+    if isinstance(struct, jax.ShapeDtypeStruct):
+        fill = lambda index: _decoded(native, name, index, struct)
+        return jax.make_array_from_callback(struct.shape, place, fill)
+    return dataclasses.replace(
+        struct,
+        codes=make(f"{name}.codes", struct.codes, place.codes),
+        scale=make(f"{name}.scale", struct.scale, place.scale),
+    )
+
+
+def _decoded(native: Native, name: str, index: tuple[slice, ...], struct: Any) -> np.ndarray:
+    """The part `index` of a quantised leaf, decoded matrix by matrix."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, struct.shape, strict=True)]
+    out = np.empty([len(part) for part in ranges], struct.dtype)
+    *stack, _, _ = ranges
+    for place in np.ndindex(*(len(part) for part in stack)):
+        at = tuple(part[i] for part, i in zip(stack, place, strict=True))
+        out[place] = native.matrix(name, at)[index[-2:]].astype(struct.dtype)
+    return out

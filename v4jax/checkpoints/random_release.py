@@ -1,0 +1,139 @@
+"""Checkpoints in the release format with random weights, of any configuration.
+
+Axis letters: V vocabulary, D hidden.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tokenizers
+
+from pallas_kernels import quantize
+from v4jax import arguments
+from v4jax.checkpoints import safetensors_directory, tensor_names
+from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
+from v4jax.model import config_json, params
+from v4jax.model.config import CONFIG, ModelConfig
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
+from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+
+_SHARDS = 2
+# Wide enough that nearly all draws are words, and narrow enough that they vary.
+_HEAD_STD = 0.35
+
+
+@arguments.checked(
+    directory=arguments.DIRECTORY,
+    cfg=CONFIG,
+    seed=arguments.whole(0),
+    tokenizer=arguments.optional(
+        arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
+    ),
+)
+def make_checkpoint(
+    directory: Path,
+    cfg: ModelConfig,
+    seed: int,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> None:
+    """Write a checkpoint in the release format with random weights; all of it is held in memory.
+
+    Without a tokenizer it gets one, and the head's rows are 0 but for those of whole words, so that
+    the model writes words. The directory appears when it is complete.
+
+    Args:
+      directory: to be made; may exist if empty.
+      cfg: `quantized` and `expert_dtype` say what is FP8 and FP4; 270 tokens or more.
+      seed: equal seeds make equal bytes.
+      tokenizer: the model's.
+
+    Raises:
+      ValueError: the directory has something in it, the vocabulary is too small, or the experts
+        cannot be FP4.
+    """
+    words = None
+    if tokenizer is None:
+        tokenizer = build_demo_tokenizer(cfg.vocab_size)
+        words = _words(Tokenizer(tokenizer))
+    arrays = dict(_arrays(cfg, seed, words))
+    dtype_name = {dtype: name for name, dtype in reversed(DTYPES.items())}
+    infos = {n: TensorInfo(dtype_name[array.dtype], array.shape) for n, array in arrays.items()}
+    names = sorted(infos, key=lambda name: (-arrays[name].itemsize, name))
+    size = math.ceil(len(names) / _SHARDS)
+    shards = [{n: infos[n] for n in names[i : i + size]} for i in range(0, len(names), size)]
+    with tempfile.TemporaryDirectory() as scratch:
+        extras = [Path(scratch, "tokenizer.json"), Path(scratch, "generation_config.json")]
+        tokenizer.save(str(extras[0]))
+        extras[1].write_text(json.dumps(_generation_config(cfg), indent=2) + "\n")
+        safetensors_directory.write_checkpoint(
+            directory, config_json.to_json(cfg), shards, arrays.__getitem__, extras=extras
+        )
+
+
+def _generation_config(cfg: ModelConfig) -> dict[str, object]:
+    eos = list(cfg.eos_token_ids)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
+    return {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos} | sampling
+
+
+def _words(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that are a space and a word, and the beginning of no other token."""
+    texts = {
+        i: tokenizer.token_bytes(i).decode(errors="replace") for i in range(tokenizer.vocab_size)
+    }
+    words = sorted((text, i) for i, text in texts.items() if text[:1] == " " and text[1:].isalpha())
+    # Sorted, a word is followed by those that it begins.
+    nexts = [text for text, _ in words[1:]] + [""]
+    return [i for (text, i), after in zip(words, nexts, strict=True) if not after.startswith(text)]
+
+
+def _arrays(
+    cfg: ModelConfig, seed: int, words: list[int] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    for leaf, spec in params.leaves(Model(cfg)):
+        stack = spec.stack_dims
+        spec = dataclasses.replace(spec, shape=spec.shape[stack:], axes=spec.axes[stack:])
+        for name in tensor_names.flatten(tensor_names.release_names(leaf, cfg)):
+            values = _values(spec, np.random.default_rng([seed, zlib.crc32(name.encode())]))
+            if leaf == "head_VD" and words is not None:
+                head_VD = np.zeros_like(values)
+                head_VD[words] = values[words] * (_HEAD_STD / spec.scale)
+                values = head_VD
+            yield from _stored(name, values, spec, cfg)
+
+
+def _values(spec: ParamSpec, rng: np.random.Generator) -> np.ndarray:
+    match spec.init:
+        case "constant":
+            return np.full(spec.shape, spec.scale, np.float32)
+        case "experts":
+            noise = rng.random((spec.shape[0], int(spec.scale)))
+            return np.argsort(noise, axis=-1)[:, : spec.shape[1]]
+    return rng.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
+
+
+def _stored(
+    name: str, values: np.ndarray, spec: ParamSpec, cfg: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that hold a weight in the release: itself, or its codes and scales."""
+    match cfg.expert_dtype if spec.stored == "expert" else spec.stored:
+        case "fp8" | "fp4" as stored if cfg.quantized:
+            fp8 = stored == "fp8"
+            encode = quantize.encode_fp8_blocks if fp8 else quantize.encode_fp4_blocks
+            codes, scale = encode(values)
+            yield name, codes
+            yield tensor_names.scale_name(name), scale
+        case "f32":
+            yield name, values
+        case "i64":
+            yield name, values.astype(np.int64)
+        case _:
+            yield name, values.astype(ml_dtypes.bfloat16)

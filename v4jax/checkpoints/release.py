@@ -1,0 +1,236 @@
+"""A checkpoint, however its files spell things, as the release's tensors; and what must be in it.
+
+Axis letters: E experts, F expert hidden, N rows, K columns.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from v4jax.checkpoints import tensor_names, tensor_values
+from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.model import params
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec
+from v4jax.model.transformer import Model
+
+Format = Literal["dense", "fp8", "fp4"]
+_DENSE = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+_PACKED = ("I8", "U8", "F4")
+_SCALES = ("F8_E8M0", "F32")
+_INTEGERS = ("I64", "I32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A release tensor: where it lies, its dtype and shape, how to read it or some of its rows."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    read: Callable[..., np.ndarray]
+
+
+class Release:
+    """Tensors of a checkpoint by release name, whose values are checked when they are read."""
+
+    def __init__(self, files: Any, cfg: ModelConfig) -> None:
+        self._experts = cfg.n_routed_experts
+        self._sound: set[str] = set()
+        translate = tensor_names.to_release(files.names)
+        self.tensors: dict[str, Tensor] = {}
+        for theirs in files.names:
+            for tensor in _views(files, theirs, translate(theirs)):
+                if tensor.name in self.tensors:
+                    raise CheckpointError(
+                        f"{tensor.file}: tensors '{theirs}' and another both hold "
+                        f"'{tensor.name}'; remove one of them."
+                    )
+                self.tensors[tensor.name] = self._checked(tensor)
+
+    def _checked(self, tensor: Tensor) -> Tensor:
+        """The tensor with a `read` that refuses bad values, until all have been read once."""
+
+        def read(rows: slice | None = None) -> np.ndarray:
+            values = tensor.read(rows)
+            if tensor.name not in self._sound:
+                self._check(tensor, values, (rows and rows.start) or 0)
+                if rows is None:
+                    self._sound.add(tensor.name)
+            return values
+
+        return dataclasses.replace(tensor, read=read)
+
+    def _check(self, tensor: Tensor, values: np.ndarray, first_row: int) -> None:
+        where = f"{tensor.file}: '{tensor.name}'"
+        if tensor_names.are_ids(tensor.name):
+            tensor_values.check_ids(where, values, self._experts, first_row=first_row)
+        elif tensor_names.are_scales(tensor.name):
+            tensor_values.check_scales(where, values, first_row=first_row)
+        else:
+            tensor_values.check(where, values, first_row=first_row)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+
+def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
+    """The release tensors inside one stored tensor: itself, or the matrices of fused experts."""
+    info = files.info(theirs)
+    fused = tensor_names.FUSED.match(name)
+    if fused is None:
+        read = lambda rows=None: files.read(theirs, rows)
+        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read)
+        return
+    if len(info.shape) != 3:
+        raise CheckpointError(
+            f"{info.file}: '{theirs}' has shape {list(info.shape)}; fused experts have 3 dims."
+        )
+    experts, rows, columns = info.shape
+    matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+    height = rows // len(matrices)
+    for e in range(experts):
+        for i, matrix in enumerate(matrices):
+            row = slice(i * height, (i + 1) * height)
+            read = lambda rows=slice(None), e=e, row=row: files.read(theirs, slice(e, e + 1))[
+                0, row
+            ][rows]
+            yield Tensor(
+                f"{fused[1]}{e}.{matrix}.weight",
+                info.dtype,
+                (height, columns),
+                str(info.file),
+                read,
+            )
+
+
+def fit_config(release: Release, cfg: ModelConfig) -> ModelConfig:
+    """The configuration of what the files hold.
+
+    transformers writes `num_nextn_predict_layers` and drops the MTP tensors themselves.
+    """
+    if cfg.num_nextn_predict_layers and not any(n.startswith("mtp.") for n in release.tensors):
+        return dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    return cfg
+
+
+def extras(release: Release, cfg: ModelConfig) -> list[str]:
+    """Tensors that the model does not run but conversion keeps: DSpark's."""
+    if cfg.dspark is None:
+        return []
+    return sorted(name for name in release.tensors if name.startswith("mtp."))
+
+
+def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
+    """Check every tensor's presence, dtype and shape; say how each leaf is stored.
+
+    Raises:
+      CheckpointError: naming file, tensor and remedy; nothing has been read by then.
+    """
+    formats: dict[str, Format] = {}
+    known = set(extras(release, cfg))
+    for leaf, spec in params.leaves(Model(cfg)):
+        names = list(tensor_names.flatten(tensor_names.release_names(leaf, cfg)))
+        if missing := [name for name in names if name not in release]:
+            raise CheckpointError(_missing(missing, release))
+        found: set[Format] = {_check_one(release, name, spec) for name in names}
+        _check_alike(release, names[0], found)
+        formats[leaf] = found.pop()
+        known.update(names)
+        if formats[leaf] != "dense":
+            scales = [tensor_names.scale_name(name) for name in names]
+            _check_alike(release, scales[0], {release[name].dtype for name in scales})
+            known.update(scales)
+    if unexpected := sorted(release.tensors.keys() - known):
+        name = unexpected[0]
+        raise CheckpointError(
+            f"{release[name].file}: unexpected tensor '{name}' and {len(unexpected) - 1} more; "
+            "config.json defines no such weight. Check that it belongs to these files."
+        )
+    return formats
+
+
+def _check_alike(release: Release, name: str, found: Collection[str]) -> None:
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{release[name].file}: '{name}' and its like in other layers are stored in different "
+            f"formats ({', '.join(sorted(found))}); convert them to one first."
+        )
+
+
+def _missing(missing: list[str], release: Release) -> str:
+    near = difflib.get_close_matches(missing[0], release.tensors, n=1)
+    hint = f"the nearest there is '{near[0]}'" if near else "nothing like it is there"
+    return (
+        f"Tensor '{missing[0]}' is missing ({len(missing)} of its kind); {hint}. "
+        "Check that config.json belongs to these files and that every shard is there."
+    )
+
+
+def _check_one(release: Release, name: str, spec: ParamSpec) -> Format:
+    tensor = release[name]
+    shape = spec.shape[spec.stack_dims :]
+    kind = _format(tensor, spec)
+    stored = shape
+    if kind == "fp4" and tensor.dtype != "F4":
+        stored = (*shape[:-1], shape[-1] // 2)
+    if tensor.shape != stored:
+        raise CheckpointError(
+            f"{tensor.file}: '{name}' has shape {list(tensor.shape)}; the configuration needs "
+            f"{list(stored)}. Check that config.json belongs to these files."
+        )
+    if kind != "dense":
+        _check_scale(release, name, shape, kind)
+    return kind
+
+
+def _format(tensor: Tensor, spec: ParamSpec) -> Format:
+    dtype = tensor.dtype
+    if spec.stored == "i64":
+        if dtype in _INTEGERS:
+            return "dense"
+        raise CheckpointError(_bad_dtype(tensor, _INTEGERS))
+    if dtype in _DENSE:
+        return "dense"
+    if spec.stored in ("fp8", "expert") and dtype == "F8_E4M3":
+        return "fp8"
+    if spec.stored == "expert" and dtype in _PACKED:
+        return "fp4"
+    allowed = [*_DENSE] + (["F8_E4M3"] if spec.stored in ("fp8", "expert") else [])
+    raise CheckpointError(
+        _bad_dtype(tensor, [*allowed, *(_PACKED if spec.stored == "expert" else ())])
+    )
+
+
+def _bad_dtype(tensor: Tensor, allowed: Any) -> str:
+    return (
+        f"{tensor.file}: '{tensor.name}' has dtype {tensor.dtype}; expected one of "
+        f"{', '.join(allowed)}. Convert the file, or get the original checkpoint."
+    )
+
+
+def _check_scale(release: Release, name: str, shape: tuple[int, ...], kind: Format) -> None:
+    scale = tensor_names.scale_name(name)
+    if scale not in release:
+        raise CheckpointError(
+            f"{release[name].file}: '{name}' is quantised, but its scales '{scale}' are missing. "
+            "Get the whole checkpoint."
+        )
+    rows, columns = (128, 128) if kind == "fp8" else (1, 32)
+    expected = (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
+    tensor = release[scale]
+    if tensor.dtype not in _SCALES:
+        raise CheckpointError(_bad_dtype(tensor, _SCALES))
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"{tensor.file}: '{scale}' has shape {list(tensor.shape)}; a weight of "
+            f"{list(shape)} has scales {list(expected)}."
+        )

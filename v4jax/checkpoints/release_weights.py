@@ -1,0 +1,150 @@
+"""Weights from a Hugging Face checkpoint onto devices, reading only what each device holds.
+
+Axis letters: N rows, K columns of a stored matrix.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pallas_kernels import quantize
+from v4jax.checkpoints import config_file, release, safetensors_directory, tensor_names, unfinished
+from v4jax.checkpoints.release import Format, Release
+from v4jax.model import params, sharding
+from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec, map_leaves
+from v4jax.model.transformer import Model
+
+Progress = Callable[[str, int, int], None]
+# Reads one stored tensor, by release name, into the form that an array of a leaf holds.
+_Read = Callable[[str], np.ndarray]
+
+
+def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
+    """A Hugging Face directory, checked: its tensors, its configuration, how leaves are stored.
+
+    Raises:
+      CheckpointError: the directory is not a DeepSeek-V4 checkpoint, or is damaged.
+    """
+    unfinished.refuse_unfinished(path)
+    files = safetensors_directory.Checkpoint.open(path)
+    cfg = config_file.read(path / safetensors_directory.CONFIG)
+    tensors = Release(files, cfg)
+    cfg = release.fit_config(tensors, cfg)
+    return tensors, cfg, release.check(tensors, cfg)
+
+
+def load(
+    path: Path,
+    *,
+    dtype: Any,
+    keep: bool,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[Model, ModelConfig]:
+    """The model's weights in `dtype`; with `keep`, FP8 and FP4 stay as they are."""
+    tensors, cfg, formats = open_release(path)
+    declared = Model(cfg)
+    held: dict[str, Format] = formats if keep else dict.fromkeys(formats, "dense")
+    structs = map_leaves(
+        lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
+    )
+    places = placements(declared, structs, mesh)
+    total, done = len(formats), 0
+
+    def fill(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
+        nonlocal done
+        leaf = _make_leaf(name, struct, place, formats[name], tensors, cfg)
+        done += 1
+        if progress is not None:
+            progress("loading", done, total)
+        return leaf
+
+    return map_leaves(fill, declared, structs, places), cfg
+
+
+def leaf_struct(
+    name: str, spec: ParamSpec, held: Format, tensors: Release, cfg: ModelConfig, dtype: Any
+) -> Any:
+    """The leaf as ShapeDtypeStructs, held dense in `dtype` or quantised as stored."""
+    struct = params.leaf_struct(spec, dtype, None if held == "dense" else held)
+    if held == "dense":
+        return struct
+    first = next(tensor_names.flatten(tensor_names.release_names(name, cfg)))
+    if tensors[tensor_names.scale_name(first)].dtype == "F32":
+        scale = jax.ShapeDtypeStruct(struct.scale.shape, jnp.float32)
+        struct = dataclasses.replace(struct, scale=scale)
+    return struct
+
+
+def placements(declared: Model, structs: Any, mesh: Mesh | None) -> Any:
+    """Where each array of the model goes: as `sharding.RULES` say, or onto the first device."""
+    if mesh is not None:
+        return sharding.shardings(declared, mesh, structs)
+    here = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: here, structs)
+
+
+def _make_leaf(
+    name: str, struct: Any, place: Any, stored: Format, tensors: Release, cfg: ModelConfig
+) -> Any:
+    """One leaf on its devices; each device's part is read when it is asked for."""
+    names = tensor_names.release_names(name, cfg)
+
+    def make(part: Any, lies: Any, read: _Read) -> jax.Array:
+        fill = lambda index: _gather(names, index, part, read)
+        return jax.make_array_from_callback(part.shape, lies, fill)
+
+    if isinstance(struct, quantize.Fp8Weight | quantize.Fp4Weight):
+        return dataclasses.replace(
+            struct,
+            codes=make(struct.codes, place.codes, lambda name: quantized(tensors, name, stored)[0]),
+            scale=make(struct.scale, place.scale, lambda name: quantized(tensors, name, stored)[1]),
+        )
+    return make(struct, place, lambda name: dense(tensors, name, stored, struct.dtype))
+
+
+def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> np.ndarray:
+    """The part `index` of an array stacked from many tensors."""
+    lengths = [
+        len(range(*part.indices(size))) for part, size in zip(index, struct.shape, strict=True)
+    ]
+    out = np.empty(lengths, struct.dtype)
+
+    def fill(names: Any, index: tuple[slice, ...], into: np.ndarray) -> None:
+        if isinstance(names, str):
+            into[...] = read(names)[index]
+            return
+        for i, name in enumerate(names[index[0]]):
+            fill(name, index[1:], into[i : i + 1].reshape(into.shape[1:]))
+
+    fill(names, index, out)
+    return out
+
+
+def quantized(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix's codes and scales in the layout of the kernels."""
+    codes, scale = _stored(tensors, name, stored)
+    convert = quantize.fp8_from_checkpoint if stored == "fp8" else quantize.fp4_from_checkpoint
+    return convert(codes, scale)
+
+
+def dense(tensors: Release, name: str, stored: Format, dtype: Any) -> np.ndarray:
+    """A tensor dequantised, in `dtype`."""
+    if stored == "dense":
+        return tensors[name].read().astype(dtype)
+    codes, scale = _stored(tensors, name, stored)
+    decode = quantize.decode_fp8_blocks if stored == "fp8" else quantize.decode_fp4_blocks
+    return decode(codes, scale).astype(dtype)
+
+
+def _stored(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
+    scale = tensors[tensor_names.scale_name(name)].read()
+    codes = tensors[name].read()
+    return codes.view(np.int8) if stored == "fp4" else codes, scale

@@ -1,0 +1,262 @@
+"""Checkpoint directories in Hugging Face's layout.
+
+That is `config.json`, and either `model.safetensors` or an index with shards. Where both are there,
+the single file is read and the index is not, as in transformers.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from v4jax.checkpoints import unfinished
+from v4jax.checkpoints.safetensors_file import (
+    CheckpointError,
+    SafetensorsFile,
+    TensorInfo,
+    lookup,
+    open_safetensors,
+    parse_json,
+    require_space,
+    write_safetensors,
+)
+from v4jax.text.files import read_text
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory.
+
+    Every header is read and checked at `open`. One shard at a time is mapped into memory; what
+    `SafetensorsFile.read` says of views holds here too.
+
+    Attributes:
+      path: the directory.
+      config: `config.json`.
+      names: all tensors, shard by shard, in the order of their bytes.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], shards: Sequence[SafetensorsFile]
+    ) -> None:
+        self.path = path
+        self.config = config
+        self._shards = tuple(shards)
+        self._shard_of = {name: shard for shard in shards for name in shard.names}
+        self.names = tuple(self._shard_of)
+        self._mapped: SafetensorsFile | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Open a directory.
+
+        Raises:
+          CheckpointError: it is not a checkpoint, lacks a file, or has a damaged or a strange one.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: is not a directory; give a checkpoint's directory.")
+        for name in (CONFIG, SINGLE, INDEX):
+            if (path / name).is_symlink():
+                locate(path, name)
+        has_weights = (path / SINGLE).is_file() or (path / INDEX).is_file()
+        if not has_weights or not (path / CONFIG).is_file():
+            raise CheckpointError(
+                f"{path}: is not a checkpoint: expected {CONFIG}, and {SINGLE} or {INDEX} with its "
+                "shards. Give the directory that holds them."
+            )
+        config = read_json(locate(path, CONFIG))
+        if (path / SINGLE).is_file():
+            return cls(path, config, [open_safetensors(locate(path, SINGLE))])
+        index = locate(path, INDEX)
+        file_of = read_index(index)
+        shards = {name: open_safetensors(locate(path, name)) for name in shard_names(file_of)}
+        check_index(index, file_of, {name: shard.names for name, shard in shards.items()})
+        return cls(path, config, list(shards.values()))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.info(name).nbytes for name in self.names)
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's dtype, shape and file."""
+        return self._shard(name).info(name)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A read-only view of a tensor or of some of its rows; see `SafetensorsFile.read`."""
+        return self._map(self._shard(name)).read(name, rows)
+
+    def shards(self) -> Iterator[SafetensorsFile]:
+        """The files in order, each closed when the next is taken."""
+        for shard in self._shards:
+            yield self._map(shard)
+
+    def _shard(self, name: str) -> SafetensorsFile:
+        return lookup(self._shard_of, name, self.path)
+
+    def _map(self, shard: SafetensorsFile) -> SafetensorsFile:
+        if self._mapped is not shard:
+            self.close()
+            self._mapped = shard
+        return shard
+
+    def close(self) -> None:
+        """Give up the memory map; a later read makes a new one."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; a CheckpointError names the place of a mistake."""
+    try:
+        return parse_json(read_text(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}. Mend it, or download "
+            "the file again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a JSON object in UTF-8: {error}.") from error
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The index's map of tensor names to file names, all of them inside the directory."""
+    file_of = read_json(path).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
+        raise CheckpointError(
+            f"{path}: weight_map is missing or does not map tensor names to file names; download "
+            "the file again."
+        )
+    for name in set(file_of.values()):
+        _check_inside(path, name)
+    return file_of
+
+
+def shard_names(file_of: Mapping[str, str]) -> list[str]:
+    """The file names of an index, sorted."""
+    return sorted(set(file_of.values()))
+
+
+def check_index(
+    path: Path, file_of: Mapping[str, str], names_in: Mapping[str, Collection[str]]
+) -> None:
+    """Raise unless every shard holds just the tensors that the index says it does."""
+    belong = "The index and the shards do not belong together; download them again."
+    for name, file in file_of.items():
+        if name not in names_in[file]:
+            raise CheckpointError(
+                f"{path}: lists tensor {name!r} in {file}, which does not hold it. {belong}"
+            )
+    for file, present in names_in.items():
+        for name in present:
+            if name not in file_of:
+                raise CheckpointError(
+                    f"{path}: does not list tensor {name!r}, which {file} holds. {belong}"
+                )
+            if file_of[name] != file:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is both in {file_of[name]} and in {file}. {belong}"
+                )
+
+
+def _check_inside(referrer: Path, name: str) -> None:
+    path = PureWindowsPath(name)  # knows both separators
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise CheckpointError(
+            f"{referrer}: names the file {name!r}, which would lie outside the checkpoint's "
+            "directory; do not trust this checkpoint."
+        )
+
+
+def locate(directory: Path, name: str) -> Path:
+    """The path of one of a checkpoint's files.
+
+    A link is followed wherever it leads, as it is its owner's: to another disk, or in the Hub's
+    cache from `snapshots` to `blobs`. Names in an index may not lead out; see `read_index`.
+    """
+    path = directory / name
+    if os.path.isfile(path):
+        return path
+    if "\0" not in name and os.path.islink(path):
+        raise CheckpointError(
+            f"{path}: is a link to {os.readlink(path)}, and there is no file; mend the link, or "
+            "mount the disk."
+        )
+    raise CheckpointError(f"{path}: does not exist, but {INDEX} names it; download this file too.")
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    shards: Sequence[Mapping[str, TensorInfo]],
+    read: Callable[[str], Any],
+    *,
+    extras: Sequence[Path] = (),
+) -> None:
+    """Write a checkpoint directory; it appears under its name when it is complete.
+
+    What an interrupted run left is replaced; after an exception nothing is left.
+
+    Args:
+      directory: to be made; may exist if empty.
+      config: for `config.json`.
+      shards: each file's tensors in order.
+      read: called once for each tensor, in order; see `write_safetensors`.
+      extras: files to copy, such as the tokenizer's.
+
+    Raises:
+      CheckpointError: the directory exists and is not empty, the disk has not enough space, or a
+        tensor is not as declared or is declared twice.
+    """
+    directory = Path(directory).resolve()
+    unfinished.check_target(directory)
+    weight_map = _weight_map(shards)
+    total_bytes = sum(info.nbytes for shard in shards for info in shard.values())
+    with unfinished.begin(directory, "write", "") as work:
+        require_space(work.directory, total_bytes)
+        _write_json(work.directory / CONFIG, config)
+        for extra in extras:
+            shutil.copyfile(extra, work.directory / extra.name)
+        for i, shard in enumerate(shards):
+            path = work.directory / _shard_name(i, len(shards))
+            write_safetensors(path, shard, read, metadata={"format": "pt"})
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(work.directory / INDEX, index)
+        work.finish()
+
+
+def _weight_map(shards: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        if twice := weight_map.keys() & shard.keys():
+            raise CheckpointError(f"Tensor {min(twice)!r} is declared in two shards.")
+        weight_map |= dict.fromkeys(shard, _shard_name(i, len(shards)))
+    return dict(sorted(weight_map.items()))
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

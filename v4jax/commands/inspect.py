@@ -1,0 +1,205 @@
+"""`v4jax inspect`: find out what a path or name stands for, and print what it amounts to."""
+
+import collections
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from v4jax import arguments
+from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
+from v4jax.checkpoints.safetensors_file import DTYPES, CheckpointError, open_safetensors
+from v4jax.facts import DEVICES, GIB, Report, devices, report
+from v4jax.model.config import CONFIG, ModelConfig, preset, preset_names
+from v4jax.model.segments import segments
+
+_CONTEXTS = {"128K": 2**17, "1M": 2**20}
+_FP4 = "FP4, two in a byte"
+_DTYPE_NOTES = {"I8": f"I8 ({_FP4})", "U8": f"U8 ({_FP4})", "F8_E8M0": "F8_E8M0 (scales)"}
+_CACHE_NOTES = {"fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
+_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What was asked about.
+
+    Attributes:
+      what: one line that says what it is.
+      config: its configuration.
+      held: bytes by dtype that its files hold; None where there is only a configuration.
+    """
+
+    what: str
+    config: ModelConfig
+    held: dict[str, int] | None = None
+
+
+@arguments.checked(name=arguments.PATH)
+def find(name: str | Path) -> Subject:
+    """What exists as a path is that path; else a preset has this name; else it is a Hub id.
+
+    Of a checkpoint the headers are read and checked, of the Hub only `config.json`.
+
+    Raises:
+      ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
+    """
+    name = os.fspath(name)
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return _directory(path)
+    if path.exists():
+        return Subject(f"{path}", config_file.read(path))
+    if name in preset_names():
+        return Subject(f"preset {name}", preset(name))
+    try:
+        folder = hub.resolve(name, allow_patterns=[safetensors_directory.CONFIG])
+    except CheckpointError as error:
+        near = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        presets = ", ".join(preset_names())
+        raise ValueError(f"{error} It is no preset either: those are {presets}.{hint}") from error
+    return Subject(f"{name} on the Hub", config_file.read(folder / safetensors_directory.CONFIG))
+
+
+@arguments.checked(name=arguments.PATH)
+def config_of(name: str | Path) -> ModelConfig:
+    """The configuration of a directory, a `config.json`, a preset or a Hub id; see `find`."""
+    return find(name).config
+
+
+def _directory(path: Path) -> Subject:
+    if native.is_native(path):
+        return _native(path)
+    config = path / safetensors_directory.CONFIG
+    weights = (path / safetensors_directory.SINGLE, path / safetensors_directory.INDEX)
+    if config.is_file() and not any(file.is_file() for file in weights):
+        return Subject(f"{config}, without weights beside it", config_file.read(config))
+    tensors, cfg, _ = release_weights.open_release(path)
+    with safetensors_directory.Checkpoint.open(path) as files:
+        held = _count((files.info(name).dtype, files.info(name).nbytes) for name in files.names)
+    return Subject(f"{path}: Hugging Face checkpoint, {len(tensors.tensors):,} tensors", cfg, held)
+
+
+def _native(path: Path) -> Subject:
+    opened = native.Native(path)
+    arrays = [
+        opened.arrays[array]
+        for leaf, form in opened.manifest.leaves.items()
+        for array in native.array_names(leaf, form)
+    ]
+    sizes = [(a.dtype.numpy_dtype, math.prod(a.shape)) for a in arrays]
+    held = [(_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
+    for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
+        extra = open_safetensors(file)
+        held += [(extra.info(name).dtype, extra.info(name).nbytes) for name in extra.names]
+    what = f"{path}: native checkpoint, made with --weights {opened.manifest.weights}"
+    return Subject(what, opened.config, _count(held))
+
+
+def _count(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter()
+    for dtype, nbytes in sizes:
+        total[dtype] += nbytes
+    return dict(sorted(total.items()))
+
+
+@arguments.checked(cfg=CONFIG, what=arguments.TEXT)
+def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None) -> None:
+    """Print what a configuration amounts to.
+
+    Args:
+      cfg: the configuration.
+      what: a line about where it comes from.
+      held: bytes by dtype in files at hand; without, those that a release would hold.
+    """
+    facts = report(cfg)
+    console = Console(highlight=False, soft_wrap=True)
+    if what:
+        console.print(what, markup=False)
+    console.print(f"DeepSeek-V4 {facts.variant}; chat format '{facts.revision}'")
+    for table in (
+        _layers(cfg, facts),
+        _segments(cfg),
+        _parameters(cfg, facts),
+        _bytes(facts.bytes_by_dtype if held is None else held, held is None),
+        _cache(cfg, facts),
+        _fit(facts, held),
+    ):
+        console.print()
+        console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    """The first column is text and as wide as the widest of all tables; the rest are numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column(columns[0], min_width=26)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", min_width=10)
+    return table
+
+
+def _layers(cfg: ModelConfig, facts: Report) -> Table:
+    table = _table("Layers: attention + experts", "")
+    for kind, count in facts.layers.items():
+        table.add_row(kind, str(count))
+    table.add_row("in all", str(cfg.num_hidden_layers))
+    return table
+
+
+def _segments(cfg: ModelConfig) -> Table:
+    table = _table("Layers of one compiled loop", "repeats")
+    for part in segments(cfg.layers):
+        kinds = "\n".join(f"{kind.attention} + {kind.ffn}" for kind in part.pattern)
+        table.add_row(kinds, str(part.repeats))
+    return table
+
+
+def _parameters(cfg: ModelConfig, facts: Report) -> Table:
+    table = _table("Parameters", "")
+    table.add_row("backbone", f"{facts.total:,}")
+    table.add_row("  active for a token", f"{facts.active:,}")
+    if facts.mtp:
+        table.add_row("DSpark drafter" if cfg.dspark else "MTP", f"{facts.mtp:,}")
+    return table
+
+
+def _bytes(sizes: dict[str, int], computed: bool) -> Table:
+    table = _table("Bytes of the release" if computed else "Bytes in the files", "")
+    for dtype, nbytes in sizes.items():
+        table.add_row(_DTYPE_NOTES.get(dtype, dtype), f"{nbytes:,}")
+    table.add_row("in all", f"{sum(sizes.values()):,}")
+    return table
+
+
+def _cache(cfg: ModelConfig, facts: Report) -> Table:
+    longest = cfg.max_position_embeddings
+    contexts = {name: n for name, n in _CONTEXTS.items() if n <= longest} or {
+        f"{longest:,}": longest
+    }
+    table = _table("Cache", "B/token", *(f"at {name}" for name in contexts))
+    for form, rate in facts.cache_bytes.items():
+        table.add_row(
+            _CACHE_NOTES.get(form, form), f"{rate:,}", *(_size(rate * n) for n in contexts.values())
+        )
+    table.add_row("and for each sequence", "", *[_size(facts.state_bytes)] * len(contexts))
+    return table
+
+
+def _fit(facts: Report, held: dict[str, int] | None) -> Table:
+    """Devices that hold the weights; what is left of them is for the cache."""
+    sizes = facts.bytes_by_dtype if held is None else held
+    table = _table("Devices that hold the weights", "", "left for cache")
+    for name, count in devices(sum(sizes.values())).items():
+        left = count * DEVICES[name] * GIB - sum(sizes.values())
+        table.add_row(f"{name}, {DEVICES[name]:g} GiB", str(count), _size(left))
+    return table
+
+
+def _size(nbytes: int | float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,1 @@
+"""Compiled steps, sampling and the loop that generates."""

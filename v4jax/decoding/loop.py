@@ -1,0 +1,213 @@
+"""Generation over a loaded model: prefill in chunks, then a compiled loop of decode steps.
+
+Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Shaped
+
+from v4jax.decoding import sampling, steps
+from v4jax.decoding.sampling import SamplingParams
+from v4jax.model import cache as caches
+from v4jax.model import sharding
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import Numerics
+from v4jax.model.transformer import Model
+
+FinishReason = Literal["stop", "length"]
+# Prefill runs in chunks of these sizes, the last one padded: few programs serve every prompt.
+CHUNKS = (64, 512, 2048)
+# Seconds between two looks at the decode loop from the host.
+_LOOK_SECONDS = 0.05
+
+
+class NotFiniteError(ValueError):
+    """The model's logits are NaN or infinite, so that they say nothing of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's logits are not finite numbers, so no token can be chosen: its weights or "
+            "its adapter are damaged, or too large for its dtype. Try dtype 'float32', or get the "
+            "files again."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of wall time.
+
+    Attributes:
+      prefill_seconds: from the call to the first token, compilation included.
+      decode_seconds: from the first token to the last.
+      tokens_per_second: of the tokens after the first; 0 where there are none.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+      id: the token.
+      logprob: of the token under the raw logits.
+      top: the most probable alternatives and their logprobs, as many as were asked for.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """The compiled loop for one model, on one device or on the mesh that its weights lie on.
+
+    Attributes:
+      model, cfg, numerics: the weights and how they are run.
+      dtype: of activations and cache.
+    """
+
+    model: Model
+    cfg: ModelConfig
+    numerics: Numerics
+    dtype: Any
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the weights; None where they are on one device."""
+        return sharding.mesh_of(self.model)
+
+    def rows(self, wanted: int) -> int:
+        """How many rows to run for so many: the mesh's devices share them, if not a single one."""
+        groups = sharding.row_groups(self.mesh)
+        return wanted if wanted == 1 else -(-wanted // groups) * groups
+
+    def call(self, step: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """One of the `steps` of this model."""
+        with sharding.on(self.mesh):
+            return step(*args, cfg=self.cfg, numerics=self.numerics, **static)
+
+    def by_row(self, x_B: Shaped[np.ndarray, "B ..."]) -> Shaped[Array, "B ..."]:
+        """An array of the host on the devices that have its rows."""
+        if self.mesh is None:
+            return jnp.asarray(x_B)
+        return jax.device_put(x_B, sharding.place(("batch",), x_B.shape, self.mesh))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Any]:
+        """Logits [B, V] after each prompt, and the cache that holds the prompts."""
+        cache = caches.make(self.cfg, len(prompts), capacity, self.dtype, mesh=self.mesh)
+        lengths_B = np.array([len(prompt) for prompt in prompts])
+        logits_BV = None
+        start = 0
+        for size in chunk_sizes(int(lengths_B.max())):
+            tokens_BT = pad([prompt[start : start + size] for prompt in prompts], size)
+            count_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
+            new_BV, cache = self.call(
+                steps.prefill, self.model, self.by_row(tokens_BT), cache, self.by_row(count_B)
+            )
+            # A row that ended in an earlier chunk keeps the logits of that one.
+            logits_BV = (
+                new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+            )
+            start += size
+        return logits_BV, cache
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        max_tokens: Sequence[int],
+        *,
+        top_logprobs: int = 0,
+    ) -> Iterator[list[list[Token]]]:
+        """Generate; yields each row's new tokens, an end-of-sequence token included, as they come.
+
+        The program is compiled once for each number of rows and bucket of capacity.
+
+        Raises:
+          NotFiniteError: a row's logits are not finite.
+        """
+        rows = len(prompts)
+        spare = self.rows(rows) - rows
+        prompts = [*prompts, *[[0]] * spare]
+        params = [*params, *[SamplingParams(temperature=0)] * spare]
+        max_tokens = [*max_tokens, *[0] * spare]
+        longest = max(len(prompt) + new for prompt, new in zip(prompts, max_tokens, strict=True))
+        capacity = caches.bucket(longest, self.cfg.max_position_embeddings)
+        logits_BV, cache = self.prefill(prompts, capacity)
+        state = self._sampling(prompts, params)
+        limit_B = self.by_row(np.array(max_tokens, np.int32))
+        asked = {"top_logprobs": top_logprobs}
+        loop, first = self.call(steps.begin, logits_BV, cache, state, limit_B, **asked)
+        yield _tokens(first)[:rows]
+        look = 1
+        while not bool(np.all(loop.done_B)):
+            began = time.perf_counter()
+            loop, block = self.call(steps.advance, self.model, loop, np.int32(look), **asked)
+            yield _tokens(block)[:rows]
+            per_step = (time.perf_counter() - began) / look
+            look = int(np.clip(_LOOK_SECONDS / per_step, 1, min(2 * look, steps.LOOP)))
+
+    def _sampling(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> sampling.SamplingState:
+        """The state before the first draw, where the loop keeps it."""
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = caches.bucket(int(lengths_B.max()), self.cfg.max_position_embeddings)
+        state = sampling.init(params, self.cfg.vocab_size, pad(prompts, width), lengths_B)
+        if self.mesh is None:
+            return state
+        return jax.device_put(state, sampling.shardings(state, self.mesh))
+
+
+def chunk_sizes(tokens: int) -> list[int]:
+    """The chunks to prefill so many tokens in: large ones, then the smallest that fits the rest."""
+    sizes = [CHUNKS[-1]] * (tokens // CHUNKS[-1])
+    if rest := tokens - sum(sizes):
+        sizes.append(next(size for size in CHUNKS if size >= rest))
+    return sizes
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
+    """Rows of tokens as one array, zeros behind each."""
+    out_BT = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        out_BT[i, : len(row)] = row
+    return out_BT
+
+
+def _tokens(block: steps.Block) -> list[list[Token]]:
+    """Each row's tokens in a block of loop output."""
+    block = jax.device_get(block)
+    if np.isnan(block.logprob_BT[block.real_BT]).any():
+        raise NotFiniteError
+    return [
+        [
+            Token(
+                int(block.token_BT[b, t]),
+                float(block.logprob_BT[b, t]),
+                tuple(
+                    zip(
+                        block.top_id_BTN[b, t].tolist(),
+                        block.top_logprob_BTN[b, t].tolist(),
+                        strict=True,
+                    )
+                ),
+            )
+            for t in range(block.token_BT.shape[1])
+            if block.real_BT[b, t]
+        ]
+        for b in range(block.token_BT.shape[0])
+    ]

@@ -1,0 +1,390 @@
+"""Choosing the next token inside a compiled step; every setting is an array, one entry per row.
+
+Order of work, that of transformers 5.23 (`GenerationMixin._get_logits_processor`): penalties,
+temperature, top-k, top-p, min-p, draw. Temperature 0 takes the largest penalised logit instead.
+
+Top-k and top-p find the least kept logit by bisection over all float32 values, at most 32 passes
+over the vocabulary: as exact as sorting, and on CPU 20 times faster at V = 129280. Nothing of it
+runs when no row asks for it, and the same holds for penalties and for noise.
+
+Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives reported per token.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
+
+from v4jax.arguments import checked, number, optional, whole
+from v4jax.model import sharding
+
+# Below this a float32 quotient can overflow; the draw is the largest logit long before.
+_LEAST_TEMPERATURE = 1e-30
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_OF_VOCABULARY = ("in_prompt_BV", "count_BV")
+
+# What the fields of `SamplingParams` take.
+KINDS = {
+    "temperature": number("a finite number, 0 or more", lambda x: 0 <= x <= _MOST),
+    "top_k": whole(0),
+    "top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "min_p": number("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": number("a finite number above 0", lambda x: _LEAST <= x <= _MOST),
+    "presence_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "seed": optional(whole(-(2**63), 2**64 - 1, "a whole number from -2**63 to 2**64 - 1")),
+}
+
+
+@checked(**KINDS)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks for; the defaults draw from the model's own distribution.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most probable token.
+      top_k: keep this many of the most probable tokens and those equal to the last; 0 is off.
+      top_p: keep the most probable tokens whose probabilities reach this sum; 1 is off.
+      min_p: keep tokens at least this fraction as probable as the most probable; 0 is off.
+      repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative
+        ones multiplied; 1 is off.
+      presence_penalty: subtracted from the logits of tokens in the output, -2 to 2.
+      frequency_penalty: the same, for each time that the token occurs in the output.
+      seed: 64 bits that settle all draws; None takes them from the operating system.
+
+    Raises:
+      ArgumentError: a value outside its range, NaN, or not a number; a field that there is not.
+    """
+
+    temperature: float | int = 1.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
+    seed: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingState:
+    """Each row's settings and what its draws depend on; the first axis of every leaf is B.
+
+    Attributes:
+      temperature_B, top_k_B, min_p_B: as in SamplingParams; 0 is greedy, off, off. float32, int32,
+        float32.
+      tail_B: 1 - top_p, the probability that top-p may cut off; 0 is off. float32.
+      repetition_B, presence_B, frequency_B: the penalties, float32.
+      seed_B2: the seed's upper and lower word, uint32. Token n of a row is drawn with (seed, n).
+      drawn_B: n, the tokens drawn so far, int32.
+      in_prompt_BV: tokens of the prompt, bool; the repetition penalty asks only whether one occurs.
+      count_BV: how often each token was generated. int32 (4 V bytes a row, little beside a row's
+        cache) because the penalty of a long text must not stop at 255 or 65535.
+    """
+
+    temperature_B: Any
+    top_k_B: Any
+    tail_B: Any
+    min_p_B: Any
+    repetition_B: Any
+    presence_B: Any
+    frequency_B: Any
+    seed_B2: Any
+    drawn_B: Any
+    in_prompt_BV: Any
+    count_BV: Any
+
+
+def init(
+    params: Sequence[SamplingParams],
+    vocab: int,
+    prompt_tokens_BT: Int[np.ndarray, "B T"],
+    prompt_lengths_B: Int[np.ndarray, " B"],
+) -> SamplingState:
+    """The state before the first draw. Runs on the host.
+
+    Args:
+      params: one per row.
+      vocab: entries of the logits.
+      prompt_tokens_BT: each row's prompt; whatever is behind its length is ignored.
+      prompt_lengths_B: tokens of each prompt, 0 to T.
+
+    Raises:
+      ValueError: other numbers of rows, a length beyond T, a token outside the vocabulary.
+    """
+    B = len(prompt_tokens_BT)
+    if len(params) != B or len(prompt_lengths_B) != B:
+        raise ValueError(
+            f"{B} rows of prompt tokens need as many params and lengths; "
+            f"got {len(params)} and {len(prompt_lengths_B)}."
+        )
+    reals = lambda name: jnp.array([getattr(p, name) for p in params], jnp.float32)
+    return SamplingState(
+        temperature_B=reals("temperature"),
+        top_k_B=jnp.array([min(p.top_k, vocab) for p in params], jnp.int32),
+        # Subtracted in double precision: 1 - float32(0.95) has lost four bits.
+        tail_B=jnp.array([1.0 - p.top_p for p in params], jnp.float32),
+        min_p_B=reals("min_p"),
+        repetition_B=reals("repetition_penalty"),
+        presence_B=reals("presence_penalty"),
+        frequency_B=reals("frequency_penalty"),
+        seed_B2=jnp.array([_seed_words(p.seed) for p in params], jnp.uint32),
+        drawn_B=jnp.zeros(B, jnp.int32),
+        in_prompt_BV=jnp.asarray(_occurs(prompt_tokens_BT, prompt_lengths_B, vocab)),
+        count_BV=jnp.zeros((B, vocab), jnp.int32),
+    )
+
+
+def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
+    """Where each array lies: rows as those of the batch, the vocabulary as that of the logits."""
+
+    def lies(name: str) -> NamedSharding:
+        axes = ("batch", "vocab") if name in _OF_VOCABULARY else ("batch",)
+        return sharding.place(axes, getattr(state, name).shape, mesh)
+
+    return SamplingState(**{field.name: lies(field.name) for field in dataclasses.fields(state)})
+
+
+def _occurs(
+    tokens_BT: Int[np.ndarray, "B T"], lengths_B: Int[np.ndarray, " B"], vocab: int
+) -> Bool[np.ndarray, "B V"]:
+    """Which tokens occur in each row's prompt."""
+    B, T = tokens_BT.shape
+    occurs_BV = np.zeros((B, vocab), bool)
+    for row, (tokens_T, length) in enumerate(zip(tokens_BT, lengths_B, strict=True)):
+        if not 0 <= length <= T:
+            raise ValueError(f"Prompt {row} has length {length}; it must be 0 to {T}.")
+        prompt = tokens_T[:length]
+        bad = prompt[(prompt < 0) | (prompt >= vocab)]
+        if bad.size:
+            raise ValueError(f"Prompt {row} has token {bad[0]}; the vocabulary is {vocab}.")
+        occurs_BV[row, prompt] = True
+    return occurs_BV
+
+
+def _seed_words(seed: int | None) -> tuple[int, int]:
+    bits = secrets.randbits(64) if seed is None else seed % 2**64
+    return bits >> 32, bits & 0xFFFFFFFF
+
+
+def sample(
+    logits_BV: Float32[Array, "B V"], state: SamplingState, *, top_logprobs: int = 0
+) -> tuple[
+    Int32[Array, " B"],
+    Float32[Array, " B"],
+    tuple[Int32[Array, "B N"], Float32[Array, "B N"]],
+    SamplingState,
+]:
+    """Choose each row's next token.
+
+    The choice depends on the row's logits, settings, tokens and (seed, n), not on other rows; only
+    the rounding of top-p's sums may differ between compiled programs.
+
+    Logprobs are those of the raw logits, before penalties, temperature and filters, as OpenAI and
+    DeepSeek report them. Where a row has a NaN, a +inf or nothing but -inf, its logprob is NaN and
+    its token is any valid id; other rows are not touched.
+
+    Args:
+      logits_BV: -inf forbids a token.
+      state: from `init` or the call before.
+      top_logprobs: N, static; how many of the most probable tokens to report.
+
+    Returns:
+      Tokens, their logprobs, the most probable tokens (ids, logprobs; most probable first, the
+      lower id first among equals), and the state with these tokens counted.
+
+    Raises:
+      ValueError: N is not 0 to V.
+    """
+    V = logits_BV.shape[1]
+    if not 0 <= top_logprobs <= V:
+        raise ValueError(f"top_logprobs is {top_logprobs}; it must be 0 to {V}, the vocabulary.")
+    keep_logits = lambda x_BV, _: x_BV
+    penalise = (state.repetition_B != 1) | (state.presence_B != 0) | (state.frequency_B != 0)
+    x_BV = jax.lax.cond(jnp.any(penalise), penalised_logits, keep_logits, logits_BV, state)
+    x_BV = jax.lax.cond(jnp.any(state.temperature_B > 0), _scores, keep_logits, x_BV, state)
+    token_B = _first_argmax(x_BV)
+
+    logsum_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - logsum_B
+    top_BN, top_id_BN = jax.lax.top_k(logits_BV, top_logprobs)
+    state = dataclasses.replace(
+        state,
+        drawn_B=state.drawn_B + 1,
+        count_BV=state.count_BV + _one_hot(token_B, state.count_BV.shape[1]),
+    )
+    return token_B, logprob_B, (top_id_BN, top_BN - logsum_B[:, None]), state
+
+
+def _one_hot(token_B: Int32[Array, " B"], vocab: int) -> Int32[Array, "B V"]:
+    """One at each row's token. XLA would gather the rows of a split vocabulary to scatter there."""
+    id_V = jnp.arange(vocab, dtype=jnp.int32)
+    return (id_V[None] == token_B[:, None]).astype(jnp.int32)
+
+
+def penalised_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
+    """Repetition as in CTRL (transformers), then presence and frequency as in OpenAI's API.
+
+    A row whose penalties are off comes out bit for bit as it was.
+    """
+    repetition_B1 = state.repetition_B[:, None]
+    seen_BV = state.in_prompt_BV | (state.count_BV > 0)
+    x_BV = jnp.where(seen_BV, jnp.where(x_BV < 0, x_BV * repetition_B1, x_BV / repetition_B1), x_BV)
+    count_BV = state.count_BV.astype(jnp.float32)
+    presence_BV = state.presence_B[:, None] * (count_BV > 0).astype(jnp.float32)
+    return x_BV - state.frequency_B[:, None] * count_BV - presence_BV
+
+
+def filtered_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
+    """Logits over temperature, -inf where top-k, then top-p of what is left, then min-p cut.
+
+    Their softmax is what rows of temperature above 0 are drawn from.
+
+    Args:
+      x_BV: penalised logits.
+      state: temperature and filters.
+    """
+    x_BV = x_BV / jnp.maximum(state.temperature_B, _LEAST_TEMPERATURE)[:, None]
+    # A greedy row's filters must not cost anything.
+    top_k_B = jnp.where(state.temperature_B > 0, state.top_k_B, 0)
+    tail_B = jnp.where(state.temperature_B > 0, state.tail_B, 0.0)
+    keep_all = lambda x_BV, *_: x_BV
+    filters = jnp.any((top_k_B > 0) | (tail_B > 0))
+    x_BV = jax.lax.cond(filters, _top_k_top_p, keep_all, x_BV, top_k_B, tail_B)
+    floor_B = jnp.max(x_BV, axis=-1) + jnp.log(state.min_p_B)
+    # Where the largest is +inf, the sum with log 0 would be NaN.
+    floor_B = jnp.where(state.min_p_B > 0, floor_B, -jnp.inf)
+    return jnp.where(x_BV >= floor_B[:, None], x_BV, -jnp.inf)
+
+
+def _scores(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
+    """Scores whose argmax is the draw: filtered logits plus Gumbel noise; greedy rows as given."""
+    noise_BV = _gumbel(state.seed_B2, state.drawn_B, x_BV.shape[1])
+    greedy_B1 = state.temperature_B[:, None] == 0
+    return jnp.where(greedy_B1, x_BV, filtered_logits(x_BV, state) + noise_BV)
+
+
+def _top_k_top_p(
+    x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"], tail_B: Float32[Array, " B"]
+) -> Float32[Array, "B V"]:
+    """Top-k (0 is off), then top-p (a tail of 0 is off)."""
+    x_BV = jnp.where(x_BV >= _kth_largest(x_BV, top_k_B)[:, None], x_BV, -jnp.inf)
+    edge_B, stay_B = _nucleus_edge(x_BV, tail_B)
+    equal_BV = x_BV == edge_B[:, None]
+    last_B1 = _id_of_nth(equal_BV, stay_B)[:, None]
+    ids_1V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)[None]
+    keep_BV = (x_BV > edge_B[:, None]) | (equal_BV & (ids_1V <= last_B1))
+    return jnp.where(keep_BV, x_BV, -jnp.inf)
+
+
+def _kth_largest(x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"]) -> Float32[Array, " B"]:
+    """The k-th largest value of each row; -inf where k is 0."""
+
+    def holds(code_B):
+        least_B1 = _decoded(code_B)[:, None]
+        return jnp.sum(x_BV >= least_B1, axis=-1, dtype=jnp.int32) >= top_k_B
+
+    low_B = _encoded(jnp.full_like(x_BV[:, 0], -jnp.inf))
+    high_B = jnp.where(top_k_B > 0, _encoded(jnp.max(x_BV, axis=-1)), low_B)
+    return _decoded(_last_that_holds(holds, low_B, high_B))
+
+
+def _nucleus_edge(
+    x_BV: Float32[Array, "B V"], tail_B: Float32[Array, " B"]
+) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
+    """The least logit that top-p keeps, and how many of the tokens equal to it stay.
+
+    From the least probable up, tokens go while their probabilities sum to at most `tail_B`; the
+    last one stays (transformers' TopPLogitsWarper). Of equals transformers leaves open which go;
+    here the lower ids stay, so that the smallest top_p is greedy. With a tail of 0 all stay.
+    """
+    most_B = jnp.max(x_BV, axis=-1)
+    mass_BV = jnp.exp(x_BV - most_B[:, None])
+    cut_B = tail_B * jnp.sum(mass_BV, axis=-1)
+
+    def mass_below(edge_B):
+        return jnp.sum(jnp.where(x_BV < edge_B[:, None], mass_BV, 0.0), axis=-1)
+
+    low_B = _encoded(jnp.full_like(most_B, -jnp.inf))
+    high_B = jnp.where(tail_B > 0, _encoded(most_B), low_B)
+    goes = lambda code_B: mass_below(_decoded(code_B)) <= cut_B
+    edge_B = _decoded(_last_that_holds(goes, low_B, high_B))
+    equals_B = jnp.sum(x_BV == edge_B[:, None], axis=-1, dtype=jnp.int32)
+    gone_B = ((cut_B - mass_below(edge_B)) / jnp.exp(edge_B - most_B)).astype(jnp.int32)
+    return edge_B, equals_B - jnp.where(tail_B > 0, jnp.minimum(gone_B, equals_B - 1), 0)
+
+
+def _id_of_nth(marked_BV: Bool[Array, "B V"], n_B: Int32[Array, " B"]) -> UInt32[Array, " B"]:
+    """The id of each row's n-th marked token, from 1; the last id where n are all there are."""
+    V = marked_BV.shape[1]
+    ids_1V = jnp.arange(V, dtype=jnp.uint32)[None]
+
+    def fewer_below(id_B):
+        below_BV = marked_BV & (ids_1V < id_B[:, None])
+        return jnp.sum(below_BV, axis=-1, dtype=jnp.int32) < n_B
+
+    high_B = jnp.full(n_B.shape, V - 1, jnp.uint32)
+    all_B = n_B >= jnp.sum(marked_BV, axis=-1, dtype=jnp.int32)
+    return _last_that_holds(fewer_below, jnp.where(all_B, high_B, jnp.uint32(0)), high_B)
+
+
+def _last_that_holds(
+    holds: Callable[[Array], Array], low_B: UInt32[Array, " B"], high_B: UInt32[Array, " B"]
+) -> UInt32[Array, " B"]:
+    """Bisect each row for the largest number in [low, high] with `holds`, which is true at low."""
+
+    def halve(span):
+        low_B, high_B = span
+        middle_B = low_B + (high_B - low_B + 1) // 2
+        holds_B = holds(middle_B)
+        return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
+
+    unsettled = lambda span: jnp.any(span[0] < span[1])
+    return jax.lax.while_loop(unsettled, halve, (low_B, high_B))[0]
+
+
+def _encoded(x_B: Float32[Array, " B"]) -> UInt32[Array, " B"]:
+    """Floats as integers in the same order."""
+    bits_B = jax.lax.bitcast_convert_type(x_B, jnp.uint32)
+    return jnp.where(bits_B >> 31 == 1, ~bits_B, bits_B | jnp.uint32(1 << 31))
+
+
+def _decoded(code_B: UInt32[Array, " B"]) -> Float32[Array, " B"]:
+    bits_B = jnp.where(code_B >> 31 == 1, code_B ^ jnp.uint32(1 << 31), ~code_B)
+    return jax.lax.bitcast_convert_type(bits_B, jnp.float32)
+
+
+def _gumbel(
+    seed_B2: UInt32[Array, "B 2"], drawn_B: Int32[Array, " B"], vocab: int
+) -> Float32[Array, "B V"]:
+    """Standard Gumbel noise that depends on a row's (seed, n) and the vocabulary alone.
+
+    `jax.random.gumbel` has 23 random bits a value: the largest of 129280 values ties in 1.5% of
+    draws, always to the lower id's good. Its exact mode takes twice the bits. Here all 32 count.
+    """
+
+    def row_bits(seed_2, drawn):
+        key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+        return jax.random.bits(jax.random.fold_in(key, drawn), (vocab,))
+
+    bits_BV = jax.vmap(row_bits)(seed_B2, drawn_B).astype(jnp.float32)
+    uniform_BV = jnp.minimum((bits_BV + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform_BV))
+
+
+def _first_argmax(x_BV: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    """The lowest id of each row's largest value; the last id where there is a NaN.
+
+    Two plain reductions: on CPU they take a fifth of the time of `jnp.argmax`.
+    """
+    V = x_BV.shape[1]
+    is_top_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    ids_V = jnp.arange(V, dtype=jnp.int32)
+    return jnp.min(jnp.where(is_top_BV, ids_V[None], V - 1), axis=-1)

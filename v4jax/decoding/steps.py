@@ -1,0 +1,213 @@
+"""The compiled entry points: what is static and what is donated is said here and nowhere else.
+
+Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from v4jax.decoding import sampling
+from v4jax.model import transformer
+from v4jax.model.cache import Cache
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import Numerics
+from v4jax.model.transformer import Model
+
+# Most decode steps that one call of `advance` makes.
+LOOP = 64
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "numerics"), donate_argnames="cache")
+def logits(
+    model: Model,
+    tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    count_B: Int[Array, " B"],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+) -> tuple[Float32[Array, "B T V"], Cache]:
+    """Take a chunk in and give the logits at each of its positions."""
+    x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+    return transformer.head(model, transformer.hidden(model, cfg, x_BTM)), cache
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "numerics"), donate_argnames="cache")
+def prefill(
+    model: Model,
+    tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    count_B: Int[Array, " B"],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+) -> tuple[Float32[Array, "B V"], Cache]:
+    """Take a chunk in and give the logits of each row's last real token."""
+    x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    x_B1M = jnp.take_along_axis(x_BTM, last_B11, axis=1)
+    return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
+
+
+def _decode(
+    model: Model,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    token_B: Int[Array, " B"],
+    cache: Cache,
+    count_B: Int[Array, " B"],
+) -> tuple[Float32[Array, "B V"], Cache]:
+    x_B1M, cache = transformer.forward(model, cfg, numerics, token_B[:, None], cache, count_B)
+    return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "numerics"), donate_argnames="cache")
+def decode(
+    model: Model,
+    token_B: Int[Array, " B"],
+    cache: Cache,
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+) -> tuple[Float32[Array, "B V"], Cache]:
+    """Advance every row by one token."""
+    return _decode(model, cfg, numerics, token_B, cache, jnp.ones_like(token_B))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "numerics", "index"), donate_argnames="cache")
+def draft(
+    model: Model,
+    streams_BTM: Float[Array, "B T M"],
+    next_tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    start_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    index: int = 0,
+) -> tuple[Float32[Array, "B T V"], Float[Array, "B T M"], Cache]:
+    """Run an MTP block: logits after `next_tokens_BT`, the block's streams, the cache."""
+    hidden_BTD, x_BTM, cache = transformer.draft(
+        model, cfg, numerics, streams_BTM, next_tokens_BT, cache, start_B, count_B, index=index
+    )
+    return transformer.head(model, hidden_BTD), x_BTM, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """State of generation between two calls.
+
+    Attributes:
+      cache: of all tokens but the newest.
+      sampling: parameters, counts and draws so far, per row.
+      token_B: the newest token of each row, not yet in the cache.
+      left_B: tokens that each row may still generate.
+      done_B: rows that ended, by an end-of-sequence token, by their limit, or by bad logits.
+    """
+
+    cache: Cache
+    sampling: Any
+    token_B: Any
+    left_B: Any
+    done_B: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What some steps of the loop gave; `real_BT` tells tokens from padding.
+
+    `logprob_BT` is NaN where a row's logits were not all finite, which ends the row.
+    """
+
+    real_BT: Any
+    token_BT: Any
+    logprob_BT: Any
+    top_id_BTN: Any
+    top_logprob_BTN: Any
+
+
+def _choose(
+    logits_BV: Array, loop: Loop, cfg: ModelConfig, top_logprobs: int
+) -> tuple[Loop, tuple[Array, ...]]:
+    """Sample each row's next token; rows that are done stay as they are."""
+    token_B, logprob_B, (top_id_BN, top_logprob_BN), state = sampling.sample(
+        logits_BV, loop.sampling, top_logprobs=top_logprobs
+    )
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
+    logprob_B = jnp.where(finite_B, logprob_B, jnp.nan)
+    left_B = loop.left_B - 1
+    ended_B = (left_B <= 0) | ~finite_B
+    for eos in cfg.eos_token_ids:
+        ended_B = ended_B | (token_B == eos)
+    chosen = (~loop.done_B, token_B, logprob_B, top_id_BN, top_logprob_BN)
+    return Loop(loop.cache, state, token_B, left_B, loop.done_B | ended_B), chosen
+
+
+_STATIC = ("cfg", "numerics", "top_logprobs")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+def begin(
+    logits_BV: Float32[Array, "B V"],
+    cache: Cache,
+    state: Any,
+    limit_B: Int[Array, " B"],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    top_logprobs: int = 0,
+) -> tuple[Loop, Block]:
+    """Choose the first token after the prompt."""
+    del numerics
+    zeros_B = jnp.zeros_like(limit_B)
+    loop = Loop(cache, state, zeros_B, limit_B, zeros_B > 0)
+    loop, chosen = _choose(logits_BV, loop, cfg, top_logprobs)
+    return loop, Block(*(part[:, None] for part in chosen))
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="loop")
+def advance(
+    model: Model,
+    loop: Loop,
+    steps: Int[Array, ""],
+    *,
+    cfg: ModelConfig,
+    numerics: Numerics,
+    top_logprobs: int = 0,
+) -> tuple[Loop, Block]:
+    """Make up to `steps` (at most LOOP) decode steps, fewer where every row ends before.
+
+    Text grows without a new program: lengths, limits and sampling settings are all data.
+    """
+
+    def step(carry):
+        at, loop, block = carry
+        count_B = jnp.where(loop.done_B, 0, 1).astype(jnp.int32)
+        logits_BV, cache = _decode(model, cfg, numerics, loop.token_B, loop.cache, count_B)
+        loop, chosen = _choose(logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs)
+        put = lambda column, new: jax.lax.dynamic_update_index_in_dim(column, new, at, 1)
+        return at + 1, loop, jax.tree.map(put, block, Block(*chosen))
+
+    def unfinished(carry):
+        at, loop, _ = carry
+        return (at < jnp.minimum(steps, LOOP)) & ~jnp.all(loop.done_B)
+
+    B = loop.token_B.shape[0]
+    empty = lambda dtype, *more: jnp.zeros((B, LOOP, *more), dtype)
+    block = Block(
+        real_BT=empty(bool),
+        token_BT=empty(jnp.int32),
+        logprob_BT=empty(jnp.float32),
+        top_id_BTN=empty(jnp.int32, top_logprobs),
+        top_logprob_BTN=empty(jnp.float32, top_logprobs),
+    )
+    _, loop, block = jax.lax.while_loop(unfinished, step, (jnp.int32(0), loop, block))
+    return loop, block

@@ -1,0 +1,186 @@
+"""One layer, and a segment of layers as a scan.
+
+Axis letters: L layers of a stack, B batch, T tokens, M streams side by side.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import quantize, residuals
+from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
+from v4jax.model import attention, cache, hyper, moe
+from v4jax.model.cache import LayerCache
+from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.context import Context
+from v4jax.model.layers import OfLayer
+from v4jax.model.params import Declare
+
+
+class Block(nnx.Module):
+    """A layer's weights, without its routed experts."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
+        self.attention_hyper = hyper.HyperConnection(cfg, weight)
+        self.attention_norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
+        self.attention = attention.Attention(cfg, kind, weight)
+        self.ffn_hyper = hyper.HyperConnection(cfg, weight)
+        self.ffn_norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
+        self.router = moe.Router(cfg, kind, weight)
+        self.shared = moe.SharedExpert(cfg, weight)
+
+
+class Stack(nnx.Module):
+    """A segment's weights: one Block and one Experts per position of its pattern, L times each.
+
+    A scan slices the blocks' arrays layer by layer. Quantised weights and experts stay whole:
+    slicing would copy what a kernel reads where it lies, and of experts also those not chosen.
+    """
+
+    def __init__(self, cfg: ModelConfig, pattern: tuple[LayerKind, ...], repeats: int) -> None:
+        weight = Declare(repeats, cfg.initializer_range)
+        self.blocks = nnx.List([Block(cfg, kind, weight) for kind in pattern])
+        self.experts = nnx.List([moe.Experts(cfg, weight) for _ in pattern])
+
+
+class Seen(NamedTuple):
+    """What training may watch of a layer that has run.
+
+    `divergence_BT` is the indexer's from attention, where the context asks for it.
+    """
+
+    routing: moe.Routing
+    divergence_BT: Float32[Array, "B T"] | None
+
+
+Watch = Callable[[LayerKind, Seen, Context], Any]
+
+
+def run_block(
+    p: Block,
+    experts: moe.Experts,
+    x_BTM: Float[Array, "B T M"],
+    state: LayerCache,
+    slot: Int[Array, ""],
+    layer: Int[Array, ""],
+    kind: LayerKind,
+    context: Context,
+) -> tuple[Float[Array, "B T M"], LayerCache, Seen]:
+    """Attention, then the experts, each inside its hyper-connection.
+
+    `slot` is the layer's place in the state, `layer` that in the experts' stack.
+    """
+    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, slot, kind, context)
+    x_BTM, (state, divergence_BT) = hyper.around(
+        p.attention_hyper, x_BTM, p.attention_norm_D, context, attend
+    )
+    mix = lambda x_BTD: moe.mixture(p.router, p.shared, experts, x_BTD, layer, context)
+    x_BTM, routing = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
+    return x_BTM, state, Seen(routing, divergence_BT)
+
+
+def run_stack(
+    p: Stack,
+    x_BTM: Float[Array, "B T M"],
+    states: tuple[LayerCache, ...],
+    pattern: tuple[LayerKind, ...],
+    repeats: int,
+    context: Context,
+) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
+    """All layers of a segment. Its caches are carried whole, so that they are updated in place."""
+    leaves, tree = jax.tree.flatten(p.blocks, is_leaf=_quantised)
+
+    def one_repeat(carry, step):
+        x_BTM, states = carry
+        layer, arrays = step
+        of_layer = [
+            OfLayer(leaf, layer) if array is None else array
+            for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+        blocks = tree.unflatten(of_layer)
+        updated = []
+        for position, kind in enumerate(pattern):
+            experts = p.experts[position]
+            x_BTM, state, _ = run_block(
+                blocks[position], experts, x_BTM, states[position], layer, layer, kind, context
+            )
+            updated.append(state)
+        return (x_BTM, tuple(updated)), None
+
+    arrays = [_sliced(leaf, context) for leaf in leaves]
+    steps = (jnp.arange(repeats, dtype=jnp.int32), arrays)
+    (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
+    return x_BTM, states
+
+
+def train_stack(
+    p: Stack,
+    x_BTM: Float[Array, "B T M"],
+    pattern: tuple[LayerKind, ...],
+    repeats: int,
+    context: Context,
+    *,
+    remat: bool,
+    unroll: bool = False,
+    watch: Watch | None,
+) -> tuple[Float[Array, "B T M"], list[Any]]:
+    """All layers of a segment over whole rows: no layer's state outlives it.
+
+    Here the scan slices all weights; of experts, which are read in their stacks here too, the
+    slices stand for their gradients. With `remat` only the streams between repeats of the pattern
+    are kept for the backward pass, without it what `residuals.kept` names. With `unroll` the
+    program has each repeat by itself, and no loop.
+
+    Returns:
+      The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
+    """
+    cfg, dtype = context.cfg, x_BTM.dtype
+    batch, tokens = context.tokens_BT.shape
+    first = jnp.int32(0)
+
+    whole = jax.lax.stop_gradient(p.experts)
+
+    def one_repeat(x_BTM, step):
+        layer, blocks, own = step
+        watched = []
+        for position, kind in enumerate(pattern):
+            state = cache.fresh(cfg, kind, batch, tokens, dtype)
+            experts = _of_layer(whole[position], own[position])
+            x_BTM, _, seen = run_block(
+                blocks[position], experts, x_BTM, state, first, layer, kind, context
+            )
+            watched.append(watch(kind, seen, context) if watch else None)
+        return x_BTM, watched
+
+    looked_up = lambda leaf: _sliced(leaf, context)
+    blocks = jax.tree.map(looked_up, p.blocks)
+    policy = None if remat else residuals.KEEP
+    # Outside a loop XLA would find what is to be computed anew, and keep it.
+    body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
+    steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
+    return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
+
+
+def _of_layer(whole: moe.Experts, own: moe.Experts) -> moe.Experts:
+    """Experts that are read in their stacks, their gradients that of one layer."""
+    wrap = lambda stack, own: LayerWeight(stack, jax.tree.map(lambda x: x[None], own))
+    matrix = lambda leaf: isinstance(leaf, LoraWeight) or _quantised(leaf)
+    return jax.tree.map(wrap, whole, own, is_leaf=matrix)
+
+
+def _quantised(leaf: Any) -> bool:
+    return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)
+
+
+def _sliced(leaf: Any, context: Context) -> Any:
+    """What a scan slices of a stacked weight; None of quantised ones."""
+    if _quantised(leaf):
+        return None
+    if leaf.dtype == jnp.int32:
+        # Looked up here: inside the scan a TPU would spread a table's rows of six over 128 lanes.
+        return leaf[:, context.tokens_BT]
+    return leaf

@@ -1,0 +1,264 @@
+"""Decode state of static shape, addressed by absolute position; nothing in it is ever erased.
+
+Token p lies in row p mod R of a ring, entry i in row i of a pool, and `length` alone says which
+of them exist: entries below (p + 1) // ratio are visible to a query at p. So forgetting drafted
+tokens is a subtraction.
+
+Axis letters: L layers of a stack, B batch, T new tokens, R rows of a ring, S entries of a pool,
+K channels of the value at hand.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from v4jax.model import sharding
+from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.segments import segments
+
+# Rows kept beyond the window, so that rejecting up to this many tokens loses nothing.
+SPARE = 8
+# Capacities are multiples of this many tokens: lcm(4, 128), the block of a paged pool.
+BLOCK = 128
+# Pools are whole tiles of device memory for every dtype down to 8 bits, as kernels ask.
+_POOL_TILE = 32
+# How states and rows are split over devices, each of which reads and writes its own rows.
+_STATE, _ROWS = (None, "batch"), ("batch",)
+_WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """State of one position of a segment's pattern, its L repeats stacked.
+
+    Attributes:
+      window_LBRK: keys of the newest tokens.
+      tail_LBRK: the compressor's kv and gate, side by side, of the newest tokens (float32).
+      pool_LBSK: compressed entries.
+      index_tail_LBRK, index_LBSK: the same two for the indexer of CSA.
+    """
+
+    window_LBRK: Any
+    tail_LBRK: Any = None
+    pool_LBSK: Any = None
+    index_tail_LBRK: Any = None
+    index_LBSK: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """A batch's state: `length_B` tokens of each row are in it.
+
+    Attributes:
+      length_B: int32.
+      segments: for each segment, a LayerCache for each position of its pattern.
+      mtp: for each MTP block, its LayerCache.
+    """
+
+    length_B: Any
+    segments: tuple[tuple[LayerCache, ...], ...]
+    mtp: tuple[LayerCache, ...] = ()
+
+
+def bucket(tokens: int, limit: int) -> int:
+    """The capacity to make for this many tokens: powers of two times BLOCK, at most the limit.
+
+    A few capacities serve every text, so that few programs are compiled.
+    """
+    capacity = BLOCK
+    while capacity < tokens:
+        capacity *= 2
+    return min(capacity, -(-limit // BLOCK) * BLOCK)
+
+
+def make(
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any,
+    *,
+    mtp: bool = False,
+    mesh: Mesh | None = None,
+) -> Cache:
+    """An empty cache for `batch` rows of up to `capacity` tokens, on the mesh if there is one."""
+    layer = lambda kind, repeats: _layer_cache(
+        cfg, kind, capacity, _maker(repeats, batch, dtype, mesh)
+    )
+    drafters = range(cfg.num_nextn_predict_layers if mtp else 0)
+    return Cache(
+        length_B=jnp.zeros(batch, jnp.int32, device=place((batch,), mesh)),
+        segments=tuple(
+            tuple(layer(kind, segment.repeats) for kind in segment.pattern)
+            for segment in segments(cfg.layers)
+        ),
+        mtp=tuple(layer(cfg.mtp_kind, 1) for _ in drafters),
+    )
+
+
+def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Where a cache's array of this shape lies: its rows are shared by the mesh."""
+    if mesh is None:
+        return None
+    return sharding.place(_ROWS if len(shape) == 1 else _STATE, shape, mesh)
+
+
+def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
+    """The empty state of one layer, for rows of `tokens` at once."""
+    return _layer_cache(cfg, kind, tokens, _maker(1, batch, dtype, None))
+
+
+def _maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
+    """Makes the empty arrays of a layer, of so many rows and channels."""
+
+    def zeros(rows: int, channels: int, of: Any = dtype) -> Float[Array, "L B R K"]:
+        shape = (repeats, batch, rows, channels)
+        return jnp.zeros(shape, of, device=place(shape, mesh))
+
+    return zeros
+
+
+def _layer_cache(
+    cfg: ModelConfig, kind: LayerKind, capacity: int, zeros: Callable[..., Any]
+) -> LayerCache:
+    window = zeros(cfg.sliding_window + SPARE, cfg.head_dim)
+    if kind.attention == "sliding":
+        return LayerCache(window_LBRK=window)
+    # Beyond the text's own entries a chunk writes the rows of windows that it does not complete.
+    entries = -(-capacity // kind.ratio) + 1
+    entries += -entries % _POOL_TILE
+    tail_rows = kind.overlap * kind.ratio + SPARE
+    tail = zeros(tail_rows, 2 * kind.overlap * cfg.head_dim, jnp.float32)
+    pool = zeros(entries, cfg.head_dim)
+    if kind.attention == "hca":
+        return LayerCache(window_LBRK=window, tail_LBRK=tail, pool_LBSK=pool)
+    return LayerCache(
+        window_LBRK=window,
+        tail_LBRK=tail,
+        pool_LBSK=pool,
+        index_tail_LBRK=zeros(tail_rows, 2 * kind.overlap * cfg.index_head_dim, jnp.float32),
+        index_LBSK=zeros(entries, cfg.index_head_dim),
+    )
+
+
+def rewind(cache: Cache, rejected_B: Int[Array, " B"]) -> Cache:
+    """Forget the newest `rejected_B` tokens of each row, at most SPARE. No buffer is touched."""
+    return dataclasses.replace(cache, length_B=cache.length_B - rejected_B)
+
+
+def ring_positions(end_B: Int[Array, " B"], rows: int) -> Int[Array, "B R"]:
+    """The newest position below `end` that each ring row holds; negative where there is none."""
+    row_R = jnp.arange(rows, dtype=jnp.int32)
+    last_B1 = end_B[:, None] - 1
+    return last_B1 - jnp.mod(last_B1 - row_R[None], rows)
+
+
+def layer_of(stack: Float[Array, "L ..."], layer: Int[Array, ""]) -> Float[Array, "..."]:
+    """One layer's state out of the stack: for rings, which are small."""
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+def ring_read(
+    ring_LBRK: Float[Array, "L B R K"], layer: Int[Array, ""], position_BX: Int[Array, "B X"]
+) -> Float[Array, "B X K"]:
+    """Rows of the given positions (any position that the ring still holds)."""
+
+    def read(ring_LBRK: Array, layer: Array, position_BX: Array) -> Array:
+        row_BX = jnp.mod(position_BX, ring_LBRK.shape[2])
+        return jnp.take_along_axis(layer_of(ring_LBRK, layer), row_BX[..., None], axis=1)
+
+    axes = (_STATE, (), _ROWS)
+    return sharding.per_device(
+        read, ring_LBRK, layer, position_BX, axes=axes, out=_ROWS, kernels=False
+    )
+
+
+def ring_write(
+    ring_LBRK: Float[Array, "L B R K"],
+    layer: Int[Array, ""],
+    new_BTK: Float[Array, "B T K"],
+    start_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+) -> Float[Array, "L B R K"]:
+    """Put tokens start .. start + count - 1 of each row in their ring rows."""
+    return sharding.per_device(
+        _ring_write,
+        *(ring_LBRK, layer, new_BTK, start_B, count_B),
+        axes=_WRITTEN,
+        out=_STATE,
+        kernels=False,
+    )
+
+
+def _ring_write(
+    ring_LBRK: Array, layer: Array, new_BTK: Array, start_B: Array, count_B: Array
+) -> Array:
+    rows, tokens = ring_LBRK.shape[2], new_BTK.shape[1]
+    new_BTK = new_BTK.astype(ring_LBRK.dtype)
+    if tokens <= SPARE:
+        offset_T = jnp.arange(tokens, dtype=jnp.int32)
+        row_BT = jnp.mod(start_B[:, None] + offset_T[None], rows)
+        # Padding goes to a row that does not exist and is dropped.
+        row_BT = jnp.where(offset_T[None] < count_B[:, None], row_BT, rows)
+        batch_B1 = jnp.arange(start_B.shape[0])[:, None]
+        return ring_LBRK.at[layer, batch_B1, row_BT].set(new_BTK, mode="drop")
+    position_BR = ring_positions(start_B + count_B, rows)
+    offset_BR = position_BR - start_B[:, None]
+    taken_BRK = jnp.take_along_axis(new_BTK, jnp.maximum(offset_BR, 0)[..., None], axis=1)
+    old_BRK = layer_of(ring_LBRK, layer)
+    ring_BRK = jnp.where((offset_BR >= 0)[..., None], taken_BRK, old_BRK)
+    return jax.lax.dynamic_update_index_in_dim(ring_LBRK, ring_BRK, layer, 0)
+
+
+def pool_write(
+    pool_LBSK: Float[Array, "L B S K"],
+    layer: Int[Array, ""],
+    new_BnK: Float[Array, "B n K"],
+    first_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+) -> Float[Array, "L B S K"]:
+    """Put entries first .. first + count - 1 of each row in the pool."""
+    return sharding.per_device(
+        _pool_write,
+        *(pool_LBSK, layer, new_BnK, first_B, count_B),
+        axes=_WRITTEN,
+        out=_STATE,
+        kernels=False,
+    )
+
+
+def _pool_write(
+    pool_LBSK: Array, layer: Array, new_BnK: Array, first_B: Array, count_B: Array
+) -> Array:
+    new_BnK = new_BnK.astype(pool_LBSK.dtype)
+    rows, entries = pool_LBSK.shape[2], new_BnK.shape[1]
+    entries = min(entries, rows)
+
+    def write_row(b: Any, pool: Any) -> Any:
+        # Reading back what lies beyond `count` keeps a block write from leaving the pool.
+        start = jnp.minimum(first_B[b], rows - entries)
+        at = (layer, b, start, jnp.zeros((), jnp.int32))
+        old_nK = jax.lax.dynamic_slice(pool, at, (1, 1, entries, pool.shape[3]))[0, 0]
+        shift = first_B[b] - start
+        moved_nK = jnp.roll(new_BnK[b, :entries], shift, axis=0)
+        row_n = jnp.arange(entries) - shift
+        kept = (row_n >= 0) & (row_n < count_B[b])
+        block_nK = jnp.where(kept[:, None], moved_nK, old_nK)
+        return jax.lax.dynamic_update_slice(pool, block_nK[None, None], at)
+
+    return jax.lax.fori_loop(0, new_BnK.shape[0], write_row, pool_LBSK)
+
+
+def ring_mask(
+    end_B: Int[Array, " B"], rows: int, query_BT: Int[Array, "B T"], window: int
+) -> Bool[Array, "B T R"]:
+    """Ring rows that a query at each position sees: the `window` tokens that end with itself."""
+    position_BR = ring_positions(end_B, rows)
+    age_BTR = query_BT[..., None] - position_BR[:, None]
+    return (age_BTR >= 0) & (age_BTR < window) & (position_BR >= 0)[:, None]

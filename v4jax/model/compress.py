@@ -1,0 +1,122 @@
+"""Compressors: token windows to entries, for attention (CSA, HCA) and for CSA's indexer.
+
+Axis letters: L layers of a stack, B batch, T tokens, D hidden, M ratio, C channels (overlap * K),
+K entry channels, R ring rows, S pool entries, P tokens before a chunk, n entries of a chunk.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compress
+from pallas_kernels.residuals import kept
+from v4jax.model import cache, layers, sharding
+from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.context import Context
+from v4jax.model.params import Declare
+
+# How the arguments of the op are split over devices.
+_RING, _ROWS = (None, "batch"), ("batch",)
+
+
+class Compressor(nnx.Module):
+    """Projections, positional bias and norm of one compressor (report, eqs. 9-12, 20-23)."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, dim: int, weight: Declare) -> None:
+        channels = kind.overlap * dim
+        self.kv_CD = weight((channels, cfg.hidden_size), ("compress", "embed"))
+        self.gate_CD = weight((channels, cfg.hidden_size), ("compress", "embed"))
+        self.bias_MC = weight((kind.ratio, channels), (None, "compress"), "f32")
+        self.norm_K = weight((dim,), (None,), constant=1.0)
+
+
+def update(
+    compressor: Compressor,
+    ring_LBRC: Float[Array, "L B R C2"],
+    pool_LBSK: Float[Array, "L B S K"],
+    layer: Int[Array, ""],
+    x_BTD: Float[Array, "B T D"],
+    kind: LayerKind,
+    context: Context,
+    rounding: compress.Rounding,
+) -> tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"]]:
+    """Take the chunk in: its tokens go to the ring, the entries it completes to the pool.
+
+    `rounding` is applied to entries where the numerics round what is cached.
+    """
+    first_B = context.start_B // kind.ratio
+    complete_B = context.end_B // kind.ratio - first_B
+    tail_BTC = _tail(compressor, x_BTD, kind, context)
+    chunk = layer, tail_BTC, context.start_B, context.count_B
+    weights, settings = _settings(compressor, x_BTD, kind, context, rounding)
+    if x_BTD.shape[1] <= min(kind.ratio, cache.SPARE):
+        # At most one window is completed, and the ring holds it still.
+        ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
+        window_B = jnp.where(complete_B > 0, first_B, -1)
+        entries_BnK = sharding.per_device(
+            functools.partial(compress.decode, **settings),
+            *(ring_LBRC, layer, window_B, *weights),
+            axes=(_RING, (), _ROWS, (), (), _ROWS),
+            out=_ROWS,
+        )
+    else:
+        before_P = jnp.arange(-kind.overlap * kind.ratio, 0, dtype=jnp.int32)
+        position_BP = context.start_B[:, None] + before_P[None]
+        before_BPC = cache.ring_read(ring_LBRC, layer, position_BP)
+        entries_BnK = sharding.per_device(
+            functools.partial(compress.prefill, **settings),
+            *(tail_BTC, before_BPC, context.start_B, *weights),
+            axes=(_ROWS, _ROWS, _ROWS, (), (), _ROWS),
+            out=_ROWS,
+        )
+        ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
+    entries_BnK = kept(entries_BnK)
+    return ring_LBRC, cache.pool_write(pool_LBSK, layer, entries_BnK, first_B, complete_B)
+
+
+def _settings(
+    compressor: Compressor,
+    x_BTD: Float[Array, "B T D"],
+    kind: LayerKind,
+    context: Context,
+    rounding: compress.Rounding,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Bias, norm and rotary table of the entries that the chunk may complete; what is static."""
+    cfg, numerics, dtype = context.cfg, context.numerics, x_BTD.dtype
+    window_n = jnp.arange(-(-x_BTD.shape[1] // kind.ratio), dtype=jnp.int32)
+    position_Bn = (context.start_B[:, None] // kind.ratio + window_n[None]) * kind.ratio
+    if context.first_BT is not None:
+        position_Bn -= context.first_BT[:, :: kind.ratio]
+    table = layers.rope_table(position_Bn, cfg, numerics, dtype, compressed=True)
+    weights = layers.value(compressor.bias_MC), layers.value(compressor.norm_K), table
+    return weights, {
+        "overlap": kind.overlap,
+        "eps": cfg.rms_norm_eps,
+        "rounding": rounding if numerics.rounded_cache else "none",
+        "dtype": dtype,
+    }
+
+
+def _tail(
+    compressor: Compressor, x_BTD: Float[Array, "B T D"], kind: LayerKind, context: Context
+) -> Float[Array, "B T C2"]:
+    """Each token's kv and gate side by side, as the ring keeps them."""
+    project = layers.linear_float32 if context.numerics.float32_islands else layers.linear
+    parts = [project(x_BTD, weight) for weight in (compressor.kv_CD, compressor.gate_CD)]
+    kv_BTC, gate_BTC = (part.astype(jnp.float32) for part in parts)
+    if context.first_BT is not None and kind.overlap > 1:
+        gate_BTC = _kept_apart(gate_BTC, context.first_BT, kind)
+    return jnp.concatenate([kv_BTC, gate_BTC], axis=-1)
+
+
+def _kept_apart(
+    gate_BTC: Float[Array, "B T C"], first_BT: Int[Array, "B T"], kind: LayerKind
+) -> Float[Array, "B T C"]:
+    """Gates closed where a window would lend its first channels to another document's entry."""
+    next_BT = jnp.pad(first_BT[:, kind.ratio :], ((0, 0), (0, kind.ratio)), mode="edge")
+    earlier_C = jnp.arange(gate_BTC.shape[2]) < gate_BTC.shape[2] // kind.overlap
+    closed_BTC = (next_BT != first_BT)[..., None] & earlier_C[None, None]
+    return jnp.where(closed_BTC, jnp.finfo(gate_BTC.dtype).min, gate_BTC)

@@ -1,0 +1,397 @@
+"""`ModelConfig` from and to `config.json`, in DeepSeek's spelling and in transformers'."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from v4jax.model import config_keys as keys
+from v4jax.model import config_ranges
+from v4jax.model.config import DSpark, ExpertDtype, LayerKind, ModelConfig, Yarn
+
+_LAYER_TYPES = {
+    "sliding_attention": "sliding",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+_FFN_TYPES = {"hash_moe": "hash", "moe": "routed"}
+_CSA_RATIO, _HCA_RATIO = 4, 128
+
+
+def from_json(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
+    """Read a configuration in either spelling; facts told twice must agree.
+
+    A ratio of 4 in `compress_ratios` means CSA (overlapping windows, indexer) and any other ratio
+    above 0 means HCA, as in DeepSeek's runtime; with `layer_types` the type decides and
+    `compress_rates` gives any ratio.
+
+    Raises:
+      ValueError: a key is missing, has a value that the model does not define, or is unknown.
+    """
+    raw = _without_nulls(raw)
+    try:
+        _refuse_other_models(raw, where)
+        return ModelConfig(
+            **_same_names(raw, where),
+            qk_rope_head_dim=_rope_dim(raw, where),
+            yarn=_yarn(raw, where),
+            layers=_layers(raw, where),
+            num_nextn_predict_layers=_mtp_layers(raw),
+            dspark=_dspark(raw, where),
+            quantized="quantization_config" in raw,
+            expert_dtype=_expert_dtype(raw, where),
+            bos_token_id=_first_token(raw),
+            eos_token_ids=end_tokens(raw.get("eos_token_id", []), raw["vocab_size"]),
+            initializer_range=_number(raw, "initializer_range", 0.02),
+        )
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if where in message else f"{where}: {message}") from None
+
+
+def to_json(cfg: ModelConfig) -> dict[str, Any]:
+    """The configuration as a `config.json` that both DeepSeek's tools and transformers read.
+
+    Layer lists are written as `compress_ratios` and `num_hash_layers` where those can say it, else
+    in transformers' spelling.
+    """
+    out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"]}
+    out |= {key: allowed[0] for key, allowed in keys.FIXED.items()}
+    out |= {key: getattr(cfg, key) for key in keys.SAME_NAME}
+    out |= {
+        "qk_rope_head_dim": cfg.qk_rope_head_dim,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_nextn_predict_layers": 1 if cfg.dspark else cfg.num_nextn_predict_layers,
+        "bos_token_id": cfg.bos_token_id,
+        "eos_token_id": cfg.eos_token_ids[0]
+        if len(cfg.eos_token_ids) == 1
+        else list(cfg.eos_token_ids),
+        "initializer_range": cfg.initializer_range,
+        "torch_dtype": "bfloat16",
+    }
+    out |= _layers_json(cfg)
+    if cfg.yarn:
+        out["rope_scaling"] = {"type": "yarn"} | vars(cfg.yarn)
+    if cfg.quantized:
+        out["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        }
+    if cfg.expert_dtype:
+        out["expert_dtype"] = cfg.expert_dtype
+    if cfg.dspark:
+        out |= {
+            "dspark_block_size": cfg.dspark.block_size,
+            "dspark_markov_rank": cfg.dspark.markov_rank,
+            "dspark_noise_token_id": cfg.dspark.noise_token_id,
+            "dspark_target_layer_ids": list(cfg.dspark.target_layer_ids),
+        }
+    return out
+
+
+def end_tokens(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokens of an `eos_token_id`: one or a list; a ValueError if it is neither."""
+    listed = value if isinstance(value, list) else [value]
+    for token in listed:
+        config_ranges.check_token("eos_token_id", token, vocab_size)
+    return tuple(listed)
+
+
+def _first_token(raw: Mapping[str, Any]) -> int | None:
+    token = raw.get("bos_token_id")
+    if token is not None:
+        config_ranges.check_token("bos_token_id", token, raw["vocab_size"])
+    return token
+
+
+def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
+    for key, allowed in (keys.FIXED | keys.FIXED_IF_TOLD).items():
+        if key in raw:
+            _check_fixed(key, raw[key], allowed)
+    for key, kind in (*((k, list | tuple) for k in keys.LISTS), *((k, dict) for k in keys.OBJECTS)):
+        if key in raw and not isinstance(raw[key], kind):
+            config_ranges.refuse(key, raw[key], "an object" if kind is dict else "a list")
+    for key in filter(keys.is_unknown, raw):
+        near = difflib.get_close_matches(key, keys.KNOWN, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "this model does not define it."
+        raise ValueError(
+            f"{where}: unknown key '{key}' ({raw[key]!r:.100}) could change the mathematics; "
+            f"{hint} Remove it if it is a note: ignored are keys that begin with '_', and those "
+            "known to be of bookkeeping, generation and training's losses."
+        )
+    for alias, key in keys.ALIASES.items():
+        if alias in raw and raw[alias] != _need(raw, key, where):
+            raise ValueError(f"{alias} is {raw[alias]!r} and {key} {raw[key]!r}; remove {alias}.")
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have none, at any depth: null says nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+
+
+def _check_fixed(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    # By type too: JSON's true is 1 to Python.
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise ValueError(
+            f"{key} is {value!r:.100}; DeepSeek-V4 defines {allowed[0]!r} only. "
+            "Use a DeepSeek-V4 checkpoint."
+        )
+
+
+def _refuse_unknown(part: Mapping[str, Any], known: frozenset[str], name: str) -> None:
+    unknown = [key for key in part if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{name} has unknown keys {sorted(unknown)}; remove them.")
+
+
+def _same_names(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key in keys.SAME_NAME:
+        config_ranges.check(key, _need(raw, key, where))
+        values[key] = float(raw[key]) if key in keys.FLOATS else raw[key]
+    return values
+
+
+def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in raw:
+        raise ValueError(f"{where}: '{key}' is missing; every DeepSeek-V4 configuration has it.")
+    return raw[key]
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    config_ranges.check(key, raw.get(key, default))
+    return float(raw.get(key, default))
+
+
+def _rope_dim(raw: Mapping[str, Any], where: str) -> int:
+    told = {}
+    if "qk_rope_head_dim" in raw:
+        config_ranges.check("qk_rope_head_dim", raw["qk_rope_head_dim"])
+        told["qk_rope_head_dim"] = raw["qk_rope_head_dim"]
+    parts = {f"rope_parameters.{label}": part for label, part in _nested_rope(raw).items()}
+    for label, part in {"config.json": raw, **parts}.items():
+        if "partial_rotary_factor" in part:
+            factor = _number(part, "partial_rotary_factor", 1.0)
+            told[f"{label}: partial_rotary_factor x head_dim"] = int(raw["head_dim"] * factor)
+    if not told:
+        raise ValueError(f"{where}: neither qk_rope_head_dim nor partial_rotary_factor is given.")
+    if len(set(told.values())) > 1:
+        raise ValueError(f"{where}: the rotary size is told twice, differently: {told}.")
+    return next(iter(told.values()))
+
+
+def _nested_rope(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The parts of `rope_parameters` in transformers' spelling: for sliding layers, for others."""
+    rope = raw.get("rope_parameters") or {}
+    parts = {label: rope[label] for label in ("main", "compress") if label in rope}
+    for label, part in parts.items():
+        if not isinstance(part, dict):
+            config_ranges.refuse(f"rope_parameters.{label}", part, "an object")
+    if parts:
+        _refuse_unknown(rope, frozenset({"main", "compress"}), "rope_parameters")
+    return parts
+
+
+def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
+    nested = _nested_rope(raw)
+    for label, theta in (("main", "rope_theta"), ("compress", "compress_rope_theta")):
+        told = nested.get(label, {}).get("rope_theta", raw[theta])
+        if told != raw[theta]:
+            raise ValueError(
+                f"{where}: rope_parameters.{label} says theta {told}, {theta} {raw[theta]}."
+            )
+    if "main" in nested:
+        main_type = _rope_type(nested["main"])
+        if main_type != "default":
+            raise ValueError(f"{where}: sliding layers use plain RoPE, not '{main_type}'.")
+        _refuse_unknown(nested["main"], keys.ROPE_KNOWN, "rope_parameters.main")
+    flat = {} if nested else raw.get("rope_parameters") or {}
+    parts = [part for part in (nested.get("compress"), raw.get("rope_scaling"), flat) if part]
+    told = [_scaling(part, where) for part in parts]
+    if any(one != told[0] for one in told):
+        raise ValueError(f"{where}: RoPE's scaling is told twice, differently; remove one.")
+    return told[0] if told else None
+
+
+def _rope_type(part: Mapping[str, Any]) -> Any:
+    kinds = [part[key] for key in ("rope_type", "type") if key in part] or ["default"]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"RoPE has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove one.")
+    return kinds[0]
+
+
+def _scaling(part: Mapping[str, Any], where: str) -> Yarn | None:
+    """What `rope_scaling` or its like says."""
+    kind = _rope_type(part)
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{where}: RoPE scaling '{kind}'; DeepSeek-V4 defines 'yarn' only.")
+    known = keys.YARN_KNOWN if kind == "yarn" else keys.ROPE_KNOWN
+    _refuse_unknown(part, known, f"{where}: RoPE scaling '{kind}'")
+    if kind == "default":
+        return None
+    if part.get("attention_factor", 1.0) != 1.0 or part.get("truncate", True) is not True:
+        raise ValueError(
+            f"{where}: DeepSeek-V4's YaRN has attention_factor 1 and truncated bounds."
+        )
+    length = "original_max_position_embeddings"
+    config_ranges.check(length, _need(part, length, where))
+    _need(part, "factor", where)
+    return Yarn(
+        factor=_number(part, "factor", 1.0),
+        original_max_position_embeddings=part[length],
+        beta_fast=_number(part, "beta_fast", 32.0),
+        beta_slow=_number(part, "beta_slow", 1.0),
+    )
+
+
+def _layers(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
+    count = _need(raw, "num_hidden_layers", where)
+    config_ranges.check("num_hidden_layers", count)
+    ffn = _ffn_kinds(raw, count, where)
+    attention = _attention_kinds(raw, count, where)
+    return tuple(LayerKind(kind, ratio, f) for (kind, ratio), f in zip(attention, ffn, strict=True))
+
+
+def _ffn_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any]:
+    by_number = None
+    if "num_hash_layers" in raw:
+        config_ranges.check("num_hash_layers", raw["num_hash_layers"])
+        hashed = min(raw["num_hash_layers"], count)
+        by_number = ["hash"] * hashed + ["routed"] * (count - hashed)
+    by_name = _named_kinds(raw, "mlp_layer_types", _FFN_TYPES, count, where)
+    return _agree(by_number, by_name, "num_hash_layers", "mlp_layer_types", where)
+
+
+def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any]:
+    rates, by_number = _compress_rates(raw, where), None
+    if "compress_ratios" in raw:
+        ratios = raw["compress_ratios"]
+        for ratio in ratios:
+            config_ranges.check("ratio", ratio, name="A number in compress_ratios")
+        if len(ratios) < count:
+            raise ValueError(
+                f"{where}: compress_ratios must hold {count} or more numbers, one a layer "
+                f"(MTP layers last); it is {ratios}."
+            )
+        if any(ratios[count:]):
+            raise ValueError(
+                f"{where}: MTP layers are sliding; compress_ratios ends {ratios[count:]}."
+            )
+        kinds = {0: "sliding", _CSA_RATIO: "csa"}
+        by_number = [(kinds.get(ratio, "hca"), ratio) for ratio in ratios[:count]]
+        if wrong := {(k, ratio) for k, ratio in by_number if ratio != rates.get(k, ratio)}:
+            raise ValueError(
+                f"{where}: compress_ratios has {sorted(wrong)}, and the rates told are {rates}; "
+                "remove one."
+            )
+    names = _named_kinds(raw, "layer_types", _LAYER_TYPES, count, where)
+    by_name = None
+    if names is not None:
+        ratio = {"sliding": 0, "csa": _CSA_RATIO, "hca": _HCA_RATIO} | rates
+        by_name = [(kind, ratio[kind]) for kind in names]
+    return _agree(by_number, by_name, "compress_ratios", "layer_types", where)
+
+
+def _compress_rates(raw: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The ratios that are told by kind of attention."""
+    told = {"csa": raw.get("compress_rate_csa"), "hca": raw.get("compress_rate_hca")}
+    for name, rate in raw.get("compress_rates", {}).items():
+        if name not in _LAYER_TYPES:
+            raise ValueError(
+                f"{where}: compress_rates names '{name}'; known: {list(_LAYER_TYPES)}."
+            )
+        told[_LAYER_TYPES[name]] = rate
+    rates = {kind: rate for kind, rate in told.items() if rate is not None}
+    for kind, rate in rates.items():
+        config_ranges.check("ratio", rate, name=f"The compression rate of '{kind}'")
+    return rates
+
+
+def _named_kinds(
+    raw: Mapping[str, Any], key: str, names: dict[str, str], count: int, where: str
+) -> list[str] | None:
+    if key not in raw:
+        return None
+    listed = raw[key]
+    if bad := sorted({str(name) for name in listed} - names.keys()):
+        raise ValueError(f"{where}: {key} has {bad}; known: {list(names)}.")
+    if len(listed) != count:
+        raise ValueError(f"{where}: {key} lists {len(listed)} layers, num_hidden_layers {count}.")
+    return [names[name] for name in listed]
+
+
+def _agree(
+    first: list[Any] | None, second: list[Any] | None, first_key: str, second_key: str, where: str
+) -> list[Any]:
+    if first is None and second is None:
+        raise ValueError(f"{where}: neither {first_key} nor {second_key} is given.")
+    if first is not None and second is not None and first != second:
+        raise ValueError(f"{where}: {first_key} and {second_key} disagree; remove one.")
+    found = first if first is not None else second
+    assert found is not None
+    return found
+
+
+def _mtp_layers(raw: Mapping[str, Any]) -> int:
+    layers = raw.get("num_nextn_predict_layers", raw.get("n_mtp_layers", 0))
+    config_ranges.check("num_nextn_predict_layers", layers)
+    return 0 if "dspark_block_size" in raw else layers
+
+
+def _dspark(raw: Mapping[str, Any], where: str) -> DSpark | None:
+    if "dspark_block_size" not in raw:
+        return None
+    numbers = {
+        field: _need(raw, f"dspark_{field}", where)
+        for field in ("block_size", "markov_rank", "noise_token_id", "target_layer_ids")
+    }
+    numbers["target_layer_ids"] = tuple(numbers["target_layer_ids"])
+    numbers["stages"] = raw.get("n_mtp_layers", 3)
+    config_ranges.check_all(numbers)
+    return DSpark(**numbers)
+
+
+def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype | None:
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return None
+    for key, allowed in keys.QUANTIZATION_FIXED.items():
+        if quantization.get(key) is not None:
+            _check_fixed(f"quantization_config.{key}", quantization[key], allowed)
+    _refuse_unknown(quantization, keys.QUANTIZATION_KNOWN, "quantization_config")
+    # The first release of April 2026 has FP4 experts and no key that says so.
+    dtype = raw.get("expert_dtype", quantization.get("expert_dtype", "fp4"))
+    if dtype not in ("fp4", "fp8"):
+        raise ValueError(f"{where}: expert_dtype is {dtype!r}; known: 'fp4', 'fp8'.")
+    return dtype
+
+
+def _layers_json(cfg: ModelConfig) -> dict[str, Any]:
+    attention = [(layer.attention, layer.ratio) for layer in cfg.layers]
+    ffn = [layer.ffn for layer in cfg.layers]
+    hashed = ffn.count("hash")
+    plain = all((kind == "csa") == (ratio == _CSA_RATIO) for kind, ratio in attention)
+    out: dict[str, Any] = {}
+    if plain:
+        tail = [0] * (cfg.dspark.stages if cfg.dspark else cfg.num_nextn_predict_layers)
+        out["compress_ratios"] = [ratio for _, ratio in attention] + tail
+    else:
+        names = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
+        out["layer_types"] = [names[kind] for kind, _ in attention]
+        rates: dict[str, int] = {}
+        for kind, ratio in attention:
+            if ratio and rates.setdefault(names[kind], ratio) != ratio:
+                raise ValueError(
+                    f"config.json cannot tell two {kind} ratios with a CSA ratio not 4."
+                )
+        out["compress_rates"] = rates
+    if ffn[:hashed] == ["hash"] * hashed:
+        out["num_hash_layers"] = hashed
+    else:
+        names = {ours: theirs for theirs, ours in _FFN_TYPES.items()}
+        out["mlp_layer_types"] = [names[kind] for kind in ffn]
+    return out

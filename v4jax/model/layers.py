@@ -1,0 +1,219 @@
+"""Norms, rotary embedding and linear maps.
+
+Axis letters: B batch, T tokens, D channels of the value at hand, H heads, K head dim, Q rotary
+pairs.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import quantize, rotary, sums
+from pallas_kernels.grouped_matmul import LoraWeight
+from pallas_kernels.residuals import kept
+from v4jax.model import sharding
+from v4jax.model.config import ModelConfig, Yarn
+from v4jax.model.numerics import Numerics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfLayer:
+    """One layer's matrix of a quantised stack, not sliced: a kernel reads it where it lies.
+
+    Attributes:
+      stack: Fp8Weight or Fp4Weight, [L, ...].
+      layer: which of them.
+    """
+
+    stack: Any
+    layer: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """The first factor of a low-rank update in training: it does not see all of its input.
+
+    Attributes:
+      a: float [..., r, K].
+      key: raw random keys, [..., 2].
+      rate: share of each token's channels that are left out.
+    """
+
+    a: Any
+    key: Any
+    rate: float = dataclasses.field(metadata={"static": True})
+
+
+def value(weight: Any) -> Any:
+    """The array or quantised weight inside an `nnx.Param`."""
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
+
+
+def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
+    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+    matrix, layer = _matrix(weight)
+    if isinstance(matrix, LoraWeight):
+        return _updated(x, matrix)
+    return kept(quantize.linear(x, matrix, layer=layer))
+
+
+def _updated(
+    x: Float[Array, "*rows K"], weight: LoraWeight, precision: Any = None
+) -> Float[Array, "*rows N"]:
+    """Base and update; with a precision, all of it is in x's dtype, which is float32."""
+    seen, a = x, weight.a
+    if isinstance(a, Dropped):
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
+        seen, a = jnp.where(kept, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
+    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
+    delta = plain(plain(seen, a), weight.b).astype(jnp.float32)
+    product = linear if precision is None else linear_float32
+    return (product(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
+
+
+def _matrix(weight: Any) -> tuple[Any, Any]:
+    """A weight, and which layer's where it is a stack, else None."""
+    weight = value(weight)
+    return (weight.stack, weight.layer) if isinstance(weight, OfLayer) else (weight, None)
+
+
+def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
+    """The same in float32 throughout, at full precision on every device."""
+    matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    if isinstance(matrix, LoraWeight):
+        return _updated(x32, matrix, highest)
+    return kept(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
+
+
+def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
+    """Each group's own map: the weight's rows are the groups' outputs one after another."""
+    weight_QP, layer = _matrix(weight_QP)
+    if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
+        return kept(_by_group(x_BTGP, weight_QP, layer))
+    stack = () if layer is None else (None,)
+    x_BTQ = sharding.per_device(
+        _by_group,
+        *(x_BTGP, weight_QP, layer),
+        axes=(("batch", None, "heads", None), (*stack, None, "heads"), ()),
+        out=("batch", None, "heads"),
+    )
+    return kept(x_BTQ)
+
+
+def _by_group(
+    x_BTGP: Float[Array, "B T G P"], weight: Any, layer: Int[Array, ""] | None
+) -> Float[Array, "B T Q"]:
+    x_BTC = x_BTGP.reshape(*x_BTGP.shape[:2], -1)
+    return quantize.linear(x_BTC, weight, layer=layer, groups=x_BTGP.shape[2])
+
+
+def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:
+    """Root-mean-square norm in float32, the weight included, cast once to x's dtype."""
+    return _rms_norm(eps, x, value(scale_D))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rms_norm(
+    eps: float, x: Float[Array, "*rows D"], scale_D: Float[Array, " D"]
+) -> Float[Array, "*rows D"]:
+    x32, inverse, scale = _normed(eps, x, scale_D)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+def _normed(eps: float, x: Array, scale_D: Array) -> tuple[Array, Array, Array]:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return x32, inverse, jnp.expand_dims(scale_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+
+
+def _rms_norm_backward(
+    eps: float, saved: tuple[Array, Array], grad: Float[Array, "*rows D"]
+) -> tuple[Array, Array]:
+    x, scale_D = saved
+    x32, inverse, scale = _normed(eps, x, scale_D)
+    grad32 = grad.astype(jnp.float32)
+    normed, wanted = x32 * inverse, grad32 * scale
+    mean = sums.dot(wanted, normed)[..., None] / x.shape[-1]
+    dscale_D = jnp.sum(grad32 * normed, axis=tuple(range(x.ndim - 1)))
+    dx = inverse * (wanted - normed * mean)
+    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype)
+
+
+_rms_norm.defvjp(
+    lambda eps, x, scale_D: (_rms_norm(eps, x, scale_D), (x, scale_D)), _rms_norm_backward
+)
+
+
+@functools.lru_cache
+def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
+    """Radians per position of each rotary pair, rounded to float32 step by step as published."""
+    exponents = np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim)
+    frequencies = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    if yarn is None:
+        return tuple(frequencies.tolist())
+    turns = lambda beta: math.log(yarn.original_max_position_embeddings / (beta * 2 * math.pi))
+    bound = lambda beta: rope_dim * turns(beta) / (2 * math.log(theta))
+    low = max(math.floor(bound(yarn.beta_fast)), 0)
+    high = min(math.ceil(bound(yarn.beta_slow)), rope_dim - 1)
+    width = np.float32(high - low if high != low else 0.001)
+    ramp = np.clip((np.arange(rope_dim // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
+    keep = np.float32(1.0) - ramp
+    stretched = frequencies / np.float32(yarn.factor)
+    return tuple((stretched * (np.float32(1.0) - keep) + frequencies * keep).tolist())
+
+
+def rope_table(
+    position_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    numerics: Numerics,
+    dtype: Any,
+    *,
+    compressed: bool,
+) -> tuple[Float[Array, "B T Q"], Float[Array, "B T Q"]]:
+    """Cosine and sine at each position, for sliding layers or for compressed ones (YaRN)."""
+    theta, yarn = (cfg.compress_rope_theta, cfg.yarn) if compressed else (cfg.rope_theta, None)
+    frequency_Q = jnp.asarray(inverse_frequencies(cfg.qk_rope_head_dim, theta, yarn), jnp.float32)
+    angle_BTQ = position_BT[..., None].astype(jnp.float32) * frequency_Q[None, None]
+    kept = jnp.float32 if numerics.float32_islands else dtype
+    return jnp.cos(angle_BTQ).astype(kept), jnp.sin(angle_BTQ).astype(kept)
+
+
+def rotate(
+    x_BTHK: Float[Array, "B T H K"],
+    table: tuple[Float[Array, "B T Q"], Float[Array, "B T Q"]],
+    *,
+    norm: rotary.Norm | None = None,
+    inverse: bool = False,
+    heads: str | None = "heads",
+) -> Float[Array, "B T H K"]:
+    """RoPE on the last 2Q channels after `norm`; `inverse` turns back. `heads` names the axis."""
+    cos_BTQ, sin_BTQ = table
+    axes = ("batch", None, heads)
+    return sharding.per_device(
+        functools.partial(rotary.rotate, norm=norm),
+        *(x_BTHK, cos_BTQ, -sin_BTQ if inverse else sin_BTQ),
+        axes=(axes, ("batch",), ("batch",)),
+        out=axes,
+    )
+
+
+def round_kv(x: Float[Array, "*rows D"], rope_dim: int) -> Float[Array, "*rows D"]:
+    """FP8 rounding of all but the rotary channels, in blocks of 64 (report, section 3.10)."""
+    plain, turned = x[..., :-rope_dim], x[..., -rope_dim:]
+    if plain.shape[-1] == 0:
+        return x
+    return jnp.concatenate([quantize.fake_quant_fp8(plain, block=64), turned], axis=-1)
+
+
+def round_index(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Hadamard transform, then FP4 rounding in blocks of 32: the indexer's queries and keys."""
+    return quantize.fake_quant_fp4(quantize.hadamard(x).astype(x.dtype), block=32)

@@ -1,0 +1,341 @@
+"""Where logical axes lie on the mesh: the one table, and what reads it.
+
+Mesh axes: data (replicas), fsdp (weights' hidden dims), expert (routed experts) and tensor (heads,
+shared expert, vocabulary). Batches are split over data, fsdp and expert.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from pallas_kernels import quantize
+from v4jax.arguments import checked, optional, sequence, whole
+from v4jax.model.params import ParamSpec, map_leaves
+
+AnyMesh = Mesh | AbstractMesh
+# A weight that the mesh does not divide is whole on every device if it has fewer bytes than this.
+_SMALL = 16 * 2**20
+AXES = ("data", "fsdp", "expert", "tensor")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "batch": ("data", "fsdp", "expert"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "streams": None,
+    "q_lora": None,
+    "heads": "tensor",
+    "index_heads": "tensor",
+    "compress": None,
+    "ffn": "tensor",
+    # Experts are kept whole, so that an optimiser that orthogonalises each needs no gather.
+    "experts": ("expert", "fsdp"),
+}
+
+
+@checked(
+    **{axis: whole(1, 2**31 - 1) for axis in AXES},
+    devices=optional(sequence("a list of JAX devices", of=jax.Device)),
+)
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Any = None
+) -> Mesh:
+    """A mesh with the four axes, over the given devices (all, by default).
+
+    Devices that are next to each other on an axis are so on a TPU's torus, as far as it allows.
+
+    Raises:
+      ValueError: a size below 1, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
+    shape = (data, fsdp, expert, tensor)
+    if min(shape) < 1 or math.prod(shape) != len(devices):
+        raise ValueError(
+            f"A mesh of {_sizes(shape)} needs {math.prod(shape)} devices; there are {len(devices)}."
+        )
+    try:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # Some chips of a slice that are no block of it.
+        arranged = np.asarray(devices).reshape(shape)
+    return Mesh(arranged, AXES)
+
+
+def read_mesh(text: str) -> Mesh:
+    """The mesh over all devices that a text such as 'expert=4,tensor=2' says.
+
+    Raises:
+      ValueError: it says none, or one of another number of devices.
+    """
+    found = [
+        re.fullmatch(r"\s*(\w+)=([1-9]\d{0,5})\s*", part, re.ASCII) for part in text.split(",")
+    ]
+    sizes = {match[1]: int(match[2]) for match in found if match}
+    if len(sizes) < len(found) or sizes.keys() - set(AXES):
+        raise ValueError(
+            f"'{text}' is no mesh; give sizes as in 'expert=4,tensor=2', of {', '.join(AXES)}, "
+            f"that multiply to {jax.device_count()}, the number of devices."
+        )
+    return make_mesh(**sizes)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of a value with these logical axes."""
+    if missing := sorted({axis for axis in axes if axis is not None} - RULES.keys()):
+        raise KeyError(f"No sharding rule for {missing}; known axes: {sorted(RULES)}.")
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def shardings(declared: Any, mesh: AnyMesh, like: Any) -> Any:
+    """A NamedSharding for each array in `like`, a tree of weights declared by `declared`.
+
+    A small array that its mesh axes do not divide is whole on every device. Scales of quantised
+    weights lie with their codes where their coarser grid divides too.
+
+    Raises:
+      ValueError: the mesh has other axes, or does not divide a large array.
+    """
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"The mesh has the axes {', '.join(map(str, mesh.axis_names))}; make one with "
+            f"v4jax.model.sharding.make_mesh, of {', '.join(AXES)}."
+        )
+    if undivided := _undivided(declared, mesh, like):
+        raise ValueError(f"{_why(undivided)} {_nearest(declared, mesh, like)}")
+
+    def lies(_: str, spec: ParamSpec, leaf: Any) -> Any:
+        axes = _axes_of(spec, leaf)
+        return jax.tree.map(lambda array: place(axes, array.shape, mesh), leaf)
+
+    return map_leaves(lies, declared, like)
+
+
+def _axes_of(spec: ParamSpec, leaf: Any) -> tuple[str | None, ...]:
+    if isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight):
+        return (*spec.axes[:-2], spec.axes[-1], spec.axes[-2])
+    return spec.axes
+
+
+class _Undivided(NamedTuple):
+    """A large array with a dim that would be whole on every device, and what that would hold."""
+
+    name: str
+    size: int
+    ways: str
+    bytes: int
+
+
+def _undivided(declared: Any, mesh: AnyMesh, like: Any) -> list[_Undivided]:
+    found = []
+
+    def look(name: str, spec: ParamSpec, leaf: Any) -> None:
+        axes = _axes_of(spec, leaf)
+        for array in jax.tree.leaves(leaf):
+            wanted, fits = partition_spec(axes), _fitting_spec(axes, array.shape, mesh)
+            held = array.size * array.dtype.itemsize
+            if held < _SMALL or wanted == fits:
+                continue
+            dim = next(i for i, part in enumerate(wanted) if part != fits[i])
+            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _names(wanted[dim]))
+            held //= math.prod(mesh.shape[axis] for part in fits for axis in _names(part))
+            found.append(_Undivided(name, array.shape[dim], ways, held))
+
+    map_leaves(look, declared, like)
+    return found
+
+
+def _why(undivided: list[_Undivided]) -> str:
+    name, size, ways, _ = undivided[0]
+    held = sum(array.bytes for array in undivided) / 2**30
+    others = f" and {len(undivided) - 1} others" if len(undivided) > 1 else ""
+    return (
+        f"A mesh of {ways} does not divide a dim of {size}, and every device would hold it whole: "
+        f"{held:.1f} GiB of {name}{others}."
+    )
+
+
+def _nearest(declared: Any, mesh: AnyMesh, like: Any) -> str:
+    """The mesh of as many devices that is least different and divides all that is large."""
+    asked = [mesh.shape[axis] for axis in AXES]
+
+    def distance(shape: tuple[int, ...]) -> tuple[float, list[int]]:
+        steps = [abs(math.log2(new / old)) for new, old in zip(shape, asked, strict=True)]
+        return round(sum(steps), 6), [-size for size in shape]
+
+    shapes = sorted(_shapes(mesh.size, len(AXES)), key=distance)
+    works = lambda shape: not _undivided(declared, AbstractMesh(shape, AXES), like)
+    return f"The nearest mesh that works has {_sizes(next(filter(works, shapes)))}."
+
+
+def _shapes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to arrange so many devices on so many axes."""
+    if axes == 1:
+        yield (devices,)
+        return
+    for size in (n for n in range(1, devices + 1) if devices % n == 0):
+        for rest in _shapes(devices // size, axes - 1):
+            yield size, *rest
+
+
+def place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
+    """Where an array whose first dims have these axes lies; a dim that does not divide is whole."""
+    return NamedSharding(mesh, _fitting_spec(axes, shape[: len(axes)], mesh))
+
+
+def _fitting_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh
+) -> PartitionSpec:
+    dims = []
+    for part, size in zip(partition_spec(axes), shape, strict=True):
+        ways = math.prod(mesh.shape[name] for name in _names(part))
+        dims.append(part if size % ways == 0 else None)
+    return PartitionSpec(*dims)
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else (part or ())
+
+
+def row_groups(mesh: Mesh | None) -> int:
+    """How many groups of devices share the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
+
+
+def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:
+    """The groups that a process, by default this one, has devices of."""
+    if mesh is None:
+        return [0]
+    groups, process = row_groups(mesh), jax.process_index() if process is None else process
+    places = place(("batch",), (groups,), mesh).devices_indices_map((groups,))
+    here = (rows for device, (rows,) in places.items() if device.process_index == process)
+    return sorted({rows.start or 0 for rows in here})
+
+
+def check_rows(batch: int, mesh: Mesh) -> None:
+    """Refuse a batch that would lie whole on every device; one row has to."""
+    groups = row_groups(mesh)
+    if batch > 1 and batch % groups:
+        raise ValueError(
+            f"A batch of {batch} rows cannot be shared by {groups} groups of devices; use a "
+            f"multiple of {groups}."
+        )
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that arrays lie on; None where they are on one device."""
+    lies = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return getattr(lies, "mesh", None)
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which programs for the mesh are compiled and run."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Ask for a layout by logical axes; does nothing outside `jax.set_mesh`.
+
+    A dim that the mesh does not divide is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = _fitting_spec(axes, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def per_device(
+    run: Callable[..., Any],
+    *args: Any,
+    axes: tuple[tuple[str | None, ...], ...],
+    out: tuple[str | None, ...],
+    kernels: bool = True,
+) -> Any:
+    """`run(*args)` by each device on its own part: the compiler does not partition kernels.
+
+    Args:
+      run: keeps apart what lies on the split axes.
+      args: arrays, or trees of arrays that share their leading dims; None stays None.
+      axes: the logical axes of each argument; None for a dim that every device has whole. A named
+        axis is split where all dims of that name divide.
+      out: the axes of the result, or of all arrays in it.
+      kernels: `run` has some, of which JAX does not see what of their results is the same on
+        several devices, so that gradients are summed over those as well.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(*args)
+    whole = set()
+    for arg, names in zip(args, axes, strict=True):
+        for leaf in jax.tree.leaves(arg):
+            fits = _fitting_spec(names, leaf.shape[: len(names)], mesh)
+            whole |= {name for name, part in zip(names, fits, strict=True) if part is None}
+    spec = lambda names: partition_spec(tuple(None if n in whole else n for n in names))
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=tuple(spec(names) for names in axes),
+        out_specs=spec(out),
+        check_vma=not kernels,
+    )(*args)
+
+
+def over_experts(
+    run: Callable[..., Array], x_TD: Array, expert_TA: Array, weight_TA: Array, *weights: Any
+) -> Array:
+    """`run(x_TD, expert_TA, weight_TA, *weights)` with each device's own experts only.
+
+    Tokens of a group of devices that together hold all experts are gathered, every device adds
+    what its experts give, and the sums go back to the tokens' owners. Experts are never gathered.
+
+    Args:
+      run: maps tokens to the sum over their experts; ignores ids that are not 0 .. E - 1.
+      x_TD: tokens.
+      expert_TA: each token's experts.
+      weight_TA: their routing weights.
+      weights: stacks [L, E, ...], arrays or quantised.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(x_TD, expert_TA, weight_TA, *weights)
+    group = ("fsdp", "expert")
+    ways = math.prod(mesh.shape[name] for name in group)
+    experts = jax.tree.leaves(weights)[0].shape[1]
+    if experts % ways:
+        # Every device has all of them, so tokens stay where they are.
+        axes = (*(("batch",) for _ in range(3)), *(() for _ in weights))
+        args = (x_TD, expert_TA, weight_TA, *weights)
+        return per_device(run, *args, axes=axes, out=("batch",))
+    batch = partition_spec(("batch",))[0]
+    split = x_TD.shape[0] % math.prod(mesh.shape[name] for name in batch) == 0
+
+    def local(x_TD, expert_TA, weight_TA, *weights):
+        tokens = (x_TD, expert_TA, weight_TA)
+        if split:
+            tokens = jax.lax.all_gather(tokens, group, axis=0, tiled=True)
+        x_TD, expert_TA, weight_TA = tokens
+        first = jax.lax.axis_index(RULES["experts"]) * (experts // ways)
+        total_TD = run(x_TD, expert_TA - first, weight_TA, *weights)
+        if split:
+            return jax.lax.psum_scatter(total_TD, group, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(total_TD, group)
+
+    tokens = PartitionSpec(batch if split else None)
+    whole = partition_spec((None, "experts"))
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, *(whole for _ in weights)),
+        out_specs=tokens,
+        check_vma=False,
+    )(x_TD, expert_TA, weight_TA, *weights)

@@ -1,0 +1,1 @@
+"""Characters: the chat encoding, the tokenizer, stop strings. No JAX."""

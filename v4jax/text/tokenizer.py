@@ -1,0 +1,206 @@
+"""Text to token ids and back: a checkpoint's `tokenizer.json`, streaming, and a demo vocabulary.
+
+DeepSeek-V4 uses byte-level BPE: every token stands for bytes, and a character may be spread over
+several tokens. The special tokens are written by `v4jax.text.chat`; nothing is added here.
+"""
+
+import codecs
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from v4jax import arguments
+from v4jax.arguments import checked
+from v4jax.text import chat
+from v4jax.text.files import read_text
+
+# Frequent words first: a smaller demo vocabulary takes a shorter part of the list.
+_WORDS = """
+the of and to in is you that it he was for on are as with his they at be this have from or one had
+by word but not what all were we when your can said there use an each which she do how their if will
+up other about out many then them these so some her would make like him into time has look two more
+write go see number no way could people my than first water been call who its now find long down day
+did get come made may part over new sound take only little work know place year live me back give
+most very after thing our just name good sentence man think say great where help through much before
+line right too mean old any same tell boy follow came want show also around form three small set put
+end does another well large must big even such because turn here why ask went men read need land
+different home us move try kind hand picture again change off play spell air away animal house point
+page letter mother answer found study still learn should world model token question language train
+"""
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer that adds no tokens of its own accord."""
+
+    @checked(
+        inner=arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
+    )
+    def __init__(self, inner: tokenizers.Tokenizer):
+        """Wrap a tokenizer of the `tokenizers` library.
+
+        Raises:
+          ValueError: its tokens do not stand for bytes.
+        """
+        if not isinstance(inner.decoder, tokenizers.decoders.ByteLevel):
+            raise ValueError(
+                f"The tokenizer's decoder is {inner.decoder}; DeepSeek-V4's are byte-level BPE "
+                "(decoder ByteLevel): use the tokenizer.json of a V4 checkpoint."
+            )
+        self._inner = inner
+
+    @classmethod
+    @checked(path=arguments.PATH)
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read `tokenizer.json`, given as the file or the checkpoint's directory.
+
+        Raises:
+          ValueError: there is no such file, or it is not a byte-level tokenizer.
+        """
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: there is no such file; give the directory of a checkpoint with a "
+                "tokenizer.json, or the file itself."
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_str(read_text(file))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(
+                f"{file}: not a tokenizer.json ({error}); copy the checkpoint's file again."
+            ) from error
+        inner.no_truncation()
+        inner.no_padding()
+        try:
+            return cls(inner)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; a model's embedding may have more rows."""
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a sentence, if there is one."""
+        return self.token_id(chat.BOS)
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a sentence, if there is one."""
+        return self.token_id(chat.EOS)
+
+    @checked(token=arguments.TEXT)
+    def token_id(self, token: str) -> int | None:
+        """Id of one token by its name in the vocabulary, such as `chat.USER`."""
+        return self._inner.token_to_id(token)
+
+    @checked(token_id=arguments.whole(0, 2**32 - 1))
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for an id without a token."""
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return b""
+        values = [_byte_values().get(char) for char in token]
+        known = [value for value in values if value is not None]
+        return bytes(known) if len(known) == len(values) else token.encode()
+
+    @checked(text=arguments.TEXT)
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it become one id each.
+
+        Raises:
+          ValueError: the text has half a surrogate pair, which has no bytes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text has half a surrogate pair at position {error.start}, which has no UTF-8 "
+                "form; remove it or write the whole character."
+            ) from None
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    @checked(ids=arguments.TOKEN_IDS)
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode(ids, skip_special_tokens=False)
+
+
+class StreamDecoder:
+    """Token ids to text, one at a time; the pieces together equal `Tokenizer.decode` of all ids."""
+
+    @checked(tokenizer=arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer))
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; a character begun is held back until it is whole."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is held back, as U+FFFD; afterwards the decoder is as new."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+@checked(vocab_size=arguments.whole(0, 2**32 - 1))
+def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    """A small tokenizer for demo checkpoints, made from nothing; it round-trips any text.
+
+    Its tokens are V4's special tokens (`chat.BOS` is 0 and `chat.EOS` 1, as in the released
+    checkpoints), the 256 bytes, common English words, and placeholders that no text leads to.
+
+    Raises:
+      ValueError: fewer than 270 tokens, which the special tokens and the bytes need.
+    """
+    basic = [*chat.SPECIAL_TOKENS, *_byte_chars()]
+    if vocab_size < len(basic):
+        raise ValueError(
+            f"vocab_size is {vocab_size}; it must be {len(basic)} or more: "
+            f"{len(chat.SPECIAL_TOKENS)} special tokens and 256 bytes."
+        )
+    vocab = {token: i for i, token in enumerate(basic)}
+    merges = _add_words(vocab, vocab_size)
+    for i in range(vocab_size - len(vocab)):
+        vocab[f"<unused_{i}>"] = len(vocab)
+
+    demo = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    demo.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    demo.decoder = tokenizers.decoders.ByteLevel()
+    demo.add_special_tokens(
+        [tokenizers.AddedToken(t, normalized=False, special=True) for t in chat.SPECIAL_TOKENS]
+    )
+    return demo
+
+
+def _add_words(vocab: dict[str, int], limit: int) -> list[tuple[str, str]]:
+    """Add each word, with the space before it, letter by letter while there is room."""
+    merges: list[tuple[str, str]] = []
+    for word in _WORDS.split():
+        head = _byte_chars()[ord(" ")]
+        for char in word:
+            if head + char not in vocab and len(vocab) < limit:
+                vocab[head + char] = len(vocab)
+                merges.append((head, char))
+            head += char
+    return merges
+
+
+@functools.cache
+def _byte_chars() -> tuple[str, ...]:
+    """The printable character that stands for each byte in a vocabulary (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return tuple(chr(b if b in printable else next(others)) for b in range(256))
+
+
+@functools.cache
+def _byte_values() -> dict[str, int]:
+    return {char: byte for byte, char in enumerate(_byte_chars())}

@@ -58,10 +58,10 @@ def make(directory: str) -> None:
     import torch
     from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    from v4jax.model import config
+    from v4jax import presets
 
     torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(DeepseekV4Config(**config.preset_json("bench"))).float()
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**presets.preset_json("bench"))).float()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):

@@ -70,11 +70,10 @@ def measure(case: Case) -> dict[str, Any]:
     """Compile one case; figures are of a device."""
     import jax
 
-    from v4jax import aot, audit
-    from v4jax.model import config
+    from v4jax import aot, audit, presets
 
     mesh = aot.topology_mesh(case.topology, **case.mesh)
-    cfg = config.preset(case.preset)
+    cfg = presets.preset(case.preset)
     lowered = aot.lower(
         cfg, case.step, mesh, batch=case.batch, capacity=case.capacity, kept=cfg.expert_dtype
     )

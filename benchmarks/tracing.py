@@ -17,8 +17,8 @@ import jax
 
 from benchmarks.compare import append
 from pallas_kernels import implementations
-from v4jax import aot
-from v4jax.model import config, sharding
+from v4jax import aot, presets
+from v4jax.model import sharding
 
 TURNS = 3
 
@@ -70,7 +70,7 @@ def _lower_seconds(preset: str, step: Any, experts: Any) -> float:
     jax.clear_caches()
     mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
     began = time.process_time()
-    aot.lower(config.preset(preset), step, mesh, batch=1, capacity=1024, kept=experts)
+    aot.lower(presets.preset(preset), step, mesh, batch=1, capacity=1024, kept=experts)
     return time.process_time() - began
 
 

@@ -16,9 +16,10 @@ from v4jax.checkpoints import tensor_names
 from v4jax.checkpoints.safetensors_directory import write_checkpoint
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model import config_json, params
-from v4jax.model.config import DSpark, ModelConfig, preset
+from v4jax.model.config import DSpark, ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
+from v4jax.presets import preset
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -16,9 +16,10 @@ from v4jax.decoding import steps
 from v4jax.model import cache as caches
 from v4jax.model import params
 from v4jax.model.cache import Cache
-from v4jax.model.config import LayerKind, ModelConfig, preset
+from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.numerics import HF, Numerics
 from v4jax.model.transformer import Model
+from v4jax.presets import preset
 
 SLIDING, CSA, HCA = ("sliding", 0), ("csa", 4), ("hca", 16)
 

@@ -11,14 +11,14 @@ import pytest
 
 import v4jax
 from tests.doors import CFG, USER, small_model, stub
-from v4jax import facts
+from v4jax import facts, presets
 from v4jax.adapters import merge, updates
 from v4jax.arguments import ArgumentError
 from v4jax.checkpoints import convert, export, random_release
 from v4jax.commands import inspect as inspection
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
-from v4jax.model import config, sharding
+from v4jax.model import sharding
 from v4jax.text.chat_parser import ChatParser
 from v4jax.text.stopping import StopStrings
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
@@ -141,8 +141,8 @@ def calls(model: LanguageModel) -> dict[str, Call]:
             {"run": "absent", "target": "new"},
             nothing("run", "target", "model", "best"),
         ),
-        "preset": (config.preset, {}, {"name": set()}),
-        "preset_json": (config.preset_json, {}, {"name": set()}),
+        "preset": (presets.preset, {}, {"name": set()}),
+        "preset_json": (presets.preset_json, {}, {"name": set()}),
         "make_mesh": (sharding.make_mesh, {}, nothing(*sharding.AXES, "devices")),
         "report": (facts.report, {}, {"cfg": set()}),
         "devices": (facts.devices, {}, {"nbytes": {"5"}}),

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from v4jax import presets
 from v4jax.model import cache as caches
-from v4jax.model import config
 
 LAYER = jnp.int32(1)
 ROWS = 13
@@ -88,7 +88,7 @@ def test_capacities_are_few_and_hold_the_text() -> None:
 
 
 def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
-    cfg = config.preset("flash")
+    cfg = presets.preset("flash")
     kinds = [kind.attention for kind in cfg.layers]
     names = ("window_LBRK", "tail_LBRK", "index_tail_LBRK", "pool_LBSK", "index_LBSK")
     capacities = (8192, 16384)

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.model import config, config_json
+from v4jax import presets
+from v4jax.model import config_json
 from v4jax.model.config import LayerKind, ModelConfig, Yarn
 from v4jax.model.segments import segments
 
-FLASH = config.preset_json("flash")
+FLASH = presets.preset_json("flash")
 TRANSFORMERS = {
     key: value
     for key, value in FLASH.items()
@@ -43,15 +44,15 @@ def read(**changes: object) -> ModelConfig:
     return config_json.from_json(FLASH | changes)
 
 
-@pytest.mark.parametrize("name", config.preset_names())
+@pytest.mark.parametrize("name", presets.preset_names())
 def test_every_preset_survives_writing_and_reading(name: str) -> None:
-    cfg = config.preset(name)
+    cfg = presets.preset(name)
     assert config_json.from_json(config_json.to_json(cfg)) == cfg
     hash(cfg)
 
 
 def test_flash_and_pro_have_the_released_schedules() -> None:
-    flash, pro = config.preset("flash"), config.preset("pro")
+    flash, pro = presets.preset("flash"), presets.preset("pro")
     assert [layer.ratio for layer in flash.layers] == [0, 0] + [4, 128] * 20 + [4]
     assert [layer.ratio for layer in pro.layers] == [128, 128] + [4, 128] * 29 + [4]
     assert [layer.ffn for layer in pro.layers].count("hash") == 3
@@ -59,7 +60,7 @@ def test_flash_and_pro_have_the_released_schedules() -> None:
 
 
 def test_both_spellings_say_the_same() -> None:
-    assert config_json.from_json(TRANSFORMERS) == config.preset("flash")
+    assert config_json.from_json(TRANSFORMERS) == presets.preset("flash")
 
 
 def test_any_ratio_can_be_given_to_csa_by_layer_types() -> None:
@@ -121,12 +122,12 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 def test_keys_without_a_value_and_bookkeeping_do_not_matter() -> None:
-    assert read(pad_token_id=None, some_new_key=None, use_cache=False) == config.preset("flash")
+    assert read(pad_token_id=None, some_new_key=None, use_cache=False) == presets.preset("flash")
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"flash.*pro"):
-        config.preset("mini")
+        presets.preset("mini")
 
 
 KINDS = [
@@ -149,16 +150,16 @@ def test_segments_in_order_are_the_layers(layers: list[LayerKind]) -> None:
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_the_program_for_all_layers_has_as_many_bodies_as_for_five(name: str) -> None:
-    cfg = config.preset(name)
+    cfg = presets.preset(name)
     bodies = lambda layers: sum(len(part.pattern) for part in segments(layers))
     assert bodies(cfg.layers) == bodies(cfg.layers[:5]) == 4
 
 
 def test_layer_index_counts_across_repeats() -> None:
-    part = segments(config.preset("flash").layers)[-1]
+    part = segments(presets.preset("flash").layers)[-1]
     assert (part.layer_index(0, 0), part.layer_index(1, 19)) == (3, 42)
 
 
 def test_a_configuration_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.preset("flash").hidden_size = 1  # pyright: ignore[reportAttributeAccessIssue]
+        presets.preset("flash").hidden_size = 1  # pyright: ignore[reportAttributeAccessIssue]

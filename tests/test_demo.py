@@ -14,8 +14,8 @@ from v4jax.checkpoints.safetensors_directory import Checkpoint
 from v4jax.commands import demo, inspect
 from v4jax.language_model import LanguageModel
 from v4jax.model import params
-from v4jax.model.config import preset
 from v4jax.model.transformer import Model
+from v4jax.presets import preset
 from v4jax_train import loss, tiny
 
 

@@ -239,15 +239,6 @@ def test_chunks_hold_the_prompt_and_little_more() -> None:
         assert sum(sizes) >= tokens > sum(sizes) - sizes[-1]
 
 
-def test_a_model_loads_with_the_tokenizer_beside_it(tmp_path: Path) -> None:
-    from v4jax import open_model
-
-    build_demo_tokenizer(VOCAB).save(str(tmp_path / "tokenizer.json"))
-    found = open_model.tokenizer(tmp_path)
-    assert found is not None
-    assert found.vocab_size == VOCAB
-
-
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     import v4jax
     from tests import checkpoints

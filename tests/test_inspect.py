@@ -12,9 +12,9 @@ from v4jax import facts
 from v4jax.checkpoints import convert
 from v4jax.commands import inspect
 from v4jax.model import config_json
-from v4jax.model.config import preset, preset_names
 from v4jax.model.params import count
 from v4jax.model.transformer import Model
+from v4jax.presets import preset, preset_names
 
 
 @pytest.fixture(scope="module")

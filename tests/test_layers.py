@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compress, hyper
-from v4jax.model import config, layers
+from v4jax import presets
+from v4jax.model import layers
 from v4jax.model.numerics import HF, OFFICIAL
 
-FLASH = config.preset("flash")
+FLASH = presets.preset("flash")
 # Rounding of a sum of a few hundred float32 terms.
 CLOSE: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-6}
 

@@ -14,10 +14,11 @@ import pytest
 
 from pallas_kernels import quantize
 from tests import exchanges, models
+from v4jax import presets
 from v4jax.decoding import steps
 from v4jax.decoding.loop import Engine
 from v4jax.model import cache as caches
-from v4jax.model import config, params, sharding
+from v4jax.model import params, sharding
 from v4jax.model.numerics import HF
 from v4jax.model.transformer import Model
 
@@ -96,7 +97,7 @@ def test_each_device_holds_its_own_experts() -> None:
 def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_placed(
     name: str,
 ) -> None:
-    cfg = config.preset(name)
+    cfg = presets.preset(name)
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
     declared = Model(cfg)
     abstract = params.abstract(declared, jnp.bfloat16, cfg.expert_dtype)

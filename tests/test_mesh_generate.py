@@ -22,7 +22,7 @@ from v4jax.decoding.loop import Engine
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
 from v4jax.model import sharding
-from v4jax.model.config import preset
+from v4jax.presets import preset
 
 # One layer of each kind.
 CFG = checkpoints.tiny(layers=preset("tiny").layers[:3], num_nextn_predict_layers=0)

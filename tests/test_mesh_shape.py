@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, Mesh
 import v4jax
 from pallas_kernels import targets
 from tests import checkpoints, models
-from v4jax import aot
+from v4jax import aot, presets
 from v4jax.checkpoints import random_release
-from v4jax.model import config, params, sharding
+from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.transformer import Model
 
@@ -93,13 +93,13 @@ def test_a_mesh_that_does_not_divide_a_large_weight_is_refused(
     preset: str, sizes: dict[str, int], says: tuple[str, ...]
 ) -> None:
     with pytest.raises(ValueError, match="does not divide a dim") as refused:
-        placed(config.preset(preset), **sizes)
+        placed(presets.preset(preset), **sizes)
     for part in says:
         assert part in str(refused.value)
 
 
 def test_the_nearest_mesh_works_and_the_bytes_are_those_of_a_device() -> None:
-    pro = config.preset("pro")
+    pro = presets.preset("pro")
     # 384 experts of 62 layers, three matrices of 7168 x 3072 each, at 4.25 bits a weight.
     with pytest.raises(ValueError, match=r"hold it whole: 778\.1 GiB of .* and 29 others"):
         placed(pro, expert=256)
@@ -114,7 +114,7 @@ def test_small_weights_may_be_whole() -> None:
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 def test_lowering_refuses_meshes_and_batches_that_do_not_fit(step: Any) -> None:
-    flash, mesh = config.preset("flash"), sharding.make_mesh(expert=8)
+    flash, mesh = presets.preset("flash"), sharding.make_mesh(expert=8)
     with pytest.raises(ValueError, match=r"batch of 12 rows .* 8 groups .* multiple of 8"):
         aot.arguments(flash, step, mesh, batch=12, capacity=128)
     other = sharding.make_mesh(tensor=7, devices=jax.devices()[:7])

@@ -19,7 +19,7 @@ from v4jax.adapters.lora import Lora
 from v4jax.checkpoints import convert, hub, native, unfinished
 from v4jax.checkpoints.safetensors_file import CheckpointError
 from v4jax.commands import demo
-from v4jax.model.config import preset
+from v4jax.presets import preset
 from v4jax_train import loop, recipe
 
 CFG, SETTINGS = preset("tiny"), Lora("self_attn.kv_proj", rank=1)

@@ -9,7 +9,7 @@ import pytest
 from tests.checkpoints import tiny
 from v4jax.__main__ import main
 from v4jax.checkpoints import random_release
-from v4jax.model.config import preset_names
+from v4jax.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

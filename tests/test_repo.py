@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from v4jax.model.config import ModelConfig, preset, preset_names
+from v4jax.model.config import ModelConfig
+from v4jax.presets import preset, preset_names
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "v4jax", "train")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from v4jax.checkpoints import random_release
-from v4jax.model.config import preset
+from v4jax.presets import preset
 from v4jax_train import journal
 
 STEPS = 30

@@ -17,7 +17,7 @@ import pytest
 
 from tests import quick
 from v4jax.checkpoints import random_release
-from v4jax.model.config import preset
+from v4jax.presets import preset
 from v4jax_train import journal
 
 STEPS, DEVICES = 6, 8

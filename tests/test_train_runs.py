@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from v4jax.checkpoints import random_release
-from v4jax.model.config import preset
+from v4jax.presets import preset
 from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
 from v4jax_train.__main__ import LARGE_PAGES, main
 from v4jax_train.trainable import Full

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
-from v4jax import facts, open_model
+from v4jax import facts
 from v4jax.adapters import updates
 from v4jax.checkpoints import hub, passengers
 from v4jax.model import context, numerics, sharding
@@ -60,10 +60,7 @@ def text_tokenizer(recipe: Recipe) -> Tokenizer:
     if not recipe.model.path:
         raise ValueError("No model is named; give --model, or model.path in the recipe.")
     directory = hub.resolve(recipe.model.path, allow_patterns=["tokenizer.json"])
-    found = open_model.tokenizer(directory)
-    if found is None:
-        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
-    return found
+    return Tokenizer.load(directory)
 
 
 def read_data(recipe: Recipe, tokenizer: Tokenizer, files: tuple[str, ...]) -> list[Documents]:

@@ -17,7 +17,7 @@ import tokenizers
 from v4jax.adapters import merge
 from v4jax.adapters.runs import RECIPE
 from v4jax.checkpoints import random_release
-from v4jax.model.config import preset
+from v4jax.presets import preset
 from v4jax.text import chat
 from v4jax.text.files import read_text
 

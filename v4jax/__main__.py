@@ -79,7 +79,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    from v4jax.model.config import preset_names
+    from v4jax.presets import preset_names
 
     text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
     more = help_texts.INSPECT.format(presets=", ".join(preset_names()))

@@ -10,10 +10,11 @@ import math
 from v4jax.arguments import checked, whole
 from v4jax.model import params
 from v4jax.model.block import Stack
-from v4jax.model.config import CONFIG, ModelConfig, preset, preset_names
+from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.hyper import HyperHead
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
+from v4jax.presets import preset, preset_names
 
 # Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
 DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}

@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from v4jax import arguments
+from v4jax.adapters import updates
 from v4jax.arguments import shown
 from v4jax.checkpoints import tensor_values
+from v4jax.checkpoints.safetensors_file import CheckpointError
 from v4jax.decoding import loop, sampling, steps
 from v4jax.decoding.loop import Engine, FinishReason, Timings, Token
 from v4jax.decoding.sampling import SamplingParams
@@ -79,10 +81,18 @@ class LanguageModel:
         Raises:
           CheckpointError: it is neither, is damaged, is of another model, or has no adapter.
         """
-        # The loader imports this module.
-        from v4jax import open_model
-
-        return open_model.with_adapter(self, path)
+        engine = self.engine
+        if path is None:
+            changed = updates.detach(engine.model, engine.cfg)
+        else:
+            update = updates.read(updates.resolve(path), engine.cfg)
+            if isinstance(update, updates.Replaced):
+                raise CheckpointError(
+                    f"{path}: trained the weights themselves, so there is no base to share; give "
+                    "it to 'v4jax.load'."
+                )
+            changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)
+        return LanguageModel(dataclasses.replace(engine, model=changed), self.tokenizer)
 
     @arguments.checked(tokens=arguments.TOKEN_ROWS)
     def logits(self, tokens: Any) -> Float32[np.ndarray, "B T V"]:

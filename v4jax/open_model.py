@@ -11,12 +11,9 @@ from jax.typing import DTypeLike
 
 from v4jax.adapters import updates
 from v4jax.checkpoints import config_file, hub, native, passengers, release_weights
-from v4jax.checkpoints.safetensors_file import CheckpointError
 from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.model import numerics
-from v4jax.model.config import ModelConfig
-from v4jax.text.tokenizer import Tokenizer
 
 
 def load(
@@ -33,7 +30,9 @@ def load(
     rounding = numerics.get(numerics_name)
     directory = hub.resolve(path)
     # Loading takes minutes: what is wrong with an adapter is told before.
-    update = None if adapter is None else _read_update(adapter, updates.open_config(directory))
+    update = None
+    if adapter is not None:
+        update = updates.read(updates.resolve(adapter), updates.open_config(directory))
     read: Any = native.load if native.is_native(directory) else release_weights.load
     model, cfg = read(directory, dtype=jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
     cfg = dataclasses.replace(cfg, eos_token_ids=config_file.end_tokens(directory, cfg))
@@ -41,29 +40,3 @@ def load(
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), text)
-
-
-def with_adapter(model: LanguageModel, adapter: str | Path | None) -> LanguageModel:
-    """See `LanguageModel.with_adapter`."""
-    engine = model.engine
-    if adapter is None:
-        changed = updates.detach(engine.model, engine.cfg)
-    else:
-        update = _read_update(adapter, engine.cfg)
-        if isinstance(update, updates.Replaced):
-            raise CheckpointError(
-                f"{adapter}: trained the weights themselves, so there is no base to share; give it "
-                "to 'v4jax.load'."
-            )
-        changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)
-    return LanguageModel(dataclasses.replace(engine, model=changed), model.tokenizer)
-
-
-def _read_update(adapter: str | Path, cfg: ModelConfig) -> updates.Update:
-    return updates.read(updates.resolve(adapter), cfg)
-
-
-def tokenizer(directory: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer, if it has one."""
-    file = directory / "tokenizer.json"
-    return Tokenizer.load(file) if file.exists() else None

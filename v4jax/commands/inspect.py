@@ -15,8 +15,9 @@ from v4jax import arguments
 from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
 from v4jax.checkpoints.safetensors_file import DTYPES, CheckpointError, open_safetensors
 from v4jax.facts import DEVICES, GIB, Report, devices, report
-from v4jax.model.config import CONFIG, ModelConfig, preset, preset_names
+from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.segments import segments
+from v4jax.presets import preset, preset_names
 
 _CONTEXTS = {"128K": 2**17, "1M": 2**20}
 _FP4 = "FP4, two in a byte"

@@ -4,7 +4,6 @@ import gc
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -18,18 +17,14 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-ROOT = Path(__file__).parent.parent
-# Folders of the source tree, and what they are called when imported.
-PACKAGES = {"v4jax": "v4jax", "pallas_kernels": "pallas_kernels", "train": "v4jax_train"}
+from tests import house
 
 
 def modules_with_shapes() -> Iterator[str]:
     """The modules that annotate arrays. Checks of all others would take most of the tests' time."""
-    for folder, package in PACKAGES.items():
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            if re.search("^from jaxtyping import", file.read_text("utf-8"), re.MULTILINE):
-                inside = file.relative_to(ROOT / folder).with_suffix("").parts
-                yield ".".join((package, *inside)).removesuffix(".__init__")
+    for name, file in house.files().items():
+        if re.search("^from jaxtyping import", file.read_text("utf-8"), re.MULTILINE):
+            yield name
 
 
 install_import_hook(list(modules_with_shapes()), "beartype.beartype")

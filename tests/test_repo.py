@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
 from v4jax.model.config import ModelConfig
 from v4jax.presets import preset, preset_names
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("pallas_kernels", "v4jax", "train")
-SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+ROOT = house.ROOT
+SOURCES = list(house.files().values())
 # The commands talk; of the libraries only these do.
 TALKERS = {ROOT / "v4jax" / "__main__.py"}
 TALKERS |= {
@@ -136,37 +136,10 @@ def test_packages_import_what_the_project_depends_on() -> None:
     declared = names(project["dependencies"])
     extra = project["optional-dependencies"]
     training = declared | names(extra["train"]) | names(extra["tensorboard"])
-    for package in PACKAGES:
+    for package in house.PACKAGES:
         used = set().union(*(imports(f) for f in SOURCES if f.is_relative_to(ROOT / package)))
         allowed = training if package == "train" else declared
-        assert used - sys.stdlib_module_names - set(PACKAGES) <= allowed
-
-
-def test_files_of_the_packages_fit_400_lines() -> None:
-    lengths = {relative(file): len(file.read_text().splitlines()) for file in SOURCES}
-    assert not {file: length for file, length in lengths.items() if length > 400}
-
-
-def test_functions_of_the_packages_fit_60_lines() -> None:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    long = [
-        f"{relative(file)}:{node.name}"
-        for file in SOURCES
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, kinds) and _length(node) > 60
-    ]
-    assert not long
-
-
-def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of code: a signature of many lines counts, a docstring does not."""
-    assert node.end_lineno is not None
-    first = node.body[0]
-    told = 0
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-        assert first.end_lineno is not None
-        told = first.end_lineno - first.lineno + 1
-    return node.end_lineno - node.lineno + 1 - told
+        assert used - sys.stdlib_module_names - set(house.PACKAGES) <= allowed
 
 
 def test_libraries_print_nothing() -> None:

@@ -13,16 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import quick
+from tests import house, quick
 
-ROOT = Path(__file__).parent.parent
+ROOT = house.ROOT
 # Folders of the source tree, and what they are called in the wheel.
-FOLDERS = {
-    "v4jax": "v4jax",
-    "pallas_kernels": "pallas_kernels",
-    "configs": "v4jax_configs",
-    "train": "v4jax_train",
-}
+FOLDERS = house.PACKAGES | {"configs": "v4jax_configs"}
 BUILD = ("pyproject.toml", "README.md", "LICENSE", *FOLDERS)
 
 

@@ -1,0 +1,80 @@
+"""The rules of the house hold, and a break of each is seen."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import house
+from tests.house import Module
+
+KNOWN = house.modules()
+GRAPH = {name: house.imports(module, KNOWN) for name, module in KNOWN.items()}
+
+
+def test_rooms_import_what_they_may() -> None:
+    assert all(any(module.room == room for module in KNOWN.values()) for room in house.ROOMS)
+    assert not house.trespasses(KNOWN)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    assert not house.circles(GRAPH)
+
+
+def test_files_and_functions_are_short() -> None:
+    assert not house.long_files(KNOWN)
+    assert not house.long_functions(KNOWN)
+
+
+def test_a_room_is_its_docstring() -> None:
+    rooms = {name for name in house.ROOMS if name.count(".") == 1}
+    assert {name for name in rooms if len(KNOWN[name].tree.body) > 1} == set()
+
+
+def write(root: Path, **texts: str) -> dict[str, Module]:
+    """A small house: `model__cache` is v4jax/model/cache.py."""
+    for name, text in texts.items():
+        file = root / "v4jax" / f"{name.replace('__', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return house.modules(root)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from v4jax.text import chat",
+        "from v4jax.text.chat import ROLE",
+        "import v4jax.text.chat",
+        "def later():\n    from v4jax.text import chat",
+        "from ..text import chat",
+        "from ..text.chat import ROLE",
+    ],
+)
+def test_an_import_across_rooms_is_seen(line: str, tmp_path: Path) -> None:
+    known = write(tmp_path, text__chat="ROLE = 1", model__cache=line, arguments="")
+    assert house.trespasses(known) == ["v4jax.model.cache imports v4jax.text.chat"]
+
+
+def test_the_checks_of_arguments_are_for_every_room(tmp_path: Path) -> None:
+    known = write(tmp_path, arguments="", facts="", text__chat="from v4jax import arguments, facts")
+    assert house.trespasses(known) == ["v4jax.text.chat imports v4jax.facts"]
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
+    lines = {"a": "from v4jax import b", "b": "from v4jax import c", "c": "import v4jax.a", "d": ""}
+    known = write(tmp_path, **{f"{k}": v for k, v in lines.items()})
+    graph = {name: house.imports(module, known) for name, module in known.items()}
+    assert house.circles(graph) == [["v4jax.a", "v4jax.b", "v4jax.c"]]
+
+
+def test_what_is_long_is_seen(tmp_path: Path) -> None:
+    parameters = "self, a, b, c, d, e, f"
+    known = write(
+        tmp_path,
+        right=f"def f({parameters}, x_ref, *, g):\n" + "    1\n" * 59,
+        wrong=f"def f({parameters}, g):\n" + "    1\n" * 60,
+        long="1\n" * 401,
+    )
+    assert house.long_files(known) == ["v4jax.long: 401 lines"]
+    assert house.long_functions(known) == ["v4jax.wrong.f: 61 lines"]
+    assert house.long_signatures(known) == ["v4jax.wrong.f: 7 positional parameters"]

@@ -13,8 +13,9 @@ import pytest
 import safetensors.numpy
 
 from v4jax.checkpoints import safetensors_directory, unfinished
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_directory import Checkpoint, write_checkpoint
-from v4jax.checkpoints.safetensors_file import CheckpointError, TensorInfo, write_safetensors
+from v4jax.checkpoints.safetensors_file import TensorInfo, write_safetensors
 
 CONFIG = {"model_type": "deepseek_v4", "hidden_size": 4}
 SHARDS = [
@@ -299,12 +300,13 @@ def test_a_tensor_declared_in_two_shards_is_refused(tmp_path: Path):
 
 def test_the_index_is_written_last(tmp_path: Path, monkeypatch: Any):
     order: list[str] = []
-    write_json = safetensors_directory._write_json
-    monkeypatch.setattr(
-        safetensors_directory,
-        "_write_json",
-        lambda path, value: (order.append(path.name), write_json(path, value))[1],
-    )
+    write_json = safetensors_directory.write_json
+
+    def write(path: Path, value: Any, **settings: Any) -> None:
+        order.append(path.name)
+        write_json(path, value, **settings)
+
+    monkeypatch.setattr(safetensors_directory, "write_json", write)
     read = lambda name: (order.append(name), arrays()[name])[1]
     write_checkpoint(tmp_path / "new", CONFIG, SHARDS, read)
     assert order == ["config.json", "z", "a", "m", "s", INDEX]

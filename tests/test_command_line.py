@@ -131,7 +131,7 @@ def test_jax_keeps_to_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.Mo
 def test_plugins_without_devices_say_nothing() -> None:
     """The compilers that tests need are plugins, and look for their devices when JAX starts."""
     code = (
-        "from v4jax import command_line\nwith command_line.process('x'):"
+        "from v4jax.commands import command_line\nwith command_line.process('x'):"
         "\n import jax; print([d.platform for d in jax.devices()])"
     )
     clean = {

@@ -17,7 +17,8 @@ import pytest
 from tests import checkpoints
 from tests.test_convert import assert_same_checkpoint, contents, run, write_release
 from v4jax.checkpoints import convert, native, release_weights, unfinished
-from v4jax.checkpoints.safetensors_file import CheckpointError, open_safetensors
+from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.safetensors_file import open_safetensors
 
 
 @pytest.fixture(scope="module")

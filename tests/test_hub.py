@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from v4jax.checkpoints import hub
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_directory import write_checkpoint
-from v4jax.checkpoints.safetensors_file import CheckpointError, TensorInfo
+from v4jax.checkpoints.safetensors_file import TensorInfo
 
 COMMIT = "c0ffee" + "0" * 34
 REPO = "org/name"
@@ -149,9 +150,9 @@ def client(home: Path, url: str, script: str, **env: str) -> Any:
     whole = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from v4jax import hub\n"
+        "from v4jax.checkpoints import hub\n"
         "from v4jax.checkpoints.safetensors_directory import Checkpoint\n"
-        "from v4jax.checkpoints.safetensors_file import CheckpointError\n"
+        "from v4jax.checkpoints.disk import CheckpointError\n"
         f"def run():\n    {script.strip().replace(chr(10), chr(10) + '    ')}\n    return out\n"
         "try:\n    out = run()\n"
         "except CheckpointError as error:\n    out = str(error)\n"

@@ -20,8 +20,8 @@ from v4jax.__main__ import main
 from v4jax.adapters import merge, peft, requantise
 from v4jax.adapters.lora import Lora
 from v4jax.checkpoints import export, native, release_weights, tensor_names
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_directory import Checkpoint
-from v4jax.checkpoints.safetensors_file import CheckpointError
 from v4jax.decoding import steps
 from v4jax.model import cache as caches
 from v4jax.model import params

@@ -17,7 +17,7 @@ from v4jax.__main__ import main
 from v4jax.adapters import peft, updates
 from v4jax.adapters.lora import Lora
 from v4jax.checkpoints import convert, hub, native, unfinished
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.commands import demo
 from v4jax.presets import preset
 from v4jax_train import loop, recipe

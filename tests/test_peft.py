@@ -17,7 +17,7 @@ import v4jax
 from tests import hf_models, training_runs
 from v4jax.adapters import lora, peft, runs, updates
 from v4jax.adapters.lora import MODULES, Adapter, Lora
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.language_model import LanguageModel
 from v4jax.model import params, sharding
 from v4jax_train.trainable import Full

@@ -11,12 +11,8 @@ import pytest
 from tests import models, training_runs
 from v4jax.adapters import peft, updates
 from v4jax.adapters.lora import Lora
-from v4jax.checkpoints.safetensors_file import (
-    CheckpointError,
-    TensorInfo,
-    open_safetensors,
-    write_safetensors,
-)
+from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.safetensors_file import TensorInfo, open_safetensors, write_safetensors
 
 CFG = models.config(models.SLIDING, models.CSA, models.CSA)
 

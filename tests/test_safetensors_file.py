@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4jax.checkpoints import safetensors_file
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_file import (
     DTYPES,
-    CheckpointError,
     TensorInfo,
     open_safetensors,
     write_safetensors,

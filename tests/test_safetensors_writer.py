@@ -10,13 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from v4jax.checkpoints import safetensors_file
-from v4jax.checkpoints.safetensors_file import (
-    CheckpointError,
-    TensorInfo,
-    open_safetensors,
-    write_safetensors,
-)
+from v4jax.checkpoints import disk
+from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.safetensors_file import TensorInfo, open_safetensors, write_safetensors
 
 TWO = {"a": TensorInfo("F32", (4,)), "b": TensorInfo("F32", (4,))}
 
@@ -81,7 +77,7 @@ def test_one_tensor_is_alive_at_a_time_and_order_is_kept(tmp_path: Path):
 
 def test_a_full_disk_is_found_before_any_work(tmp_path: Path, monkeypatch: Any):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(safetensors_file.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"\d+ bytes are needed and 10 are free"):
         write_safetensors(tmp_path / "f", TWO, lambda _: pytest.fail("work was done"))
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@ import pytest
 
 from tests import checkpoints
 from v4jax.checkpoints import convert, export, native, release_weights, tensor_values
-from v4jax.checkpoints.safetensors_file import CheckpointError, open_safetensors
+from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.safetensors_file import open_safetensors
 from v4jax.checkpoints.tensor_values import are_finite, check, check_ids, check_scales
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from v4jax.__main__ import main
-from v4jax.checkpoints import hub, safetensors_directory
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints import disk, hub, safetensors_directory
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.commands import inspect
 from v4jax.text import files
 from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
@@ -91,7 +91,7 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     file.write_bytes(f"{mark}{{}}".encode(encoding))
     told = f"it is in {encoding[:6].upper()}; save it in UTF-8"
     with pytest.raises(CheckpointError, match=re.escape(told)):
-        safetensors_directory.read_json(file)
+        disk.read_json(file)
     with pytest.raises(ValueError, match=re.escape(told)):
         recipe.read(file)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from v4jax.checkpoints.unfinished import write_file
+from v4jax.checkpoints.disk import write_file
 
 from .data.documents import Documents
 

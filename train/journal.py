@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax.checkpoints.unfinished import write_file
+from v4jax.checkpoints.disk import write_file
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from v4jax.checkpoints import hub, unfinished
-from v4jax.checkpoints.unfinished import write_file
+from v4jax.checkpoints.disk import write_file
 from v4jax.model import sharding
 
 from . import fingerprint, flops, preparation, processes, runs, step

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.checkpoints.unfinished import write_file
+from v4jax.checkpoints.disk import write_file
 
 from . import journal
 

@@ -15,6 +15,7 @@ import v4jax
 from v4jax import facts
 from v4jax.adapters import updates
 from v4jax.checkpoints import hub, passengers
+from v4jax.checkpoints.disk import Progress
 from v4jax.model import context, numerics, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.text.tokenizer import Tokenizer
@@ -26,8 +27,6 @@ from .data.documents import Documents
 from .data.rendering import Renderer
 from .recipe import Recipe, weighted
 from .trainable import Parts
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

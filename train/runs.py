@@ -10,7 +10,7 @@ from typing import Any
 
 from v4jax.adapters import runs
 from v4jax.adapters.runs import BEST, RECIPE, STATES
-from v4jax.checkpoints import unfinished
+from v4jax.checkpoints import disk, unfinished
 from v4jax.model import sharding
 from v4jax.text.files import read_text
 
@@ -76,7 +76,7 @@ def write_recipe(directory: Path, recipe: Recipe) -> None:
     """Make the directory, with the recipe in it, its paths absolute."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(tables.to_table(_anywhere(recipe)), indent=1)
-    unfinished.write_file(directory / RECIPE, f"{text}\n".encode())
+    disk.write_file(directory / RECIPE, f"{text}\n".encode())
 
 
 def _anywhere(recipe: Recipe) -> Recipe:

@@ -13,11 +13,10 @@ from v4jax.text.chat import encode_chat
 from v4jax.text.chat_parser import parse_chat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from v4jax.checkpoints.disk import Progress
     from v4jax.language_model import LanguageModel
     from v4jax.model import numerics as _numerics
 
@@ -49,7 +48,7 @@ def load(
     keep: bool = False,
     adapter: str | Path | None = None,
     mesh: "Mesh | None" = None,
-    progress: "Callable[[str, int, int], None] | None" = None,
+    progress: "Progress | None" = None,
 ) -> "LanguageModel":
     """Load a checkpoint, ready to run.
 

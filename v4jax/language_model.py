@@ -16,7 +16,7 @@ from v4jax import arguments
 from v4jax.adapters import updates
 from v4jax.arguments import shown
 from v4jax.checkpoints import tensor_values
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.decoding import loop, sampling, steps
 from v4jax.decoding.loop import Engine, FinishReason, Timings, Token
 from v4jax.decoding.sampling import SamplingParams

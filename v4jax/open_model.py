@@ -1,7 +1,6 @@
 """`v4jax.load`: any kind of checkpoint to a model that is ready to run."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.typing import DTypeLike
 
 from v4jax.adapters import updates
 from v4jax.checkpoints import config_file, hub, native, passengers, release_weights
+from v4jax.checkpoints.disk import Progress
 from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.model import numerics
@@ -24,7 +24,7 @@ def load(
     keep: bool,
     adapter: str | Path | None,
     mesh: Mesh | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> LanguageModel:
     """See `v4jax.load`."""
     rounding = numerics.get(numerics_name)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from v4jax.checkpoints.safetensors_file import unique_keys
+from v4jax.text.files import unique_keys
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),

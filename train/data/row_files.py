@@ -11,8 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from v4jax.checkpoints.safetensors_file import unique_keys
-from v4jax.text.files import decode
+from v4jax.text.files import decode, unique_keys
 
 _GZIP = b"\x1f\x8b"
 _BY_PANDAS = "make JSON lines of it: pandas.read_{}(FILE).to_json('rows.jsonl', orient='records', "

@@ -19,8 +19,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from v4jax.checkpoints.safetensors_file import unique_keys
-from v4jax.text.files import decode
+from v4jax.text.files import decode, unique_keys
 
 from . import conversations, messages, thinking
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Literal, get_args
 
@@ -19,6 +18,7 @@ from v4jax.adapters import requantise, updates
 from v4jax.adapters.requantise import Kept, Ledger
 from v4jax.adapters.updates import Update
 from v4jax.checkpoints import (
+    disk,
     export,
     hub,
     native,
@@ -28,15 +28,14 @@ from v4jax.checkpoints import (
     safetensors_directory,
     tensor_names,
     unfinished,
-    zarr_arrays,
 )
+from v4jax.checkpoints.disk import CheckpointError, Progress
 from v4jax.checkpoints.release import Format, Release
 from v4jax.checkpoints.safetensors_directory import Checkpoint
-from v4jax.checkpoints.safetensors_file import DTYPES, CheckpointError, TensorInfo
+from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model.config import ModelConfig
 
 Weights = Literal["bfloat16", "keep"]
-Progress = Callable[[str, int, int], None]
 _NUMBERS = re.compile(r"^layers\.\d+\.|(?<=^mtp\.)\d+\.|(?<=experts\.)\d+\.|\.weight$")
 
 
@@ -118,22 +117,20 @@ def _write(
     place = {file: ledgers / f"{i}.json" for i, file in enumerate(merged.files)}
 
     def written(file: str) -> None:
-        zarr_arrays.write_json(place[file], {"sums": merged.ledger.to_json()})
+        disk.write_json(place[file], {"sums": merged.ledger.to_json()})
         merged.ledger = Ledger()
 
     export.write_shards(merged.files, merged.read, work, progress, what="merging", written=written)
     if not merged.is_single and weights == "keep":
         others = [*others, PurePath(safetensors_directory.INDEX)]
     elif not merged.is_single:
-        metadata = safetensors_directory.read_json(source / safetensors_directory.INDEX).get(
-            "metadata", {}
-        )
+        metadata = disk.read_json(source / safetensors_directory.INDEX).get("metadata", {})
         export.write_index(metadata, merged.files, work.directory, same=False)
     passengers.copy(source, others, work.directory)
     export.write_config(source, work.directory, weights)
     total = Ledger()
     for file in place.values():
-        total.add_json(safetensors_directory.read_json(file)["sums"])
+        total.add_json(disk.read_json(file)["sums"])
     work.finish()
     return total.report()
 

@@ -19,9 +19,9 @@ import numpy as np
 from v4jax.adapters import lora, peft_config
 from v4jax.adapters.lora import DOWN, GATE_UP, MODULES, PARAMETERS, Adapter, Lora
 from v4jax.adapters.peft_config import Told
-from v4jax.checkpoints import hub, safetensors_directory, unfinished
+from v4jax.checkpoints import disk, hub, safetensors_directory, unfinished
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_file import (
-    CheckpointError,
     SafetensorsFile,
     TensorInfo,
     open_safetensors,
@@ -232,7 +232,7 @@ def _read(directory: Path, cfg: ModelConfig) -> tuple[Lora, _Pairs]:
     if not is_adapter(directory) or not (directory / TENSORS).is_file():
         raise CheckpointError(f"{directory}: is not an adapter: expected {CONFIG} and {TENSORS}.")
     where = directory / CONFIG
-    told = peft_config.read(safetensors_directory.read_json(where), where)
+    told = peft_config.read(disk.read_json(where), where)
     _check_base(told.base, cfg, where)
     layers = _layers(cfg)
     pairs: _Pairs = {}
@@ -253,7 +253,7 @@ def _check_base(base: str, cfg: ModelConfig, where: Path) -> None:
     file = (hub.TINY if base == "tiny" else Path(base).expanduser()) / safetensors_directory.CONFIG
     if not base or not file.is_file():
         return
-    other = config_json.from_json(safetensors_directory.read_json(file), where=str(file))
+    other = config_json.from_json(disk.read_json(file), where=str(file))
     for name in (field.name for field in dataclasses.fields(cfg) if field.name not in _APART):
         if getattr(other, name) != getattr(cfg, name):
             raise CheckpointError(

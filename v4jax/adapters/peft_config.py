@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from v4jax.adapters import lora
 from v4jax.adapters.lora import DOWN, GATE_UP, MODULES, PARAMETERS, Lora
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 
 # Linear maps of transformers' model that PEFT finds and adapters here leave as they are.
 _OTHERS = ("self_attn.o_a_proj",)

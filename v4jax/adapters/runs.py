@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from v4jax.adapters.lora import Lora
-from v4jax.checkpoints import checksums, safetensors_directory
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints import checksums, disk
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.zarr_arrays import Arrays
 
 RECIPE, STATES, BEST = "recipe.json", "states", "best"
@@ -63,7 +63,7 @@ def open_run(path: Path, *, best: bool = False) -> Run:
         raise CheckpointError(f"{path}: the best state or that of step {step}; choose one.")
     if not is_run(path):
         raise CheckpointError(f"{path}: is not the directory of a run: it has no {RECIPE}.")
-    recipe = safetensors_directory.read_json(path / RECIPE)
+    recipe = disk.read_json(path / RECIPE)
     try:
         adapter = Lora(**_with_tuples(recipe["adapter"])) if "adapter" in recipe else None
         fp4_experts = adapter is None and bool(recipe["full"].get("fp4_experts", False))
@@ -146,7 +146,7 @@ def trained(run: Run) -> dict[str, Any]:
       CheckpointError: the state is damaged.
     """
     check(run.state.parent.parent, run.step)
-    saved = safetensors_directory.read_json(run.state / _METADATA)
+    saved = disk.read_json(run.state / _METADATA)
     arrays = Arrays(
         run.state.absolute(),
         database=saved.get("use_ocdbt") is True,

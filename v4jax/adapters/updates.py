@@ -20,7 +20,7 @@ from v4jax import arguments
 from v4jax.adapters import lora, peft, runs
 from v4jax.adapters.lora import Adapter, Lora
 from v4jax.checkpoints import config_file, hub, native, safetensors_directory, unfinished
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec

@@ -4,8 +4,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from v4jax.checkpoints import unfinished
-from v4jax.checkpoints.safetensors_file import sync_directory
+from v4jax.checkpoints import disk
+from v4jax.checkpoints.disk import sync_directory
 
 FILE = "SHA256SUMS"
 _THREADS = 4  # OpenSSL lets other threads run
@@ -14,7 +14,7 @@ _THREADS = 4  # OpenSSL lets other threads run
 def write(folder: Path) -> None:
     """Write down the digest of every file, for `damage` to compare."""
     lines = (f"{digest}  {name}\n" for name, digest in sorted(_digests(folder).items()))
-    unfinished.write_file(folder / FILE, "".join(lines).encode())
+    disk.write_file(folder / FILE, "".join(lines).encode())
     sync_directory(folder)
 
 

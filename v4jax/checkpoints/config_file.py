@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from v4jax.checkpoints import safetensors_directory
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints import disk, safetensors_directory
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.model import config_json
 from v4jax.model.config import ModelConfig
 from v4jax.text import chat
@@ -16,7 +16,7 @@ _NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 
 def read(file: Path) -> ModelConfig:
     """What a config.json says; see `config_json.from_json`."""
-    return config_json.from_json(safetensors_directory.read_json(file), where=str(file))
+    return config_json.from_json(disk.read_json(file), where=str(file))
 
 
 def end_tokens(directory: Path, cfg: ModelConfig) -> tuple[int, ...]:
@@ -68,4 +68,4 @@ def _checked(file: Path, told: Any, vocab_size: int) -> tuple[int, ...]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return safetensors_directory.read_json(file) if file.is_file() else {}
+    return disk.read_json(file) if file.is_file() else {}

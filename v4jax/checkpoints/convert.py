@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
@@ -22,6 +22,7 @@ import numpy as np
 from v4jax import arguments
 from v4jax.checkpoints import (
     config_file,
+    disk,
     hub,
     native,
     passengers,
@@ -32,16 +33,11 @@ from v4jax.checkpoints import (
     unfinished,
     zarr_arrays,
 )
+from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
 from v4jax.checkpoints.export import export
 from v4jax.checkpoints.native import Manifest, Slot, Weights
 from v4jax.checkpoints.release import Format, Release
-from v4jax.checkpoints.safetensors_file import (
-    DTYPES,
-    CheckpointError,
-    TensorInfo,
-    require_space,
-    write_safetensors,
-)
+from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo, write_safetensors
 from v4jax.checkpoints.zarr_arrays import Arrays
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
@@ -50,7 +46,6 @@ from v4jax.model.transformer import Model
 
 __all__ = ["convert", "export"]
 
-Progress = Callable[[str, int, int], None]
 _IN_FLIGHT_BYTES = 128 * 2**20
 _FILE_BYTES = 4096  # what a file takes on a disk beyond its bytes, at most
 _GO_ON = "Make room or mend the disk, then run the command again: it goes on where it stopped."
@@ -135,7 +130,7 @@ def convert(
             if weights == "keep" and plan.manifest.index is not None:
                 index = [PurePath(safetensors_directory.INDEX)]
                 passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
-            zarr_arrays.write_json(work.directory / native.MANIFEST, plan.manifest.to_json())
+            disk.write_json(work.directory / native.MANIFEST, plan.manifest.to_json())
             work.finish()
 
 
@@ -219,7 +214,7 @@ def _index(source: _Source) -> dict[str, Any] | None:
     file = source.folder / safetensors_directory.INDEX
     if not file.is_file() or (source.root / safetensors_directory.SINGLE).is_file():
         return None
-    return safetensors_directory.read_json(file).get("metadata", {})
+    return disk.read_json(file).get("metadata", {})
 
 
 def _identity(source: _Source, weights: Weights) -> str:

@@ -11,26 +11,24 @@ import numpy as np
 
 from v4jax import arguments
 from v4jax.checkpoints import (
+    disk,
     hub,
     native,
     passengers,
     safetensors_directory,
     tensor_names,
     unfinished,
-    zarr_arrays,
 )
+from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
 from v4jax.checkpoints.native import Native
 from v4jax.checkpoints.safetensors_file import (
     DTYPES,
-    CheckpointError,
     TensorInfo,
     open_safetensors,
-    require_space,
     write_safetensors,
 )
 from v4jax.checkpoints.zarr_arrays import DAMAGED
 
-Progress = Callable[[str, int, int], None]
 _NAMED = {"bfloat16": "BF16", "float32": "F32"}
 _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
 
@@ -234,7 +232,7 @@ def write_index(
     """Write the index; `same`: sizes have not changed since `metadata` was written."""
     total = sum(info.nbytes for infos in files.values() for info in infos.values())
     weight_map = {theirs: file for file, infos in files.items() for theirs in infos}
-    zarr_arrays.write_json(
+    disk.write_json(
         directory / safetensors_directory.INDEX,
         {
             "metadata": {**metadata} if same else {**metadata, "total_size": total},
@@ -249,7 +247,7 @@ def write_config(source: Path, directory: Path, weights: native.Weights) -> None
     if weights == "keep":
         shutil.copyfile(file, directory / safetensors_directory.CONFIG)
         return
-    config = safetensors_directory.read_json(file)
+    config = disk.read_json(file)
     config = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
     config |= {key: weights for key in ("dtype", "torch_dtype") if key in config}
-    zarr_arrays.write_json(directory / safetensors_directory.CONFIG, config)
+    disk.write_json(directory / safetensors_directory.CONFIG, config)

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from v4jax.checkpoints import safetensors_directory
+from v4jax.checkpoints import disk, safetensors_directory
+from v4jax.checkpoints.disk import CheckpointError, require_space
 from v4jax.checkpoints.safetensors_file import (
-    CheckpointError,
     SafetensorsFile,
     TensorInfo,
     check_entries,
     lookup,
     open_safetensors,
-    require_space,
 )
 
 # A small trained model, in the release format.
@@ -180,7 +179,7 @@ class HubCheckpoint:
             entries = {name: vars(entry) for name, entry in parsed.tensors.items()}
             return check_entries(Path(repo_id, name), entries)
 
-        config = safetensors_directory.read_json(get(safetensors_directory.CONFIG))
+        config = disk.read_json(get(safetensors_directory.CONFIG))
         files = {sibling.rfilename for sibling in found.siblings or ()}
         if safetensors_directory.SINGLE in files:
             shards = {safetensors_directory.SINGLE: header(safetensors_directory.SINGLE)}

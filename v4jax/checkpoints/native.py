@@ -13,7 +13,6 @@ Axis letters: N rows, K columns of a stored matrix.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -24,14 +23,16 @@ from jax.sharding import Mesh
 from pallas_kernels import quantize
 from v4jax.checkpoints import (
     config_file,
+    disk,
     release_weights,
     safetensors_directory,
     tensor_names,
     tensor_values,
     unfinished,
 )
+from v4jax.checkpoints.disk import CheckpointError, Progress
 from v4jax.checkpoints.release import Format
-from v4jax.checkpoints.safetensors_file import CheckpointError, TensorInfo
+from v4jax.checkpoints.safetensors_file import TensorInfo
 from v4jax.checkpoints.zarr_arrays import DAMAGED, Arrays
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
@@ -105,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
             "'v4jax convert'."
         )
     file = path / MANIFEST
-    raw = safetensors_directory.read_json(file)
+    raw = disk.read_json(file)
     if raw.get("version") != VERSION:
         raise CheckpointError(
             f"{file}: has format version {raw.get('version')!r}; this v4jax reads {VERSION}. "
@@ -189,7 +190,7 @@ def load(
     dtype: Any,
     keep: bool,
     mesh: Mesh | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
     """The model's weights in `dtype`, each host reading what its devices hold.
 

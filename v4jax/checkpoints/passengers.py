@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePath
 
-from v4jax.checkpoints import safetensors_directory
-from v4jax.checkpoints.safetensors_file import CheckpointError, sync_directory
+from v4jax.checkpoints import disk, safetensors_directory
+from v4jax.checkpoints.disk import CheckpointError, sync_directory
 from v4jax.text.tokenizer import Tokenizer
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -95,7 +95,7 @@ def check(directory: Path, files: Collection[PurePath], vocab_size: int) -> None
 def _check_format(file: Path) -> None:
     try:
         if file.name in _OBJECTS:
-            safetensors_directory.read_json(file)
+            disk.read_json(file)
         elif file.suffix == ".json":
             json.loads(file.read_bytes())
         elif file.suffix == ".jinja":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from v4jax.checkpoints import tensor_names, tensor_values
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec

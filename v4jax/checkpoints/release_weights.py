@@ -15,13 +15,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels import quantize
 from v4jax.checkpoints import config_file, release, safetensors_directory, tensor_names, unfinished
+from v4jax.checkpoints.disk import Progress
 from v4jax.checkpoints.release import Format, Release
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
 from v4jax.model.transformer import Model
 
-Progress = Callable[[str, int, int], None]
 # Reads one stored tensor, by release name, into the form that an array of a leaf holds.
 _Read = Callable[[str], np.ndarray]
 

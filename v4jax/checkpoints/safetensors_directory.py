@@ -4,7 +4,6 @@ That is `config.json`, and either `model.safetensors` or an index with shards. W
 the single file is read and the index is not, as in transformers.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,17 +13,14 @@ from typing import Any
 import numpy as np
 
 from v4jax.checkpoints import unfinished
+from v4jax.checkpoints.disk import CheckpointError, read_json, require_space, write_json
 from v4jax.checkpoints.safetensors_file import (
-    CheckpointError,
     SafetensorsFile,
     TensorInfo,
     lookup,
     open_safetensors,
-    parse_json,
-    require_space,
     write_safetensors,
 )
-from v4jax.text.files import read_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -119,21 +115,6 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; a CheckpointError names the place of a mistake."""
-    try:
-        return parse_json(read_text(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}. Mend it, or download "
-            "the file again."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON object in UTF-8: {error}.") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -231,14 +212,14 @@ def write_checkpoint(
     total_bytes = sum(info.nbytes for shard in shards for info in shard.values())
     with unfinished.begin(directory, "write", "") as work:
         require_space(work.directory, total_bytes)
-        _write_json(work.directory / CONFIG, config)
+        write_json(work.directory / CONFIG, config, indent=2)
         for extra in extras:
             shutil.copyfile(extra, work.directory / extra.name)
         for i, shard in enumerate(shards):
             path = work.directory / _shard_name(i, len(shards))
             write_safetensors(path, shard, read, metadata={"format": "pt"})
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(work.directory / INDEX, index)
+        write_json(work.directory / INDEX, index, indent=2)
         work.finish()
 
 
@@ -253,10 +234,3 @@ def _weight_map(shards: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
 
 def _shard_name(i: int, count: int) -> str:
     return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

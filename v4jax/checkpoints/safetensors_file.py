@@ -5,20 +5,21 @@ dtype, shape and offsets), then the tensors' bytes, without holes. The safetenso
 neither F8_E4M3 nor F8_E8M0 nor F4 into numpy arrays; V4's weights are just those.
 """
 
-import collections
 import dataclasses
 import difflib
 import json
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from v4jax.checkpoints.disk import CheckpointError, require_space, sync_directory
+from v4jax.text.files import parse_json
 
 DTYPES = {
     "BOOL": np.dtype("?"),
@@ -45,10 +46,6 @@ _MAX_BYTES = 2**62
 # A map's pages stay resident until dropped: so often, in bytes of views handed out, they are.
 _DROP_AFTER_BYTES = 256 * 2**20
 _DAMAGED = "The file is damaged; download it again."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint's files cannot be used; the message says which, why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,23 +210,6 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
     return entries, metadata
 
 
-def parse_json(text: str) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, or for a key that occurs twice."""
-    parsed = json.loads(text, object_pairs_hook=unique_keys)
-    if not isinstance(parsed, dict):
-        raise ValueError("it is not an object")
-    return parsed
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its pairs; ValueError for a key that occurs twice."""
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return unique
-
-
 def check_entries(
     file: Path, entries: Mapping[str, Any], data_bytes: int | None = None
 ) -> dict[str, TensorInfo]:
@@ -375,22 +355,3 @@ def _array_bytes(path: Path, name: str, info: TensorInfo, value: Any) -> memoryv
             f"{array.dtype} {list(array.shape)} came."
         )
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def require_space(folder: Path, nbytes: int) -> None:
-    """Raise a CheckpointError unless the folder's disk has `nbytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise CheckpointError(
-            f"{folder}: {nbytes:,} bytes are needed and {free:,} are free; make room, or choose "
-            "another disk."
-        )
-
-
-def sync_directory(folder: Path) -> None:
-    """Make renames in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

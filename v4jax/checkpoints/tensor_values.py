@@ -9,7 +9,7 @@ from typing import NoReturn
 import ml_dtypes
 import numpy as np
 
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError
 
 # The bits of the first number, counted upwards, that is not finite; the sign's bit set, the same.
 _FIRST_BITS = {

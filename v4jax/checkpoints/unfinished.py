@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from v4jax.checkpoints.safetensors_file import CheckpointError, sync_directory
+from v4jax.checkpoints.disk import CheckpointError, sync_directory
 
 _SUFFIX = ".unfinished"
 _JOURNAL, _RESULT = "journal.jsonl", "result"
@@ -140,24 +140,6 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
             if not work.done:
                 _remove(folder)
             raise
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, or as it was before.
-
-    Raises:
-      OSError: it cannot be written; names it.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def lock(file: IO[bytes], folder: Path) -> None:

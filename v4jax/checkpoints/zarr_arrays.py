@@ -6,17 +6,15 @@ array, one file a chunk (zarr 2, not compressed), and Orbax's own two files of m
 """
 
 import contextlib
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from v4jax.checkpoints.safetensors_file import CheckpointError
+from v4jax.checkpoints.disk import CheckpointError, write_json
 
 # A matrix is cut into chunks of about this size: hosts that need a part of it read little more.
 _CHUNK_BYTES = 32 * 2**20
@@ -31,15 +29,6 @@ def explained(what: Path, remedy: str) -> Iterator[None]:
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{what}: {reason:.200} {remedy}") from error
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a small file and see it onto the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, separators=(",", ":"))
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def chunk_shape(shape: tuple[int, ...], stack_dims: int, itemsize: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from v4jax import arguments
 from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
-from v4jax.checkpoints.safetensors_file import DTYPES, CheckpointError, open_safetensors
+from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.safetensors_file import DTYPES, open_safetensors
 from v4jax.facts import DEVICES, GIB, Report, devices, report
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.segments import segments

@@ -1,9 +1,12 @@
-"""Text from files, and text of strangers on a terminal."""
+"""Text from files, JSON in it, and text of strangers on a terminal."""
 
 import codecs
+import collections
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 _OTHER_ENCODINGS = {
     # The longer mark begins with the shorter one.
@@ -32,6 +35,23 @@ def decode(data: bytes) -> str:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a file, see `decode`."""
     return decode(Path(path).read_bytes())
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object; ValueError for anything else, or for a key that occurs twice."""
+    parsed = json.loads(text, object_pairs_hook=unique_keys)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not an object")
+    return parsed
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs; ValueError for a key that occurs twice."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return unique
 
 
 def visible(text: str) -> str:

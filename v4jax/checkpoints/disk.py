@@ -1,0 +1,79 @@
+"""The error of all that reads and writes checkpoints, small files, and the disk itself."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from v4jax.text.files import parse_json, read_text
+
+# Told what is being done, how much of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files cannot be used; the message says which, why, and what to do."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; a CheckpointError names the place of a mistake."""
+    try:
+        return parse_json(read_text(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}. Mend it, or download "
+            "the file again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a JSON object in UTF-8: {error}.") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write a small file and see it onto the disk; without an indent, in one line."""
+    separators = (",", ":") if indent is None else None
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=indent, separators=separators)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is there whole, or as it was before.
+
+    Raises:
+      OSError: it cannot be written; names it.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise a CheckpointError unless the folder's disk has `nbytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{folder}: {nbytes:,} bytes are needed and {free:,} are free; make room, or choose "
+            "another disk."
+        )
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames in a folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from pallas_kernels import quantize
 from v4jax.checkpoints import tensor_names
+from v4jax.checkpoints.formats import QUANTISED
 from v4jax.checkpoints.safetensors_directory import write_checkpoint
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model import config_json, params
@@ -183,8 +183,7 @@ def _quantised(
             codes = _rng(name, seed).integers(0, 120, shape, np.uint8).view(DTYPES[kind])
             return codes, np.full(grid, 118, np.uint8).view(E8M0)
         values = _values(name, spec, seed, fill).astype(np.float32)
-        encode = quantize.encode_fp8_blocks if stored == "fp8" else quantize.encode_fp4_blocks
-        return encode(values)
+        return QUANTISED[stored].encode(values)
 
     # Float32 scales are no powers of two, so that nothing may pass through E8M0 unnoticed.
     factor = 1.25 if scales == "F32" else 1.0

@@ -83,7 +83,7 @@ def test_files_do_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """What a library writes to standard error would go into them."""
     file = tmp_path / "file"
     code = (
-        "import os, sys; from v4jax import command_line;"
+        "import os, sys; from v4jax.commands import command_line;"
         f"context = command_line.process('x'); context.__enter__(); open({str(file)!r}, 'w');"
         f"opened = open({str(file)!r}, 'w'); sys.exit(opened.fileno())"
     )

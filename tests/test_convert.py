@@ -17,7 +17,7 @@ import pytest
 
 from tests import checkpoints, hf_models
 from tests.test_hub import Hub, client
-from v4jax.checkpoints import convert, native, release_weights
+from v4jax.checkpoints import convert, native, release_weights, tensor_names
 from v4jax.checkpoints.safetensors_directory import Checkpoint, write_checkpoint
 from v4jax.checkpoints.safetensors_file import TensorInfo
 from v4jax.model import config_json, params, sharding
@@ -254,7 +254,7 @@ def test_a_fraction_of_one_leaf_is_held_in_memory(tmp_path):
     )
     source, made = tmp_path / "source", tmp_path / "native"
     checkpoints.write_release(source, cfg, 1, fill="bytes")
-    leaf = native.slots(cfg)["layers.0.ffn.experts.0.w1.weight"].spec.size * 2
+    leaf = tensor_names.slots(cfg)["layers.0.ffn.experts.0.w1.weight"].spec.size * 2
     ended = run("convert", source, made, 0, "bfloat16")
     shutil.rmtree(source)
     exported = run("export", made, tmp_path / "exported", 0)
@@ -269,7 +269,8 @@ def test_a_fraction_of_one_leaf_is_held_in_memory(tmp_path):
 def test_a_checkpoint_on_the_hub_is_converted_shard_by_shard(released, tmp_path):
     files = contents(released)
     home, target = tmp_path / "home", tmp_path / "target"
-    script = f"from v4jax import convert\nout = convert.convert('org/name', Path({str(target)!r}))"
+    script = "from v4jax.checkpoints import convert\n"
+    script += f"out = convert.convert('org/name', Path({str(target)!r}))"
     with Hub(files) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

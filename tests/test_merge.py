@@ -14,13 +14,13 @@ from peft import PeftModel
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 import v4jax
-from pallas_kernels import quantize
 from tests import checkpoints, hf_models, models, training_runs
 from v4jax.__main__ import main
 from v4jax.adapters import merge, peft, requantise
 from v4jax.adapters.lora import Lora
 from v4jax.checkpoints import export, native, release_weights, tensor_names
 from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.formats import FP4, FP8, BlockFormat
 from v4jax.checkpoints.safetensors_directory import Checkpoint
 from v4jax.decoding import steps
 from v4jax.model import cache as caches
@@ -401,45 +401,42 @@ def test_export_adapter_refuses_what_has_none(
     assert "exists" in fails(capsys, "export-adapter", moved, target, "--model", released)
 
 
-def stored(form: requantise.Quantised, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def stored(form: BlockFormat, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A matrix, its last blocks not whole, and its scales."""
     w_NK = np.random.default_rng(seed).standard_normal((200, 320), np.float32)
-    encode = quantize.encode_fp8_blocks if form == "fp8" else quantize.encode_fp4_blocks
-    codes, scale = encode(w_NK)
-    return requantise.decode(codes, scale, form), scale
+    codes, scale = form.encode(w_NK)
+    return form.decode(codes, scale), scale
 
 
-def error(w_NK: np.ndarray, scale: np.ndarray, form: requantise.Quantised) -> float:
-    found = requantise.decode(requantise.encode(w_NK, scale, form), scale, form)
-    return float(np.linalg.norm(found - w_NK))
+def error(w_NK: np.ndarray, scale: np.ndarray, form: BlockFormat) -> float:
+    return float(np.linalg.norm(form.decode(form.codes(w_NK, scale), scale) - w_NK))
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("form", [FP8, FP4], ids=["fp8", "fp4"])
 def test_a_matrix_that_has_not_changed_keeps_its_scales_and_values(
-    form: requantise.Quantised,
+    form: BlockFormat,
 ) -> None:
     w_NK, scale = stored(form)
     np.testing.assert_array_equal(requantise.scales(w_NK, scale, form), scale)
     assert error(w_NK, scale, form) == 0
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("form", [FP8, FP4], ids=["fp8", "fp4"])
 @pytest.mark.parametrize("size", [1e-3, 0.05, 1.0, 100.0])
 def test_chosen_scales_are_better_than_old_ones_and_than_new_ones(
-    form: requantise.Quantised, size: float
+    form: BlockFormat, size: float
 ) -> None:
     w_NK, scale = stored(form)
     w_NK = w_NK + size * np.random.default_rng(1).standard_normal(w_NK.shape, np.float32)
-    encode = quantize.encode_fp8_blocks if form == "fp8" else quantize.encode_fp4_blocks
     chosen = requantise.scales(w_NK, scale, form)
-    best = min(error(w_NK, scale, form), error(w_NK, encode(w_NK)[1], form))
+    best = min(error(w_NK, scale, form), error(w_NK, form.scales(w_NK), form))
     assert error(w_NK, chosen, form) <= best * (1 + 1e-6)
 
 
 def test_a_scale_of_zero_is_replaced() -> None:
-    w_NK, _ = stored("fp8")
-    new = quantize.fp8_scales(w_NK).astype(np.float32)
-    np.testing.assert_array_equal(requantise.scales(w_NK, np.zeros_like(new), "fp8"), new)
+    w_NK, _ = stored(FP8)
+    new = FP8.scales(w_NK).astype(np.float32)
+    np.testing.assert_array_equal(requantise.scales(w_NK, np.zeros_like(new), FP8), new)
 
 
 def test_the_ledger_tells_gain_and_cosine() -> None:

@@ -66,12 +66,9 @@ def their_tensors(named: dict[str, Any]) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in named.items():
         array, ours = tensor.detach().numpy(), rename(name)
-        if fused := tensor_names.FUSED.match(ours):
-            matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
-            for e, expert in enumerate(array):
-                parts = np.split(expert, len(matrices))
-                for matrix, part in zip(matrices, parts, strict=True):
-                    found[f"{fused[1]}{e}.{matrix}.weight"] = part
+        if tensor_names.is_fused(ours):
+            places = tensor_names.of_fused(ours, array.shape)
+            found |= {matrix: array[e, rows] for matrix, e, rows in places}
         else:
             found[ours] = array
     return found

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from v4jax.arguments import checked, whole
+from v4jax.checkpoints.formats import QUANTISED
 from v4jax.model import params
 from v4jax.model.block import Stack
 from v4jax.model.config import CONFIG, ModelConfig
@@ -122,17 +123,11 @@ def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
     stored = cfg.expert_dtype if spec.stored == "expert" else spec.stored
     if not cfg.quantized and stored in ("fp8", "fp4", None):
         return [("BF16", spec.size)]
-    blocks = lambda rows, columns: (
-        spec.size
-        // (spec.shape[-2] * spec.shape[-1])
-        * math.ceil(spec.shape[-2] / rows)
-        * math.ceil(spec.shape[-1] / columns)
-    )
     match stored:
-        case "fp8":
-            return [("F8_E4M3", spec.size), ("F8_E8M0", blocks(128, 128))]
-        case "fp4":
-            return [("I8", spec.size // 2), ("F8_E8M0", blocks(1, 32))]
+        case "fp8" | "fp4":
+            form = QUANTISED[stored]
+            scales = math.prod(form.scales_shape(spec.shape))
+            return [(form.dtypes[0], spec.size // form.packed), ("F8_E8M0", scales)]
         case "f32":
             return [("F32", spec.size)]
         case "i64":

@@ -30,7 +30,8 @@ from v4jax.checkpoints import (
     unfinished,
 )
 from v4jax.checkpoints.disk import CheckpointError, Progress
-from v4jax.checkpoints.release import Format, Release
+from v4jax.checkpoints.formats import Format
+from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_directory import Checkpoint
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model.config import ModelConfig
@@ -157,11 +158,11 @@ class _Tensors:
         self.weights: Weights = weights
         self._tensors, cfg, self._formats = opened
         self._update = update
-        self._slots = native.slots(cfg)
+        self._slots = tensor_names.slots(cfg)
         self._matrix = {
             tensor_names.scale_name(name): name
             for name, slot in self._slots.items()
-            if self._formats[slot.leaf] != "dense"
+            if self._formats[slot.leaf] is not None
         }
         self._scales: dict[str, np.ndarray] = {}
         translate = tensor_names.to_release(files.names)
@@ -181,23 +182,18 @@ class _Tensors:
     def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
         """A tensor's values, as declared."""
         name = self._ours[theirs]
-        if fused := tensor_names.FUSED.match(name):
-            return self._fused(fused, declared)
+        if tensor_names.is_fused(name):
+            return self._fused(name, declared)
         if name in self._matrix:
             return self._scale(self._matrix[name])
         if name in self._slots and self._slots[name].spec.stored != "i64":
             return self._weight(name, declared.dtype)
         return self._tensors[name].read()
 
-    def _fused(self, fused: re.Match[str], declared: TensorInfo) -> np.ndarray:
-        """All experts' matrices, `w1` above `w3`."""
+    def _fused(self, name: str, declared: TensorInfo) -> np.ndarray:
         out = np.empty(declared.shape, DTYPES[declared.dtype])
-        matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
-        height = declared.shape[1] // len(matrices)
-        for e in range(declared.shape[0]):
-            for i, matrix in enumerate(matrices):
-                rows = slice(i * height, (i + 1) * height)
-                out[e, rows] = self._weight(f"{fused[1]}{e}.{matrix}.weight", declared.dtype)
+        for matrix, e, rows in tensor_names.of_fused(name, declared.shape):
+            out[e, rows] = self._weight(matrix, declared.dtype)
         return out
 
     def _weight(self, name: str, dtype: str) -> np.ndarray:
@@ -207,10 +203,10 @@ class _Tensors:
             if self.weights == "keep":
                 return self._tensors[name].read()
             return release_weights.dense(self._tensors, name, stored, DTYPES[dtype])
-        if self.weights == "keep" and stored != "dense":
+        if self.weights == "keep" and stored is not None:
             scale = self._new_scale(name, new)
-            codes = requantise.encode(new, scale, stored)
-            self._account(name, stored.upper(), new, requantise.decode(codes, scale, stored), base)
+            codes = stored.codes(new, scale)
+            self._account(name, stored.name.upper(), new, stored.decode(codes, scale), base)
             return codes.view(DTYPES[dtype])
         out = new.astype(DTYPES[dtype])
         self._account(name, dtype, new, out.astype(np.float32), base)
@@ -238,7 +234,7 @@ class _Tensors:
         if name in self._scales:
             return self._scales.pop(name)
         stored = self._formats[self._slots[name].leaf]
-        assert stored != "dense"
+        assert stored is not None
         old = self._tensors[tensor_names.scale_name(name)].read()
         self._scales[name] = requantise.scales(new, old, stored)
         return self._scales[name]

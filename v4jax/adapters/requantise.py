@@ -6,46 +6,33 @@ Axis letters: N rows, K columns of a matrix; n, k of its blocks.
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Shaped
 
-from pallas_kernels import quantize
+from v4jax.checkpoints.formats import BlockFormat
 
-Quantised = Literal["fp8", "fp4"]
 _NAMED = 3  # kinds of weights in a warning
-_BLOCKS = {"fp8": (128, 128), "fp4": (1, 32)}
-
-
-def decode(codes: np.ndarray, scale: np.ndarray, stored: Quantised) -> np.ndarray:
-    """The values of a matrix as the checkpoint stores it, float32."""
-    read = quantize.decode_fp8_blocks if stored == "fp8" else quantize.decode_fp4_blocks
-    return read(codes, scale)
-
-
-def encode(w_NK: np.ndarray, scale: np.ndarray, stored: Quantised) -> np.ndarray:
-    """The codes of a matrix with these scales."""
-    return (quantize.fp8_codes if stored == "fp8" else quantize.fp4_codes)(w_NK, scale)
 
 
 def scales(
-    w_NK: Float32[np.ndarray, "N K"], old_nk: Shaped[np.ndarray, "n k"], stored: Quantised
+    w_NK: Float32[np.ndarray, "N K"], old_nk: Shaped[np.ndarray, "n k"], stored: BlockFormat
 ) -> Shaped[np.ndarray, "n k"]:
     """The scales for a changed matrix: a block's old one, unless a new one is nearer to its values.
 
     A new scale for a block whose largest value grew a little would round all others anew, which
     does more harm than cutting that one off.
     """
-    new_nk = (quantize.fp8_scales if stored == "fp8" else quantize.fp4_scales)(w_NK)
-    new_nk = new_nk.astype(old_nk.dtype)
+    new_nk = stored.scales(w_NK).astype(old_nk.dtype)
     differs_nk = new_nk != old_nk
     if not differs_nk.any():
         return old_nk
-    if stored == "fp8":
+    rows, columns = stored.block
+    if rows > 1:
         return _nearer(w_NK, old_nk, new_nk, stored)
     # Blocks are parts of rows: those in question, which are few, make a matrix of their own.
-    few_NK = w_NK.reshape(*old_nk.shape, 32)[differs_nk]
+    few_NK = w_NK.reshape(*old_nk.shape, columns)[differs_nk]
     column = lambda scale_nk: scale_nk[differs_nk][:, None]
     chosen_nk = old_nk.copy()
     chosen_nk[differs_nk] = _nearer(few_NK, column(old_nk), column(new_nk), stored)[:, 0]
@@ -56,7 +43,7 @@ def _nearer(
     w_NK: Float32[np.ndarray, "N K"],
     old_nk: Shaped[np.ndarray, "n k"],
     new_nk: Shaped[np.ndarray, "n k"],
-    stored: Quantised,
+    stored: BlockFormat,
 ) -> Shaped[np.ndarray, "n k"]:
     """Of each block the scale with which it is stored more exactly, the old one if both are."""
     # A scale of 0 is allowed in float32, and nothing fits it.
@@ -66,11 +53,11 @@ def _nearer(
 
 
 def _errors(
-    w_NK: Float32[np.ndarray, "N K"], scale_nk: Shaped[np.ndarray, "n k"], stored: Quantised
+    w_NK: Float32[np.ndarray, "N K"], scale_nk: Shaped[np.ndarray, "n k"], stored: BlockFormat
 ) -> Float32[np.ndarray, "n k"]:
     """Of each block, the sum of squared distances to what would be stored."""
-    error = (decode(encode(w_NK, scale_nk, stored), scale_nk, stored) - w_NK) ** 2
-    for axis, block in enumerate(_BLOCKS[stored]):
+    error = (stored.decode(stored.codes(w_NK, scale_nk), scale_nk) - w_NK) ** 2
+    for axis, block in enumerate(stored.block):
         error = np.add.reduceat(error, np.arange(0, error.shape[axis], block), axis=axis)
     return error
 

@@ -21,6 +21,7 @@ from v4jax.adapters import lora, peft, runs
 from v4jax.adapters.lora import Adapter, Lora
 from v4jax.checkpoints import config_file, hub, native, safetensors_directory, unfinished
 from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.formats import FP4
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
@@ -170,7 +171,7 @@ def changed(update: Update, leaf: str, at: tuple[int, ...], base: np.ndarray) ->
     new = update.weights[leaf][at]
     if update.fp4_experts and ".experts." in leaf:
         new = np.asarray(new, np.float32)
-        new = quantize.decode_fp4_blocks(*quantize.encode_fp4_blocks(new))
+        new = FP4.decode(*FP4.encode(new))
     # In the run's own dtype, to which the base was rounded at its beginning.
     return None if np.array_equal(new, base.astype(new.dtype)) else np.asarray(new, np.float32)
 

@@ -35,9 +35,11 @@ from v4jax.checkpoints import (
 )
 from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
 from v4jax.checkpoints.export import export
-from v4jax.checkpoints.native import Manifest, Slot, Weights
-from v4jax.checkpoints.release import Format, Release
+from v4jax.checkpoints.formats import Format
+from v4jax.checkpoints.native import Manifest, Weights
+from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo, write_safetensors
+from v4jax.checkpoints.tensor_names import Slot
 from v4jax.checkpoints.zarr_arrays import Arrays
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
@@ -177,14 +179,14 @@ def _plan(source: _Source, weights: Weights) -> _Plan:
     tensors = Release(files, cfg)
     cfg = release.fit_config(tensors, cfg)
     formats = release.check(tensors, cfg)
-    held: dict[str, Format] = formats if weights == "keep" else dict.fromkeys(formats, "dense")
+    held: dict[str, Format] = formats if weights == "keep" else dict.fromkeys(formats)
     structs = {}
     for leaf, spec in params.leaves(Model(cfg)):
         struct = _struct(leaf, spec, held[leaf], tensors, cfg, weights)
         arrays = zip(native.array_names(leaf, held[leaf]), jax.tree.leaves(struct), strict=True)
         structs |= {name: (array, spec.stack_dims) for name, array in arrays}
     manifest = Manifest(weights, held, _sources(source), _index(source))
-    return _Plan(source, tensors, cfg, manifest, formats, structs, native.slots(cfg))
+    return _Plan(source, tensors, cfg, manifest, formats, structs, tensor_names.slots(cfg))
 
 
 def _struct(
@@ -192,7 +194,7 @@ def _struct(
 ) -> Any:
     if weights != "keep":
         return params.leaf_struct(spec, weights)
-    if held != "dense" or spec.stored == "i64":
+    if held is not None or spec.stored == "i64":
         return release_weights.leaf_struct(leaf, spec, held, tensors, cfg, jnp.bfloat16)
     names = tensor_names.flatten(tensor_names.release_names(leaf, cfg))
     dtypes = {tensors[name].dtype for name in names}
@@ -287,12 +289,12 @@ def _parts(plan: _Plan, stores: dict[str, Any], name: str) -> Iterator[tuple[Any
     leaf, index, _ = plan.slots[name]
     stored, held = plan.formats[leaf], plan.manifest.leaves[leaf]
     where = [stores[array][index] for array in native.array_names(leaf, held)]
-    if held != "dense":
-        yield from zip(where, release_weights.quantized(plan.tensors, name, stored), strict=True)
+    if held is not None:
+        yield from zip(where, release_weights.quantized(plan.tensors, name, held), strict=True)
         return
     [store], [array] = where, native.array_names(leaf, held)
     dtype = store.dtype.numpy_dtype
-    if stored != "dense":
+    if stored is not None:
         yield store, release_weights.dense(plan.tensors, name, stored, dtype)
         return
     struct, stack_dims = plan.structs[array]

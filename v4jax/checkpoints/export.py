@@ -105,7 +105,7 @@ class _Tensors:
 
     def __init__(self, opened: Native) -> None:
         self._native = opened
-        self._slots = native.slots(opened.config)
+        self._slots = tensor_names.slots(opened.config)
         quantised = [n for n, slot in self._slots.items() if not self._is_dense(slot)]
         self._scales = {tensor_names.scale_name(name): self._slots[name] for name in quantised}
         self._extras = {}
@@ -121,8 +121,8 @@ class _Tensors:
             if declared is not None:
                 self.files.setdefault(str(info.file), {})[theirs] = declared
 
-    def _is_dense(self, slot: native.Slot) -> bool:
-        return self._native.manifest.leaves[slot.leaf] == "dense"
+    def _is_dense(self, slot: tensor_names.Slot) -> bool:
+        return self._native.manifest.leaves[slot.leaf] is None
 
     def _declared(self, theirs: str, source: TensorInfo) -> TensorInfo | None:
         """How a tensor is exported; None: it is not, being the scales of what is now dense."""
@@ -139,26 +139,23 @@ class _Tensors:
         if name in self._scales:
             leaf, index, _ = self._scales[name]
             return self._native.read(f"{leaf}.scale", index).T
-        if fused := tensor_names.FUSED.match(name):
-            return self._fused(fused, declared)
+        if tensor_names.is_fused(name):
+            return self._fused(name, declared)
         slot = self._slots[name]
         if self._is_dense(slot):
             return self._native.dense(slot.leaf, slot.at).astype(dtype, copy=False)
         return self._native.stored(slot.leaf, slot.at)[0].view(dtype)
 
-    def _fused(self, fused: Any, declared: TensorInfo) -> np.ndarray:
+    def _fused(self, name: str, declared: TensorInfo) -> np.ndarray:
         out = np.empty(declared.shape, DTYPES[declared.dtype])
-        matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
-        height = declared.shape[1] // len(matrices)
-        for e in range(declared.shape[0]):
-            for i, matrix in enumerate(matrices):
-                slot = self._slots[f"{fused[1]}{e}.{matrix}.weight"]
-                out[e, i * height : (i + 1) * height] = self._native.dense(slot.leaf, slot.at)
+        for matrix, e, rows in tensor_names.of_fused(name, declared.shape):
+            slot = self._slots[matrix]
+            out[e, rows] = self._native.dense(slot.leaf, slot.at)
         return out
 
 
 def stored_as(
-    name: str, source: TensorInfo, slots: Mapping[str, native.Slot], weights: native.Weights
+    name: str, source: TensorInfo, slots: Mapping[str, tensor_names.Slot], weights: native.Weights
 ) -> TensorInfo | None:
     """How a tensor of the model is written; None: it is not, being the scales of what is now dense.
 
@@ -170,7 +167,7 @@ def stored_as(
     """
     if weights == "keep":
         return TensorInfo(source.dtype, source.shape)
-    if tensor_names.FUSED.match(name):
+    if tensor_names.is_fused(name):
         return TensorInfo(_NAMED[weights], source.shape)
     if name not in slots:
         return None

@@ -14,24 +14,22 @@ Axis letters: N rows, K columns of a stored matrix.
 
 import dataclasses
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import quantize
 from v4jax.checkpoints import (
     config_file,
     disk,
     release_weights,
     safetensors_directory,
-    tensor_names,
     tensor_values,
     unfinished,
 )
 from v4jax.checkpoints.disk import CheckpointError, Progress
-from v4jax.checkpoints.release import Format
+from v4jax.checkpoints.formats import BY_NAME, BlockFormat, Format, Stored, name_of
 from v4jax.checkpoints.safetensors_file import TensorInfo
 from v4jax.checkpoints.zarr_arrays import DAMAGED, Arrays
 from v4jax.model import params
@@ -65,31 +63,13 @@ class Manifest:
         return {
             "version": VERSION,
             "weights": self.weights,
-            "leaves": self.leaves,
+            "leaves": {leaf: name_of(stored) for leaf, stored in self.leaves.items()},
             "index": self.index,
             "sources": {
                 name: [info.dtype, list(info.shape), str(info.file)]
                 for name, info in self.sources.items()
             },
         }
-
-
-class Slot(NamedTuple):
-    """Where a release tensor lies: a leaf, its place in the leaf's stack, its declaration."""
-
-    leaf: str
-    at: tuple[int, ...]
-    spec: ParamSpec
-
-
-def slots(cfg: ModelConfig) -> dict[str, Slot]:
-    """The place of every release tensor but scales and extras."""
-    found = {}
-    for leaf, spec in params.leaves(Model(cfg)):
-        names = tensor_names.flatten(tensor_names.release_names(leaf, cfg))
-        for index, name in zip(np.ndindex(*spec.shape[: spec.stack_dims]), names, strict=True):
-            found[name] = Slot(leaf, index, spec)
-    return found
 
 
 def is_native(path: Path) -> bool:
@@ -117,7 +97,8 @@ def read_manifest(path: Path) -> Manifest:
             name: TensorInfo(dtype, tuple(shape), Path(_inside(where)))
             for name, (dtype, shape, where) in raw["sources"].items()
         }
-        return Manifest(raw["weights"], raw["leaves"], sources, raw["index"])
+        leaves = {leaf: BY_NAME[name] for leaf, name in raw["leaves"].items()}
+        return Manifest(raw["weights"], leaves, sources, raw["index"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: is damaged ({error!r:.100}). {DAMAGED}") from error
 
@@ -139,9 +120,9 @@ def read_config(path: Path, manifest: Manifest) -> ModelConfig:
     return cfg
 
 
-def array_names(leaf: str, form: Format) -> list[str]:
+def array_names(leaf: str, stored: Format) -> list[str]:
     """The arrays that hold a leaf."""
-    return [leaf] if form == "dense" else [f"{leaf}.codes", f"{leaf}.scale"]
+    return [leaf] if stored is None else [f"{leaf}.codes", f"{leaf}.scale"]
 
 
 class Native:
@@ -161,7 +142,7 @@ class Native:
         """A part of an array, whose values are checked."""
         values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
         leaf = array.removesuffix(".scale")
-        if leaf != array and self.manifest.leaves.get(leaf) != "dense":
+        if leaf != array and self.manifest.leaves.get(leaf) is not None:
             tensor_values.check_scales(where, values)
         elif values.dtype.kind == "i":
             tensor_values.check_ids(where, values, self.config.n_routed_experts)
@@ -169,19 +150,20 @@ class Native:
             tensor_values.check(where, values)
         return values
 
-    def stored(self, leaf: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, leaf: str, index: tuple[int, ...]) -> Stored:
         """Codes [N, K] and scales of one quantised matrix, as in the files they came from."""
-        codes, scale = (self.read(name, index) for name in array_names(leaf, "fp8"))
-        if self.manifest.leaves[leaf] == "fp8":
-            return quantize.fp8_to_checkpoint(codes, scale)
-        return quantize.fp4_to_checkpoint(codes, scale)
+        stored = self._quantised(leaf)
+        codes, scale = (self.read(name, index) for name in array_names(leaf, stored))
+        return stored.from_kernels(codes, scale)
 
     def matrix(self, leaf: str, index: tuple[int, ...]) -> np.ndarray:
         """One quantised matrix [N, K], decoded, in float32."""
-        codes, scale = self.stored(leaf, index)
-        if self.manifest.leaves[leaf] == "fp8":
-            return quantize.decode_fp8_blocks(codes, scale)
-        return quantize.decode_fp4_blocks(codes, scale)
+        return self._quantised(leaf).decode(*self.stored(leaf, index))
+
+    def _quantised(self, leaf: str) -> BlockFormat:
+        stored = self.manifest.leaves[leaf]
+        assert stored is not None
+        return stored
 
 
 def load(
@@ -223,13 +205,13 @@ def load(
 
 def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep: bool) -> Any:
     """The leaf as it will be held; what is on the disk must fit it."""
-    form = native.manifest.leaves[name]
-    on_disk = params.leaf_struct(spec, dtype, None if form == "dense" else form)
-    if form != "dense":
+    stored = native.manifest.leaves[name]
+    on_disk = params.leaf_struct(spec, dtype, stored and stored.name)
+    if stored is not None:
         scale = native.arrays[f"{name}.scale"].dtype.numpy_dtype
         scale = jax.ShapeDtypeStruct(on_disk.scale.shape, scale)
         on_disk = dataclasses.replace(on_disk, scale=scale)
-    for array, struct in zip(array_names(name, form), jax.tree.leaves(on_disk), strict=True):
+    for array, struct in zip(array_names(name, stored), jax.tree.leaves(on_disk), strict=True):
         found = native.arrays[array].shape
         if tuple(found) != struct.shape:
             raise CheckpointError(
@@ -240,13 +222,11 @@ def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep: bool) 
 
 
 def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
-    form = native.manifest.leaves[name]
-
     def make(array: str, part: Any, lies: Any) -> jax.Array:
         fill = lambda index: native.read(array, index).astype(part.dtype, copy=False)
         return jax.make_array_from_callback(part.shape, lies, fill)
 
-    if form == "dense":
+    if native.manifest.leaves[name] is None:
         return make(name, struct, place)
     if isinstance(struct, jax.ShapeDtypeStruct):
         fill = lambda index: _decoded(native, name, index, struct)

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from pallas_kernels import quantize
 from v4jax import arguments
 from v4jax.checkpoints import safetensors_directory, tensor_names
+from v4jax.checkpoints.formats import QUANTISED
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model import config_json, params
 from v4jax.model.config import CONFIG, ModelConfig
@@ -126,9 +126,7 @@ def _stored(
     """The tensors that hold a weight in the release: itself, or its codes and scales."""
     match cfg.expert_dtype if spec.stored == "expert" else spec.stored:
         case "fp8" | "fp4" as stored if cfg.quantized:
-            fp8 = stored == "fp8"
-            encode = quantize.encode_fp8_blocks if fp8 else quantize.encode_fp4_blocks
-            codes, scale = encode(values)
+            codes, scale = QUANTISED[stored].encode(values)
             yield name, codes
             yield tensor_names.scale_name(name), scale
         case "f32":

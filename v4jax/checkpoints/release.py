@@ -5,22 +5,20 @@ Axis letters: E experts, F expert hidden, N rows, K columns.
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from v4jax.checkpoints import tensor_names, tensor_values
 from v4jax.checkpoints.disk import CheckpointError
+from v4jax.checkpoints.formats import ALLOWED, Format, name_of
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
 
-Format = Literal["dense", "fp8", "fp4"]
 _DENSE = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
-_PACKED = ("I8", "U8", "F4")
 _SCALES = ("F8_E8M0", "F32")
 _INTEGERS = ("I64", "I32")
 
@@ -85,31 +83,21 @@ class Release:
 def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
     """The release tensors inside one stored tensor: itself, or the matrices of fused experts."""
     info = files.info(theirs)
-    fused = tensor_names.FUSED.match(name)
-    if fused is None:
-        read = lambda rows=None: files.read(theirs, rows)
-        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read)
+    if not tensor_names.is_fused(name):
+        whole = lambda rows=None: files.read(theirs, rows)
+        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), whole)
         return
     if len(info.shape) != 3:
         raise CheckpointError(
             f"{info.file}: '{theirs}' has shape {list(info.shape)}; fused experts have 3 dims."
         )
-    experts, rows, columns = info.shape
-    matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
-    height = rows // len(matrices)
-    for e in range(experts):
-        for i, matrix in enumerate(matrices):
-            row = slice(i * height, (i + 1) * height)
-            read = lambda rows=slice(None), e=e, row=row: files.read(theirs, slice(e, e + 1))[
-                0, row
-            ][rows]
-            yield Tensor(
-                f"{fused[1]}{e}.{matrix}.weight",
-                info.dtype,
-                (height, columns),
-                str(info.file),
-                read,
-            )
+    for matrix, e, own in tensor_names.of_fused(name, info.shape):
+
+        def read(rows: slice | None = None, e: int = e, own: slice = own) -> np.ndarray:
+            return files.read(theirs, slice(e, e + 1))[0, own][rows or slice(None)]
+
+        shape = (own.stop - own.start, info.shape[2])
+        yield Tensor(matrix, info.dtype, shape, str(info.file), read)
 
 
 def fit_config(release: Release, cfg: ModelConfig) -> ModelConfig:
@@ -142,12 +130,12 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         if missing := [name for name in names if name not in release]:
             raise CheckpointError(_missing(missing, release))
         found: set[Format] = {_check_one(release, name, spec) for name in names}
-        _check_alike(release, names[0], found)
+        _check_alike(release, names[0], map(name_of, found))
         formats[leaf] = found.pop()
         known.update(names)
-        if formats[leaf] != "dense":
+        if formats[leaf] is not None:
             scales = [tensor_names.scale_name(name) for name in names]
-            _check_alike(release, scales[0], {release[name].dtype for name in scales})
+            _check_alike(release, scales[0], (release[name].dtype for name in scales))
             known.update(scales)
     if unexpected := sorted(release.tensors.keys() - known):
         name = unexpected[0]
@@ -158,11 +146,11 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
     return formats
 
 
-def _check_alike(release: Release, name: str, found: Collection[str]) -> None:
-    if len(found) > 1:
+def _check_alike(release: Release, name: str, found: Iterable[str]) -> None:
+    if len(different := sorted(set(found))) > 1:
         raise CheckpointError(
             f"{release[name].file}: '{name}' and its like in other layers are stored in different "
-            f"formats ({', '.join(sorted(found))}); convert them to one first."
+            f"formats ({', '.join(different)}); convert them to one first."
         )
 
 
@@ -177,37 +165,34 @@ def _missing(missing: list[str], release: Release) -> str:
 
 def _check_one(release: Release, name: str, spec: ParamSpec) -> Format:
     tensor = release[name]
-    shape = spec.shape[spec.stack_dims :]
-    kind = _format(tensor, spec)
-    stored = shape
-    if kind == "fp4" and tensor.dtype != "F4":
-        stored = (*shape[:-1], shape[-1] // 2)
-    if tensor.shape != stored:
+    shape = needed = spec.shape[spec.stack_dims :]
+    stored = _format(tensor, spec)
+    if stored is not None:
+        needed = stored.codes_shape(shape, tensor.dtype)
+    if tensor.shape != needed:
         raise CheckpointError(
             f"{tensor.file}: '{name}' has shape {list(tensor.shape)}; the configuration needs "
-            f"{list(stored)}. Check that config.json belongs to these files."
+            f"{list(needed)}. Check that config.json belongs to these files."
         )
-    if kind != "dense":
-        _check_scale(release, name, shape, kind)
-    return kind
+    if stored is not None:
+        _check_scale(release, name, stored.scales_shape(shape), shape)
+    return stored
 
 
 def _format(tensor: Tensor, spec: ParamSpec) -> Format:
     dtype = tensor.dtype
     if spec.stored == "i64":
         if dtype in _INTEGERS:
-            return "dense"
+            return None
         raise CheckpointError(_bad_dtype(tensor, _INTEGERS))
     if dtype in _DENSE:
-        return "dense"
-    if spec.stored in ("fp8", "expert") and dtype == "F8_E4M3":
-        return "fp8"
-    if spec.stored == "expert" and dtype in _PACKED:
-        return "fp4"
-    allowed = [*_DENSE] + (["F8_E4M3"] if spec.stored in ("fp8", "expert") else [])
-    raise CheckpointError(
-        _bad_dtype(tensor, [*allowed, *(_PACKED if spec.stored == "expert" else ())])
-    )
+        return None
+    allowed = ALLOWED.get(spec.stored, ())
+    for stored in allowed:
+        if dtype in stored.dtypes:
+            return stored
+    names = (name for stored in allowed for name in stored.dtypes)
+    raise CheckpointError(_bad_dtype(tensor, [*_DENSE, *names]))
 
 
 def _bad_dtype(tensor: Tensor, allowed: Any) -> str:
@@ -217,15 +202,15 @@ def _bad_dtype(tensor: Tensor, allowed: Any) -> str:
     )
 
 
-def _check_scale(release: Release, name: str, shape: tuple[int, ...], kind: Format) -> None:
+def _check_scale(
+    release: Release, name: str, expected: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
     scale = tensor_names.scale_name(name)
     if scale not in release:
         raise CheckpointError(
             f"{release[name].file}: '{name}' is quantised, but its scales '{scale}' are missing. "
             "Get the whole checkpoint."
         )
-    rows, columns = (128, 128) if kind == "fp8" else (1, 32)
-    expected = (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
     tensor = release[scale]
     if tensor.dtype not in _SCALES:
         raise CheckpointError(_bad_dtype(tensor, _SCALES))

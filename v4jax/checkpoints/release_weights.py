@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from pallas_kernels import quantize
 from v4jax.checkpoints import config_file, release, safetensors_directory, tensor_names, unfinished
 from v4jax.checkpoints.disk import Progress
-from v4jax.checkpoints.release import Format, Release
+from v4jax.checkpoints.formats import BlockFormat, Format, Stored
+from v4jax.checkpoints.release import Release
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
@@ -51,7 +51,7 @@ def load(
     """The model's weights in `dtype`; with `keep`, FP8 and FP4 stay as they are."""
     tensors, cfg, formats = open_release(path)
     declared = Model(cfg)
-    held: dict[str, Format] = formats if keep else dict.fromkeys(formats, "dense")
+    held: dict[str, Format] = formats if keep else dict.fromkeys(formats)
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )
@@ -73,9 +73,9 @@ def leaf_struct(
     name: str, spec: ParamSpec, held: Format, tensors: Release, cfg: ModelConfig, dtype: Any
 ) -> Any:
     """The leaf as ShapeDtypeStructs, held dense in `dtype` or quantised as stored."""
-    struct = params.leaf_struct(spec, dtype, None if held == "dense" else held)
-    if held == "dense":
-        return struct
+    if held is None:
+        return params.leaf_struct(spec, dtype)
+    struct = params.leaf_struct(spec, dtype, held.name)
     first = next(tensor_names.flatten(tensor_names.release_names(name, cfg)))
     if tensors[tensor_names.scale_name(first)].dtype == "F32":
         scale = jax.ShapeDtypeStruct(struct.scale.shape, jnp.float32)
@@ -101,7 +101,7 @@ def _make_leaf(
         fill = lambda index: _gather(names, index, part, read)
         return jax.make_array_from_callback(part.shape, lies, fill)
 
-    if isinstance(struct, quantize.Fp8Weight | quantize.Fp4Weight):
+    if stored is not None and not isinstance(struct, jax.ShapeDtypeStruct):
         return dataclasses.replace(
             struct,
             codes=make(struct.codes, place.codes, lambda name: quantized(tensors, name, stored)[0]),
@@ -128,23 +128,18 @@ def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> n
     return out
 
 
-def quantized(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
+def quantized(tensors: Release, name: str, stored: BlockFormat) -> Stored:
     """A matrix's codes and scales in the layout of the kernels."""
-    codes, scale = _stored(tensors, name, stored)
-    convert = quantize.fp8_from_checkpoint if stored == "fp8" else quantize.fp4_from_checkpoint
-    return convert(codes, scale)
+    return stored.to_kernels(*_stored(tensors, name, stored))
 
 
 def dense(tensors: Release, name: str, stored: Format, dtype: Any) -> np.ndarray:
     """A tensor dequantised, in `dtype`."""
-    if stored == "dense":
+    if stored is None:
         return tensors[name].read().astype(dtype)
-    codes, scale = _stored(tensors, name, stored)
-    decode = quantize.decode_fp8_blocks if stored == "fp8" else quantize.decode_fp4_blocks
-    return decode(codes, scale).astype(dtype)
+    return stored.decode(*_stored(tensors, name, stored)).astype(dtype)
 
 
-def _stored(tensors: Release, name: str, stored: Format) -> tuple[np.ndarray, np.ndarray]:
+def _stored(tensors: Release, name: str, stored: BlockFormat) -> Stored:
     scale = tensors[tensor_names.scale_name(name)].read()
-    codes = tensors[name].read()
-    return codes.view(np.int8) if stored == "fp4" else codes, scale
+    return tensors[name].read().view(stored.codes_dtype), scale

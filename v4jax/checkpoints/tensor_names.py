@@ -6,9 +6,15 @@ which of our leaves holds each, and how other files spell it. It is total in bot
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
+import numpy as np
+
+from v4jax.model import params
 from v4jax.model.config import ModelConfig
+from v4jax.model.params import ParamSpec
 from v4jax.model.segments import segments
+from v4jax.model.transformer import Model
 
 _HYPER_HEAD = {
     "hyper_head.fn_NM": "hc_head_fn",
@@ -131,6 +137,24 @@ def flatten(names: list[str] | list[list[str]] | str) -> Iterator[str]:
         yield from flatten(name)
 
 
+class Slot(NamedTuple):
+    """Where a release tensor lies: a leaf, its place in the leaf's stack, its declaration."""
+
+    leaf: str
+    at: tuple[int, ...]
+    spec: ParamSpec
+
+
+def slots(cfg: ModelConfig) -> dict[str, Slot]:
+    """The place of every release tensor but scales and extras."""
+    found = {}
+    for leaf, spec in params.leaves(Model(cfg)):
+        names = flatten(release_names(leaf, cfg))
+        for index, name in zip(np.ndindex(*spec.shape[: spec.stack_dims]), names, strict=True):
+            found[name] = Slot(leaf, index, spec)
+    return found
+
+
 _MODULES = (
     (r"lm_head\.", "head."),
     (r"model\.embed_tokens\.", "embed."),
@@ -167,13 +191,13 @@ _SAVED = (
     (r"\.attn\.norm\.weight$", ".attn.kv_norm.weight"),
     (r"\.weight_scale_inv$", ".scale"),
 )
-FUSED = re.compile(r"^(layers\.\d+\.ffn\.experts\.)(gate_up_proj|down_proj)$")
+_FUSED = re.compile(r"^(layers\.\d+\.ffn\.experts\.)(gate_up_proj|down_proj)$")
 
 
 def to_release(names: Collection[str]) -> Callable[[str], str]:
     """How to translate the names of one file set, told by the names themselves.
 
-    Fused experts keep their last part: `layers.0.ffn.experts.gate_up_proj` (see `FUSED`).
+    Fused experts keep their last part: `layers.0.ffn.experts.gate_up_proj` (see `of_fused`).
     """
     if any(".self_attn." in name for name in names):
         return lambda name: _rewrite(name, _MODULES)
@@ -186,3 +210,19 @@ def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def is_fused(name: str) -> bool:
+    """Whether a tensor, by what `to_release` calls it, holds the matrices of all experts."""
+    return _FUSED.match(name) is not None
+
+
+def of_fused(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]:
+    """The release tensors inside fused experts: name, expert and rows; `w1` lies above `w3`."""
+    fused = _FUSED.match(name)
+    assert fused is not None
+    matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+    height = shape[1] // len(matrices)
+    for e in range(shape[0]):
+        for i, matrix in enumerate(matrices):
+            yield f"{fused[1]}{e}.{matrix}.weight", e, slice(i * height, (i + 1) * height)

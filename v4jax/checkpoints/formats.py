@@ -1,0 +1,100 @@
+"""How checkpoints store a quantised matrix: codes, and a scale for each block of them.
+
+Axis letters: N rows, K columns of a matrix; n, k of its blocks; J bytes of a row of FP4 codes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from pallas_kernels import quantize
+from v4jax.model.config import ExpertDtype
+
+# Codes and scales, as one of the two layouts has them.
+Stored = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFormat:
+    """A format of matrices whose blocks have scales.
+
+    Attributes:
+      name: in messages and manifests.
+      dtypes: those that files may give the codes, the usual one first.
+      codes_dtype: NumPy's, of codes in a file.
+      block: rows and columns that share a scale.
+      packed: codes in a byte.
+      decode: the values [N, K] of codes and scales, float32.
+      scales: those [n, k] that fit a matrix best.
+      codes: those of a matrix with given scales.
+      to_kernels, from_kernels: codes and scales from a file's layout to the kernels', and back.
+    """
+
+    name: ExpertDtype
+    dtypes: tuple[str, ...]
+    codes_dtype: Any
+    block: tuple[int, int]
+    packed: int
+    decode: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    scales: Callable[[np.ndarray], np.ndarray]
+    codes: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    to_kernels: Callable[[np.ndarray, np.ndarray], Stored]
+    from_kernels: Callable[[np.ndarray, np.ndarray], Stored]
+
+    def encode(
+        self, w_NK: Float32[np.ndarray, "N K"]
+    ) -> tuple[Shaped[np.ndarray, "N J"], Shaped[np.ndarray, "n k"]]:
+        """A matrix in this format."""
+        scale_nk = self.scales(w_NK)
+        return self.codes(w_NK, scale_nk), scale_nk
+
+    def codes_shape(self, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+        """The shape of a matrix's codes in a file; F4 counts elements, other dtypes bytes."""
+        return shape if dtype == "F4" else (*shape[:-1], shape[-1] // self.packed)
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a matrix's scales in a file."""
+        *stack, rows, columns = shape
+        return (*stack, math.ceil(rows / self.block[0]), math.ceil(columns / self.block[1]))
+
+
+FP8 = BlockFormat(
+    name="fp8",
+    dtypes=("F8_E4M3",),
+    codes_dtype=ml_dtypes.float8_e4m3fn,
+    block=(128, 128),
+    packed=1,
+    decode=quantize.decode_fp8_blocks,
+    scales=quantize.fp8_scales,
+    codes=quantize.fp8_codes,
+    to_kernels=quantize.fp8_from_checkpoint,
+    from_kernels=quantize.fp8_to_checkpoint,
+)
+FP4 = BlockFormat(
+    name="fp4",
+    dtypes=("I8", "U8", "F4"),
+    codes_dtype=np.int8,
+    block=(1, 32),
+    packed=2,
+    decode=quantize.decode_fp4_blocks,
+    scales=quantize.fp4_scales,
+    codes=quantize.fp4_codes,
+    to_kernels=quantize.fp4_from_checkpoint,
+    from_kernels=quantize.fp4_to_checkpoint,
+)
+QUANTISED = {form.name: form for form in (FP8, FP4)}
+# None: dense, a tensor of its values.
+Format = BlockFormat | None
+BY_NAME: dict[str, Format] = {"dense": None, **QUANTISED}
+# Of each way in which the release stores a weight (`params.Stored`), what else a file may have.
+ALLOWED: dict[str, tuple[BlockFormat, ...]] = {"fp8": (FP8,), "expert": (FP8, FP4)}
+
+
+def name_of(stored: Format) -> str:
+    """A format's name in messages and manifests."""
+    return "dense" if stored is None else stored.name

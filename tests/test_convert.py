@@ -213,7 +213,7 @@ def test_float4_tensors_keep_their_declared_dtype(tmp_path):
 _RUN = """
 import os, resource, sys
 import jax
-from v4jax import convert
+from v4jax.checkpoints import convert
 command, source, target, weights, stop = sys.argv[1:]
 jax.devices()
 resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

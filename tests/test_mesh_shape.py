@@ -138,7 +138,7 @@ def test_loading_refuses_before_it_reads(tmp_path: Any) -> None:
     other = Mesh(np.array(jax.devices()), ("x",))
     seen: list[Any] = []
     with pytest.raises(
-        ValueError, match=r"mesh is .*; it must be .* from v4jax\.sharding\.make_mesh"
+        ValueError, match=r"mesh is .*; it must be .* from v4jax\.model\.sharding\.make_mesh"
     ):
         v4jax.load(tmp_path / "model", mesh=other, progress=lambda *args: seen.append(args))
     assert not seen

@@ -12,7 +12,8 @@ from v4jax.checkpoints import safetensors_directory
 from v4jax.decoding.loop import Engine, Timings
 from v4jax.language_model import Generation, LanguageModel
 from v4jax.model.numerics import HF
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 
 VOCAB = 300
 CFG = models.config(models.SLIDING, vocab_size=VOCAB, max_position_embeddings=64)

@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "v4jax.adapters": (KERNELS, MODEL, DISK),
     "v4jax.commands": LIBRARY,
     "v4jax": (*LIBRARY, "v4jax.commands"),
-    "v4jax_train.data": (TEXT, DISK),
+    "v4jax_train.data": (TEXT,),
     "v4jax_train": (*LIBRARY, "v4jax.commands", "v4jax_train.data"),
 }
 EVERYONES = "v4jax.arguments"

@@ -20,8 +20,9 @@ from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
 from v4jax.model import sharding
 from v4jax.text.chat_parser import ChatParser
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
 from v4jax.text.stopping import StopStrings
-from v4jax.text.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
 PACKAGE = Path(v4jax.__file__).parent
 VALUES: dict[str, Any] = {

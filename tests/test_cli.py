@@ -15,6 +15,7 @@ import v4jax
 from tests.checkpoints import tiny, tiny_dspark
 from v4jax.__main__ import main
 from v4jax.checkpoints import native, random_release
+from v4jax.checkpoints.open_checkpoint import OpenCheckpoint
 from v4jax.text.chat import encode_chat
 
 COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
@@ -328,7 +329,8 @@ def test_chat_options_choose_the_encoding(
 ) -> None:
     model = _Recorder(cfg)
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
-    monkeypatch.setattr("v4jax.adapters.updates.open_config", lambda _: cfg)
+    opened = "v4jax.checkpoints.open_checkpoint.open_checkpoint"
+    monkeypatch.setattr(opened, lambda directory: OpenCheckpoint(directory, cfg))
     assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
     assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
 

@@ -12,7 +12,7 @@ from v4jax import presets
 from v4jax.checkpoints import config_file
 from v4jax.model import config_json, config_keys, config_ranges
 from v4jax.model.config import DSpark, LayerKind, ModelConfig, Yarn
-from v4jax.text.tokenizer import build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
 
 FLASH = presets.preset_json("flash")
 DRAFTED = presets.preset_json("flash-0731")

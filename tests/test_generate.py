@@ -17,7 +17,8 @@ from v4jax.language_model import LanguageModel
 from v4jax.model import params
 from v4jax.model.numerics import HF
 from v4jax.model.transformer import Model
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 
 VOCAB = 300
 CFG = models.config(

@@ -14,7 +14,8 @@ from v4jax.checkpoints import disk, hub, safetensors_directory
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.commands import inspect
 from v4jax.text import files
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 from v4jax_train import journal, recipe, runs
 
 MARK = b"\xef\xbb\xbf"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4jax.text import chat
-from v4jax.text.tokenizer import StreamDecoder, Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
 SIZES = [270, 271, 300, 1024, 2048]
 DEMO = Tokenizer(build_demo_tokenizer(1024))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from v4jax.text import chat
 from v4jax.text.chat import BOS, END_THINK, EOS, USER
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 from v4jax_train.data.rendering import Document, Renderer, RenderSettings
 from v4jax_train.data.rows import ChatRow, CompletionRow, TextRow
 

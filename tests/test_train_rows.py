@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 from v4jax_train.data import documents, rows
 from v4jax_train.data.rendering import Renderer, RenderSettings
 

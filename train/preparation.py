@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import v4jax
 from v4jax import facts
-from v4jax.adapters import updates
-from v4jax.checkpoints import hub, passengers
+from v4jax.checkpoints import hub
 from v4jax.checkpoints.disk import Progress
+from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import context, numerics, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.text.tokenizer import Tokenizer
@@ -185,11 +185,10 @@ def check(recipe: Recipe) -> None:
     Raises:
       ValueError: the recipe asks for what the model does not have, or its files do not fit.
     """
-    directory = hub.resolve(recipe.model.path)
-    cfg = updates.open_config(directory)
-    passengers.tokenizer(directory, cfg.vocab_size)
-    context.check_packing(cfg)
-    if recipe.losses.mtp and not cfg.num_nextn_predict_layers:
+    checkpoint = open_checkpoint(hub.resolve(recipe.model.path))
+    checkpoint.tokenizer()
+    context.check_packing(checkpoint.config)
+    if recipe.losses.mtp and not checkpoint.config.num_nextn_predict_layers:
         raise ValueError("losses.mtp is set, and the model has no MTP block; set it to 0.")
 
 

@@ -239,8 +239,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import v4jax
-    from v4jax.adapters import updates
     from v4jax.checkpoints import hub
+    from v4jax.checkpoints.open_checkpoint import open_checkpoint
     from v4jax.model import sharding
 
     chat = args.chat or args.system is not None or args.thinking != "off"
@@ -252,7 +252,7 @@ def _generate(args: argparse.Namespace) -> int:
     if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     if chat:
-        prompt = _chat_prompt(prompt, args, updates.open_config(directory))
+        prompt = _chat_prompt(prompt, args, open_checkpoint(directory).config)
     mesh = None if args.mesh is None else sharding.read_mesh(args.mesh)
     with _progress() as progress:
         model = v4jax.load(

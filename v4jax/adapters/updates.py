@@ -19,9 +19,10 @@ from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import arguments
 from v4jax.adapters import lora, peft, runs
 from v4jax.adapters.lora import Adapter, Lora
-from v4jax.checkpoints import config_file, hub, native, safetensors_directory, unfinished
+from v4jax.checkpoints import hub, native, safetensors_directory, unfinished
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import FP4
+from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
@@ -213,17 +214,10 @@ def export_adapter(
     try:
         small = [safetensors_directory.CONFIG, native.MANIFEST]
         base = hub.resolve(name, allow_patterns=small)
-        cfg = open_config(base)
+        cfg = open_checkpoint(base).config
     except CheckpointError as error:
         raise CheckpointError(f"{error} That is the run's model; give --model.") from error
     unfinished.check_target(target, run, base)
     update = read(run, cfg, best=best)
     assert isinstance(update, Adapted)
     peft.export(target, cfg, *update, base=name)
-
-
-def open_config(directory: Path) -> ModelConfig:
-    """The configuration of a checkpoint, of whose weights nothing is read."""
-    if native.is_native(directory):
-        return native.read_config(directory, native.read_manifest(directory))
-    return config_file.read(directory / safetensors_directory.CONFIG)

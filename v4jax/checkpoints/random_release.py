@@ -23,7 +23,8 @@ from v4jax.model import config_json, params
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
-from v4jax.text.tokenizer import Tokenizer, build_demo_tokenizer
+from v4jax.text.demo_tokenizer import build_demo_tokenizer
+from v4jax.text.tokenizer import Tokenizer
 
 _SHARDS = 2
 # Wide enough that nearly all draws are words, and narrow enough that they vary.

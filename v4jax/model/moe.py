@@ -4,11 +4,14 @@ Axis letters: L layers of a stack, B batch, T tokens (of all rows in experts), D
 F expert hidden, E experts, A experts per token, V vocabulary.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import grouped_matmul
@@ -127,7 +130,7 @@ def mixture(
             weight_first=context.numerics.weight_first,
         )
 
-    routed_TD = sharding.over_experts(
+    routed_TD = _over_experts(
         run,
         rows(x_BTD),
         rows(routing.expert_BTA),
@@ -137,3 +140,54 @@ def mixture(
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
     total_BTD = kept(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing
+
+
+def _over_experts(
+    run: Callable[..., Array], x_TD: Array, expert_TA: Array, weight_TA: Array, *weights: Any
+) -> Array:
+    """`run(x_TD, expert_TA, weight_TA, *weights)` with each device's own experts only.
+
+    Tokens of a group of devices that together hold all experts are gathered, every device adds
+    what its experts give, and the sums go back to the tokens' owners. Experts are never gathered.
+
+    Args:
+      run: maps tokens to the sum over their experts; ignores ids that are not 0 .. E - 1.
+      x_TD: tokens.
+      expert_TA: each token's experts.
+      weight_TA: their routing weights.
+      weights: stacks [L, E, ...], arrays or quantised.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(x_TD, expert_TA, weight_TA, *weights)
+    group = ("fsdp", "expert")
+    ways = math.prod(mesh.shape[name] for name in group)
+    experts = jax.tree.leaves(weights)[0].shape[1]
+    if experts % ways:
+        # Every device has all of them, so tokens stay where they are.
+        axes = (*(("batch",) for _ in range(3)), *(() for _ in weights))
+        args = (x_TD, expert_TA, weight_TA, *weights)
+        return sharding.per_device(run, *args, axes=axes, out=("batch",))
+    batch = sharding.partition_spec(("batch",))[0]
+    split = x_TD.shape[0] % math.prod(mesh.shape[name] for name in batch) == 0
+
+    def local(x_TD, expert_TA, weight_TA, *weights):
+        tokens = (x_TD, expert_TA, weight_TA)
+        if split:
+            tokens = jax.lax.all_gather(tokens, group, axis=0, tiled=True)
+        x_TD, expert_TA, weight_TA = tokens
+        first = jax.lax.axis_index(sharding.RULES["experts"]) * (experts // ways)
+        total_TD = run(x_TD, expert_TA - first, weight_TA, *weights)
+        if split:
+            return jax.lax.psum_scatter(total_TD, group, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(total_TD, group)
+
+    tokens = PartitionSpec(batch if split else None)
+    whole = sharding.partition_spec((None, "experts"))
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, *(whole for _ in weights)),
+        out_specs=tokens,
+        check_vma=False,
+    )(x_TD, expert_TA, weight_TA, *weights)

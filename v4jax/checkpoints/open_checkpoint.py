@@ -1,0 +1,58 @@
+"""A checkpoint's directory, native or Hugging Face's, before its weights are read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from v4jax.checkpoints import (
+    config_file,
+    native,
+    passengers,
+    release_weights,
+    safetensors_directory,
+)
+from v4jax.checkpoints.disk import Progress
+from v4jax.model.config import ModelConfig
+from v4jax.model.transformer import Model
+from v4jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+    """A directory whose configuration has been read.
+
+    Attributes:
+      directory: of either kind.
+      config: what it says; weights that it promises may turn out to be missing.
+    """
+
+    directory: Path
+    config: ModelConfig
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, if it has one; see `passengers.tokenizer`."""
+        return passengers.tokenizer(self.directory, self.config.vocab_size)
+
+    def load(
+        self, dtype: Any, *, keep: bool, mesh: Mesh | None, progress: Progress | None
+    ) -> tuple[Model, ModelConfig]:
+        """Its weights, and the configuration of just these; see `native.load`."""
+        read: Any = native.load if native.is_native(self.directory) else release_weights.load
+        model, cfg = read(self.directory, dtype=dtype, keep=keep, mesh=mesh, progress=progress)
+        ends = config_file.end_tokens(self.directory, cfg)
+        return model, dataclasses.replace(cfg, eos_token_ids=ends)
+
+
+def open_checkpoint(directory: Path) -> OpenCheckpoint:
+    """Read a directory's configuration.
+
+    Raises:
+      CheckpointError: it is neither kind of checkpoint, or what says so is damaged.
+    """
+    if native.is_native(directory):
+        cfg = native.read_config(directory, native.read_manifest(directory))
+    else:
+        cfg = config_file.read(directory / safetensors_directory.CONFIG)
+    return OpenCheckpoint(directory, cfg)

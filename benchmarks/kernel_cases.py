@@ -23,12 +23,15 @@ from pallas_kernels import (
     sparse_attention,
 )
 from pallas_kernels.compress.shapes import SHAPES as COMPRESSORS
+from pallas_kernels.dense_attention import inputs as dense
 from pallas_kernels.dense_attention.shapes import SHAPES as DENSE
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.shapes import SHAPES as EXPERTS
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK, to_fp4, to_fp8
 from pallas_kernels.indexer_topk.shapes import SHAPES as INDEXER
 from pallas_kernels.quantize.shapes import SHAPES as MATRICES
 from pallas_kernels.rotary.shapes import SHAPES as HEADS
+from pallas_kernels.sparse_attention import inputs as sparse
 from pallas_kernels.sparse_attention.shapes import SHAPES as SPARSE
 
 MODELS = ("flash", "pro")
@@ -126,6 +129,11 @@ def _select(
     )
 
 
+def _in_order(door: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """A door that takes its arrays by place, in the order of the record of its inputs."""
+    return lambda *arrays, **static: door(**inputs(*arrays)._asdict(), **static)
+
+
 def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
     shape = SPARSE[model]
     heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
@@ -145,9 +153,10 @@ def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Ca
             )
         return (_normal(rows, tokens, heads, dim), *window, *pool, sink_H)
 
-    run = sparse_attention.decode
+    run = _in_order(sparse_attention.decode, sparse.DecodeInputs)
     if tokens > 1:
-        run = functools.partial(sparse_attention.prefill, window=shape.window)
+        run = _in_order(sparse_attention.prefill, sparse.PrefillInputs)
+        run = functools.partial(run, window=shape.window)
     keys = shape.window + k
     return Case(
         op=f"sparse_attention.{'decode' if tokens == 1 else 'prefill'}",
@@ -177,9 +186,10 @@ def _dense(model: str, rows: int, tokens: int, entries: int, divide: int) -> Cas
             )
         return (_normal(rows, tokens, heads, dim), *window, *pool, sink_H)
 
-    run = dense_attention.decode
+    run = _in_order(dense_attention.decode, dense.DecodeInputs)
     if tokens > 1:
-        run = functools.partial(dense_attention.prefill, window=shape.window)
+        run = _in_order(dense_attention.prefill, dense.PrefillInputs)
+        run = functools.partial(run, window=shape.window)
     return Case(
         op=f"dense_attention.{'decode' if tokens == 1 else 'prefill'}",
         name=f"{model} {rows}x{tokens} queries, {entries} entries",
@@ -208,7 +218,9 @@ def _experts(model: str, tokens: int, weights: str, divide: int) -> Case:
     return Case(
         op="grouped_matmul.expert_mlp",
         name=f"{model} {weights}, {tokens} tokens",
-        run=functools.partial(grouped_matmul.expert_mlp, limit=10.0, weight_first=True),
+        run=functools.partial(
+            _in_order(grouped_matmul.expert_mlp, Inputs), limit=10.0, weight_first=True
+        ),
         inputs=inputs,
         bytes=int(used * 3 * F * D * width) + tokens * D * 6,
         flops=2 * tokens * A * 3 * F * D,

@@ -4,7 +4,7 @@ Axis letters: R rows (a query of one head each), X keys, K head dim.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +66,26 @@ def finish(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
     return whole.value_RK * (keys_R / total_R)[:, None]
 
 
+class Whole(NamedTuple):
+    """What the gradient through one part needs of all parts.
+
+    Attributes:
+      log_total_R: logarithm of the sum of weights of all parts and the sink.
+      grad_RK: gradient of the output.
+      delta_R: gradient . output.
+    """
+
+    log_total_R: Float32[Array, " R"]
+    grad_RK: Float[Array, "R K"]
+    delta_R: Float32[Array, " R"]
+
+
 def pull(
     q_RK: Float[Array, "R K"],
     keys_XK: Float[Array, "X K"],
     mask_RX: Bool[Array, "R X"],
     scale: float,
-    log_total_R: Float32[Array, " R"],
-    grad_RK: Float[Array, "R K"],
-    delta_R: Float32[Array, " R"],
+    whole: Whole,
 ) -> tuple[Float32[Array, "R K"], Float32[Array, "X K"]]:
     """Gradients of queries and keys through one part; logits are computed anew.
 
@@ -85,10 +97,9 @@ def pull(
       keys_XK: as for `part`.
       mask_RX: as for `part`.
       scale: as for `part`.
-      log_total_R: logarithm of the sum of weights of all parts and the sink.
-      grad_RK: gradient of the output.
-      delta_R: gradient . output.
+      whole: of all parts.
     """
+    log_total_R, grad_RK, delta_R = whole
     times = lambda a, b, axes: jax.lax.dot_general(
         a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32
     )

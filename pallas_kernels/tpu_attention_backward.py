@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.tpu_attention_pull import (
     ENTRIES,
@@ -32,8 +33,6 @@ from pallas_kernels.tpu_attention_pull import (
     kernel,
     lowest,
 )
-
-Gradients = tuple[Any, Any, Any, Any]
 
 _ROWS = 1024
 _GROUP = 256
@@ -60,14 +59,10 @@ def blocks_of(x: Int[Array, "B T *rest"], block: int, *, fill: int) -> Int[Array
 
 
 def gradients(
-    chunk: tuple[Array, Array, Array],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    chunk: Any,
     seen: Seen | None,
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None,
     *,
     block: int,
     window: int,
@@ -77,14 +72,10 @@ def gradients(
     """Of queries, window, pool (of other layers than this one 0) and sink.
 
     Args:
-      chunk: the output's gradient, the output, the queries; all [B, T, H, K].
-      window_BXK: keys of positions start - window .. start + T - 1.
-      start_B: position of each row's first query.
-      pool_LBSK: entries of all layers of a stack.
-      layer: the layer that was read.
+      grad_BTHK: the output's gradient.
+      out_BTHK: the output.
+      chunk: the inputs of dense or sparse attention's `prefill`.
       seen: which entries; None without a pool.
-      sink_H: a logit per head.
-      first_BT: position from which each query sees keys of the window; None: 0.
       block: queries of a block.
       window: tokens that a query sees.
       scale: of the logits.
@@ -92,28 +83,27 @@ def gradients(
     Raises:
       Unsupported: too many heads, a long window, or a pool that VMEM does not hold.
     """
-    q_BTHK = chunk[-1]
+    q_BTHK = chunk.q_BTHK
     batch, queries, heads, dim = q_BTHK.shape
-    sizes = _sizes(q_BTHK, pool_LBSK, block, window)
-    low_BN1R = None if first_BT is None else _of_rows(first_BT, start_B, sizes)
-    inputs = _inputs(sizes, chunk, window_BXK, low_BN1R, pool_LBSK, seen, sink_H)
+    sizes = _sizes(q_BTHK, chunk.pool_LBSK, block, window)
+    inputs = _inputs(sizes, grad_BTHK, out_BTHK, chunk, seen)
     settings = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     )
     (found,) = pl.pallas_call(
         functools.partial(kernel, sizes=sizes, seen=seen, scale=scale),
-        grid_spec=_grid(sizes, batch, dim, q_BTHK.dtype, seen, bounded=first_BT is not None),
+        grid_spec=_grid(sizes, batch, dim, q_BTHK.dtype, seen, bounded=inputs.low is not None),
         out_shape=(_out_shapes(sizes, batch, dim, q_BTHK.dtype),),
         compiler_params=settings,
         name=name,
-    )(layer.astype(jnp.int32).reshape(1), start_B.astype(jnp.int32), inputs)
+    )(chunk.layer.astype(jnp.int32).reshape(1), chunk.start_B.astype(jnp.int32), inputs)
     window_grad = _overlapped(found.window, sizes.group * block)[:, : window + queries]
     sink_grad_R = jnp.sum(found.sink, axis=(0, 1, 2))
-    return (
+    return Gradients(
         found.q.reshape(batch, -1, heads, dim)[:, :queries],
-        window_grad.astype(window_BXK.dtype),
-        _of_stack(found.pool, pool_LBSK, layer),
-        jnp.sum(sink_grad_R.reshape(block, heads), axis=0).astype(sink_H.dtype),
+        window_grad.astype(chunk.window_BXK.dtype),
+        _of_stack(found.pool, chunk.pool_LBSK, chunk.layer),
+        jnp.sum(sink_grad_R.reshape(block, heads), axis=0).astype(chunk.sink_H.dtype),
     )
 
 
@@ -153,29 +143,27 @@ def _sizes(q_BTHK: Any, pool_LBSK: Any, block: int, window: int) -> Sizes:
 
 def _inputs(
     sizes: Sizes,
-    chunk: tuple[Array, Array, Array],
-    window_BXK: Float[Array, "B X K"],
-    low_BN1R: Int[Array, "B N 1 R"] | None,
-    pool_LBSK: Float[Array, "L B S K"] | None,
+    grad_BTHK: Float[Array, "B T H K"],
+    out_BTHK: Float[Array, "B T H K"],
+    chunk: Any,
     seen: Seen | None,
-    sink_H: Float[Array, " H"],
 ) -> Inputs:
     """Whole blocks, with the heads of a query as rows."""
-    batch, queries, heads, dim = chunk[0].shape
-    block = sizes.block
-    grad, out, q = (_pad(x, 1, -queries % block).reshape(batch, -1, dim) for x in chunk)
+    batch, queries, heads, dim = grad_BTHK.shape
+    block, first_BT = sizes.block, chunk.first_BT
+    in_rows = lambda x_BTHK: _pad(x_BTHK, 1, -queries % block).reshape(batch, -1, dim)
     last = (sizes.blocks - 1) * block + sizes.near
-    sink_H2 = jnp.maximum(sink_H.astype(jnp.float32) * LOG2_E, _LOWEST)
+    sink_H2 = jnp.maximum(chunk.sink_H.astype(jnp.float32) * LOG2_E, _LOWEST)
     return Inputs(
-        q=q,
-        grad=grad,
-        out=out,
+        q=in_rows(chunk.q_BTHK),
+        grad=in_rows(grad_BTHK),
+        out=in_rows(out_BTHK),
         sink=jnp.tile(sink_H2, block)[None],
         query=jnp.repeat(jnp.arange(block, dtype=jnp.int32), heads)[None],
-        window=_pad(window_BXK, 1, last - window_BXK.shape[1]),
-        low=low_BN1R,
+        window=_pad(chunk.window_BXK, 1, last - chunk.window_BXK.shape[1]),
+        low=None if first_BT is None else _of_rows(first_BT, chunk.start_B, sizes),
         seen=None if seen is None else seen.array,
-        pool=pool_LBSK,
+        pool=chunk.pool_LBSK,
     )
 
 

@@ -1,8 +1,8 @@
-"""TPU kernels run on CPU, where every access is checked."""
+"""TPU kernels run on CPU, where every access is checked; doors and forms called in other ways."""
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
@@ -23,3 +23,18 @@ def interpreted(**params: Any) -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(printed))
         yield
     assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()
+
+
+def in_order(door: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """A door that takes its arrays by place, in the order of the record of its inputs."""
+    return lambda *arrays, **static: door(**inputs(*arrays)._asdict(), **static)
+
+
+def by_name(form: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """A form that takes the arrays of its record by name, after what it takes by place."""
+
+    def run(*before: Any, **given: Any) -> Any:
+        arrays = {name: given.pop(name) for name in inputs._fields if name in given}
+        return form(*before, inputs(**arrays), **given)
+
+    return run

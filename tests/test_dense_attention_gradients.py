@@ -15,6 +15,8 @@ import pytest
 
 from pallas_kernels import dense_attention
 from pallas_kernels.dense_attention import reference
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
+from tests.kernels import by_name
 from tests.test_dense_attention import PREFILL, SCALE, Decode, Prefill, decode_case, prefill_case
 
 OF_DECODE = ("q_BTHK", "window_BRK", "pool_LBSK", "sink_H")
@@ -39,10 +41,10 @@ def gradients(run: Any, case: Decode | Prefill) -> dict[str, np.ndarray]:
 def assert_same(case: Decode | Prefill, impl: Any = "xla") -> None:
     if isinstance(case, Prefill):
         settings: dict[str, Any] = {"window": case.window, "scale": SCALE}
-        run, plain = dense_attention.prefill, reference.prefill
+        run, plain = dense_attention.prefill, by_name(reference.prefill, PrefillInputs)
     else:
         settings = {"scale": SCALE}
-        run, plain = dense_attention.decode, reference.decode
+        run, plain = dense_attention.decode, by_name(reference.decode, DecodeInputs)
     got = gradients(functools.partial(run, **settings, impl=impl), case)
     want = gradients(functools.partial(plain, **settings), case)
     assert got.keys() == want.keys()

@@ -16,6 +16,7 @@ import pytest
 
 from pallas_kernels import dense_attention, targets, tpu_attention_backward
 from pallas_kernels.dense_attention import reference, tpu
+from pallas_kernels.dense_attention.inputs import PrefillInputs
 from pallas_kernels.dense_attention.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
 from tests.kernels import interpreted
@@ -32,7 +33,7 @@ def pulled(case: Prefill, backward: Any) -> list[np.ndarray]:
 
     def run(arrays: Any, out_BTHK: Any) -> Any:
         grad_BTHK = jnp.cos(3 * out_BTHK.astype(jnp.float32)).astype(out_BTHK.dtype)
-        return backward(grad_BTHK, out_BTHK, **arrays, **static)
+        return backward(grad_BTHK, out_BTHK, PrefillInputs(**arrays), **static)
 
     out_BTHK = case.run("reference")
     found = jax.jit(run)(arrays, jnp.asarray(out_BTHK))
@@ -93,22 +94,22 @@ def test_what_the_kernel_does_not_hold_is_refused() -> None:
         pulled(prefill_case((0,), 9, 2000, 0), tpu.prefill_backward)
 
 
-def full(name: str, S: int) -> tuple[Any, ...]:
-    """A training row of 4096 tokens."""
+def full(name: str, S: int, **bounds: Any) -> tuple[Any, Any, PrefillInputs]:
+    """Gradient, output and inputs of a training row of 4096 tokens."""
     shape, T = SHAPES[name], 4096
-    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+    array: Any = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     rows = array(1, T, shape.heads, shape.head_dim)
-    return (
-        rows,
-        rows,
-        rows,
-        array(1, shape.window + T, shape.head_dim),
-        array(1, dtype=jnp.int32),
-        array(2, 1, S, shape.head_dim) if S else None,
-        array(dtype=jnp.int32),
-        array(1, T, dtype=jnp.int32),
-        array(shape.heads, dtype=jnp.float32),
+    inputs = PrefillInputs(
+        q_BTHK=rows,
+        window_BXK=array(1, shape.window + T, shape.head_dim),
+        start_B=array(1, dtype=jnp.int32),
+        pool_LBSK=array(2, 1, S, shape.head_dim) if S else None,
+        layer=array(dtype=jnp.int32),
+        visible_BT=array(1, T, dtype=jnp.int32),
+        sink_H=array(shape.heads, dtype=jnp.float32),
+        **bounds,
     )
+    return rows, rows, inputs
 
 
 @pytest.mark.full_compilation

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dense_attention, targets
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
 from tests.kernels import interpreted
@@ -150,9 +151,9 @@ def array(*dims: int, dtype: Any = jnp.bfloat16) -> Any:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def full_decode(name: str, B: int, T: int, S: int) -> tuple[Any, ...]:
+def full_decode(name: str, B: int, T: int, S: int) -> DecodeInputs:
     shape, ring = SHAPES[name], SHAPES[name].window + 8
-    return (
+    return DecodeInputs(
         array(B, T, shape.heads, shape.head_dim),
         array(B, ring, shape.head_dim),
         array(B, T, ring, dtype=jnp.bool_),
@@ -163,9 +164,9 @@ def full_decode(name: str, B: int, T: int, S: int) -> tuple[Any, ...]:
     )
 
 
-def full_prefill(name: str, T: int, S: int) -> tuple[Any, ...]:
+def full_prefill(name: str, T: int, S: int) -> PrefillInputs:
     shape = SHAPES[name]
-    return (
+    return PrefillInputs(
         array(1, T, shape.heads, shape.head_dim),
         array(1, shape.window + T, shape.head_dim),
         array(1, dtype=jnp.int32),
@@ -176,8 +177,11 @@ def full_prefill(name: str, T: int, S: int) -> tuple[Any, ...]:
     )
 
 
-def assert_compiles(target: Any, op: Any, structs: tuple[Any, ...], **static: Any) -> None:
-    program = targets.compiled(target, functools.partial(op, scale=512**-0.5, **static), *structs)
+def assert_compiles(
+    target: Any, op: Any, inputs: DecodeInputs | PrefillInputs, **static: Any
+) -> None:
+    run = lambda arrays: op(**arrays, scale=512**-0.5, **static)
+    program = targets.compiled(target, run, inputs._asdict())
     assert "tpu_custom_call" in str(program.as_text())
     # Window and entries joined would be 8 to 67 MB, logits of a chunk 4 GB.
     assert targets.temporaries(program) <= 2**20

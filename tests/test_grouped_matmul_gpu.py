@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import quantize, targets
 from pallas_kernels.grouped_matmul import LoraWeight, gpu, gpu_matmul, reference
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.shapes import SHAPES
 from pallas_kernels.implementations import Unsupported
 from tests import gpu_kernels
@@ -43,12 +44,12 @@ def codes(dtype: Any, L: int, E: int, N: int, K: int, seed: int) -> Any:
             return jnp.asarray(rng.normal(size=(L, E, N, K)) * K**-0.5, jnp.bfloat16)
 
 
-def inputs(form: str, T: int, A: int, E: int) -> tuple[Any, ...]:
+def inputs(form: str, T: int, A: int, E: int) -> Inputs:
     """D = 256, F = 128; two layers; some ids are no expert's."""
     D, F = 256, 128
     rng = np.random.default_rng(T)
     expert_TA = rng.integers(-1, E + 1, (T, A))
-    return (
+    return Inputs(
         jnp.asarray(rng.normal(size=(T, D)), jnp.bfloat16),
         jnp.asarray(expert_TA, jnp.int32),
         jnp.asarray(rng.random((T, A)), jnp.float32),
@@ -69,8 +70,8 @@ def test_experts_equal_the_reference(form: str, T: int, A: int, E: int, rows: in
     static = {"limit": LIMIT, "weight_first": form != "array"}
     with gpu_kernels.interpreted():
         run = jax.jit(functools.partial(gpu.expert_mlp, **static))
-        got_TD = np.asarray(jax.block_until_ready(run(*arrays)))
-    want_TD = np.asarray(reference.expert_mlp(*arrays, **static))
+        got_TD = np.asarray(jax.block_until_ready(run(arrays)))
+    want_TD = np.asarray(reference.expert_mlp(arrays, **static))
     assert got_TD.dtype == want_TD.dtype == np.float32
     np.testing.assert_allclose(got_TD, want_TD, rtol=CLOSE, atol=CLOSE * np.abs(want_TD).max())
 
@@ -98,7 +99,7 @@ def test_each_row_is_in_one_step_of_its_expert(seed: int, T: int, E: int, rows: 
     assert steps.real == seen_P.sum()
 
 
-STRUCT = jax.ShapeDtypeStruct
+STRUCT: Any = jax.ShapeDtypeStruct
 
 
 def weight_struct(form: str, E: int, N: int, K: int) -> Any:
@@ -131,37 +132,36 @@ def test_experts_compile_for_the_h200(name: str, T: int, form: str) -> None:
     shape = SHAPES[name]
     E, A, D, F = shape.experts, shape.choices, shape.hidden, shape.expert_hidden
     up, down = weight_struct(form, E, F, D), weight_struct(form, E, D, F)
-    structs = [
+    structs = Inputs(
         STRUCT((T, D), jnp.bfloat16),
         STRUCT((T, A), jnp.int32),
         STRUCT((T, A), jnp.float32),
         *(up, up, down),
         STRUCT((), jnp.int32),
-    ]
+    )
     run = functools.partial(gpu.expert_mlp, limit=LIMIT, weight_first=True)
-    lowered = targets.lowered("h200", run, *structs)
+    lowered = targets.lowered("h200", run, structs)
     assert "mosaic_gpu" in lowered.as_text()
     rows = T * A + gpu_matmul.tile_rows(T * A, E)
     assert targets.temporaries(lowered.compile()) <= rows * (D + F) * 2 + 2**21
 
 
 def test_a_low_rank_update_is_refused() -> None:
-    x, expert, weight, up, gate, down, layer = inputs("array", 5, 3, 4)
-    up = LoraWeight(up, jnp.zeros((2, 4, 1, 256)), jnp.zeros((2, 4, 128, 1)), 1.0)
+    arrays = inputs("array", 5, 3, 4)
+    up = LoraWeight(arrays.w1_LEFD, jnp.zeros((2, 4, 1, 256)), jnp.zeros((2, 4, 128, 1)), 1.0)
     with pytest.raises(Unsupported, match="low-rank"):
-        gpu.expert_mlp(x, expert, weight, up, gate, down, layer, limit=LIMIT, weight_first=True)
+        gpu.expert_mlp(arrays._replace(w1_LEFD=up), limit=LIMIT, weight_first=True)
 
 
 def test_float32_is_refused() -> None:
-    x, *rest = inputs("array", 5, 3, 4)
+    arrays = inputs("array", 5, 3, 4)
+    wide = arrays._replace(x_TD=arrays.x_TD.astype(jnp.float32))
     with pytest.raises(Unsupported, match="bfloat16"):
-        gpu.expert_mlp(x.astype(jnp.float32), *rest, limit=LIMIT, weight_first=True)
+        gpu.expert_mlp(wide, limit=LIMIT, weight_first=True)
 
 
 def test_sizes_that_are_not_whole_blocks_are_refused() -> None:
-    x, expert, weight, *_ = inputs("array", 5, 3, 4)
+    arrays = inputs("array", 5, 3, 4)
     up, down = jnp.zeros((2, 4, 96, 256), jnp.bfloat16), jnp.zeros((2, 4, 256, 96), jnp.bfloat16)
     with pytest.raises(Unsupported, match="not 256 and 96"):
-        gpu.expert_mlp(
-            x, expert, weight, up, up, down, jnp.int32(0), limit=LIMIT, weight_first=True
-        )
+        gpu.expert_mlp(arrays.with_weights(up, up, down), limit=LIMIT, weight_first=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul, quantize, targets
 from pallas_kernels.grouped_matmul import LoraWeight, lora, plan
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
 from tests import kernels
 from tests.test_grouped_matmul import (
@@ -233,7 +234,8 @@ def activation_bytes(model: str, tokens: int) -> int:
 )
 def test_compiles_at_full_size(chip: targets.Target, model: str, form: str, tokens: int) -> None:
     args = structs(model, form, tokens)
-    run = functools.partial(grouped_matmul.expert_mlp, limit=10.0, weight_first=True, impl="auto")
+    door = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
+    run = functools.partial(door, limit=10.0, weight_first=True, impl="auto")
     program = targets.compiled(chip, run, *args)
     kernels_there = str(program.as_text()).count('custom_call_target="tpu_custom_call"')
     assert kernels_there == 2
@@ -250,8 +252,8 @@ def test_backward_compiles_at_full_size(chip: targets.Target, form: str) -> None
         gate, up, down = weights
 
         def loss(x_TD: Any, weight_TA: Any) -> jax.Array:
-            arrays = (x_TD, expert_TA, weight_TA, gate, up, down, layer)
-            out_TD = grouped_matmul.expert_mlp(*arrays, limit=10.0, weight_first=True)
+            arrays = Inputs(x_TD, expert_TA, weight_TA, gate, up, down, layer)._asdict()
+            out_TD = grouped_matmul.expert_mlp(**arrays, limit=10.0, weight_first=True)
             return jnp.sum(jnp.square(out_TD))
 
         return jax.grad(loss, argnums=(0, 1))(x_TD, weight_TA)
@@ -285,8 +287,8 @@ def test_what_would_not_compile_is_refused_first(form: str, D: int, F: int, matc
         return quantize.Fp8Weight(codes, scale) if form == "fp8" else S((1, E, n, k), jnp.float32)
 
     def loss(x_TD: Any, *others: Any) -> jax.Array:
-        door = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
-        return jnp.sum(door(x_TD, *others, impl="tpu"))
+        door = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
+        return jnp.sum(door(x_TD, *others, limit=LIMIT, weight_first=True, impl="tpu"))
 
     choice = S((T, 2), jnp.int32), S((T, 2), jnp.float32)
     weights = weight(F, D), weight(F, D), weight(D, F)

@@ -20,6 +20,7 @@ from pallas_kernels import dense_attention, sparse_attention
 from pallas_kernels.dense_attention import xla_blocks
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import gpu
+from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from tests.test_dense_attention import CLOSE, SCALE, Prefill, attend, prefill_case
 from tests.test_dense_attention_gradients import CLOSE as CLOSE_GRADIENTS
 
@@ -249,4 +250,4 @@ def test_gpu_kernel_of_listed_entries_refuses_documents() -> None:
     arrays, _ = inputs(0, documents(0, {7}), True)
     run = functools.partial(gpu.prefill, window=WINDOW, scale=SCALE)
     with pytest.raises(Unsupported, match="does not take first_BT"):
-        jax.eval_shape(run, **arrays)
+        jax.eval_shape(run, PrefillInputs(**arrays))

@@ -71,8 +71,9 @@ INTEGERS = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("S", [0, 1024])
 def test_dense_attention_of_packed_rows_compiles(target: Any, S: int) -> None:
-    structs = (*dense.full_prefill("flash", 4096, S), INTEGERS, INTEGERS)
-    dense.assert_compiles(target, dense_attention.prefill, structs, window=128)
+    inputs = dense.full_prefill("flash", 4096, S)
+    inputs = inputs._replace(first_BT=INTEGERS, hidden_BT=INTEGERS)
+    dense.assert_compiles(target, dense_attention.prefill, inputs, window=128)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_gradients_of_dense_attention_of_any_bounds(case: Packed) -> None:
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 def test_gradients_of_dense_attention_of_packed_rows_compile(target: Any) -> None:
-    structs = (*dense_gradients.full("flash", 1024), INTEGERS, INTEGERS)
+    structs = dense_gradients.full("flash", 1024, first_BT=INTEGERS, hidden_BT=INTEGERS)
     run = functools.partial(dense_tpu.prefill_backward, window=128, scale=512**-0.5)
     program = targets.compiled(target, run, *structs)
     assert "tpu_custom_call" in str(program.as_text())

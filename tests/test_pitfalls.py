@@ -26,8 +26,12 @@ from pallas_kernels import (
     quantize,
     sparse_attention,
 )
+from pallas_kernels.dense_attention import inputs as dense
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
+from pallas_kernels.sparse_attention import inputs as sparse
 from pallas_kernels.targets import Target, compiled, temporaries
+from tests.kernels import in_order
 
 pytestmark = pytest.mark.full_compilation
 
@@ -121,7 +125,8 @@ def test_window_and_entries_joined_before_attention(chip: Target) -> None:
 
     structs, visible_BT = decode_structs(B), S((B, 1), I32)
     assert kept(chip, join, *structs, visible_BT) >= joined
-    ours = functools.partial(dense_attention.decode, scale=1.0)
+    door = in_order(dense_attention.decode, dense.DecodeInputs)
+    ours = functools.partial(door, scale=1.0)
     assert kept(chip, ours, *structs, visible_BT, SINK) <= joined / 16
 
 
@@ -129,7 +134,8 @@ def test_window_and_entries_joined_before_attention(chip: Target) -> None:
 def test_logits_of_a_prompt_for_all_entries(chip: Target) -> None:
     T = 256
     logits = 4 * T * H * (R + ENTRIES)
-    run = functools.partial(dense_attention.prefill, window=R, scale=1.0)
+    door = in_order(dense_attention.prefill, dense.PrefillInputs)
+    run = functools.partial(door, window=R, scale=1.0)
     # On GPUs about a copy of the queries.
     assert kept(chip, run, *prompt_structs(T), S((1, T), I32), SINK) <= logits / 8
 
@@ -138,14 +144,16 @@ def test_logits_of_a_prompt_for_all_entries(chip: Target) -> None:
 def test_the_chosen_entries_of_a_prompt_gathered(chip: Target) -> None:
     T, k = 256, 512
     gathered = 2 * T * k * K
-    run = functools.partial(sparse_attention.prefill, window=R, scale=1.0)
+    door = in_order(sparse_attention.prefill, sparse.PrefillInputs)
+    run = functools.partial(door, window=R, scale=1.0)
     assert kept(chip, run, *prompt_structs(T), S((1, T, k), I32), SINK) <= gathered / 8
 
 
 def test_all_entries_laid_out_anew_to_copy_rows() -> None:
     B = 8
     layer = 2 * B * ENTRIES * K
-    run = functools.partial(sparse_attention.decode, scale=1.0)
+    door = in_order(sparse_attention.decode, sparse.DecodeInputs)
+    run = functools.partial(door, scale=1.0)
     assert kept("v5p", run, *decode_structs(B), S((B, 1, 512), I32), SINK) <= layer / 16
 
 
@@ -193,7 +201,8 @@ def test_experts_made_bfloat16_before_the_product(chip: Target, form: Any) -> No
         codes_EDF = S((E, D, F), E4M3)
         assert kept(chip, cast, S((T * A, D), BF16), codes_EDF, S((E,), I32)) >= one
     weights = form(F, D, 1, E), form(F, D, 1, E), form(D, F, 1, E)
-    run = functools.partial(grouped_matmul.expert_mlp, limit=10.0, weight_first=True)
+    door = in_order(grouped_matmul.expert_mlp, Inputs)
+    run = functools.partial(door, limit=10.0, weight_first=True)
     tokens = S((T, D), BF16), S((T, A), I32), S((T, A), F32)
     # The rows, sorted, going in and coming out.
     rows = 2 * (T * A + 256) * (2 * D + F)

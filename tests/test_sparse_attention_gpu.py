@@ -15,6 +15,7 @@ from pallas_kernels import targets
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import gpu, gpu_gather, reference, rows
 from pallas_kernels.sparse_attention.gpu_attend import HEADS
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.shapes import SHAPES
 from tests import gpu_kernels
 from tests.test_sparse_attention import decode_inputs, poison, prefill_inputs
@@ -115,8 +116,8 @@ def pool_struct(B: int, eight_bits: bool) -> Any:
     return STRUCT((21, B, ENTRIES, 512), jnp.bfloat16)
 
 
-def check_program(run: Any, structs: list[Any], most: int) -> None:
-    lowered = targets.lowered("h200", run, *structs)
+def check_program(run: Any, inputs: DecodeInputs | PrefillInputs, most: int) -> None:
+    lowered = targets.lowered("h200", run, inputs)
     assert "mosaic_gpu" in lowered.as_text()
     assert targets.temporaries(lowered.compile()) <= most
 
@@ -139,7 +140,7 @@ def test_decode_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
         STRUCT((H,), jnp.float32),
     ]
     run = functools.partial(gpu.decode, scale=SCALE)
-    check_program(run, structs, 132 * HEADS * K * 4 + 2**18)
+    check_program(run, DecodeInputs(*structs), 132 * HEADS * K * 4 + 2**18)
 
 
 @pytest.mark.full_compilation
@@ -158,16 +159,17 @@ def test_prefill_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
         STRUCT((H,), jnp.float32),
     ]
     run = functools.partial(gpu.prefill, window=shape.window, scale=SCALE)
-    check_program(run, structs, 32 * 2**20)
+    check_program(run, PrefillInputs(*structs), 32 * 2**20)
 
 
 @pytest.mark.parametrize(("H", "K", "dtype"), [(8, 512, "bfloat16"), (64, 576, "bfloat16")])
 def test_what_the_kernel_does_not_take_is_refused(H: int, K: int, dtype: str) -> None:
     inputs = narrow(decode_inputs(1, 1, 4, 5, 3), H, K)
     with pytest.raises(Unsupported, match=f"heads in multiples of {HEADS}"):
-        gpu.decode(**inputs, scale=SCALE)
+        gpu.decode(DecodeInputs(**inputs), scale=SCALE)
 
 
 def test_float32_is_refused() -> None:
+    inputs = jax.tree.map(jnp.asarray, decode_inputs(1, 1, 4, 5, 3))
     with pytest.raises(Unsupported, match="bfloat16"):
-        gpu.decode(**jax.tree.map(jnp.asarray, decode_inputs(1, 1, 4, 5, 3)), scale=SCALE)
+        gpu.decode(DecodeInputs(**inputs), scale=SCALE)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from pallas_kernels import sparse_attention
 from pallas_kernels.quantize import fake_quant_fp8
 from pallas_kernels.sparse_attention import reference, rows
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.targets import temporaries
+from tests.kernels import by_name
 from tests.test_sparse_attention import (
     SCALE,
     decode_inputs,
@@ -56,8 +58,9 @@ def door(inputs: Inputs, impl: Any) -> Any:
 
 def plain(inputs: Inputs) -> Any:
     if "start_B" not in inputs:
-        return functools.partial(reference.decode, scale=SCALE)
-    return functools.partial(reference.prefill, window=window_of(inputs), scale=SCALE)
+        return functools.partial(by_name(reference.decode, DecodeInputs), scale=SCALE)
+    prefill = by_name(reference.prefill, PrefillInputs)
+    return functools.partial(prefill, window=window_of(inputs), scale=SCALE)
 
 
 def check(inputs: Inputs, impl: str = "auto", **close: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels import sparse_attention
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import reference, rows, tpu
+from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.targets import compiled, temporaries
 from tests.kernels import interpreted
 from tests.test_sparse_attention import window_of
@@ -26,9 +27,10 @@ def pulled(inputs: Inputs, backward: Any) -> list[np.ndarray]:
     static = {"window": window_of(inputs), "scale": SCALE}
 
     def run(inputs: Inputs) -> Any:
-        out_BTHK = reference.prefill(**inputs, **static)
+        record = PrefillInputs(**inputs)
+        out_BTHK = reference.prefill(record, **static)
         grad_BTHK = jnp.cos(3 * out_BTHK.astype(jnp.float32)).astype(out_BTHK.dtype)
-        return backward(grad_BTHK, out_BTHK, **inputs, **static)
+        return backward(grad_BTHK, out_BTHK, record, **static)
 
     return [np.asarray(x, np.float32) for x in jax.jit(run)(inputs)]
 
@@ -91,4 +93,6 @@ def chunk(name: str, entries: int) -> Inputs:
 
 
 def backward(inputs: Inputs) -> Any:
-    return tpu.prefill_backward(**inputs, window=128, scale=SCALE)
+    outputs = inputs["grad_BTHK"], inputs["out_BTHK"]
+    record = PrefillInputs(**{n: x for n, x in inputs.items() if n in PrefillInputs._fields})
+    return tpu.prefill_backward(*outputs, record, window=128, scale=SCALE)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import sparse_attention
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import reference, rows, tpu, tpu_gather, tpu_prefill
+from pallas_kernels.sparse_attention.inputs import DecodeInputs
 from pallas_kernels.sparse_attention.shapes import SHAPES
 from pallas_kernels.targets import Target, compiled, temporaries
 from tests.kernels import interpreted
@@ -292,8 +293,8 @@ def test_prefill_compiles_within_32_megabytes(name: str, target: Target) -> None
 def test_what_the_kernel_does_not_take_is_refused_while_tracing(
     heads: int, queries: int, changed: dict[str, Any], message: str
 ) -> None:
-    array = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
-    inputs = (
+    array: Any = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
+    inputs = DecodeInputs(
         array(1, queries, heads, K),
         array(1, 24, K, dtype=changed.get("window", jnp.float32)),
         array(1, queries, 24, dtype=jnp.bool_),
@@ -303,4 +304,4 @@ def test_what_the_kernel_does_not_take_is_refused_while_tracing(
         array(heads),
     )
     with pytest.raises(Unsupported, match=message):
-        jax.eval_shape(functools.partial(tpu.decode, scale=SCALE), *inputs)
+        jax.eval_shape(functools.partial(tpu.decode, scale=SCALE), inputs)

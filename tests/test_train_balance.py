@@ -27,7 +27,7 @@ def routing(document_BT: np.ndarray, seed: int = 0) -> tuple[Routing, Any]:
         jnp.zeros(batch, jnp.int32),
         jnp.full(batch, length, jnp.int32),
         jnp.float32,
-        jnp.asarray(document_BT, jnp.int32),
+        document_BT=jnp.asarray(document_BT, jnp.int32),
     )
     return Routing(jnp.asarray(score_BTE), jnp.asarray(expert_BTA)), shared
 

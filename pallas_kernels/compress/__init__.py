@@ -79,7 +79,7 @@ def prefill(
     rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
     check_number("compress.prefill", eps=eps)
-    _check_entries("compress.prefill", tokens, *rest, overlap, rounding)
+    _check_entries("compress.prefill", tokens, rest, overlap, rounding)
     return _run("prefill", impl, tuple(static.items()), (*tokens.values(), *rest))
 
 
@@ -121,7 +121,7 @@ def decode(
     rest = bias_MC, scale_K, table
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
     check_number("compress.decode", eps=eps)
-    _check_entries("compress.decode", tokens, *rest, overlap, rounding)
+    _check_entries("compress.decode", tokens, rest, overlap, rounding)
     tokens["layer"] = jnp.asarray(layer)
     return _run("decode", impl, tuple(static.items()), (*tokens.values(), *rest))
 
@@ -176,12 +176,11 @@ def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
     return sizes | {"K": sizes["C"] // overlap, "P": overlap * sizes["M"]}
 
 
-def _check_entries(
-    op: str, tokens: Any, bias_MC: Any, scale_K: Any, table: Any, overlap: int, rounding: str
-) -> None:
+def _check_entries(op: str, tokens: Any, rest: Any, overlap: int, rounding: str) -> None:
     """Entries are as many as the windows of a chunk, or one."""
     if not isinstance(rounding, str) or rounding not in get_args(Rounding):
         raise ValueError(f"{op}: rounding is {shown(rounding)}; it takes {get_args(Rounding)}.")
+    bias_MC, scale_K, table = rest
     sizes = _check_windows(op, bias_MC, overlap)
     integers = ("start_B", "layer", "window_B")
     sizes = check_arrays(op, tokens, integers=integers, sizes=sizes | {"C": 2 * sizes["C"]})

@@ -139,9 +139,9 @@ def _step(pieces: Pieces) -> int:
 
 
 def _add_tokens(
-    kv_XV: Any,
-    gate_XV: Any,
-    bias_MV: Any,
+    kv_ref: Any,
+    gate_ref: Any,
+    bias_ref: Any,
     place: Callable[[Any], tuple[Any, Any, Any]],
     pieces: Pieces,
     step: Any,
@@ -152,7 +152,7 @@ def _add_tokens(
     largest, total, weighted = running
     tokens = [place(step * count + i) for i in range(count)]
     read = lambda ref, at: ref[at].astype(jnp.float32)
-    logits = [read(gate_XV, at) + read(bias_MV, of_window) for at, of_window, _ in tokens]
+    logits = [read(gate_ref, at) + read(bias_ref, of_window) for at, of_window, _ in tokens]
     logits = [
         jnp.where(counts, logit, -jnp.inf)
         for logit, (_, _, counts) in zip(logits, tokens, strict=True)
@@ -163,5 +163,5 @@ def _add_tokens(
     for logit, (at, _, counts) in zip(logits, tokens, strict=True):
         weight = jnp.exp(logit - new)
         total += weight
-        weighted += weight * jnp.where(counts, read(kv_XV, at), 0.0)
+        weighted += weight * jnp.where(counts, read(kv_ref, at), 0.0)
     return new, total, weighted

@@ -20,13 +20,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import residuals, softmax
+from pallas_kernels.attention_gradients import cotangents
 from pallas_kernels.dense_attention import reference, tpu, xla
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.implementations import Impl, check_arrays, check_number, dispatch
 
 _FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def decode(
+    *,
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
     window_mask_BTR: Bool[Array, "B T R"],
@@ -34,7 +37,6 @@ def decode(
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
-    *,
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
@@ -55,20 +57,21 @@ def decode(
       TypeError: a dtype that is not the contract's.
       ValueError: shapes that do not fit together.
     """
-    arrays = {
-        "q_BTHK": q_BTHK,
-        "window_BRK": window_BRK,
-        "window_mask_BTR": window_mask_BTR,
-        "pool_LBSK": pool_LBSK,
-        "layer": layer,
-        "visible_BT": visible_BT,
-        "sink_H": sink_H,
-    }
-    _check("dense_attention.decode", arrays, scale)
-    return _decode((scale, impl), tuple(arrays.values()))
+    inputs = DecodeInputs(
+        q_BTHK=q_BTHK,
+        window_BRK=window_BRK,
+        window_mask_BTR=window_mask_BTR,
+        pool_LBSK=pool_LBSK,
+        layer=layer,
+        visible_BT=visible_BT,
+        sink_H=sink_H,
+    )
+    _check("dense_attention.decode", inputs, scale)
+    return _decode((scale, impl), inputs._replace(layer=jnp.asarray(layer)))
 
 
 def prefill(
+    *,
     q_BTHK: Float[Array, "B T H K"],
     window_BXK: Float[Array, "B X K"],
     start_B: Int[Array, " B"],
@@ -78,7 +81,6 @@ def prefill(
     sink_H: Float[Array, " H"],
     first_BT: Int[Array, "B T"] | None = None,
     hidden_BT: Int[Array, "B T"] | None = None,
-    *,
     window: int,
     scale: float,
     impl: Impl = "auto",
@@ -105,71 +107,68 @@ def prefill(
     Raises:
       NotImplementedError, TypeError, ValueError: as for `decode`.
     """
-    arrays = {
-        "q_BTHK": q_BTHK,
-        "window_BXK": window_BXK,
-        "start_B": start_B,
-        "pool_LBSK": pool_LBSK,
-        "layer": layer,
-        "visible_BT": visible_BT,
-        "sink_H": sink_H,
-        "first_BT": first_BT,
-        "hidden_BT": hidden_BT,
-    }
-    sizes = _check("dense_attention.prefill", arrays, scale)
+    inputs = PrefillInputs(
+        q_BTHK=q_BTHK,
+        window_BXK=window_BXK,
+        start_B=start_B,
+        pool_LBSK=pool_LBSK,
+        layer=layer,
+        visible_BT=visible_BT,
+        sink_H=sink_H,
+        first_BT=first_BT,
+        hidden_BT=hidden_BT,
+    )
+    sizes = _check("dense_attention.prefill", inputs, scale)
     softmax.require_chunk_window("dense_attention.prefill", sizes["X"], window, sizes["T"])
-    return _prefill((window, scale, impl), tuple(arrays.values()))
+    return _prefill((window, scale, impl), inputs._replace(layer=jnp.asarray(layer)))
 
 
-def _check(op: str, arrays: dict[str, Any], scale: Any) -> dict[str, int]:
-    """The sizes; `arrays` gets its layer as an array."""
+def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
+    """The sizes."""
     check_number(op, scale=scale)
     optional = ("pool_LBSK", "first_BT", "hidden_BT")
+    arrays = inputs._asdict()
     there = {name: x for name, x in arrays.items() if name not in optional or x is not None}
     integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
-    sizes = check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
-    arrays["layer"] = jnp.asarray(arrays["layer"])
-    return sizes
+    return check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(settings: Any, arrays: tuple[Any, ...]) -> Any:
+def _decode(settings: Any, inputs: DecodeInputs) -> Any:
     scale, impl = settings
-    return dispatch("dense_attention", "decode", impl, _FORMS, *arrays, scale=scale)
+    return dispatch("dense_attention", "decode", impl, _FORMS, inputs, scale=scale)
 
 
-def _decode_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = residuals.kept(_decode(settings, arrays))
-    return out_BTHK, (out_BTHK, arrays)
+def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
+    out_BTHK = residuals.kept(_decode(settings, inputs))
+    return out_BTHK, (out_BTHK, inputs)
 
 
 def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (scale, impl), (out_BTHK, arrays) = settings, kept
-    arrays = (grad_BTHK, out_BTHK, *arrays)
-    q, window, pool, sink = dispatch(
-        "dense_attention", "decode_backward", impl, _FORMS, *arrays, scale=scale
-    )
-    return ((q, window, None, pool, None, None, sink),)
+    scale, impl = settings
+    out_BTHK, inputs = kept
+    args = (grad_BTHK, out_BTHK, inputs)
+    gradients = dispatch("dense_attention", "decode_backward", impl, _FORMS, *args, scale=scale)
+    return (cotangents(inputs, gradients),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefill(settings: Any, arrays: tuple[Any, ...]) -> Any:
+def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
     window, scale, impl = settings
-    return dispatch("dense_attention", "prefill", impl, _FORMS, *arrays, window=window, scale=scale)
+    return dispatch("dense_attention", "prefill", impl, _FORMS, inputs, window=window, scale=scale)
 
 
-def _prefill_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = residuals.kept(_prefill(settings, arrays))
-    return out_BTHK, (out_BTHK, arrays)
+def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
+    out_BTHK = residuals.kept(_prefill(settings, inputs))
+    return out_BTHK, (out_BTHK, inputs)
 
 
 def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (window, scale, impl), (out_BTHK, arrays) = settings, kept
-    arrays = (grad_BTHK, out_BTHK, *arrays)
-    q, keys, pool, sink = dispatch(
-        "dense_attention", "prefill_backward", impl, _FORMS, *arrays, window=window, scale=scale
-    )
-    return ((q, keys, None, pool, None, None, sink, None, None),)
+    window, scale, impl = settings
+    out_BTHK, inputs = kept
+    args, static = (grad_BTHK, out_BTHK, inputs), {"window": window, "scale": scale}
+    gradients = dispatch("dense_attention", "prefill_backward", impl, _FORMS, *args, **static)
+    return (cotangents(inputs, gradients),)
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

@@ -1,98 +1,74 @@
 """Attention in plain maths: all logits of window and entries at once. See the package."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Gradients = tuple[Any, Any, Any, Any]
+from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    keys, masks = [window_BRK], [window_mask_BTR]
-    if pool_LBSK is not None:
-        keys.append(pool_LBSK[layer])
-        masks.append(jnp.arange(pool_LBSK.shape[2])[None, None] < visible_BT[..., None])
-    return attend(q_BTHK, keys, masks, sink_H, scale)
+    keys, masks = [inputs.window_BRK], [inputs.window_mask_BTR]
+    if inputs.pool_LBSK is not None:
+        keys.append(inputs.pool_LBSK[inputs.layer])
+        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
+        masks.append(index_11S < inputs.visible_BT[..., None])
+    return attend(inputs.q_BTHK, keys, masks, inputs.sink_H, scale)
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    keys, masks = [window_BXK], [band(start_B, q_BTHK.shape[1], window, first_BT)]
-    if pool_LBSK is not None:
-        keys.append(pool_LBSK[layer])
-        index_11S = jnp.arange(pool_LBSK.shape[2])[None, None]
-        masks.append(index_11S < visible_BT[..., None])
-        if hidden_BT is not None:
-            masks[-1] &= index_11S >= hidden_BT[..., None]
-    return attend(q_BTHK, keys, masks, sink_H, scale)
+    queries = inputs.q_BTHK.shape[1]
+    keys = [inputs.window_BXK]
+    masks = [band(inputs.start_B, queries, window, inputs.first_BT)]
+    if inputs.pool_LBSK is not None:
+        keys.append(inputs.pool_LBSK[inputs.layer])
+        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
+        masks.append(index_11S < inputs.visible_BT[..., None])
+        if inputs.hidden_BT is not None:
+            masks[-1] &= index_11S >= inputs.hidden_BT[..., None]
+    return attend(inputs.q_BTHK, keys, masks, inputs.sink_H, scale)
 
 
 def decode_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
     run = lambda q, window, pool, sink: decode(
-        q, window, window_mask_BTR, pool, layer, visible_BT, sink, scale=scale
+        inputs._replace(q_BTHK=q, window_BRK=window, pool_LBSK=pool, sink_H=sink), scale=scale
     )
-    return jax.vjp(run, q_BTHK, window_BRK, pool_LBSK, sink_H)[1](grad_BTHK)
+    learned = (inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK, inputs.sink_H)
+    return Gradients(*jax.vjp(run, *learned)[1](grad_BTHK))
 
 
 def prefill_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    bounds = (first_BT, hidden_BT)
-    run = lambda q, keys, pool, sink: prefill(
-        q, keys, start_B, pool, layer, visible_BT, sink, *bounds, window=window, scale=scale
+    changed = lambda q, keys, pool, sink: inputs._replace(
+        q_BTHK=q, window_BXK=keys, pool_LBSK=pool, sink_H=sink
     )
-    return jax.vjp(run, q_BTHK, window_BXK, pool_LBSK, sink_H)[1](grad_BTHK)
+    run = lambda *learned: prefill(changed(*learned), window=window, scale=scale)
+    learned = (inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK, inputs.sink_H)
+    return Gradients(*jax.vjp(run, *learned)[1](grad_BTHK))
 
 
 def band(

@@ -11,7 +11,7 @@ Y keys of a block's window, S entries of a block in names of values, W = 128 lan
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.dense_attention import xla
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
 from pallas_kernels.dense_attention.tpu_window import (
     band_seen,
@@ -50,35 +51,29 @@ decode_backward = xla.decode_backward
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
     """All queries of a row are one block; the pool streams by once."""
-    batch, queries, heads, dim = q_BTHK.shape
-    ring = window_BRK.shape[1]
+    batch, queries, heads, dim = inputs.q_BTHK.shape
+    ring = inputs.window_BRK.shape[1]
     if queries * heads > 2 * _ROWS or ring > 2 * _ROWS:
         raise Unsupported(
             f"dense_attention.decode on TPU takes {2 * _ROWS} rows of queries x heads and as many "
             f"keys of a window, not {queries} x {heads} and {ring}."
         )
     whole = lambda *dims: pl.BlockSpec((None, *dims), lambda i, b, s, *scalars: (b, 0, 0))
-    return _attend(
-        q_BTHK,
-        (window_BRK, window_mask_BTR.astype(jnp.int32)),
+    near = _Window(
+        (inputs.window_BRK, inputs.window_mask_BTR.astype(jnp.int32)),
         (whole(ring, dim), whole(queries, ring)),
         functools.partial(ring_seen, heads=heads),
+    )
+    return _attend(
+        inputs,
+        near,
         jnp.zeros(batch, jnp.int32),
-        pool_LBSK,
-        layer,
-        (visible_BT, None),
-        sink_H,
+        None,
         block=queries,
         entries=_DECODE_ENTRIES,
         scale=scale,
@@ -87,21 +82,13 @@ def decode(
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
     """A block of queries sees the keys of two aligned blocks of the window."""
-    _, queries, heads, dim = q_BTHK.shape
+    _, queries, heads, dim = inputs.q_BTHK.shape
     block = queries_of_a_block(queries, heads)
     near = window_of_a_block(queries, block, window)
     if heads * block > 2 * _ROWS or near > _ROWS:
@@ -109,25 +96,25 @@ def prefill(
             f"dense_attention.prefill on TPU takes {2 * _ROWS} heads and a window of {_ROWS}, "
             f"not {heads} and {window}."
         )
-    keys = window_BXK.shape[1]
+    keys, first_BT, start_B = inputs.window_BXK.shape[1], inputs.first_BT, inputs.start_B
     last = pl.cdiv(keys, near) - 1
     begin = lambda i: jax.lax.div(i * block, near)
     at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(begin(i) + part, last), 0)
     parts = range(1 if near == keys else 2)
     low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
-    return _attend(
-        q_BTHK,
-        ((window_BXK,) * len(parts), low_BN1Q),
+    of_block = _Window(
+        ((inputs.window_BXK,) * len(parts), low_BN1Q),
         (
             tuple(pl.BlockSpec((None, near, dim), at(part)) for part in parts),
             None if low_BN1Q is None else _per_query(block),
         ),
         functools.partial(band_seen, heads=heads, block=block, window=window, keys=keys),
+    )
+    return _attend(
+        inputs,
+        of_block,
         start_B,
-        pool_LBSK,
-        layer,
-        (visible_BT, hidden_BT),
-        sink_H,
+        inputs.hidden_BT,
         block=block,
         entries=_ENTRIES,
         scale=scale,
@@ -147,16 +134,19 @@ def window_of_a_block(queries: int, block: int, window: int) -> int:
     return min(pl.cdiv(max(window, block), unit) * unit, window + queries)
 
 
+class _Window(NamedTuple):
+    """The window's arrays, what a block of queries holds of them, and the keys that rows see."""
+
+    arrays: tuple[Any, Any]
+    specs: tuple[Any, Any]
+    seen: Callable[..., Any]
+
+
 def _attend(
-    q_BTHK: Float[Array, "B T H K"],
-    window: tuple[Any, Any],
-    window_specs: tuple[Any, Any],
-    near: Callable[..., Any],
+    inputs: DecodeInputs | PrefillInputs,
+    window: _Window,
     start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    bounds: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
-    sink_H: Float[Array, " H"],
+    hidden_BT: Int[Array, "B T"] | None,
     *,
     block: int,
     entries: int,
@@ -164,10 +154,9 @@ def _attend(
     name: str,
 ) -> Float[Array, "B T H K"]:
     """The grid: blocks of queries, rows of the batch, blocks of entries."""
-    batch, queries, heads, dim = q_BTHK.shape
+    pool_LBSK, (batch, queries, heads, dim) = inputs.pool_LBSK, inputs.q_BTHK.shape
     blocks = pl.cdiv(queries, block)
-    visible_BT, hidden_BT = bounds
-    visible_BN1Q = in_blocks(visible_BT, block)
+    visible_BN1Q = in_blocks(inputs.visible_BT, block)
     hidden_BN1Q = None if hidden_BT is None else in_blocks(hidden_BT, block)
     most = _SCALARS // (2 if hidden_BN1Q is None else 4)
     if batch * blocks > most:
@@ -176,34 +165,34 @@ def _attend(
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 
     out = pl.pallas_call(
-        functools.partial(_kernel, near=near, blocks=blocks, heads=heads, scale=scale),
+        functools.partial(_kernel, near=window.seen, blocks=blocks, heads=heads, scale=scale),
         grid_spec=_grid(
             (blocks, batch, steps),
             block,
             (heads, dim),
-            window_specs,
+            window.specs,
             width,
             hides=hidden_BN1Q is not None,
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), q_BTHK.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), inputs.q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES,
         ),
         name=name,
     )(
-        layer.astype(jnp.int32).reshape(1),
+        inputs.layer.astype(jnp.int32).reshape(1),
         start_B.astype(jnp.int32),
         jnp.max(visible_BN1Q, axis=(2, 3)).reshape(-1),
         jnp.min(visible_BN1Q, axis=(2, 3)).reshape(-1),
         None if hidden_BN1Q is None else _hidden_of_blocks(visible_BN1Q, hidden_BN1Q),
-        q_BTHK.reshape(batch, queries * heads, dim),
-        jnp.broadcast_to(sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
+        inputs.q_BTHK.reshape(batch, queries * heads, dim),
+        jnp.broadcast_to(inputs.sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
         (visible_BN1Q, hidden_BN1Q),
-        window,
+        window.arrays,
         in_hbm(pool_LBSK),
     )
-    return out.reshape(q_BTHK.shape)
+    return out.reshape(inputs.q_BTHK.shape)
 
 
 def _grid(
@@ -219,14 +208,13 @@ def _grid(
     (heads, dim), blocks = head, grid[0]
     rows = block * heads
 
-    def pool_at(
-        i: Any, b: Any, s: Any, layer_1: Any, start_B: Any, most_M: Any, least_M: Any, hidden: Any
-    ) -> Any:
+    def pool_at(i: Any, b: Any, s: Any, *scalars: Any) -> Any:
         # What nobody sees is not fetched: the index stays.
-        last = jnp.maximum(jax.lax.div(most_M[b * blocks + i] + width - 1, width) - 1, 0)
-        if hidden is not None:
-            s = jnp.maximum(s, jax.lax.div(hidden[0][b * blocks + i], width))
-        return layer_1[0], b, jnp.minimum(s, last), 0
+        layer_ref, _, most_ref, _, hidden_refs = scalars
+        last = jnp.maximum(jax.lax.div(most_ref[b * blocks + i] + width - 1, width) - 1, 0)
+        if hidden_refs is not None:
+            s = jnp.maximum(s, jax.lax.div(hidden_refs[0][b * blocks + i], width))
+        return layer_ref[0], b, jnp.minimum(s, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
@@ -261,11 +249,11 @@ def _hidden_of_blocks(
 
 
 def _kernel(
-    layer_1: Any,
-    start_B: Any,
-    most_M: Any,  # [N x B] in scalar memory, as the next
-    least_M: Any,
-    hidden: Any,  # two such, or None
+    layer_ref: Any,  # [1] in scalar memory, as the next four
+    start_ref: Any,  # [B]
+    most_ref: Any,  # [N x B]
+    least_ref: Any,  # [N x B]
+    hidden_refs: Any,  # two such, or None
     q_ref: Any,  # [R, K]
     sink_ref: Any,  # [H, W]
     bounds_refs: Any,  # [1, Q] of visible and of hidden, or None
@@ -287,16 +275,16 @@ def _kernel(
     @pl.when(s == 0)
     def _window() -> None:
         _begin(sink_ref, *state)
-        keys_YK, mask_RY = near(window_refs, i, start_B[b])
+        keys_YK, mask_RY = near(window_refs, i, start_ref[b])
         _add(jnp.where(mask_RY, _logits(q_ref[...], keys_YK, scale), -jnp.inf), keys_YK, *state)
 
     if pool_ref is not None:
-        most, least = most_M[b * blocks + i], least_M[b * blocks + i]
+        most, least = most_ref[b * blocks + i], least_ref[b * blocks + i]
         width = pool_ref.shape[0]
         first = s * width
         whole, begin = first + width <= least, 0
-        if hidden is not None:
-            begin, end = (hidden_M[b * blocks + i] for hidden_M in hidden)
+        if hidden_refs is not None:
+            begin, end = (ref[b * blocks + i] for ref in hidden_refs)
             whole &= first >= end
 
         @pl.when(whole)
@@ -304,7 +292,7 @@ def _kernel(
             _add(_logits(q_ref[...], pool_ref[...], scale), pool_ref[...], *state)
 
         some = (first < most) & (first + width > least)
-        if hidden is not None:
+        if hidden_refs is not None:
             some = (first < most) & (first + width > begin) & jnp.logical_not(whole)
 
         @pl.when(some)

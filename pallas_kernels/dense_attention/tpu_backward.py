@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu_attention_backward as backward
+from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.dense_attention.inputs import PrefillInputs
 from pallas_kernels.tpu_attention_pull import Seen, by_any
 
 _QUERIES = 128
@@ -18,24 +20,17 @@ _QUERIES = 128
 def prefill_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
-) -> backward.Gradients:
+) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    queries, heads = q_BTHK.shape[1:3]
+    queries, heads = inputs.q_BTHK.shape[1:3]
+    visible_BT, hidden_BT = inputs.visible_BT, inputs.hidden_BT
     block = backward.queries_of_a_block(queries, heads, _QUERIES)
     seen = None
-    if pool_LBSK is not None:
+    if inputs.pool_LBSK is not None:
         in_rows = lambda x_BT: jnp.repeat(
             backward.blocks_of(x_BT.astype(jnp.int32), block, fill=0), heads, axis=2
         )
@@ -45,14 +40,10 @@ def prefill_backward(
             both_BN2R = jnp.stack([in_rows(visible_BT), in_rows(hidden_BT)], axis=2)
             seen = Seen(both_BN2R, (), _end_of_both, _between, _begin)
     return backward.gradients(
-        (grad_BTHK, out_BTHK, q_BTHK),
-        window_BXK,
-        start_B,
-        pool_LBSK,
-        layer,
+        grad_BTHK,
+        out_BTHK,
+        inputs,
         seen,
-        sink_H,
-        first_BT,
         block=block,
         window=window,
         scale=scale,

@@ -7,92 +7,60 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import softmax
 from pallas_kernels.dense_attention import xla_blocks as blocks
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.xla_backward import decode_backward, prefill_backward
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
     def one(row: Any) -> Any:
-        mask_TR = window_mask_BTR[row]
-        keys_RK = blocks.where_seen(window_BRK[row], jnp.any(mask_TR, axis=0))
-        return _attend(
-            q_BTHK[row],
-            keys_RK,
-            mask_TR,
-            pool_LBSK,
-            layer,
-            row,
-            blocks.Bounds(visible_BT[row]),
-            sink_H,
-            scale,
-        )
+        mask_TR = inputs.window_mask_BTR[row]
+        keys_RK = blocks.where_seen(inputs.window_BRK[row], jnp.any(mask_TR, axis=0))
+        bounds = blocks.Bounds(inputs.visible_BT[row])
+        entries = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, bounds)
+        return _attend(inputs.q_BTHK[row], keys_RK, mask_TR, entries, inputs.sink_H, scale)
 
-    return jax.lax.map(one, jnp.arange(q_BTHK.shape[0], dtype=jnp.int32))
+    return jax.lax.map(one, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    batch, queries = visible_BT.shape
+    batch, queries, *rest = inputs.q_BTHK.shape
     block, count, pad = blocks.split(queries, blocks.QUERIES)
-    bounds = blocks.Bounds(visible_BT, hidden_BT, first_BT)
-    padded_q, padded, padded_window = pad(q_BTHK), bounds.filled(pad), pad(window_BXK)
+    bounds = blocks.Bounds(inputs.visible_BT, inputs.hidden_BT, inputs.first_BT).filled(pad)
+    q, keys = pad(inputs.q_BTHK), pad(inputs.window_BXK)
 
     def one(index: Any) -> Any:
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        first_Q = jax.tree.map(take, padded.first)
-        mask_QY = blocks.band(start_B[row] - window + first, block, window, first_Q)
-        return _attend(
-            take(padded_q),
-            blocks.where_seen(take(padded_window, block + window), jnp.any(mask_QY, axis=0)),
-            mask_QY,
-            pool_LBSK,
-            layer,
-            row,
-            jax.tree.map(take, padded),
-            sink_H,
-            scale,
-        )
+        own = jax.tree.map(take, bounds)
+        mask_QY = blocks.band(inputs.start_B[row] - window + first, block, window, own.first)
+        keys_YK = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0))
+        entries = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, own)
+        return _attend(take(q), keys_YK, mask_QY, entries, inputs.sink_H, scale)
 
     out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
-    return out.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
+    return out.reshape(batch, count * block, *rest)[:, :queries]
 
 
 def _attend(
     q_QHK: Float[Array, "Q H K"],
     window_YK: Float[Array, "Y K"],
     window_mask_QY: Bool[Array, "Q Y"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
-    bounds: blocks.Bounds,
+    entries: blocks.Entries,
     sink_H: Float[Array, " H"],
     scale: float,
 ) -> Float[Array, "Q H K"]:
@@ -101,12 +69,12 @@ def _attend(
     q_RK = blocks.as_rows(q_QHK)
     per_head = lambda mask_QX: jnp.tile(mask_QX, (heads, 1))
     whole = softmax.part(q_RK, window_YK, per_head(window_mask_QY), scale)
-    if pool_LBSK is not None:
+    if entries.pool_LBSK is not None:
 
         def add(block: Any, whole: Any) -> Any:
-            keys_EK, seen_QE, _ = blocks.entries(pool_LBSK, layer, row, bounds, block)
+            keys_EK, seen_QE, _ = entries.of_block(block)
             return softmax.merge(whole, softmax.part(q_RK, keys_EK, per_head(seen_QE), scale))
 
-        whole = jax.lax.fori_loop(*blocks.seen(pool_LBSK, bounds), add, whole)
+        whole = jax.lax.fori_loop(*entries.blocks(), add, whole)
     out_RK = softmax.finish(whole, jnp.repeat(sink_H.astype(jnp.float32), queries))
     return blocks.as_queries(out_RK, queries).astype(q_QHK.dtype)

@@ -12,26 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
+from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.dense_attention import xla_blocks as blocks
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 
 _LOWEST = -1e30
 # With 64 heads of 128 queries, 8192 rows, the compiler for TPUs took 75 s, with 1024 rows 7 s.
 _ROWS = 1024
-Gradients = tuple[Any, Any, Any, Any]
 
 
 def decode_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Gradients:
@@ -39,74 +34,67 @@ def decode_backward(
 
     def one(carry: Any, row: Any) -> Any:
         pool_grad, sink_grad_H = carry
-        mask_TR = window_mask_BTR[row]
-        rows = _rows(q_BTHK[row], grad_BTHK[row], out_BTHK[row], sink_H, scale)
-        near = blocks.where_seen(window_BRK[row], jnp.any(mask_TR, axis=0)), mask_TR
-        far = (pool_LBSK, layer, row, blocks.Bounds(visible_BT[row]))
+        mask_TR = inputs.window_mask_BTR[row]
+        rows = _rows(inputs.q_BTHK[row], grad_BTHK[row], out_BTHK[row], inputs.sink_H, scale)
+        near = blocks.where_seen(inputs.window_BRK[row], jnp.any(mask_TR, axis=0)), mask_TR
+        bounds = blocks.Bounds(inputs.visible_BT[row])
+        far = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, bounds)
         q_grad, window_grad_RK, pool_grad, add_H = _block(rows, near, far, pool_grad)
         return (pool_grad, sink_grad_H + add_H), (q_grad, window_grad_RK)
 
-    empty = _empty(pool_LBSK), jnp.zeros(sink_H.shape, jnp.float32)
-    rows_B = jnp.arange(q_BTHK.shape[0], dtype=jnp.int32)
+    empty = _empty(inputs.pool_LBSK), jnp.zeros(inputs.sink_H.shape, jnp.float32)
+    rows_B = jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32)
     (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(one, empty, rows_B)
-    return (
-        q_grad.astype(q_BTHK.dtype),
-        window_grad.astype(window_BRK.dtype),
-        _of_stack(pool_grad, pool_LBSK, layer),
-        sink_grad_H.astype(sink_H.dtype),
+    return Gradients(
+        q_grad.astype(inputs.q_BTHK.dtype),
+        window_grad.astype(inputs.window_BRK.dtype),
+        _of_stack(pool_grad, inputs.pool_LBSK, inputs.layer),
+        sink_grad_H.astype(inputs.sink_H.dtype),
     )
 
 
 def prefill_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
-    layer: Int[Array, ""],
-    visible_BT: Int[Array, "B T"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
-    hidden_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    batch, queries = visible_BT.shape
-    most = max(1, min(blocks.QUERIES, _ROWS // q_BTHK.shape[2]))
+    batch, queries, heads, dim = inputs.q_BTHK.shape
+    most = max(1, min(blocks.QUERIES, _ROWS // heads))
     block, count, pad = blocks.split(queries, most)
-    q, grad, out = map(pad, (q_BTHK, grad_BTHK, out_BTHK))
-    bounds = blocks.Bounds(visible_BT, hidden_BT, first_BT).filled(pad)
-    keys = pad(window_BXK)
+    q, grad, out = map(pad, (inputs.q_BTHK, grad_BTHK, out_BTHK))
+    bounds = blocks.Bounds(inputs.visible_BT, inputs.hidden_BT, inputs.first_BT).filled(pad)
+    keys = pad(inputs.window_BXK)
 
     def one(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        first_Q = jax.tree.map(take, bounds.first)
-        mask_QY = blocks.band(start_B[row] - window + first, block, window, first_Q)
+        own = jax.tree.map(take, bounds)
+        mask_QY = blocks.band(inputs.start_B[row] - window + first, block, window, own.first)
         near = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0)), mask_QY
-        rows = _rows(take(q), take(grad), take(out), sink_H, scale)
-        far = (pool_LBSK, layer, row, jax.tree.map(take, bounds))
+        rows = _rows(take(q), take(grad), take(out), inputs.sink_H, scale)
+        far = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, own)
         q_grad, add_YK, pool_grad, add_H = _block(rows, near, far, pool_grad)
         window_grad = _add_at(window_grad, add_YK, row, first)
         return (window_grad, pool_grad, sink_grad_H + add_H), q_grad
 
     empty = (
         jnp.zeros(keys.shape, jnp.float32),
-        _empty(pool_LBSK),
-        jnp.zeros(sink_H.shape, jnp.float32),
+        _empty(inputs.pool_LBSK),
+        jnp.zeros(inputs.sink_H.shape, jnp.float32),
     )
     indices = jnp.arange(batch * count, dtype=jnp.int32)
     (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(one, empty, indices)
-    q_grad = q_grad.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
-    return (
-        q_grad.astype(q_BTHK.dtype),
-        window_grad[:, : window_BXK.shape[1]].astype(window_BXK.dtype),
-        _of_stack(pool_grad, pool_LBSK, layer),
-        sink_grad_H.astype(sink_H.dtype),
+    q_grad = q_grad.reshape(batch, count * block, heads, dim)[:, :queries]
+    return Gradients(
+        q_grad.astype(inputs.q_BTHK.dtype),
+        window_grad[:, : window + queries].astype(inputs.window_BXK.dtype),
+        _of_stack(pool_grad, inputs.pool_LBSK, inputs.layer),
+        sink_grad_H.astype(inputs.sink_H.dtype),
     )
 
 
@@ -132,32 +120,30 @@ def _rows(q_QHK: Any, grad_QHK: Any, out_QHK: Any, sink_H: Any, scale: float) ->
     )
 
 
-def _block(rows: _Rows, near: Any, far: Any, pool_grad: Any) -> Any:
+def _block(rows: _Rows, near: Any, far: blocks.Entries, pool_grad: Any) -> Any:
     """Gradients of a block's queries [Q, H, K] and window, of the whole pool so far, of sinks."""
     heads_of = lambda mask_QX: jnp.tile(mask_QX, (rows.q_RK.shape[0] // mask_QX.shape[0], 1))
-    pool_LBSK, layer, row, bounds = far
     window_YK, mask_RY = near[0], heads_of(near[1])
     state = _add_to_sum(rows, window_YK, mask_RY, (rows.sink_R, jnp.ones_like(rows.sink_R)))
-    entries = lambda i: blocks.entries(pool_LBSK, layer, row, bounds, i)
-    some = (0, 0) if pool_LBSK is None else blocks.seen(pool_LBSK, bounds)
+    some = (0, 0) if far.pool_LBSK is None else far.blocks()
 
     def measure(i: Any, state: Any) -> Any:
-        keys_EK, seen_QE, _ = entries(i)
+        keys_EK, seen_QE, _ = far.of_block(i)
         return _add_to_sum(rows, keys_EK, heads_of(seen_QE), state)
 
     def pull(i: Any, carry: Any) -> Any:
         q_grad_RK, pool_grad = carry
-        keys_EK, seen_QE, start = entries(i)
+        keys_EK, seen_QE, start = far.of_block(i)
         add_RK, keys_grad_EK = _pull(rows, keys_EK, heads_of(seen_QE), whole_R)
-        return q_grad_RK + add_RK, _add_at(pool_grad, keys_grad_EK, row, start)
+        return q_grad_RK + add_RK, _add_at(pool_grad, keys_grad_EK, far.row, start)
 
-    if pool_LBSK is not None:
+    if far.pool_LBSK is not None:
         state = jax.lax.fori_loop(*some, measure, state)
     whole_R = state[0] + jnp.log(state[1])
     q_grad_RK, window_grad_YK = _pull(rows, window_YK, mask_RY, whole_R)
-    if pool_LBSK is not None:
+    if far.pool_LBSK is not None:
         q_grad_RK, pool_grad = jax.lax.fori_loop(*some, pull, (q_grad_RK, pool_grad))
-    queries = bounds.visible.shape[0]
+    queries = far.bounds.visible.shape[0]
     sink_grad_R = -jnp.exp(rows.sink_R - whole_R) * rows.delta_R
     return (
         blocks.as_queries(q_grad_RK, queries).astype(rows.q_RK.dtype),

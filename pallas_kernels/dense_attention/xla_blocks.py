@@ -78,35 +78,48 @@ def as_queries(x_RK: Float[Array, "R K"], queries: int) -> Float[Array, "Q H K"]
     return x_RK.reshape(-1, queries, x_RK.shape[1]).swapaxes(0, 1)
 
 
-def width(pool_LBSK: Float[Array, "L B S K"]) -> int:
-    return min(_ENTRIES, pool_LBSK.shape[2])
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What the queries of a block see of a pool.
 
+    Attributes:
+      pool_LBSK: entries of all layers of a stack; None: there are none.
+      layer, row: which of them are read.
+      bounds: of the queries [Q].
+    """
 
-def seen(pool_LBSK: Float[Array, "L B S K"], bounds: Bounds) -> tuple[Any, Int[Array, ""]]:
-    """The first block of entries that some query sees, and the end of those blocks."""
-    visible_Q, hidden_Q, size = bounds.visible, bounds.hidden, width(pool_LBSK)
-    end = (jnp.max(visible_Q) + size - 1) // size
-    if hidden_Q is None:
-        return 0, end
-    return jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, pool_LBSK.shape[2])) // size, end
+    pool_LBSK: Any
+    layer: Any
+    row: Any
+    bounds: Bounds
 
+    @property
+    def width(self) -> int:
+        """Entries of a block."""
+        return min(_ENTRIES, self.pool_LBSK.shape[2])
 
-def entries(
-    pool_LBSK: Float[Array, "L B S K"],
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
-    bounds: Bounds,
-    block: Int[Array, ""],
-) -> tuple[Float[Array, "E K"], Bool[Array, "Q E"], Int[Array, ""]]:
-    """Entries of a block, which of them each query sees, and the first's index."""
-    size = width(pool_LBSK)
-    # The last block reaches back to stay inside; what it repeats is masked.
-    start = jnp.minimum(block * size, pool_LBSK.shape[2] - size)
-    at = (layer, row, start, jnp.zeros_like(start))
-    keys_EK = jax.lax.dynamic_slice(pool_LBSK, at, (1, 1, size, pool_LBSK.shape[3]))[0, 0]
-    index_E = start + jnp.arange(size, dtype=jnp.int32)
-    seen_QE = (index_E[None] < bounds.visible[:, None]) & (index_E >= block * size)[None]
-    if bounds.hidden is None:
-        return where_seen(keys_EK, index_E < jnp.max(bounds.visible)), seen_QE, start
-    seen_QE &= index_E[None] >= bounds.hidden[:, None]
-    return where_seen(keys_EK, jnp.any(seen_QE, axis=0)), seen_QE, start
+    def blocks(self) -> tuple[Any, Int[Array, ""]]:
+        """The first block that some query sees, and the end of those blocks."""
+        visible_Q, hidden_Q, size = self.bounds.visible, self.bounds.hidden, self.width
+        end = (jnp.max(visible_Q) + size - 1) // size
+        if hidden_Q is None:
+            return 0, end
+        room = self.pool_LBSK.shape[2]
+        return jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, room)) // size, end
+
+    def of_block(
+        self, block: Int[Array, ""]
+    ) -> tuple[Float[Array, "E K"], Bool[Array, "Q E"], Int[Array, ""]]:
+        """A block's entries, which of them each query sees, and the first's index."""
+        size, visible_Q, hidden_Q = self.width, self.bounds.visible, self.bounds.hidden
+        # The last block reaches back to stay inside; what it repeats is masked.
+        start = jnp.minimum(block * size, self.pool_LBSK.shape[2] - size)
+        at = (self.layer, self.row, start, jnp.zeros_like(start))
+        shape = (1, 1, size, self.pool_LBSK.shape[3])
+        keys_EK = jax.lax.dynamic_slice(self.pool_LBSK, at, shape)[0, 0]
+        index_E = start + jnp.arange(size, dtype=jnp.int32)
+        seen_QE = (index_E[None] < visible_Q[:, None]) & (index_E >= block * size)[None]
+        if hidden_Q is None:
+            return where_seen(keys_EK, index_E < jnp.max(visible_Q)), seen_QE, start
+        seen_QE &= index_E[None] >= hidden_Q[:, None]
+        return where_seen(keys_EK, jnp.any(seen_QE, axis=0)), seen_QE, start

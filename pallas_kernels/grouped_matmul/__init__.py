@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import gpu, reference, stacks, tpu, xla
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.lora import LoraWeight, check_expert
 from pallas_kernels.grouped_matmul.stacks import LayerWeight, Weight
 from pallas_kernels.implementations import Impl, check_arrays, check_flag, check_number, dispatch
@@ -27,6 +28,7 @@ _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def expert_mlp(
+    *,
     x_TD: Float[Array, "T D"],
     expert_TA: Int[Array, "T A"],
     weight_TA: Float[Array, "T A"],
@@ -34,7 +36,6 @@ def expert_mlp(
     w3_LEFD: Weight,
     w2_LEDF: Weight,
     layer: Int[Array, ""],
-    *,
     limit: float,
     weight_first: bool,
     impl: Impl = "auto",
@@ -66,62 +67,67 @@ def expert_mlp(
       TypeError: a dtype that is not the contract's.
       ValueError: shapes that do not fit together.
     """
-    _check(x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
+    inputs = Inputs(
+        x_TD=x_TD,
+        expert_TA=expert_TA,
+        weight_TA=weight_TA,
+        w1_LEFD=w1_LEFD,
+        w3_LEFD=w3_LEFD,
+        w2_LEDF=w2_LEDF,
+        layer=layer,
+    )
+    _check(inputs)
     check_number("grouped_matmul.expert_mlp", limit=limit)
     check_flag("grouped_matmul.expert_mlp", weight_first=weight_first)
     if expert_TA.size == 0:
         return jnp.zeros(x_TD.shape, accumulator(x_TD.dtype))
-    layer = jnp.asarray(layer)
-    arrays = (x_TD, expert_TA, weight_TA, w1_LEFD, w3_LEFD, w2_LEDF, layer)
+    inputs = inputs._replace(layer=jnp.asarray(layer))
     if impl == "reference":
-        return _reference(arrays, limit=limit, weight_first=weight_first)
-    return _expert_mlp((limit, weight_first, impl), arrays)
+        return _reference(inputs, limit=limit, weight_first=weight_first)
+    return _expert_mlp((limit, weight_first, impl), inputs)
 
 
-def _check(
-    x_TD: Any, expert_TA: Any, weight_TA: Any, w1: Any, w3: Any, w2: Any, layer: Any
-) -> None:
-    op = "grouped_matmul.expert_mlp"
-    arrays = {"x_TD": x_TD, "expert_TA": expert_TA, "weight_TA": weight_TA, "layer": layer}
+def _check(inputs: Inputs) -> None:
+    op, weights = "grouped_matmul.expert_mlp", ("w1_LEFD", "w3_LEFD", "w2_LEDF")
+    arrays = {name: x for name, x in inputs._asdict().items() if name not in weights}
     sizes = check_arrays(op, arrays, integers=("expert_TA", "layer"))
-    for name, w in (("w1_LEFD", w1), ("w3_LEFD", w3), ("w2_LEDF", w2)):
+    for name, w in zip(weights, inputs.weights, strict=True):
         sizes = check_expert(op, name, stacks.read(w), sizes)
         if isinstance(w, LayerWeight):
             check_expert(op, f"own {name}", w.own, sizes | {"L": 1})
-    if len({isinstance(w, LayerWeight) for w in (w1, w3, w2)}) > 1:
+    if len({isinstance(w, LayerWeight) for w in inputs.weights}) > 1:
         raise ValueError(f"{op}: w1, w3 and w2 are LayerWeight all three or none.")
 
 
-def _reference(arrays: tuple[Any, ...], **static: Any) -> Any:
-    x, expert, weight, gate, up, down, layer = arrays
-    if isinstance(gate, LayerWeight):
-        (gate, up, down), layer = map(stacks.learner, (gate, up, down)), jnp.zeros_like(layer)
-    return reference.expert_mlp(x, expert, weight, gate, up, down, layer, **static)
+def _reference(inputs: Inputs, **static: Any) -> Any:
+    if isinstance(inputs.w1_LEFD, LayerWeight):
+        inputs = inputs.with_weights(*map(stacks.learner, inputs.weights))
+        inputs = inputs._replace(layer=jnp.zeros_like(inputs.layer))
+    return reference.expert_mlp(inputs, **static)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """For the backward: the arguments, and which of the three weights get a gradient."""
+    """For the backward: the inputs, and which of the three weights get a gradient."""
 
-    arrays: tuple[Any, ...]
+    inputs: Inputs
     learn: tuple[bool, bool, bool] = dataclasses.field(metadata={"static": True})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_mlp(settings: Any, arrays: tuple[Any, ...]) -> Any:
+def _expert_mlp(settings: Any, inputs: Inputs) -> Any:
     limit, weight_first, impl = settings
     static = {"limit": limit, "weight_first": weight_first}
-    x, expert, weight, gate, up, down, layer = arrays
-    arrays = (x, expert, weight, *map(stacks.read, (gate, up, down)), layer)
-    return dispatch("grouped_matmul", "expert_mlp", impl, _FORMS, *arrays, **static)
+    inputs = inputs.with_weights(*map(stacks.read, inputs.weights))
+    return dispatch("grouped_matmul", "expert_mlp", impl, _FORMS, inputs, **static)
 
 
-def _forward(settings: Any, primals: tuple[Any, ...]) -> Any:
-    arrays = jax.tree.map(lambda primal: primal.value, primals)
+def _forward(settings: Any, primals: Inputs) -> Any:
+    inputs = jax.tree.map(lambda primal: primal.value, primals)
     perturbed = lambda w: any(primal.perturbed for primal in jax.tree.leaves(w))
-    gate, up, down = map(perturbed, primals[3:6])
-    return _expert_mlp(settings, arrays), _Kept(arrays, (gate, up, down))
+    gate, up, down = map(perturbed, primals.weights)
+    return _expert_mlp(settings, inputs), _Kept(inputs, (gate, up, down))
 
 
 def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
@@ -130,13 +136,13 @@ def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
         return (None,)
     # Where the routing weight is multiplied in changes no gradient.
     static = {"limit": limit, "learn": kept.learn}
-    x, expert, weight, *weights, layer = kept.arrays
-    arrays = (grad_TD, x, expert, weight, *map(stacks.read, weights), layer)
+    weights, layer = kept.inputs.weights, kept.inputs.layer
+    inputs = kept.inputs.with_weights(*map(stacks.read, weights))
     x_grad, weight_grad, *grads = dispatch(
-        "grouped_matmul", "expert_mlp_backward", impl, _FORMS, *arrays, **static
+        "grouped_matmul", "expert_mlp_backward", impl, _FORMS, grad_TD, inputs, **static
     )
-    grads = [stacks.cotangent(w, layer, g) for w, g in zip(weights, grads, strict=True)]
-    return ((x_grad, None, weight_grad, *grads, None),)
+    gate, up, down = (stacks.cotangent(w, layer, g) for w, g in zip(weights, grads, strict=True))
+    return (Inputs(x_grad, None, weight_grad, gate, up, down, None),)
 
 
 _expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import gpu_matmul, gpu_weights, lora, sorting, xla_backward
+from pallas_kernels.grouped_matmul import gpu_matmul, gpu_weights, sorting, xla_backward
 from pallas_kernels.grouped_matmul.gpu_matmul import TILING
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.implementations import Unsupported
 
 __all__ = ["expert_mlp", "expert_mlp_backward", "make_steps"]
@@ -28,13 +29,7 @@ expert_mlp_backward = functools.partial(xla_backward.expert_mlp_backward, sizes=
 
 
 def expert_mlp(
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     weight_first: bool,
@@ -45,24 +40,25 @@ def expert_mlp(
       Unsupported: no rows, another dtype than bfloat16, a low-rank update, gate and up in two
         formats, D or F not in whole blocks.
     """
-    _check(x_TD, expert_TA, w1_LEFD, w3_LEFD, w2_LEDF)
-    A, experts = expert_TA.shape[1], w1_LEFD.shape[1]
+    _check(inputs)
+    expert_TA, layer = inputs.expert_TA, inputs.layer
+    A, experts = expert_TA.shape[1], inputs.w1_LEFD.shape[1]
     steps = make_steps(expert_TA, experts, gpu_matmul.tile_rows(expert_TA.size, experts))
     # A tile may reach beyond the last row; rows come in eights, as copies tile them.
     padding = (0, -expert_TA.size % 8 + steps.rows)
     token_P = jnp.pad(steps.order_P // A, padding)
-    weight_TA = weight_TA.astype(jnp.float32)
+    weight_TA = inputs.weight_TA.astype(jnp.float32)
     weight_P = jnp.pad(weight_TA.reshape(-1)[steps.order_P], padding)
     hidden_PF = gpu_matmul.hidden(
         steps,
-        x_TD[token_P],
-        w1_LEFD,
-        w3_LEFD,
+        inputs.x_TD[token_P],
+        inputs.w1_LEFD,
+        inputs.w3_LEFD,
         layer,
         weight_P if weight_first else None,
         limit=limit,
     )
-    out_PD = gpu_matmul.out(steps, hidden_PF, w2_LEDF, layer)
+    out_PD = gpu_matmul.out(steps, hidden_PF, inputs.w2_LEDF, layer)
     return sorting.sum_choices(
         out_PD, steps.order_P, steps.real, A, None if weight_first else weight_TA
     )
@@ -112,14 +108,14 @@ def make_steps(expert_TA: Int[Array, "T A"], experts: int, rows: int) -> Steps:
     return Steps(order_P, bound[-1], expert_S, row_S, count_S, rows)
 
 
-def _check(x_TD: Array, expert_TA: Array, *weights: lora.Weight) -> None:
-    if x_TD.dtype != jnp.bfloat16:
-        raise Unsupported(f"The GPU form takes bfloat16, not {x_TD.dtype}.")
-    if expert_TA.size == 0:
+def _check(inputs: Inputs) -> None:
+    if inputs.x_TD.dtype != jnp.bfloat16:
+        raise Unsupported(f"The GPU form takes bfloat16, not {inputs.x_TD.dtype}.")
+    if inputs.expert_TA.size == 0:
         raise Unsupported("The GPU form takes at least one token and expert.")
-    for w in weights:
+    for w in inputs.weights:
         gpu_weights.check(w)
-    gate, up, _ = weights
+    gate, up, _ = inputs.weights
     if type(gate) is not type(up):
         raise Unsupported("The GPU form takes gate and up matrices in one format.")
     _, _, F, D = gate.shape

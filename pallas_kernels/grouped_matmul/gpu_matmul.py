@@ -203,11 +203,11 @@ class _Call:
     def _multiply(
         self,
         warpgroup: Array,
-        out: Any,
+        out_ref: Any,
         first: Array,
         row: Array,
         count: Array,
-        number: Any,
+        number_ref: Any,
         smem: Any,
     ) -> None:
         """Both products, and the results of the step's rows to device memory."""
@@ -237,15 +237,16 @@ class _Call:
         accumulator = plgpu.WGMMAAccumulatorRef((height, width), jnp.float32)
         sums: Any = pl.run_scoped(accumulate, accumulator, accumulator)
         start, skipped = (row & -TILING) + top, row & (TILING - 1)
-        if number is not None:
-            number = load(number.at[pl.ds(start, height)], _LAYOUT.reduce(1))
+        number = None
+        if number_ref is not None:
+            number = load(number_ref.at[pl.ds(start, height)], _LAYOUT.reduce(1))
             number = jax.lax.broadcast_in_dim(number, (height, width), (0,))
         span = [jnp.clip(end - top, 0, height) for end in (skipped, skipped + count)]
         tiled, plain = smem["tiled"].at[warpgroup], smem["plain"].at[warpgroup]
         for i, result in enumerate(self.finish(sums[0], sums[1], number)):
             for piece in range(0, width, _UNIT):
                 column = first + self.offsets[i] + left + piece
-                there = out.at[:, pl.ds(column, _UNIT)]
+                there = out_ref.at[:, pl.ds(column, _UNIT)]
                 result_piece = result[:, piece : piece + _UNIT].astype(jnp.bfloat16)
                 _write(result_piece, tiled, plain, there, start, span)
         plgpu.wait_smem_to_gmem(0)

@@ -7,33 +7,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import lora
+from pallas_kernels.grouped_matmul.inputs import Inputs
 
 
 def expert_mlp(
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     weight_first: bool,
 ) -> Float[Array, "T D"]:
     """Sum over experts of (the token's weight for it) * (its output)."""
-    wide = accumulator(x_TD.dtype)
-    of_layer = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False)
-    weights = jax.tree.map(of_layer, (w1_LEFD, w3_LEFD, w2_LEDF))
+    x_TD, wide = inputs.x_TD, accumulator(inputs.x_TD.dtype)
+    of_layer = lambda w: jax.lax.dynamic_index_in_dim(w, inputs.layer, 0, keepdims=False)
+    weights = jax.tree.map(of_layer, inputs.weights)
     experts = jax.tree.leaves(weights)[0].shape[0]
 
     def add_expert(total_TD: Array, expert: Any) -> tuple[Array, None]:
         e, w1_FD, w3_FD, w2_DF = expert
-        weight_T1 = jnp.sum(jnp.where(expert_TA == e, weight_TA, 0), axis=1, keepdims=True)
+        own_TA = jnp.where(inputs.expert_TA == e, inputs.weight_TA, 0)
+        weight_T1 = jnp.sum(own_TA, axis=1, keepdims=True)
         weight_T1 = weight_T1.astype(wide)
         linear = lambda x, w: lora.linear(x, w, impl="reference").astype(wide)
         hidden_TF = activate(linear(x_TD, w1_FD), linear(x_TD, w3_FD), limit)

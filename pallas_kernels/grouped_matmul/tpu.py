@@ -13,23 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import lora, plan, reference, sorting
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.tpu_matmul import Products
 from pallas_kernels.grouped_matmul.tpu_outer import outer
 from pallas_kernels.implementations import Unsupported
 
 
 def expert_mlp(
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     weight_first: bool,
@@ -40,22 +35,22 @@ def expert_mlp(
       Unsupported: no rows, another dtype than bfloat16 and float32, D or F not in whole blocks,
         a mesh of many devices outside of shard_map.
     """
-    _check(x_TD, expert_TA, w1_LEFD, w3_LEFD, w2_LEDF)
-    A, weight_TA = expert_TA.shape[1], weight_TA.astype(jnp.float32)
-    steps = plan.make(expert_TA, w1_LEFD.shape[1])
+    _check(inputs)
+    A, weight_TA = inputs.expert_TA.shape[1], inputs.weight_TA.astype(jnp.float32)
+    steps = plan.make(inputs.expert_TA, inputs.w1_LEFD.shape[1])
 
     def finish(sums: Sequence[Array], weight_R1: Array) -> Any:
         hidden_RF = reference.activate(sums[0], sums[1], limit)
         return [hidden_RF * weight_R1 if weight_first else hidden_RF], None
 
-    hidden = Products(steps, layer)
-    x = hidden.take(plan.sorted_rows(steps, x_TD, A))
-    hidden.add(x, w1_LEFD, 0)
-    hidden.add(x, w3_LEFD, 1)
+    hidden = Products(steps, inputs.layer)
+    x = hidden.take(plan.sorted_rows(steps, inputs.x_TD, A))
+    hidden.add(x, inputs.w1_LEFD, 0)
+    hidden.add(x, inputs.w3_LEFD, 1)
     weight_M1R = plan.tiled(steps, weight_TA) if weight_first else None
     (hidden_PF,) = hidden.run("experts_hidden", finish=finish, number_M1R=weight_M1R)
-    out = Products(steps, layer)
-    out.add(out.take(hidden_PF), w2_LEDF, 0)
+    out = Products(steps, inputs.layer)
+    out.add(out.take(hidden_PF), inputs.w2_LEDF, 0)
     (out_PD,) = out.run("experts_out")
     weight = None if weight_first else weight_TA
     return sorting.sum_choices(out_PD, steps.order_P, steps.real, A, weight)
@@ -63,13 +58,7 @@ def expert_mlp(
 
 def expert_mlp_backward(
     grad_TD: Float[Array, "T D"],
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     learn: tuple[bool, bool, bool],
@@ -79,10 +68,11 @@ def expert_mlp_backward(
     Raises:
       Unsupported: as for `expert_mlp`.
     """
-    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
-    _check(x_TD, expert_TA, *weights)
-    A = expert_TA.shape[1]
-    steps = plan.make(expert_TA, w1_LEFD.shape[1])
+    _check(inputs)
+    x_TD, weight_TA, layer = inputs.x_TD, inputs.weight_TA, inputs.layer
+    w1_LEFD, w3_LEFD, w2_LEDF = inputs.weights
+    A = inputs.expert_TA.shape[1]
+    steps = plan.make(inputs.expert_TA, w1_LEFD.shape[1])
     number_M1R = plan.tiled(steps, weight_TA.astype(jnp.float32))
     x_PD = plan.sorted_rows(steps, x_TD, A)
     grad_PD = plan.sorted_rows(steps, grad_TD.astype(x_TD.dtype), A)
@@ -117,7 +107,7 @@ def expert_mlp_backward(
     )
     gate_grad, up_grad, down_grad = (
         _weight_gradient(steps, w, *side) if wanted else []
-        for w, side, wanted in zip(weights, sides, learn, strict=True)
+        for w, side, wanted in zip(inputs.weights, sides, learn, strict=True)
     )
     return dx_TD, dweight_TA, gate_grad, up_grad, down_grad
 
@@ -156,7 +146,8 @@ def _weight_gradient(
     return grads
 
 
-def _check(x_TD: Array, expert_TA: Array, *weights: lora.Weight) -> None:
+def _check(inputs: Inputs) -> None:
+    x_TD, expert_TA, weights = inputs.x_TD, inputs.expert_TA, inputs.weights
     if x_TD.dtype not in (jnp.bfloat16, jnp.float32):
         raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x_TD.dtype}.")
     if expert_TA.size == 0:

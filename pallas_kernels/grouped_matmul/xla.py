@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import lora, sorting, xla_tiles
+from pallas_kernels.grouped_matmul import sorting, xla_tiles
+from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
@@ -21,26 +22,20 @@ _Expert = Callable[[Array, Array, Array], Array]
 
 
 def expert_mlp(
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     weight_first: bool,
 ) -> Float[Array, "T D"]:
     """Read each chosen expert's matrices once or a few times, and no other's."""
-    wide = accumulator(x_TD.dtype)
-    rows, experts = expert_TA.size, w1_LEFD.shape[1]
+    x_TD, expert_TA = inputs.x_TD, inputs.expert_TA
+    rows, experts = expert_TA.size, inputs.w1_LEFD.shape[1]
 
     def run_expert(x_RD: Array, weight_R: Array, expert: Array) -> Array:
-        ours = [sorting.take(w, layer, expert) for w in (w1_LEFD, w3_LEFD, w2_LEDF)]
+        ours = [sorting.take(w, inputs.layer, expert) for w in inputs.weights]
         return xla_tiles.run_expert(ours, x_RD, weight_R, limit, weight_first=weight_first)
 
-    weight_TA = weight_TA.astype(wide)
+    weight_TA = inputs.weight_TA.astype(accumulator(x_TD.dtype))
     if rows <= 2 * experts:
         return one_by_one(run_expert, x_TD, expert_TA, weight_TA, experts)
     few = rows <= 16 * experts

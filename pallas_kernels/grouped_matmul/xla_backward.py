@@ -9,21 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import lora, sorting, xla_tiles
+from pallas_kernels.grouped_matmul.inputs import Inputs
 
 
 def expert_mlp_backward(
     grad_TD: Float[Array, "T D"],
-    x_TD: Float[Array, "T D"],
-    expert_TA: Int[Array, "T A"],
-    weight_TA: Float[Array, "T A"],
-    w1_LEFD: lora.Weight,
-    w3_LEFD: lora.Weight,
-    w2_LEDF: lora.Weight,
-    layer: Int[Array, ""],
+    inputs: Inputs,
     *,
     limit: float,
     learn: tuple[bool, bool, bool],
@@ -34,12 +29,12 @@ def expert_mlp_backward(
     Of a weight those of its `lora.learned`; none where `learn` says that it has none.
     `sizes` are those that a tile may have.
     """
+    x_TD, weight_TA, weights, layer = inputs.x_TD, inputs.weight_TA, inputs.weights, inputs.layer
     wide, dtype = accumulator(x_TD.dtype), x_TD.dtype
-    weights = (w1_LEFD, w3_LEFD, w2_LEDF)
-    (T, A), experts = expert_TA.shape, w1_LEFD.shape[1]
-    sizes = xla_tiles.fitting(sizes, expert_TA.size, experts)
+    (T, A), experts = inputs.expert_TA.shape, inputs.w1_LEFD.shape[1]
+    sizes = xla_tiles.fitting(sizes, T * A, experts)
     largest = sizes[-1]
-    rows = xla_tiles.sort(expert_TA, experts)
+    rows = xla_tiles.sort(inputs.expert_TA, experts)
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
     token_P = pad(rows.order_P // A)
     weight_P = pad(weight_TA.reshape(-1)[rows.order_P].astype(wide))

@@ -77,7 +77,10 @@ def select(
       TypeError: a dtype that is not the contract's.
       ValueError: shapes that do not fit together, or k below 1.
     """
-    check("indexer_topk.select", q_BTIJ, weights_BTI, keys, layer, visible_BT, k, hidden_BT)
+    arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "layer": layer}
+    arrays |= {"visible_BT": visible_BT}
+    arrays |= {} if hidden_BT is None else {"hidden_BT": hidden_BT}
+    check("indexer_topk.select", arrays, keys, k)
     room = entries(keys)
     if 0 in (*visible_BT.shape, room):
         return jnp.full((*visible_BT.shape, k), -1, jnp.int32)

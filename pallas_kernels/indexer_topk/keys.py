@@ -84,23 +84,22 @@ def entries(keys: Keys) -> int:
 
 def check(
     op: str,
-    q_BTIJ: Any,
-    weights_BTI: Any,
+    arrays: dict[str, Any],
     keys: Any,
-    layer: Any,
-    visible_BT: Any,
     k: Any,
-    hidden_BT: Any = None,
 ) -> None:
     """Refuse what the contract is not about.
+
+    Args:
+      op: for messages.
+      arrays: all but the keys, by name.
+      keys: of any kind.
+      k: how many are wanted.
 
     Raises:
       TypeError: a dtype.
       ValueError: a shape, or k below 1.
     """
-    arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI}
-    arrays |= {"layer": layer, "visible_BT": visible_BT}
-    arrays |= {} if hidden_BT is None else {"hidden_BT": hidden_BT}
     sizes = check_arrays(op, arrays, integers=("layer", "visible_BT", "hidden_BT"))
     check_whole(op, "k", k)
     _check_keys(op, keys, sizes)

@@ -54,7 +54,8 @@ def select_sharded(
     """
     if hidden_BT is not None:
         raise NotImplementedError("indexer_topk.select_sharded does not take hidden_BT.")
-    check("indexer_topk.select_sharded", q_BTIJ, weights_BTI, keys, layer, visible_BT, k)
+    arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "layer": layer}
+    check("indexer_topk.select_sharded", arrays | {"visible_BT": visible_BT}, keys, k)
     here = entries(keys)
     if 0 in (*visible_BT.shape, here):
         return jnp.full((*visible_BT.shape, k), -1, jnp.int32)

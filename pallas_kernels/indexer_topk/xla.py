@@ -55,7 +55,7 @@ def select(
         row, start = index // blocks, index % blocks * block
         take = lambda x: jax.lax.dynamic_slice_in_dim(x[row], start, block)
         q_QIJ, weights_QI, visible_Q, hidden_Q = jax.tree.map(take, inputs)
-        score_QS = _scores(q_QIJ, weights_QI, keys, layer, row, visible_Q, hidden_Q)
+        score_QS = _scores(q_QIJ, weights_QI, (keys, layer, row), visible_Q, hidden_Q)
         return _best_seen(score_QS, visible_Q, hidden_Q, k)
 
     chosen = jax.lax.map(one, jnp.arange(batch * blocks, dtype=jnp.int32))
@@ -87,14 +87,13 @@ def _best_seen(
 def _scores(
     q_QIJ: Float[Array, "Q I J"],
     weights_QI: Float[Array, "Q I"],
-    keys: Keys,
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
+    source: tuple[Keys, Int[Array, ""], Int[Array, ""]],
     visible_Q: Int[Array, " Q"],
     hidden_Q: Int[Array, " Q"] | None,
 ) -> Float32[Array, "Q S"]:
-    """Comparable scores, -inf where nothing is seen."""
+    """Comparable scores, -inf where nothing is seen; the keys are of a layer's row."""
     queries, heads, dim = q_QIJ.shape
+    keys, layer, row = source
     room = entries(keys)
     few = _KEYS_OF_MANY if room > _MANY_ENTRIES else _KEYS_OF_FEW
     width = min(few if heads * queries <= _FEW_ROWS else _KEYS, room)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import residuals, softmax
+from pallas_kernels.attention_gradients import cotangents
 from pallas_kernels.implementations import (
     Impl,
     check_arrays,
@@ -29,6 +30,7 @@ from pallas_kernels.implementations import (
     dispatch,
 )
 from pallas_kernels.sparse_attention import gpu, reference, rows, tpu, xla
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 __all__ = ["Fp8Rows", "decode", "prefill"]
@@ -37,6 +39,7 @@ _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def decode(
+    *,
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
     window_mask_BTR: Bool[Array, "B T R"],
@@ -44,7 +47,6 @@ def decode(
     layer: Int[Array, ""],
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
-    *,
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
@@ -65,20 +67,21 @@ def decode(
       TypeError: a dtype that is not the contract's.
       ValueError: shapes that do not fit together.
     """
-    arrays = {
-        "q_BTHK": q_BTHK,
-        "window_BRK": window_BRK,
-        "window_mask_BTR": window_mask_BTR,
-        "pool_LBSK": pool_LBSK,
-        "layer": layer,
-        "indices_BTk": indices_BTk,
-        "sink_H": sink_H,
-    }
-    _check("sparse_attention.decode", arrays, scale)
-    return _decode((scale, impl), tuple(arrays.values()))
+    inputs = DecodeInputs(
+        q_BTHK=q_BTHK,
+        window_BRK=window_BRK,
+        window_mask_BTR=window_mask_BTR,
+        pool_LBSK=pool_LBSK,
+        layer=layer,
+        indices_BTk=indices_BTk,
+        sink_H=sink_H,
+    )
+    _check("sparse_attention.decode", inputs, scale)
+    return _decode((scale, impl), inputs._replace(layer=jnp.asarray(layer)))
 
 
 def prefill(
+    *,
     q_BTHK: Float[Array, "B T H K"],
     window_BXK: Float[Array, "B X K"],
     start_B: Int[Array, " B"],
@@ -87,7 +90,6 @@ def prefill(
     indices_BTk: Int[Array, "B T k"],
     sink_H: Float[Array, " H"],
     first_BT: Int[Array, "B T"] | None = None,
-    *,
     window: int,
     scale: float,
     impl: Impl = "auto",
@@ -112,25 +114,25 @@ def prefill(
     Raises:
       NotImplementedError, TypeError, ValueError: as for `decode`.
     """
-    arrays = {
-        "q_BTHK": q_BTHK,
-        "window_BXK": window_BXK,
-        "start_B": start_B,
-        "pool_LBSK": pool_LBSK,
-        "layer": layer,
-        "indices_BTk": indices_BTk,
-        "sink_H": sink_H,
-        "first_BT": first_BT,
-    }
-    sizes = _check("sparse_attention.prefill", arrays, scale)
+    inputs = PrefillInputs(
+        q_BTHK=q_BTHK,
+        window_BXK=window_BXK,
+        start_B=start_B,
+        pool_LBSK=pool_LBSK,
+        layer=layer,
+        indices_BTk=indices_BTk,
+        sink_H=sink_H,
+        first_BT=first_BT,
+    )
+    sizes = _check("sparse_attention.prefill", inputs, scale)
     softmax.require_chunk_window("sparse_attention.prefill", sizes["X"], window, sizes["T"])
-    return _prefill((window, scale, impl), tuple(arrays.values()))
+    return _prefill((window, scale, impl), inputs._replace(layer=jnp.asarray(layer)))
 
 
-def _check(op: str, arrays: dict[str, Any], scale: Any) -> dict[str, int]:
-    """The sizes; `arrays` gets its layer as an array."""
+def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
+    """The sizes."""
     check_number(op, scale=scale)
-    pool, there = arrays["pool_LBSK"], dict(arrays)
+    pool, there = inputs.pool_LBSK, inputs._asdict()
     if isinstance(pool, Fp8Rows):
         del there["pool_LBSK"]
     if there.get("first_BT") is None:
@@ -141,54 +143,47 @@ def _check(op: str, arrays: dict[str, Any], scale: Any) -> dict[str, int]:
         check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
         check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})
         check_shape(op, "pool_LBSK", pool, sizes)
-    arrays["layer"] = jnp.asarray(arrays["layer"])
     return sizes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(settings: Any, arrays: tuple[Any, ...]) -> Any:
+def _decode(settings: Any, inputs: DecodeInputs) -> Any:
     scale, impl = settings
-    return dispatch("sparse_attention", "decode", impl, _FORMS, *arrays, scale=scale)
+    return dispatch("sparse_attention", "decode", impl, _FORMS, inputs, scale=scale)
 
 
-def _decode_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = residuals.kept(_decode(settings, arrays))
-    return out_BTHK, (out_BTHK, arrays)
+def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
+    out_BTHK = residuals.kept(_decode(settings, inputs))
+    return out_BTHK, (out_BTHK, inputs)
 
 
 def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (scale, impl), (out_BTHK, arrays) = settings, kept
-    q, window, pool, sink = _backward(
-        "decode_backward", impl, grad_BTHK, out_BTHK, *arrays, scale=scale
-    )
-    return ((q, window, None, pool, None, None, sink),)
+    (scale, impl), (out_BTHK, inputs) = settings, kept
+    return _backward("decode_backward", impl, grad_BTHK, out_BTHK, inputs, scale=scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefill(settings: Any, arrays: tuple[Any, ...]) -> Any:
+def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
     window, scale, impl = settings
-    return dispatch(
-        "sparse_attention", "prefill", impl, _FORMS, *arrays, window=window, scale=scale
-    )
+    return dispatch("sparse_attention", "prefill", impl, _FORMS, inputs, window=window, scale=scale)
 
 
-def _prefill_forward(settings: Any, arrays: tuple[Any, ...]) -> Any:
-    out_BTHK = residuals.kept(_prefill(settings, arrays))
-    return out_BTHK, (out_BTHK, arrays)
+def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
+    out_BTHK = residuals.kept(_prefill(settings, inputs))
+    return out_BTHK, (out_BTHK, inputs)
 
 
 def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (window, scale, impl), (out_BTHK, arrays) = settings, kept
-    q, keys, pool, sink = _backward(
-        "prefill_backward", impl, grad_BTHK, out_BTHK, *arrays, window=window, scale=scale
-    )
-    return ((q, keys, None, pool, None, None, sink, None),)
+    (window, scale, impl), (out_BTHK, inputs) = settings, kept
+    static = {"window": window, "scale": scale}
+    return _backward("prefill_backward", impl, grad_BTHK, out_BTHK, inputs, **static)
 
 
-def _backward(name: str, impl: Impl, *arrays: Any, **static: Any) -> Any:
+def _backward(name: str, impl: Impl, grad: Any, out: Any, inputs: Any, **static: Any) -> Any:
     """The GPU's kernels have no backward form: XLA's serves."""
     impl = "xla" if impl == "gpu" else impl
-    return dispatch("sparse_attention", name, impl, _FORMS, *arrays, **static)
+    gradients = dispatch("sparse_attention", name, impl, _FORMS, grad, out, inputs, **static)
+    return (cotangents(inputs, gradients),)
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

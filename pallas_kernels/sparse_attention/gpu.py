@@ -9,25 +9,20 @@ Axis letters: as in the package; r rows of the window listed, Z parts of a list.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_attend import HEADS, attend
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Pool
 
 _MULTIPROCESSORS = 132
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
@@ -36,20 +31,13 @@ def decode(
     Raises:
       Unsupported: other dtypes than bfloat16, heads or channels not in whole tiles.
     """
-    row_R = jnp.arange(window_BRK.shape[1], dtype=jnp.int32)
-    near_BTr = jnp.where(window_mask_BTR, row_R[None, None], -1)
-    return _attend(q_BTHK, window_BRK, near_BTr, pool_LBSK, layer, indices_BTk, sink_H, scale)
+    row_R = jnp.arange(inputs.window_BRK.shape[1], dtype=jnp.int32)
+    near_BTr = jnp.where(inputs.window_mask_BTR, row_R[None, None], -1)
+    return _attend(inputs, inputs.window_BRK, near_BTr, scale)
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
@@ -59,10 +47,10 @@ def prefill(
     Raises:
       Unsupported: as for `decode`; rows of several documents.
     """
-    if first_BT is not None:
+    if inputs.first_BT is not None:
         raise Unsupported("sparse_attention.prefill for GPUs does not take first_BT.")
-    near_BTr = window_rows(start_B, q_BTHK.shape[1], window)
-    return _attend(q_BTHK, window_BXK, near_BTr, pool_LBSK, layer, indices_BTk, sink_H, scale)
+    near_BTr = window_rows(inputs.start_B, inputs.q_BTHK.shape[1], window)
+    return _attend(inputs, inputs.window_BXK, near_BTr, scale)
 
 
 def window_rows(start_B: Int[Array, " B"], queries: int, window: int) -> Int32[Array, "B T r"]:
@@ -91,35 +79,31 @@ def joined(
 
 
 def _attend(
-    q_BTHK: Float[Array, "B T H K"],
+    inputs: DecodeInputs | PrefillInputs,
     window_BRK: Float[Array, "B R K"],
     near_BTr: Int[Array, "B T r"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    far_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    _check(q_BTHK, window_BRK, pool_LBSK)
-    B, T, H, _ = q_BTHK.shape
-    near_BTr, far_BTk = _whole_chunks(near_BTr), _whole_chunks(far_BTk)
+    _check(inputs.q_BTHK, window_BRK, inputs.pool_LBSK)
+    B, T, H, _ = inputs.q_BTHK.shape
+    near_BTr, far_BTk = _whole_chunks(near_BTr), _whole_chunks(inputs.indices_BTk)
     rows_BTX = jnp.concatenate([near_BTr, far_BTk], axis=2)
     parts = parts_of(rows_BTX.shape[2] // CHUNK, B * T * (H // HEADS))
     rows_BTX = _padded(rows_BTX, parts * CHUNK)
     value_BTZHK, lse_BTZH = attend(
-        q_BTHK,
+        inputs.q_BTHK,
         window_BRK,
-        pool_LBSK,
-        layer,
+        inputs.pool_LBSK,
+        inputs.layer,
         rows_BTX,
-        sink_H.astype(jnp.float32),
+        inputs.sink_H.astype(jnp.float32),
         near=near_BTr.shape[2],
         parts=parts,
         scale=scale,
     )
     if parts == 1:
         return value_BTZHK[:, :, 0]
-    return joined(value_BTZHK, lse_BTZH).astype(q_BTHK.dtype)
+    return joined(value_BTZHK, lse_BTZH).astype(inputs.q_BTHK.dtype)
 
 
 def _whole_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:

@@ -135,19 +135,19 @@ class _Call:
 
     def run(
         self,
-        q: Any,
-        window: Any,
-        pool: Any,
-        layer: Any,
-        rows: Any,
-        sink: Any,
-        value: Any,
-        lse: Any,
+        q_ref: Any,
+        window_ref: Any,
+        pool_ref: Any,
+        layer_ref: Any,
+        rows_ref: Any,
+        sink_ref: Any,
+        value_ref: Any,
+        lse_ref: Any,
         **smem: Any,
     ) -> None:
         """What the three warpgroups of a block do, given references to all arrays."""
         warpgroup, part = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("part")
-        block, of_query = jax.lax.axis_index("query_heads"), q.shape[2] // HEADS
+        block, of_query = jax.lax.axis_index("query_heads"), q_ref.shape[2] // HEADS
         query, heads = (
             jax.lax.div(block, of_query),
             pl.ds(jax.lax.rem(block, of_query) * HEADS, HEADS),
@@ -157,13 +157,13 @@ class _Call:
         @pl.when(warpgroup == _GATHERER)
         def _() -> None:
             plgpu.set_max_registers(_GATHERING, action="decrease")
-            plgpu.copy_gmem_to_smem(rows.at[b, t, part], smem["row_NC"], smem["q_here"])
-            plgpu.copy_gmem_to_smem(q.at[b, t, heads], smem["q_hK"], smem["q_here"])
-            plgpu.copy_gmem_to_smem(sink.at[heads], smem["sink_h"], smem["q_here"])
+            plgpu.copy_gmem_to_smem(rows_ref.at[b, t, part], smem["row_NC"], smem["q_here"])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, t, heads], smem["q_hK"], smem["q_here"])
+            plgpu.copy_gmem_to_smem(sink_ref.at[heads], smem["sink_h"], smem["q_here"])
             plgpu.barrier_wait(smem["q_here"])
-            near = gpu_gather.Source(window, b * self.window, narrow=False)
-            first = (layer[0] * self.batch + b) * self.entries
-            far = gpu_gather.Source(pool, first, narrow=self.narrow)
+            near = gpu_gather.Source(window_ref, b * self.window, narrow=False)
+            first = (layer_ref[0] * self.batch + b) * self.entries
+            far = gpu_gather.Source(pool_ref, first, narrow=self.narrow)
             near_chunks = self.near // CHUNK - part * self.chunks
             self._gather(near, far, near_chunks, smem)
 
@@ -176,12 +176,12 @@ class _Call:
             for i, value_hV in enumerate(values):
                 value_hV = value_hV * _along(inverse_h, value_hV.shape, 0)
                 columns = self._columns(warpgroup, i)
-                to_hV = value.at[b, t, part, heads, columns]
-                store(to_hV, value_hV.astype(value.dtype))
+                to_hV = value_ref.at[b, t, part, heads, columns]
+                store(to_hV, value_hV.astype(value_ref.dtype))
 
             @pl.when(warpgroup == 0)
             def _() -> None:
-                store(lse.at[b, t, part, heads], largest_h / _LOG2E + jnp.log(total_h))
+                store(lse_ref.at[b, t, part, heads], largest_h / _LOG2E + jnp.log(total_h))
 
     def _gather(self, near: Any, far: Any, near_chunks: Any, smem: Any) -> None:
         """Chunk by chunk: copies of the next are under way while one is laid out."""

@@ -1,100 +1,76 @@
 """The same as dense attention under a mask made of the list: the specification. See the package."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.dense_attention import reference as dense
 from pallas_kernels.sparse_attention import rows
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    masks = [window_mask_BTR, _listed(indices_BTk, pool_LBSK.shape[2])]
-    return dense.attend(
-        q_BTHK, [window_BRK, _layer_of(pool_LBSK, layer, window_BRK.dtype)], masks, sink_H, scale
-    )
+    return _attend(inputs, inputs.window_BRK, inputs.window_mask_BTR, scale)
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    near_BTX = dense.band(start_B, q_BTHK.shape[1], window, first_BT)
-    masks = [near_BTX, _listed(indices_BTk, pool_LBSK.shape[2])]
-    keys = [window_BXK, _layer_of(pool_LBSK, layer, window_BXK.dtype)]
-    return dense.attend(q_BTHK, keys, masks, sink_H, scale)
+    near_BTX = dense.band(inputs.start_B, inputs.q_BTHK.shape[1], window, inputs.first_BT)
+    return _attend(inputs, inputs.window_BXK, near_BTX, scale)
 
 
 def decode_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
-) -> tuple[Any, Any, Any, Any]:
+) -> Gradients:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
-    run = lambda q, window, pool, sink: decode(
-        q, window, window_mask_BTR, pool, layer, indices_BTk, sink, scale=scale
-    )
-    return _pull(run, grad_BTHK, q_BTHK, window_BRK, pool_LBSK, sink_H)
+    run = functools.partial(decode, scale=scale)
+    return _pull(run, grad_BTHK, inputs, "window_BRK")
 
 
 def prefill_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
-) -> tuple[Any, Any, Any, Any]:
+) -> Gradients:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
-    run = lambda q, keys, pool, sink: prefill(
-        q, keys, start_B, pool, layer, indices_BTk, sink, first_BT, window=window, scale=scale
-    )
-    return _pull(run, grad_BTHK, q_BTHK, window_BXK, pool_LBSK, sink_H)
+    run = functools.partial(prefill, window=window, scale=scale)
+    return _pull(run, grad_BTHK, inputs, "window_BXK")
 
 
-def _pull(run: Any, grad: Any, q: Any, window: Any, pool: Pool, sink: Any) -> Any:
-    if isinstance(pool, Fp8Rows):
-        bytes_fixed = lambda q, window, sink: run(q, window, pool, sink)
-        q, window, sink = jax.vjp(bytes_fixed, q, window, sink)[1](grad)
-        return q, window, None, sink
-    return jax.vjp(run, q, window, pool, sink)[1](grad)
+def _pull(run: Any, grad: Any, inputs: Any, window: str) -> Gradients:
+    names = ["q_BTHK", window, "pool_LBSK", "sink_H"]
+    if isinstance(inputs.pool_LBSK, Fp8Rows):
+        names.remove("pool_LBSK")
+    learned = {name: getattr(inputs, name) for name in names}
+    (found,) = jax.vjp(lambda learned: run(inputs._replace(**learned)), learned)[1](grad)
+    return Gradients(found["q_BTHK"], found[window], found.get("pool_LBSK"), found["sink_H"])
+
+
+def _attend(inputs: Any, keys: Any, near: Any, scale: float) -> Float[Array, "B T H K"]:
+    """The window under its mask, and all entries under one made of the list."""
+    masks = [near, _listed(inputs.indices_BTk, inputs.pool_LBSK.shape[2])]
+    entries_BSK = _layer_of(inputs.pool_LBSK, inputs.layer, keys.dtype)
+    return dense.attend(inputs.q_BTHK, [keys, entries_BSK], masks, inputs.sink_H, scale)
 
 
 def _layer_of(pool: Pool, layer: Int[Array, ""], dtype: Any) -> Float[Array, "B S K"]:

@@ -10,27 +10,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
+from pallas_kernels.sparse_attention.inputs import DecodeInputs
+from pallas_kernels.sparse_attention.rows import Fp8Rows
 from pallas_kernels.sparse_attention.tpu_softmax import attend
 
 _VMEM = 40 * 2**20
 
 
-def call(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTN: Int32[Array, "B T N"],
-    pool_LBSW: Any,
-    layer: Int[Array, ""],
-    indices_BTk: Int32[Array, "B T k"],
-    sink_H1: Float[Array, "H 1"],
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
-    """The kernel; k is a multiple of 128, and S of the rows that a tile of the pool has."""
+def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
+    """The kernel; S is a multiple of the rows that a tile of the pool has."""
+    q_BTHK, window_BRK, pool = inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK
+    pool_LBSW = pool.data if isinstance(pool, Fp8Rows) else pool
+    indices_BTk = gather.in_lanes(inputs.indices_BTk, -1)
+    window_mask_BTN = gather.in_lanes(inputs.window_mask_BTR, 0)
     batch, queries, heads, dim = q_BTHK.shape
     k, ring = indices_BTk.shape[2], window_BRK.shape[1]
     per_row = lambda *dims, **space: pl.BlockSpec(
@@ -61,13 +57,13 @@ def call(
         ),
         name="sparse_attention_decode",
     )(
-        layer[None],
+        inputs.layer.astype(jnp.int32)[None],
         gather.word_rows(indices_BTk, pool_LBSW, queries),
         indices_BTk,
         q_BTHK,
         window_BRK,
         window_mask_BTN,
-        sink_H1,
+        inputs.sink_H.astype(jnp.float32)[:, None],
         in_hbm(pool_LBSW),
     )
 

@@ -13,13 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from pallas_kernels.sparse_attention import rows
 
 LANES = 128
 # Copies in straight line: their addresses differ from the group's by a constant each.
 _GROUP = 16
+
+
+def in_lanes(x: Shaped[Array, "B T X"], fill: int) -> Int32[Array, "B T N"]:
+    """Filled up to whole lanes."""
+    missing = -x.shape[2] % LANES
+    return jnp.pad(x.astype(jnp.int32), ((0, 0), (0, 0), (0, missing)), constant_values=fill)
 
 
 def packing(dtype: Any) -> int:

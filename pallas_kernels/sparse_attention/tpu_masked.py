@@ -66,14 +66,27 @@ def note(indices_ref: Any, scratch: Scratch) -> None:
     jax.lax.fori_loop(0, queries, query, None)
 
 
+class Entries(NamedTuple):
+    """The pool of a row of the batch, and what reading it needs.
+
+    Attributes:
+      entries_ref: HBM [S, K].
+      last: the last entry listed, -1 for none; below the room of `scratch`.
+      scratch: `listed` is noted.
+      sems: two DMA semaphores.
+    """
+
+    entries_ref: Any
+    last: Any
+    scratch: Scratch
+    sems: Any
+
+
 def attend(
     q_RK: Float[Array, "R K"],
     sink_H1: Float[Array, "H 1"],
     window: tuple[Float[Array, "Y K"], Bool[Array, "Q Y"]],
-    entries_ref: Any,
-    last: Any,
-    scratch: Scratch,
-    sems: Any,
+    entries: Entries,
     scale: float,
 ) -> Float[Array, "R K"]:
     """Rows are query by query.
@@ -82,12 +95,10 @@ def attend(
       q_RK: queries.
       sink_H1: a logit per head.
       window: finite keys, and which of them each query sees.
-      entries_ref: HBM [S, K].
-      last: the last entry listed, -1 for none; below the room of `scratch`.
-      scratch: `listed` is noted.
-      sems: two DMA semaphores.
+      entries: those that queries may list.
       scale: of the logits.
     """
+    entries_ref, last, scratch, sems = entries
     heads, queries = sink_H1.shape[0], scratch.listed.shape[0]
     per_row = lambda x_QX: jnp.repeat(x_QX, heads, axis=0)
     scratch.largest[...] = jnp.tile(sink_H1, (queries, 1))

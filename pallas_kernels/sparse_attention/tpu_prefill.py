@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.dense_attention.tpu_window import in_blocks, seen_by_any
 from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
+from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.sparse_attention.tpu_softmax import attend
 from pallas_kernels.tpu_attention_pull import lowest
 
@@ -32,33 +33,26 @@ FEW = 8192
 _VMEM = 48 * 2**20
 
 
-def call(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int32[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"],
-    layer: Int[Array, ""],
-    indices_BTk: Int32[Array, "B T k"],
-    sink_H1: Float[Array, "H 1"],
-    first_BT: Int[Array, "B T"] | None,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
-    """The kernel; k is a multiple of 128, and S of the rows that a tile of the pool has."""
+def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
+    """The kernel; S is a multiple of the rows that a tile of the pool has."""
+    q_BTHK, pool_LBSK, first_BT = inputs.q_BTHK, inputs.pool_LBSK, inputs.first_BT
+    start_B = inputs.start_B.astype(jnp.int32)
     batch, queries, heads, _ = q_BTHK.shape
-    k = indices_BTk.shape[2]
     block = min(queries, _QUERIES, max(8, _ROWS // heads))
     blocks = pl.cdiv(queries, block)
     whole = lambda x, fill: jnp.pad(
         x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
     )
-    indices_BTk = whole(indices_BTk, -1)
+    indices_BTk = whole(gather.in_lanes(inputs.indices_BTk, -1), -1)
     low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
     return pl.pallas_call(
         functools.partial(_kernel, window=window, scale=scale),
         grid_spec=_grid(
-            (batch, blocks), block, k, q_BTHK, pool_LBSK, window, bounded=first_BT is not None
+            (batch, blocks),
+            block,
+            (indices_BTk, q_BTHK, pool_LBSK),
+            window,
+            bounded=first_BT is not None,
         ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -68,14 +62,14 @@ def call(
         ),
         name="sparse_attention_prefill",
     )(
-        layer[None],
+        inputs.layer.astype(jnp.int32)[None],
         start_B,
         gather.word_rows(indices_BTk, pool_LBSK, block),
         indices_BTk,
         q_BTHK,
-        sink_H1,
+        inputs.sink_H.astype(jnp.float32)[:, None],
         low_BN1Q,
-        whole(window_BXK, 0),
+        whole(inputs.window_BXK, 0),
         in_hbm(pool_LBSK),
     )
 
@@ -83,15 +77,14 @@ def call(
 def _grid(
     grid: tuple[int, int],
     block: int,
-    k: int,
-    q_BTHK: Any,
-    pool_LBSK: Any,
+    arrays: tuple[Any, Any, Any],
     window: int,
     *,
     bounded: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
     """What each step holds: a block of queries, their lists, and room for either way."""
-    heads, dim = q_BTHK.shape[2:]
+    indices_BTk, q_BTHK, pool_LBSK = arrays
+    k, (heads, dim) = indices_BTk.shape[2], q_BTHK.shape[2:]
     few = min(FEW, pl.cdiv(pool_LBSK.shape[2], masked.STEP) * masked.STEP)
     per_block = lambda *dims: pl.BlockSpec(
         (1, block, *dims), lambda b, i, *_: (b, i, *[0] * len(dims))
@@ -160,9 +153,8 @@ def _kernel(
         band_QY = seen.band(0, queries)
         near_YK = seen.or_zero(near_ref)
         q_RK = q_ref[0].reshape(-1, q_ref.shape[3])
-        out_RK = masked.attend(
-            q_RK, sink_ref[...], (near_YK, band_QY), entries_ref, last, scratch, sems, scale
-        )
+        entries = masked.Entries(entries_ref, last, scratch, sems)
+        out_RK = masked.attend(q_RK, sink_ref[...], (near_YK, band_QY), entries, scale)
         out_ref[0] = out_RK.reshape(q_ref.shape[1:]).astype(out_ref.dtype)
 
     @pl.when(last >= few)

@@ -7,92 +7,64 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import softmax
 from pallas_kernels.dense_attention.xla_blocks import NOWHERE, band, where_seen
 from pallas_kernels.sparse_attention import xla_blocks as blocks
-from pallas_kernels.sparse_attention.rows import Pool
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.xla_backward import decode_backward, prefill_backward
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 
 def decode(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    def one(row: Any) -> Any:
-        return _attend(
-            q_BTHK[row],
-            window_BRK[row],
-            window_mask_BTR[row],
-            pool_LBSK,
-            layer,
-            row,
-            indices_BTk[row],
-            sink_H,
-            scale,
-        )
+    pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BRK.dtype
 
-    return jax.lax.map(one, jnp.arange(q_BTHK.shape[0], dtype=jnp.int32))
+    def one(row: Any) -> Any:
+        entries = blocks.Entries(pool, layer, row, inputs.indices_BTk[row], dtype)
+        near = inputs.window_BRK[row], inputs.window_mask_BTR[row]
+        return _attend(inputs.q_BTHK[row], *near, entries, inputs.sink_H, scale)
+
+    return jax.lax.map(one, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
 def prefill(
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    batch, queries, listed = indices_BTk.shape
-    all_entries = blocks.against_all(pool_LBSK, listed)
-    block, count, pad = blocks.split(queries, q_BTHK.shape[2], all_entries=all_entries)
-    padded_q, padded_window = pad(q_BTHK, 0), pad(window_BXK, 0)
-    padded_indices = pad(indices_BTk, -1)
-    padded_first = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
+    batch, queries, heads, dim = inputs.q_BTHK.shape
+    pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BXK.dtype
+    all_entries = blocks.against_all(pool, inputs.indices_BTk.shape[2])
+    block, count, pad = blocks.split(queries, heads, all_entries=all_entries)
+    q, keys, indices = pad(inputs.q_BTHK, 0), pad(inputs.window_BXK, 0), pad(inputs.indices_BTk, -1)
+    firsts = inputs.first_BT
+    firsts = None if firsts is None else pad(firsts.astype(jnp.int32), NOWHERE)
 
     def one(index: Any) -> Any:
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        return _attend(
-            take(padded_q),
-            take(padded_window, block + window),
-            band(start_B[row] - window + first, block, window, jax.tree.map(take, padded_first)),
-            pool_LBSK,
-            layer,
-            row,
-            take(padded_indices),
-            sink_H,
-            scale,
-            all_entries=all_entries,
-        )
+        first_Q = jax.tree.map(take, firsts)
+        mask_QY = band(inputs.start_B[row] - window + first, block, window, first_Q)
+        entries = blocks.Entries(pool, layer, row, take(indices), dtype)
+        near = take(keys, block + window), mask_QY
+        return _attend(take(q), *near, entries, inputs.sink_H, scale, all_entries=all_entries)
 
     out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
-    return out.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
+    return out.reshape(batch, count * block, heads, dim)[:, :queries]
 
 
 def _attend(
     q_QHK: Float[Array, "Q H K"],
     window_YK: Float[Array, "Y K"],
     mask_QY: Bool[Array, "Q Y"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
-    indices_Qk: Int[Array, "Q k"],
+    entries: blocks.Entries,
     sink_H: Float[Array, " H"],
     scale: float,
     *,
@@ -104,12 +76,11 @@ def _attend(
     # Rows are query by query here, so that a query's heads lie together.
     q_RK = q_QHK.reshape(queries * heads, dim)
     near = softmax.part(q_RK, window_YK, jnp.repeat(mask_QY, heads, axis=0), scale)
-    far = pool_LBSK, layer, row, indices_Qk, window_YK.dtype
     if all_entries:
-        entries_SK, seen_QS = blocks.whole(*far)
+        entries_SK, seen_QS = entries.whole()
         far = softmax.part(q_RK, entries_SK, jnp.repeat(seen_QS, heads, axis=0), scale)
     else:
-        far = _by_query(q_QHK, blocks.listed(*far), indices_Qk >= 0, scale)
+        far = _by_query(q_QHK, entries.listed(), entries.indices_Qk >= 0, scale)
     out_RK = softmax.finish(softmax.merge(near, far), jnp.tile(sink_H.astype(jnp.float32), queries))
     return out_RK.reshape(queries, heads, dim).astype(q_QHK.dtype)
 

@@ -9,82 +9,72 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
+from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.dense_attention.xla_blocks import NOWHERE, band, where_seen
 from pallas_kernels.sparse_attention import xla_blocks as blocks
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
-
-Gradients = tuple[Any, Any, Any, Any]
 
 
 def decode_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BRK: Float[Array, "B R K"],
-    window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
+    inputs: DecodeInputs,
     *,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
+    pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BRK.dtype
 
     def one(carry: Any, row: Any) -> Any:
         pool_grad, sink_grad_H = carry
-        heads = (q_BTHK[row], grad_BTHK[row], out_BTHK[row], sink_H)
-        near = (window_BRK[row], window_mask_BTR[row])
-        far = (pool_LBSK, layer, row, indices_BTk[row])
+        heads = (inputs.q_BTHK[row], grad_BTHK[row], out_BTHK[row], inputs.sink_H)
+        near = (inputs.window_BRK[row], inputs.window_mask_BTR[row])
+        far = blocks.Entries(pool, layer, row, inputs.indices_BTk[row], dtype)
         q_grad, window_grad_RK, pool_grad, add_H = _block(heads, near, far, pool_grad, scale)
         return (pool_grad, sink_grad_H + add_H), (q_grad, window_grad_RK)
 
-    empty = _empty(pool_LBSK), jnp.zeros(sink_H.shape, jnp.float32)
-    rows_B = jnp.arange(q_BTHK.shape[0], dtype=jnp.int32)
+    empty = _empty(pool), jnp.zeros(inputs.sink_H.shape, jnp.float32)
+    rows_B = jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32)
     (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(one, empty, rows_B)
-    return (
-        q_grad.astype(q_BTHK.dtype),
-        window_grad.astype(window_BRK.dtype),
-        _of_stack(pool_grad, pool_LBSK, layer),
-        sink_grad_H.astype(sink_H.dtype),
+    return Gradients(
+        q_grad.astype(inputs.q_BTHK.dtype),
+        window_grad.astype(dtype),
+        _of_stack(pool_grad, pool, layer),
+        sink_grad_H.astype(inputs.sink_H.dtype),
     )
 
 
 def prefill_backward(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    start_B: Int[Array, " B"],
-    pool_LBSK: Pool,
-    layer: Int[Array, ""],
-    indices_BTk: Int[Array, "B T k"],
-    sink_H: Float[Array, " H"],
-    first_BT: Int[Array, "B T"] | None = None,
+    inputs: PrefillInputs,
     *,
     window: int,
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink; None of rows of bytes."""
-    batch, queries, listed = indices_BTk.shape
-    all_entries = blocks.against_all(pool_LBSK, listed)
-    block, count, pad = blocks.split(queries, q_BTHK.shape[2], all_entries=all_entries)
-    q, grad, out, keys = (pad(x, 0) for x in (q_BTHK, grad_BTHK, out_BTHK, window_BXK))
-    indices = pad(indices_BTk, -1)
-    firsts = None if first_BT is None else pad(first_BT.astype(jnp.int32), NOWHERE)
+    batch, queries, head_count, dim = inputs.q_BTHK.shape
+    pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BXK.dtype
+    all_entries = blocks.against_all(pool, inputs.indices_BTk.shape[2])
+    block, count, pad = blocks.split(queries, head_count, all_entries=all_entries)
+    arrays = (inputs.q_BTHK, grad_BTHK, out_BTHK, inputs.window_BXK)
+    q, grad, out, keys = (pad(x, 0) for x in arrays)
+    indices, firsts = pad(inputs.indices_BTk, -1), inputs.first_BT
+    firsts = None if firsts is None else pad(firsts.astype(jnp.int32), NOWHERE)
 
     def one(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
         first_Q = jax.tree.map(take, firsts)
-        mask_QY = band(start_B[row] - window + first, block, window, first_Q)
+        mask_QY = band(inputs.start_B[row] - window + first, block, window, first_Q)
         near = (take(keys, block + window), mask_QY)
-        far = (pool_LBSK, layer, row, take(indices))
-        heads = (take(q), take(grad), take(out), sink_H)
+        far = blocks.Entries(pool, layer, row, take(indices), dtype)
+        heads = (take(q), take(grad), take(out), inputs.sink_H)
         q_grad, add_YK, pool_grad, add_H = _block(
             heads, near, far, pool_grad, scale, all_entries=all_entries
         )
@@ -95,22 +85,28 @@ def prefill_backward(
 
     empty = (
         jnp.zeros(keys.shape, jnp.float32),
-        _empty(pool_LBSK),
-        jnp.zeros(sink_H.shape, jnp.float32),
+        _empty(pool),
+        jnp.zeros(inputs.sink_H.shape, jnp.float32),
     )
     steps = jnp.arange(batch * count, dtype=jnp.int32)
     (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(one, empty, steps)
-    q_grad = q_grad.reshape(batch, count * block, *q_BTHK.shape[2:])[:, :queries]
-    return (
-        q_grad.astype(q_BTHK.dtype),
-        window_grad[:, : window_BXK.shape[1]].astype(window_BXK.dtype),
-        _of_stack(pool_grad, pool_LBSK, layer),
-        sink_grad_H.astype(sink_H.dtype),
+    q_grad = q_grad.reshape(batch, count * block, head_count, dim)[:, :queries]
+    return Gradients(
+        q_grad.astype(inputs.q_BTHK.dtype),
+        window_grad[:, : window + queries].astype(dtype),
+        _of_stack(pool_grad, pool, layer),
+        sink_grad_H.astype(inputs.sink_H.dtype),
     )
 
 
 def _block(
-    heads: Any, near: Any, far: Any, pool_grad: Any, scale: float, *, all_entries: bool = False
+    heads: Any,
+    near: Any,
+    far: blocks.Entries,
+    pool_grad: Any,
+    scale: float,
+    *,
+    all_entries: bool = False,
 ) -> Any:
     """Gradients of a block's queries and window, of the whole pool so far, of the sinks."""
     (q_QHK, grad_QHK, out_QHK, sink_H), (window_YK, mask_QY) = heads, near
@@ -121,13 +117,13 @@ def _block(
     delta_QH = jnp.sum(grad_QHK.astype(jnp.float32) * out_QHK.astype(jnp.float32), axis=-1)
 
     q_RK, grad_RK = _as_rows(q_QHK), _as_rows(grad_QHK)
-    entries = (_All if all_entries else _Listed)(far, q_QHK, window_YK.dtype, scale)
+    entries = (_All if all_entries else _Listed)(far, q_QHK, scale)
     whole = softmax.merge(softmax.part(q_RK, window_YK, mask_RY, scale), entries.part())
     log_total_R = softmax.log_total(whole, _as_rows(sink_QH))
 
-    below = log_total_R, grad_RK, _as_rows(delta_QH)
-    near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, *below)
-    far_grad_RK, pool_grad = entries.pull(*below, pool_grad)
+    below = softmax.Whole(log_total_R, grad_RK, _as_rows(delta_QH))
+    near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, below)
+    far_grad_RK, pool_grad = entries.pull(below, pool_grad)
     sink_grad_QH = jnp.exp(sink_QH - log_total_R.reshape(sink_QH.shape)) * delta_QH
     q_grad_QHK = (near_grad_RK + far_grad_RK).reshape(q_QHK.shape).astype(q_QHK.dtype)
     return q_grad_QHK, window_grad_YK, pool_grad, -jnp.sum(sink_grad_QH, axis=0)
@@ -136,17 +132,17 @@ def _block(
 class _All:
     """All entries of the pool's row, under a mask."""
 
-    def __init__(self, far: Any, q_QHK: Array, dtype: Any, scale: float) -> None:
-        _, _, self.row, _ = far
-        entries_SK, seen_QS = blocks.whole(*far, dtype=dtype)
+    def __init__(self, far: blocks.Entries, q_QHK: Array, scale: float) -> None:
+        self.row = far.row
+        entries_SK, seen_QS = far.whole()
         mask_RS = jnp.repeat(seen_QS, q_QHK.shape[1], axis=0)
         self.args = _as_rows(q_QHK), entries_SK, mask_RS, scale
 
     def part(self) -> softmax.Part:
         return softmax.part(*self.args)
 
-    def pull(self, total_R: Array, grad_RK: Array, delta_R: Array, pool_grad: Any) -> Any:
-        q_grad_RK, entries_grad_SK = softmax.pull(*self.args, total_R, grad_RK, delta_R)
+    def pull(self, below: softmax.Whole, pool_grad: Any) -> Any:
+        q_grad_RK, entries_grad_SK = softmax.pull(*self.args, below)
         if pool_grad is not None:
             pool_grad = pool_grad.at[self.row].add(entries_grad_SK)
         return q_grad_RK, pool_grad
@@ -155,11 +151,11 @@ class _All:
 class _Listed:
     """Each query's own entries, gathered."""
 
-    def __init__(self, far: Any, q_QHK: Array, dtype: Any, scale: float) -> None:
-        _, _, self.row, self.indices_Qk = far
+    def __init__(self, far: blocks.Entries, q_QHK: Array, scale: float) -> None:
+        self.row, self.indices_Qk = far.row, far.indices_Qk
         queries, heads, _ = q_QHK.shape
         self.q_QHK, self.scale = q_QHK, scale
-        self.chosen_QkK = blocks.listed(*far, dtype=dtype)
+        self.chosen_QkK = far.listed()
         self.mask_QHk = jnp.broadcast_to(
             (self.indices_Qk >= 0)[:, None], (queries, heads, self.indices_Qk.shape[1])
         )
@@ -168,15 +164,11 @@ class _Listed:
         parts = functools.partial(softmax.part, scale=self.scale)
         return jax.tree.map(_as_rows, jax.vmap(parts)(self.q_QHK, self.chosen_QkK, self.mask_QHk))
 
-    def pull(self, total_R: Array, grad_RK: Array, delta_R: Array, pool_grad: Any) -> Any:
+    def pull(self, below: softmax.Whole, pool_grad: Any) -> Any:
         as_queries = lambda x_R: x_R.reshape(*self.q_QHK.shape[:2], *x_R.shape[1:])
-        pull = lambda q, keys, mask, *below: softmax.pull(q, keys, mask, self.scale, *below)
-        q_grad_QHK, chosen_grad = jax.vmap(pull)(
-            self.q_QHK,
-            self.chosen_QkK,
-            self.mask_QHk,
-            *map(as_queries, (total_R, grad_RK, delta_R)),
-        )
+        pull = lambda q, keys, mask, below: softmax.pull(q, keys, mask, self.scale, below)
+        below = jax.tree.map(as_queries, below)
+        q_grad_QHK, chosen_grad = jax.vmap(pull)(self.q_QHK, self.chosen_QkK, self.mask_QHk, below)
         if pool_grad is not None:
             pool_grad = pool_grad.at[self.row, jnp.maximum(self.indices_Qk, 0)].add(chosen_grad)
         return _as_rows(q_grad_QHK), pool_grad

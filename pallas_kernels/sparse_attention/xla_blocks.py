@@ -3,11 +3,12 @@
 Axis letters: as in the package; Q queries of a block, S entries of the pool.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.dense_attention.xla_blocks import where_seen
 from pallas_kernels.sparse_attention import rows
@@ -39,34 +40,38 @@ def split(
     return block, count, pad
 
 
-def listed(
-    pool: Pool,
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
-    indices_Qk: Int[Array, "Q k"],
-    dtype: Any,
-) -> Float[Array, "Q k K"]:
-    """The entries of each query's list, zero for -1."""
-    chosen = _read(pool, (layer, row, jnp.maximum(indices_Qk, 0)), dtype)
-    return jnp.where((indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What the queries of a block see of a pool.
 
+    Attributes:
+      pool: entries of all layers of a stack.
+      layer, row: which of them are read.
+      indices_Qk: each query's list, -1 for none.
+      dtype: of entries that are decoded.
+    """
 
-def whole(
-    pool: Pool,
-    layer: Int[Array, ""],
-    row: Int[Array, ""],
-    indices_Qk: Int[Array, "Q k"],
-    dtype: Any,
-) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
-    """All entries of a row, zero where no query sees them, and which of them each query sees."""
-    entries_SK = _read(pool, (layer, row), dtype)
-    (queries, _), size = indices_Qk.shape, entries_SK.shape[0]
-    column_Qk = jnp.where(indices_Qk >= 0, indices_Qk, size)
-    seen_QS = jnp.zeros((queries, size), bool)
-    seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
-    return where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
+    pool: Pool
+    layer: Any
+    row: Any
+    indices_Qk: Any
+    dtype: Any
 
+    def listed(self) -> Float[Array, "Q k K"]:
+        """The entries of each query's list, zero for -1."""
+        chosen = self._read(self.layer, self.row, jnp.maximum(self.indices_Qk, 0))
+        return jnp.where((self.indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
 
-def _read(pool: Pool, at: tuple[Any, ...], dtype: Any) -> Float[Array, "*rows K"]:
-    """Entries of a pool; those in eight bits are decoded to `dtype`."""
-    return rows.decode(pool.data[at], dtype) if isinstance(pool, Fp8Rows) else pool[at]
+    def whole(self) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
+        """All entries of a row, zero where no query sees them, and which of them each sees."""
+        entries_SK = self._read(self.layer, self.row)
+        (queries, _), size = self.indices_Qk.shape, entries_SK.shape[0]
+        column_Qk = jnp.where(self.indices_Qk >= 0, self.indices_Qk, size)
+        seen_QS = jnp.zeros((queries, size), bool)
+        seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
+        return where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
+
+    def _read(self, *at: Any) -> Float[Array, "*rows K"]:
+        if isinstance(self.pool, Fp8Rows):
+            return rows.decode(self.pool.data[at], self.dtype)
+        return self.pool[at]

@@ -94,7 +94,15 @@ def draft(
 ) -> tuple[Float32[Array, "B T V"], Float[Array, "B T M"], Cache]:
     """Run an MTP block: logits after `next_tokens_BT`, the block's streams, the cache."""
     hidden_BTD, x_BTM, cache = transformer.draft(
-        model, cfg, numerics, streams_BTM, next_tokens_BT, cache, start_B, count_B, index=index
+        model,
+        cfg,
+        numerics,
+        streams_BTM,
+        next_tokens_BT,
+        cache,
+        start_B=start_B,
+        count_B=count_B,
+        index=index,
     )
     return transformer.head(model, hidden_BTD), x_BTM, cache
 

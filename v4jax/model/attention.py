@@ -8,7 +8,7 @@ G output groups, O rank per group, I index heads, J index head dim, S pool entri
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,11 +23,12 @@ from v4jax.model.cache import LayerCache
 from v4jax.model.compress import Compressor
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
+from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 
 # How the arguments of the attention ops are split over devices.
 _QUERIES = ("batch", None, "heads", None)
-_POOL = (None, "batch")
+_POOL, _ROWS = (None, "batch"), ("batch",)
 
 
 class Indexer(nnx.Module):
@@ -60,15 +61,65 @@ class Attention(nnx.Module):
             self.indexer = Indexer(cfg, kind, weight)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """What the steps of one layer's attention share.
+
+    Attributes:
+      x_BTD: the layer's input.
+      latent_BTR: the low-rank latent of the queries.
+      q_BTHK: the queries, turned.
+      window_BXK: keys of positions start - window .. start + T - 1; None where the ring has them.
+      state: the layer's, with the chunk in it.
+      kind, context: of the layer and of the pass.
+    """
+
+    x_BTD: Float[Array, "B T D"]
+    latent_BTR: Float[Array, "B T R"]
+    q_BTHK: Float[Array, "B T H K"]
+    window_BXK: Float[Array, "B X K"] | None
+    state: InStack
+    kind: LayerKind
+    context: Context
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is room for more entries than CSA takes: else it takes all there are."""
+        if self.kind.attention != "csa":
+            return False
+        return self.state.stack.pool_LBSK.shape[2] > self.context.cfg.index_topk
+
+    @property
+    def visible_BT(self) -> Int[Array, "B T"]:
+        """Complete entries at each query's position, its window's included; none for padding."""
+        if self.kind.attention == "sliding":
+            return jnp.zeros_like(self.context.position_BT)
+        entries_BT = (self.context.position_BT + 1) // self.kind.ratio
+        return jnp.where(self.context.real_BT, entries_BT, 0)
+
+    @property
+    def hidden_BT(self) -> Int[Array, "B T"] | None:
+        """Entries at the front that are other documents'."""
+        if self.context.first_BT is None or self.kind.attention == "sliding":
+            return None
+        return self.context.first_BT // self.kind.ratio
+
+
 def attend(
     p: Attention,
     x_BTD: Float[Array, "B T D"],
-    state: LayerCache,
-    layer: Int[Array, ""],
+    state: InStack,
     kind: LayerKind,
     context: Context,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, Float32[Array, "B T"] | None]]:
     """One attention layer over a chunk.
+
+    Args:
+      p: the weights.
+      x_BTD: the input.
+      state: a `LayerCache` and the layer's place in it.
+      kind: of the layer.
+      context: of the pass.
 
     Returns:
       Its output; the cache with the chunk in it, and the indexer's divergence where it is watched.
@@ -83,19 +134,28 @@ def attend(
     if numerics.rounded_cache:
         kv_BTK = layers.round_kv(kv_BTK, cfg.qk_rope_head_dim)
 
-    state = _compress(p, x_BTD, state, layer, kind, context)
-    window = _window(kv_BTK, state, layer, context)
-    ring_LBRK = cache.ring_write(state.window_LBRK, layer, kv_BTK, context.start_B, context.count_B)
-    state = dataclasses.replace(state, window_LBRK=ring_LBRK)
-    of_chunk = state, layer, kind, context
-    watched = None
-    if window is None:
-        mixed_BTHK = _decode(p, x_BTD, latent_BTR, q_BTHK, *of_chunk)
-    else:
-        mixed_BTHK = _prefill(p, x_BTD, latent_BTR, q_BTHK, window, *of_chunk)
-        watched = _watched(p, x_BTD, latent_BTR, q_BTHK, window, *of_chunk)
+    state = _compress(p, x_BTD, state, kind, context)
+    window_BXK = _window(kv_BTK, state, context)
+    ring_LBRK = cache.ring_write(
+        state.stack.window_LBRK, state.layer, kv_BTK, context.start_B, context.count_B
+    )
+    chunk = _Chunk(
+        x_BTD=x_BTD,
+        latent_BTR=latent_BTR,
+        q_BTHK=q_BTHK,
+        window_BXK=window_BXK,
+        state=_with(state, window_LBRK=ring_LBRK),
+        kind=kind,
+        context=context,
+    )
+    mixed_BTHK = (_decode if window_BXK is None else _prefill)(p, chunk)
     output_BTD = _output(p, layers.rotate(mixed_BTHK, table, inverse=True), cfg)
-    return output_BTD, (state, watched)
+    return output_BTD, (chunk.state.stack, _watched(p, chunk))
+
+
+def _with(state: InStack, **arrays: Any) -> InStack:
+    """The state with other arrays."""
+    return dataclasses.replace(state, stack=dataclasses.replace(state.stack, **arrays))
 
 
 def _heads(x_BTP: Float[Array, "B T P"], heads: int) -> Float[Array, "B T H K"]:
@@ -112,45 +172,36 @@ def _output(
 
 
 def _compress(
-    p: Attention,
-    x_BTD: Float[Array, "B T D"],
-    state: LayerCache,
-    layer: Int[Array, ""],
-    kind: LayerKind,
-    context: Context,
-) -> LayerCache:
+    p: Attention, x_BTD: Float[Array, "B T D"], state: InStack, kind: LayerKind, context: Context
+) -> InStack:
     """Bring the compressed pools of the layer, if it has any, up to the end of the chunk."""
     if kind.attention == "sliding":
         return state
+    kept, layer = state.stack, state.layer
     tail_LBRK, pool_LBSK = compress.update(
-        p.compressor, state.tail_LBRK, state.pool_LBSK, layer, x_BTD, kind, context, "fp8"
+        p.compressor, (kept.tail_LBRK, kept.pool_LBSK, layer), x_BTD, kind, context, "fp8"
     )
-    state = dataclasses.replace(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
+    state = _with(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
     if kind.attention == "hca":
         return state
+    # What trains the indexer trains nothing else.
+    x_BTD = jax.lax.stop_gradient(x_BTD)
+    index = (kept.index_tail_LBRK, kept.index_LBSK, layer)
     index_tail_LBRK, index_LBSK = compress.update(
-        p.indexer.compressor,
-        state.index_tail_LBRK,
-        state.index_LBSK,
-        layer,
-        # What trains the indexer trains nothing else.
-        jax.lax.stop_gradient(x_BTD),
-        kind,
-        context,
-        "fp4",
+        p.indexer.compressor, index, x_BTD, kind, context, "fp4"
     )
-    return dataclasses.replace(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
+    return _with(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
 
 
 def _window(
-    kv_BTK: Float[Array, "B T K"], state: LayerCache, layer: Int[Array, ""], context: Context
+    kv_BTK: Float[Array, "B T K"], state: InStack, context: Context
 ) -> Float[Array, "B X K"] | None:
     """Keys of positions start - window .. start + T - 1; None for chunks that the ring can hold."""
     if kv_BTK.shape[1] <= cache.SPARE:
         return None
     before_W = jnp.arange(-context.cfg.sliding_window, 0, dtype=jnp.int32)
     position_BW = context.start_B[:, None] + before_W[None]
-    earlier_BWK = cache.ring_read(state.window_LBRK, layer, position_BW)
+    earlier_BWK = cache.ring_read(state.stack.window_LBRK, state.layer, position_BW)
     return jnp.concatenate([earlier_BWK, kv_BTK.astype(earlier_BWK.dtype)], axis=1)
 
 
@@ -167,140 +218,84 @@ def _query(
     return q_BTIJ, layers.linear(x_BTD, p.weights_ID).astype(jnp.float32) * scale
 
 
-def _visible(kind: LayerKind, context: Context) -> Int[Array, "B T"]:
-    """Complete entries at each query's position, its own window's included; none for padding."""
-    if kind.attention == "sliding":
-        return jnp.zeros_like(context.position_BT)
-    return jnp.where(context.real_BT, (context.position_BT + 1) // kind.ratio, 0)
-
-
-def _hidden(kind: LayerKind, context: Context) -> Int[Array, "B T"] | None:
-    """Entries at the front that are other documents'."""
-    if context.first_BT is None or kind.attention == "sliding":
-        return None
-    return context.first_BT // kind.ratio
-
-
-def _chooses(kind: LayerKind, state: LayerCache, cfg: ModelConfig) -> bool:
-    """Whether there is room for more entries than CSA takes: else it takes all there are."""
-    return kind.attention == "csa" and state.pool_LBSK.shape[2] > cfg.index_topk
-
-
-def _choose(
-    p: Indexer,
-    x_BTD: Float[Array, "B T D"],
-    latent_BTR: Float[Array, "B T R"],
-    state: LayerCache,
-    layer: Int[Array, ""],
-    kind: LayerKind,
-    context: Context,
-) -> Int[Array, "B T k"]:
+def _choose(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     """The entries that CSA attends to. Every device scores with all index heads."""
-    q_BTIJ, weights_BTI = _query(p, x_BTD, latent_BTR, context)
-    rows = ("batch",)
+    q_BTIJ, weights_BTI = _query(p, chunk.x_BTD, chunk.latent_BTR, chunk.context)
     select = lambda *args: indexer_topk.select(
-        *args[:-1], hidden_BT=args[-1], k=context.cfg.index_topk
+        *args[:-1], hidden_BT=args[-1], k=chunk.context.cfg.index_topk
     )
     indices_BTk = sharding.per_device(
         select,
-        *(q_BTIJ, weights_BTI, state.index_LBSK, layer, _visible(kind, context)),
-        _hidden(kind, context),
-        axes=(rows, rows, _POOL, (), rows, rows),
-        out=rows,
+        *(q_BTIJ, weights_BTI, chunk.state.stack.index_LBSK, chunk.state.layer),
+        *(chunk.visible_BT, chunk.hidden_BT),
+        axes=(_ROWS, _ROWS, _POOL, (), _ROWS, _ROWS),
+        out=_ROWS,
     )
     return kept(indices_BTk)
 
 
-def _watched(
-    p: Attention,
-    x_BTD: Float[Array, "B T D"],
-    latent_BTR: Float[Array, "B T R"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    state: LayerCache,
-    layer: Int[Array, ""],
-    kind: LayerKind,
-    context: Context,
-) -> Float32[Array, "B T"] | None:
+def _watched(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
     """How far the indexer is from the attention that it serves; None where nobody asks."""
-    if not context.watch_indexer or kind.attention != "csa":
+    context, state = chunk.context, chunk.state
+    if not context.watch_indexer or chunk.kind.attention != "csa" or chunk.window_BXK is None:
         return None
-    inputs = jax.lax.stop_gradient((x_BTD, latent_BTR))
-    index_keys_BSJ = cache.layer_of(state.index_LBSK, layer)
-    pool_BSK = cache.layer_of(state.pool_LBSK, layer)
+    inputs = jax.lax.stop_gradient((chunk.x_BTD, chunk.latent_BTR))
+    index_keys_BSJ = cache.layer_of(state.stack.index_LBSK, state.layer)
+    pool_BSK = cache.layer_of(state.stack.pool_LBSK, state.layer)
     return indexer_divergence.divergence(
         (*_query(p.indexer, *inputs, context), index_keys_BSJ),
-        (q_BTHK, window_BXK, pool_BSK, layers.value(p.sink_H)),
-        _visible(kind, context),
-        _hidden(kind, context),
+        (chunk.q_BTHK, chunk.window_BXK, pool_BSK, layers.value(p.sink_H)),
+        chunk.visible_BT,
+        chunk.hidden_BT,
         context.first_BT,
         scale=context.cfg.head_dim**-0.5,
     )
 
 
-def _decode(
-    p: Attention,
-    x_BTD: Float[Array, "B T D"],
-    latent_BTR: Float[Array, "B T R"],
-    q_BTHK: Float[Array, "B T H K"],
-    state: LayerCache,
-    layer: Int[Array, ""],
-    kind: LayerKind,
-    context: Context,
-) -> Float[Array, "B T H K"]:
+def _decode(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
     """Attention of a few tokens, all of whose window is in the ring."""
-    cfg, sink_H = context.cfg, layers.value(p.sink_H)
-    ring_LBRK = state.window_LBRK
-    ring_BRK = cache.layer_of(ring_LBRK, layer)
-    mask_BTR = cache.ring_mask(
-        context.end_B, ring_LBRK.shape[2], context.position_BT, cfg.sliding_window
-    )
-    scale = cfg.head_dim**-0.5
-    if _chooses(kind, state, cfg):
-        indices_BTk = _choose(p.indexer, x_BTD, latent_BTR, state, layer, kind, context)
-        run, seen = sparse_attention.decode, indices_BTk
-    else:
-        run, seen = dense_attention.decode, _visible(kind, context)
-    return sharding.per_device(
-        functools.partial(run, scale=scale),
-        *(q_BTHK, ring_BRK, mask_BTR, state.pool_LBSK, layer, seen, sink_H),
-        axes=(_QUERIES, ("batch",), ("batch",), _POOL, (), ("batch",), ("heads",)),
-        out=_QUERIES,
-    )
+    context, state = chunk.context, chunk.state
+    ring_LBRK, window = state.stack.window_LBRK, context.cfg.sliding_window
+    inputs: dict[str, Any] = {
+        "window_BRK": cache.layer_of(ring_LBRK, state.layer),
+        "window_mask_BTR": cache.ring_mask(
+            context.end_B, ring_LBRK.shape[2], context.position_BT, window
+        ),
+    }
+    if chunk.chooses:
+        inputs["indices_BTk"] = _choose(p.indexer, chunk)
+        return _mix(sparse_attention.decode, p, chunk, inputs)
+    inputs["visible_BT"] = chunk.visible_BT
+    return _mix(dense_attention.decode, p, chunk, inputs)
 
 
-def _prefill(
-    p: Attention,
-    x_BTD: Float[Array, "B T D"],
-    latent_BTR: Float[Array, "B T R"],
-    q_BTHK: Float[Array, "B T H K"],
-    window_BXK: Float[Array, "B X K"],
-    state: LayerCache,
-    layer: Int[Array, ""],
-    kind: LayerKind,
-    context: Context,
-) -> Float[Array, "B T H K"]:
+def _prefill(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
     """Attention of a long chunk."""
-    cfg, sink_H = context.cfg, layers.value(p.sink_H)
-    settings: dict[str, Any] = {"window": cfg.sliding_window, "scale": cfg.head_dim**-0.5}
-    rows = ("batch",)
-    first_BT, hidden_BT = context.first_BT, None
-    if _chooses(kind, state, cfg):
-        indices_BTk = _choose(p.indexer, x_BTD, latent_BTR, state, layer, kind, context)
-        run, seen = sparse_attention.prefill, indices_BTk
-    else:
-        run, seen = dense_attention.prefill, _visible(kind, context)
-        hidden_BT = _hidden(kind, context)
+    context, window = chunk.context, chunk.context.cfg.sliding_window
+    inputs: dict[str, Any] = {
+        "window_BXK": chunk.window_BXK,
+        "start_B": context.start_B,
+        "first_BT": context.first_BT,
+    }
+    if chunk.chooses:
+        inputs["indices_BTk"] = _choose(p.indexer, chunk)
+        return _mix(sparse_attention.prefill, p, chunk, inputs, window=window)
+    inputs |= {"visible_BT": chunk.visible_BT, "hidden_BT": chunk.hidden_BT}
+    return _mix(dense_attention.prefill, p, chunk, inputs, window=window)
 
-    def attend(q, keys, start, pool, layer, seen, sink, first, hidden):
-        documents = {"first_BT": first, "hidden_BT": hidden}
-        given = {name: x for name, x in documents.items() if x is not None}
-        return run(q, keys, start, pool, layer, seen, sink, **settings, **given)
 
+def _mix(
+    run: Callable[..., Any], p: Attention, chunk: _Chunk, inputs: dict[str, Any], **static: Any
+) -> Float[Array, "B T H K"]:
+    """One of the attention operations, by each device for its rows and heads."""
+    state = chunk.state
+    inputs |= {"q_BTHK": chunk.q_BTHK, "sink_H": layers.value(p.sink_H)}
+    inputs |= {"pool_LBSK": state.stack.pool_LBSK, "layer": state.layer}
+    scale = chunk.context.cfg.head_dim**-0.5
+    axes = {"q_BTHK": _QUERIES, "sink_H": ("heads",), "pool_LBSK": _POOL, "layer": ()}
     return sharding.per_device(
-        attend,
-        *(q_BTHK, window_BXK, context.start_B, state.pool_LBSK, layer, seen, sink_H),
-        *(first_BT, hidden_BT),
-        axes=(_QUERIES, rows, rows, _POOL, (), rows, ("heads",), rows, rows),
+        lambda *arrays: run(**dict(zip(inputs, arrays, strict=True)), scale=scale, **static),
+        *inputs.values(),
+        axes=tuple(axes.get(name, _ROWS) for name in inputs),
         out=_QUERIES,
     )

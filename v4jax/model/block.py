@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import quantize, residuals
 from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
@@ -17,7 +17,7 @@ from v4jax.model import attention, cache, hyper, moe
 from v4jax.model.cache import LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import OfLayer
+from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 
 
@@ -62,25 +62,29 @@ Watch = Callable[[LayerKind, Seen, Context], Any]
 
 def run_block(
     p: Block,
-    experts: moe.Experts,
+    experts: InStack,
     x_BTM: Float[Array, "B T M"],
-    state: LayerCache,
-    slot: Int[Array, ""],
-    layer: Int[Array, ""],
+    state: InStack,
     kind: LayerKind,
     context: Context,
 ) -> tuple[Float[Array, "B T M"], LayerCache, Seen]:
     """Attention, then the experts, each inside its hyper-connection.
 
-    `slot` is the layer's place in the state, `layer` that in the experts' stack.
+    Args:
+      p: the layer's weights.
+      experts: `Experts` of a stack, and the layer's place in it.
+      x_BTM: the streams.
+      state: a `LayerCache` of a stack, and the layer's place in it.
+      kind: of the layer.
+      context: of the pass.
     """
-    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, slot, kind, context)
-    x_BTM, (state, divergence_BT) = hyper.around(
+    attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, kind, context)
+    x_BTM, (updated, divergence_BT) = hyper.around(
         p.attention_hyper, x_BTM, p.attention_norm_D, context, attend
     )
-    mix = lambda x_BTD: moe.mixture(p.router, p.shared, experts, x_BTD, layer, context)
+    mix = lambda x_BTD: moe.mixture(p.router, p.shared, experts, x_BTD, context)
     x_BTM, routing = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
-    return x_BTM, state, Seen(routing, divergence_BT)
+    return x_BTM, updated, Seen(routing, divergence_BT)
 
 
 def run_stack(
@@ -97,17 +101,15 @@ def run_stack(
     def one_repeat(carry, step):
         x_BTM, states = carry
         layer, arrays = step
-        of_layer = [
-            OfLayer(leaf, layer) if array is None else array
+        own = [
+            InStack(leaf, layer) if array is None else array
             for leaf, array in zip(leaves, arrays, strict=True)
         ]
-        blocks = tree.unflatten(of_layer)
+        blocks = tree.unflatten(own)
         updated = []
         for position, kind in enumerate(pattern):
-            experts = p.experts[position]
-            x_BTM, state, _ = run_block(
-                blocks[position], experts, x_BTM, states[position], layer, layer, kind, context
-            )
+            experts, state = (InStack(x[position], layer) for x in (p.experts, states))
+            x_BTM, state, _ = run_block(blocks[position], experts, x_BTM, state, kind, context)
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
@@ -140,19 +142,15 @@ def train_stack(
     """
     cfg, dtype = context.cfg, x_BTM.dtype
     batch, tokens = context.tokens_BT.shape
-    first = jnp.int32(0)
-
     whole = jax.lax.stop_gradient(p.experts)
 
     def one_repeat(x_BTM, step):
         layer, blocks, own = step
         watched = []
         for position, kind in enumerate(pattern):
-            state = cache.fresh(cfg, kind, batch, tokens, dtype)
-            experts = _of_layer(whole[position], own[position])
-            x_BTM, _, seen = run_block(
-                blocks[position], experts, x_BTM, state, first, layer, kind, context
-            )
+            state = InStack(cache.fresh(cfg, kind, batch, tokens, dtype), jnp.int32(0))
+            experts = InStack(_of_layer(whole[position], own[position]), layer)
+            x_BTM, _, seen = run_block(blocks[position], experts, x_BTM, state, kind, context)
             watched.append(watch(kind, seen, context) if watch else None)
         return x_BTM, watched
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compress
-from pallas_kernels.residuals import kept
+from pallas_kernels import compress, residuals
 from v4jax.model import cache, layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
@@ -35,9 +34,7 @@ class Compressor(nnx.Module):
 
 def update(
     compressor: Compressor,
-    ring_LBRC: Float[Array, "L B R C2"],
-    pool_LBSK: Float[Array, "L B S K"],
-    layer: Int[Array, ""],
+    kept: tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"], Int[Array, ""]],
     x_BTD: Float[Array, "B T D"],
     kind: LayerKind,
     context: Context,
@@ -45,8 +42,15 @@ def update(
 ) -> tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"]]:
     """Take the chunk in: its tokens go to the ring, the entries it completes to the pool.
 
-    `rounding` is applied to entries where the numerics round what is cached.
+    Args:
+      compressor: the weights.
+      kept: ring and pool of a stack of layers, and which layer.
+      x_BTD: the layer's input.
+      kind: of the layer.
+      context: of the pass.
+      rounding: of entries, where the numerics round what is cached.
     """
+    ring_LBRC, pool_LBSK, layer = kept
     first_B = context.start_B // kind.ratio
     complete_B = context.end_B // kind.ratio - first_B
     tail_BTC = _tail(compressor, x_BTD, kind, context)
@@ -73,7 +77,7 @@ def update(
             out=_ROWS,
         )
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
-    entries_BnK = kept(entries_BnK)
+    entries_BnK = residuals.kept(entries_BnK)
     return ring_LBRC, cache.pool_write(pool_LBSK, layer, entries_BnK, first_B, complete_B)
 
 

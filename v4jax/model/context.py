@@ -67,6 +67,7 @@ def make(
     start_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
     dtype: Any,
+    *,
     document_BT: Int[Array, "B T"] | None = None,
 ) -> Context:
     """The context of a pass over `tokens_BT`, with activations in `dtype`.

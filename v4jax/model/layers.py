@@ -25,11 +25,11 @@ from v4jax.model.numerics import Numerics
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OfLayer:
-    """One layer's matrix of a quantised stack, not sliced: a kernel reads it where it lies.
+class InStack:
+    """What one layer has of a stack, not sliced: it is read, and written, where it lies.
 
     Attributes:
-      stack: Fp8Weight or Fp4Weight, [L, ...].
+      stack: an array, a quantised weight or a tree of them, [L, ...].
       layer: which of them.
     """
 
@@ -83,7 +83,7 @@ def _updated(
 def _matrix(weight: Any) -> tuple[Any, Any]:
     """A weight, and which layer's where it is a stack, else None."""
     weight = value(weight)
-    return (weight.stack, weight.layer) if isinstance(weight, OfLayer) else (weight, None)
+    return (weight.stack, weight.layer) if isinstance(weight, InStack) else (weight, None)
 
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:

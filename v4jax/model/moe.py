@@ -19,6 +19,7 @@ from pallas_kernels.residuals import kept
 from v4jax.model import layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
+from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 
 _ROWS = ("batch",)
@@ -107,35 +108,39 @@ def shared_mlp(
 def mixture(
     router: Router,
     shared: SharedExpert,
-    experts: Experts,
+    experts: InStack,
     x_BTD: Float[Array, "B T D"],
-    layer: Int[Array, ""],
     context: Context,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """The feed-forward sublayer: the chosen experts' weighted sum and the shared expert."""
+    """The feed-forward sublayer: the chosen experts' weighted sum and the shared expert.
+
+    `experts` are `Experts` of a stack, and the layer's place in it.
+    """
     cfg = context.cfg
     routing, weight_BTA = route(router, x_BTD, context)
     rows = lambda x: x.reshape(-1, x.shape[-1])
 
     def run(x_TD, expert_TA, weight_TA, gate, up, down):
         return grouped_matmul.expert_mlp(
-            x_TD,
-            expert_TA,
-            weight_TA,
-            gate,
-            up,
-            down,
-            layer,
+            x_TD=x_TD,
+            expert_TA=expert_TA,
+            weight_TA=weight_TA,
+            w1_LEFD=gate,
+            w3_LEFD=up,
+            w2_LEDF=down,
+            layer=experts.layer,
             limit=cfg.swiglu_limit,
             weight_first=context.numerics.weight_first,
         )
+
+    own = experts.stack
 
     routed_TD = _over_experts(
         run,
         rows(x_BTD),
         rows(routing.expert_BTA),
         rows(weight_BTA),
-        *(layers.value(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)),
+        *(layers.value(w) for w in (own.gate_EFD, own.up_EFD, own.down_EDF)),
     )
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
     total_BTD = kept(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)

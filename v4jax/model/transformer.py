@@ -100,7 +100,13 @@ def forward_rows(
     rows, length = tokens_BT.shape
     start_B, count_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
     shared = context.make(
-        cfg, numerics, tokens_BT, start_B, count_B, embedded_BTD.dtype, document_BT
+        cfg,
+        numerics,
+        tokens_BT,
+        start_B,
+        count_B,
+        embedded_BTD.dtype,
+        document_BT=document_BT,
     )
     shared = dataclasses.replace(shared, watch_indexer=watch_indexer)
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
@@ -154,9 +160,9 @@ def draft(
     streams_BTM: Float[Array, "B T M"],
     next_tokens_BT: Int[Array, "B T"],
     cache: Cache,
+    *,
     start_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
-    *,
     index: int = 0,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"], Cache]:
     """Run one MTP block at positions start, start + 1, ... whose backbone streams are given.

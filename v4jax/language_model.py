@@ -20,7 +20,6 @@ from v4jax.checkpoints.disk import CheckpointError
 from v4jax.decoding import loop, sampling, steps
 from v4jax.decoding.loop import Engine, FinishReason, Timings, Token
 from v4jax.decoding.sampling import SamplingParams
-from v4jax.model import cache as caches
 from v4jax.model.config import ModelConfig
 from v4jax.text.stopping import STOP, StopStrings
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -107,23 +106,11 @@ class LanguageModel:
         """
         for row in tokens:
             self._check_tokens(row)
-        tokens_BT = np.array(tokens)
-        engine, (asked, length) = self.engine, tokens_BT.shape
+        engine, (asked, length) = self.engine, np.shape(tokens)
         self._check_length(length, 0)
-        sizes = loop.chunk_sizes(length)
-        batch = engine.rows(asked)
-        tokens_BT = np.pad(tokens_BT, ((0, batch - asked), (0, 0)))
-        cache = caches.make(engine.cfg, batch, sum(sizes), engine.dtype, mesh=engine.mesh)
-        parts, start = [], 0
-        for size in sizes:
-            chunk = tokens_BT[:, start : start + size]
-            count_B = np.full(batch, chunk.shape[1], np.int32)
-            padded_BT = engine.by_row(loop.pad(chunk.tolist(), size))
-            logits_BTV, cache = engine.call(
-                steps.logits, engine.model, padded_BT, cache, engine.by_row(count_B)
-            )
-            parts.append(np.asarray(logits_BTV)[:asked, : chunk.shape[1]])
-            start += size
+        rows = [*tokens, *[[0] * length] * (engine.rows(asked) - asked)]
+        chunks = engine.chunks(steps.logits, rows, sum(loop.chunk_sizes(length)))
+        parts = [np.asarray(logits_BTV)[:asked, : count_B[0]] for logits_BTV, count_B, _ in chunks]
         if not all(tensor_values.are_finite(part) for part in parts):
             raise loop.NotFiniteError
         return np.concatenate(parts, axis=1)

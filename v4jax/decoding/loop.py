@@ -107,22 +107,33 @@ class Engine:
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Any]:
         """Logits [B, V] after each prompt, and the cache that holds the prompts."""
+        chunks = self.chunks(steps.prefill, prompts, capacity)
+        logits_BV, _, cache = next(chunks)
+        for new_BV, count_B, cache in chunks:  # noqa: B007
+            # A row that ended in an earlier chunk keeps the logits of that one.
+            logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+        return logits_BV, cache
+
+    def chunks(
+        self, step: Callable[..., Any], prompts: Sequence[Sequence[int]], capacity: int
+    ) -> Iterator[tuple[Any, Int[np.ndarray, " B"], Any]]:
+        """Run a step over prompts, chunk by chunk, in a new cache.
+
+        Yields:
+          What the step gives, the tokens that each row has in the chunk, and the cache after it,
+          which the next chunk uses up.
+        """
         cache = caches.make(self.cfg, len(prompts), capacity, self.dtype, mesh=self.mesh)
         lengths_B = np.array([len(prompt) for prompt in prompts])
-        logits_BV = None
         start = 0
         for size in chunk_sizes(int(lengths_B.max())):
             tokens_BT = pad([prompt[start : start + size] for prompt in prompts], size)
             count_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
-            new_BV, cache = self.call(
-                steps.prefill, self.model, self.by_row(tokens_BT), cache, self.by_row(count_B)
+            output, cache = self.call(
+                step, self.model, self.by_row(tokens_BT), cache, self.by_row(count_B)
             )
-            # A row that ended in an earlier chunk keeps the logits of that one.
-            logits_BV = (
-                new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
-            )
+            yield output, count_B, cache
             start += size
-        return logits_BV, cache
 
     def run(
         self,

@@ -196,8 +196,8 @@ def _compress(
 def _window(
     kv_BTK: Float[Array, "B T K"], state: InStack, context: Context
 ) -> Float[Array, "B X K"] | None:
-    """Keys of positions start - window .. start + T - 1; None for chunks that the ring can hold."""
-    if kv_BTK.shape[1] <= cache.SPARE:
+    """Keys of positions start - window .. start + T - 1; None where the ring has them."""
+    if cache.is_decode(kv_BTK.shape[1]):
         return None
     before_W = jnp.arange(-context.cfg.sliding_window, 0, dtype=jnp.int32)
     position_BW = context.start_B[:, None] + before_W[None]

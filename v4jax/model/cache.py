@@ -67,6 +67,15 @@ class Cache:
     mtp: tuple[LayerCache, ...] = ()
 
 
+def is_decode(tokens: int) -> bool:
+    """Whether chunks of so many tokens are decoded.
+
+    Then each of them finds its window in the ring, where the chunk is written first; of longer
+    chunks, which are prefilled, the window lies partly in the chunk alone.
+    """
+    return tokens <= SPARE
+
+
 def bucket(tokens: int, limit: int) -> int:
     """The capacity to make for this many tokens: powers of two times BLOCK, at most the limit.
 
@@ -201,7 +210,7 @@ def _ring_write(
 ) -> Array:
     rows, tokens = ring_LBRK.shape[2], new_BTK.shape[1]
     new_BTK = new_BTK.astype(ring_LBRK.dtype)
-    if tokens <= SPARE:
+    if is_decode(tokens):
         offset_T = jnp.arange(tokens, dtype=jnp.int32)
         row_BT = jnp.mod(start_B[:, None] + offset_T[None], rows)
         # Padding goes to a row that does not exist and is dropped.

@@ -56,7 +56,8 @@ def update(
     tail_BTC = _tail(compressor, x_BTD, kind, context)
     chunk = layer, tail_BTC, context.start_B, context.count_B
     weights, settings = _settings(compressor, x_BTD, kind, context, rounding)
-    if x_BTD.shape[1] <= min(kind.ratio, cache.SPARE):
+    tokens = x_BTD.shape[1]
+    if cache.is_decode(tokens) and tokens <= kind.ratio:
         # At most one window is completed, and the ring holds it still.
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
         window_B = jnp.where(complete_B > 0, first_B, -1)

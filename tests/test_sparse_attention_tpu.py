@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import sparse_attention
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import reference, rows, tpu, tpu_gather, tpu_prefill
-from pallas_kernels.sparse_attention.inputs import DecodeInputs
+from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.shapes import SHAPES
 from pallas_kernels.targets import Target, compiled, temporaries
 from tests.kernels import interpreted
@@ -158,8 +158,10 @@ def run(form: Any, inputs: Inputs) -> np.ndarray:
     static = {"scale": SCALE}
     if "start_B" in inputs:
         static["window"] = window_of(inputs)
-    function = form.prefill if "start_B" in inputs else form.decode
-    out_BTHK = jax.jit(functools.partial(function, **static))(**inputs)
+    function, record = form.decode, DecodeInputs
+    if "start_B" in inputs:
+        function, record = form.prefill, PrefillInputs
+    out_BTHK = jax.jit(functools.partial(function, **static))(record(**inputs))
     return np.asarray(out_BTHK, np.float32)
 
 

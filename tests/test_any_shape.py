@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pallas_kernels import compress, dense_attention, hyper, indexer_topk, quantize, rotary
 from pallas_kernels.compress.shapes import Shape as Compressor
 from pallas_kernels.dense_attention import reference as plain_attention
+from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.grouped_matmul.shapes import Shape as Experts
 from tests import (
     test_compress,
@@ -31,6 +32,7 @@ from tests import (
     test_sparse_attention,
     test_sparse_attention_gradients,
 )
+from tests.kernels import by_name
 
 FEW = settings(deadline=None, max_examples=3)  # each is compiled anew
 MANY = settings(deadline=None, max_examples=6)
@@ -46,14 +48,14 @@ def normal(seed: int, *dims: int) -> Any:
 
 
 def assert_attention(case: Any, **static: Any) -> None:
-    name = "prefill" if static else "decode"
+    name, record = ("prefill", PrefillInputs) if static else ("decode", DecodeInputs)
     np.testing.assert_allclose(case.run("xla"), case.expected(), **test_dense_attention.CLOSE)
     of, static = test_dense_attention_gradients, static | {"scale": test_dense_attention.SCALE}
     got, want = (
         of.gradients(functools.partial(run, **static), case)
         for run in (
             functools.partial(getattr(dense_attention, name), impl="xla"),
-            getattr(plain_attention, name),
+            by_name(getattr(plain_attention, name), record),
         )
     )
     for array, x in want.items():

@@ -20,9 +20,10 @@ def test_no_two_modules_import_each_other() -> None:
     assert not house.circles(GRAPH)
 
 
-def test_files_and_functions_are_short() -> None:
+def test_files_functions_and_signatures_are_short() -> None:
     assert not house.long_files(KNOWN)
     assert not house.long_functions(KNOWN)
+    assert not house.long_signatures(KNOWN)
 
 
 def test_a_room_is_its_docstring() -> None:

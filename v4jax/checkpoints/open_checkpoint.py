@@ -1,6 +1,7 @@
 """A checkpoint's directory, native or Hugging Face's, before its weights are read."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from v4jax.checkpoints import (
     native,
     passengers,
     release_weights,
-    safetensors_directory,
+    unfinished,
 )
-from v4jax.checkpoints.disk import Progress
+from v4jax.checkpoints.disk import CheckpointError, Progress
+from v4jax.checkpoints.safetensors_directory import CONFIG, locate
 from v4jax.model.config import ModelConfig
 from v4jax.model.transformer import Model
 from v4jax.text.tokenizer import Tokenizer
@@ -53,6 +55,11 @@ def open_checkpoint(directory: Path) -> OpenCheckpoint:
     """
     if native.is_native(directory):
         cfg = native.read_config(directory, native.read_manifest(directory))
-    else:
-        cfg = config_file.read(directory / safetensors_directory.CONFIG)
-    return OpenCheckpoint(directory, cfg)
+        return OpenCheckpoint(directory, cfg)
+    unfinished.refuse_unfinished(directory)
+    if not os.path.lexists(directory / CONFIG):
+        raise CheckpointError(
+            f"{directory}: is not a checkpoint: it has no {CONFIG}, and no {native.MANIFEST}. Give "
+            "the directory that holds one."
+        )
+    return OpenCheckpoint(directory, config_file.read(locate(directory, CONFIG)))

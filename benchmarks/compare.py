@@ -157,7 +157,7 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
         greedy, engine.cfg.vocab_size, np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
     )
     settings = {"cfg": engine.cfg, "numerics": engine.numerics}
-    loop, _ = steps.begin(logits, cache, state, np.array([10_000], np.int32), **settings)
+    loop, _ = steps.begin(logits, cache, state, np.array([10_000], np.int32), cfg=engine.cfg)
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -75,7 +75,12 @@ def measure(case: Case) -> dict[str, Any]:
     mesh = aot.topology_mesh(case.topology, **case.mesh)
     cfg = presets.preset(case.preset)
     lowered = aot.lower(
-        cfg, case.step, mesh, batch=case.batch, capacity=case.capacity, kept=cfg.expert_dtype
+        cfg,
+        case.step,
+        mesh,
+        batch=case.batch,
+        capacity=case.capacity,
+        expert_format=cfg.expert_dtype,
     )
     began = time.process_time()
     try:

@@ -1,8 +1,8 @@
-"""What a gradient keeps of its forward pass.
+"""What a backward pass saves of its forward pass.
 
-Products, attention and whatever else computes more than it reads are named; under the policy `KEEP`
-of `jax.checkpoint` the rest - norms, rotations, gates, masks - is computed anew, which takes less
-time than memory takes to keep it.
+Results that cost more to compute than to read back (products, attention) are named; under the
+policy `SAVE_NAMED` of `jax.checkpoint` everything else (norms, rotations, gates, masks) is
+recomputed, which takes less time than its memory would.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-_KEPT = "kept"
-KEEP = jax.checkpoint_policies.save_only_these_names(_KEPT)
+_NAME = "saveable"
+SAVE_NAMED = jax.checkpoint_policies.save_only_these_names(_NAME)
 
 
-def kept(values: Any) -> Any:
-    """The same values, which a backward pass under `KEEP` finds instead of computing."""
-    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), values)
+def saveable(values: Any) -> Any:
+    """The same values, saved for the backward pass under `SAVE_NAMED`."""
+    return jax.tree.map(lambda x: checkpoint_name(x, _NAME), values)

@@ -67,7 +67,9 @@ def test_43_layers_lower_in_the_time_of_5() -> None:
 def test_steps_compile_for_every_chip(chip: targets.Target, step: Step) -> None:
     """A small model's programs, its weights quantised as in the release."""
     mesh = four_devices(chip)
-    lowered = aot.lower(WIDE, step, mesh, batch=mesh.size, capacity=512, tokens=32, kept="fp4")
+    lowered = aot.lower(
+        WIDE, step, mesh, batch=mesh.size, capacity=512, tokens=32, expert_format="fp4"
+    )
     program = lowered.compile()
     assert "experts_hidden" in str(program.as_text())
     analysis = program.memory_analysis()
@@ -79,7 +81,9 @@ def test_steps_compile_for_every_chip(chip: targets.Target, step: Step) -> None:
 def test_the_tiny_model_compiles_where_experts_have_no_kernel() -> None:
     mesh = aot.topology_mesh("v6e:2x2")
     tiny = presets.preset("tiny")
-    lowered = aot.lower(tiny, "prefill", mesh, batch=8, capacity=1024, tokens=64, kept="fp4")
+    lowered = aot.lower(
+        tiny, "prefill", mesh, batch=8, capacity=1024, tokens=64, expert_format="fp4"
+    )
     assert "experts_hidden" not in str(lowered.compile().as_text())
 
 
@@ -125,7 +129,7 @@ def test_training_compiles_for_every_chip(chip: targets.Target, adapts: bool) ->
 def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: Any) -> jax.stages.Lowered:
     """For one chip, the weights in the release's bytes."""
     mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
-    return aot.lower(cfg, step, mesh, batch=1, kept="fp4", **sizes)
+    return aot.lower(cfg, step, mesh, batch=1, expert_format="fp4", **sizes)
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_64_chips_at_a_million_tokens_move_only_activations() -> None:
     flash = presets.preset("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
     mesh = aot.topology_mesh("v6e:8x8", expert=8, tensor=8)
-    program = aot.lower(few, "decode", mesh, batch=8, capacity=2**20, kept="fp4").compile()
+    program = aot.lower(few, "decode", mesh, batch=8, capacity=2**20, expert_format="fp4").compile()
     found = audit.collectives(str(program.as_text()))
     assert max(one.times for one in found) > 1, "layers are scanned"
     assert audit.moved(found) < 12e6 * 7 / 43

@@ -141,9 +141,9 @@ def test_of_tokens(model: Any, tokens: Any, says: str) -> None:
             "mesh is an object of type M",
         ),
         ({"mesh": 4}, "mesh is 4"),
-        ({"keep": "no"}, "keep is 'no'; it must be True or False"),
-        ({"keep": 1}, "keep is 1"),
-        ({"keep": None}, "keep is None"),
+        ({"keep_quantised": "no"}, "keep_quantised is 'no'; it must be True or False"),
+        ({"keep_quantised": 1}, "keep_quantised is 1"),
+        ({"keep_quantised": None}, "keep_quantised is None"),
         ({"dtype": "float16"}, "dtype is 'float16'; use one of bfloat16, float32"),
         ({"dtype": jnp.float16}, "dtype is .*float16'>; use one of"),
         ({"dtype": float}, "dtype is <class 'float'>; use one of"),
@@ -261,9 +261,9 @@ def test_token_ids_of_any_library_are_taken(model: Any, passed: Any, tokens: Any
 def test_dtypes_of_any_library_are_taken(passed: Any, dtype: Any) -> None:
     v4jax.load("tiny", dtype=dtype)
     assert passed["dtype"] == "bfloat16"
-    v4jax.load("tiny", dtype=np.float32, keep=cast(Any, np.bool_(True)))
+    v4jax.load("tiny", dtype=np.float32, keep_quantised=cast(Any, np.bool_(True)))
     assert passed["dtype"] == "float32"
-    assert passed["keep"] is True
+    assert passed["keep_quantised"] is True
 
 
 def test_paths_and_stop_strings_come_in_every_form(model: Any, passed: Any) -> None:

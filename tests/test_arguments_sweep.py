@@ -84,7 +84,7 @@ LOAD = {
     "path": PATHS,
     "dtype": {"class"},
     "numerics": set(),
-    "keep": {"True"},
+    "keep_quantised": {"True"},
     "adapter": {"None", *PATHS},
     "mesh": {"None"},
     "progress": {"None", "function", "class"},

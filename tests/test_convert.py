@@ -129,8 +129,8 @@ def test_export_reproduces_the_source(kept, tmp_path):
 @pytest.mark.parametrize(("dtype", "keep"), [("bfloat16", True), ("float32", False)])
 def test_native_model_equals_the_one_from_the_source(kept, dtype, keep):
     source, made = kept
-    expected, cfg = release_weights.load(source, dtype=jnp.dtype(dtype), keep=keep)
-    model, found = native.load(made, dtype=jnp.dtype(dtype), keep=keep)
+    expected, cfg = release_weights.load(source, dtype=jnp.dtype(dtype), keep_quantised=keep)
+    model, found = native.load(made, dtype=jnp.dtype(dtype), keep_quantised=keep)
     assert found == cfg
     assert_same_model(model, expected)
 
@@ -139,15 +139,15 @@ def test_native_model_equals_the_one_from_the_source(kept, dtype, keep):
 def test_native_model_on_a_mesh_equals_the_one_from_the_source(released, tmp_path, keep):
     convert.convert(released, tmp_path / "native")
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
-    expected, _ = release_weights.load(released, dtype=jnp.bfloat16, keep=keep, mesh=mesh)
-    model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep=keep, mesh=mesh)
+    expected, _ = release_weights.load(released, dtype=jnp.bfloat16, keep_quantised=keep, mesh=mesh)
+    model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep_quantised=keep, mesh=mesh)
     assert_same_model(model, expected)
 
 
 @pytest.mark.parametrize("weights", ["keep", "bfloat16"])
 def test_orbax_restores_the_arrays_under_the_names_of_the_leaves(released, tmp_path, weights):
     convert.convert(released, tmp_path / "native", weights=weights)
-    model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep=True)
+    model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep_quantised=True)
     expected: dict[str, Any] = {}
     for name, leaf in params.leaves(model):
         parts = (
@@ -186,8 +186,10 @@ def test_decoded_checkpoint_exports_dense_tensors_under_the_same_names(tmp_path,
     }
     dtypes = {exported.info(name).dtype for name in exported.names}
     assert dtypes == {"F32", "I64"} | ({"BF16"} if weights == "bfloat16" else set())
-    expected, _ = release_weights.load(source, dtype=jnp.dtype(weights), keep=False)
-    model, _ = release_weights.load(tmp_path / "exported", dtype=jnp.dtype(weights), keep=False)
+    expected, _ = release_weights.load(source, dtype=jnp.dtype(weights), keep_quantised=False)
+    model, _ = release_weights.load(
+        tmp_path / "exported", dtype=jnp.dtype(weights), keep_quantised=False
+    )
     assert_same_model(model, expected)
 
 

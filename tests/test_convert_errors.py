@@ -44,7 +44,7 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, command):
         for read in (release_weights.load, native.load):
             for place in (left, left / "result"):
                 with pytest.raises(CheckpointError, match="is unfinished"):
-                    read(place, dtype=jnp.bfloat16, keep=True)
+                    read(place, dtype=jnp.bfloat16, keep_quantised=True)
     ended = run(command, source, target, 0)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout.split()[0]) < len(steps), "nothing was taken up from the runs before"
@@ -140,7 +140,7 @@ def test_a_damaged_native_checkpoint_is_refused(released, tmp_path, damage):
     if damage == "version":
         (made / native.MANIFEST).write_text('{"version": 99}')
     with pytest.raises(CheckpointError, match=r"norm_D|version 99"):
-        native.load(made, dtype=jnp.bfloat16, keep=True)
+        native.load(made, dtype=jnp.bfloat16, keep_quantised=True)
 
 
 @pytest.mark.parametrize("weights", ["keep", "float32"])

@@ -87,7 +87,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def weights(directory: Path) -> tuple[Model, ModelConfig]:
-    return release_weights.load(directory, dtype=jnp.float32, keep=False)
+    return release_weights.load(directory, dtype=jnp.float32, keep_quantised=False)
 
 
 def logits(model: Model, cfg: ModelConfig) -> np.ndarray:

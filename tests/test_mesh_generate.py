@@ -135,7 +135,7 @@ def test_what_is_compiled_ahead_is_what_generation_runs(
 def test_generation_compiles_for_tpus(step: Step) -> None:
     """Four chips of v6e, one prompt, the weights in the release's formats."""
     mesh = sharding.make_mesh(tensor=4, devices=targets.devices("v6e"))
-    lowered = aot.lower(WIDE, step, mesh, batch=1, capacity=512, tokens=64, kept="fp4")
+    lowered = aot.lower(WIDE, step, mesh, batch=1, capacity=512, tokens=64, expert_format="fp4")
     program = lowered.compile()
     assert "num_partitions=4" in str(program.as_text())
     if step != "begin":

@@ -150,8 +150,14 @@ def test_bad_values_are_refused_when_they_are_read_and_others_are_not(copy: Path
 @pytest.mark.parametrize(
     ("case", "run"),
     [
-        ("an id too large", lambda source, _: release_weights.load(source, dtype=F32, keep=True)),
-        ("an FP8 code", lambda source, _: release_weights.load(source, dtype=F32, keep=False)),
+        (
+            "an id too large",
+            lambda source, _: release_weights.load(source, dtype=F32, keep_quantised=True),
+        ),
+        (
+            "an FP8 code",
+            lambda source, _: release_weights.load(source, dtype=F32, keep_quantised=False),
+        ),
         ("a norm", lambda source, target: convert.convert(source, target)),
         ("a scale of FP4", lambda source, target: convert.convert(source, target)),
         ("a drafter's norm", lambda source, target: convert.convert(source, target)),
@@ -196,7 +202,7 @@ def test_a_native_checkpoint_with_bad_values_is_neither_loaded_nor_exported(
             opened.read(array, (...,))
     for keep in (True, False):
         with pytest.raises(CheckpointError, match="has 1 "):
-            native.load(made, dtype=F32, keep=keep)
+            native.load(made, dtype=F32, keep_quantised=keep)
     with pytest.raises(CheckpointError, match="has 1 "):
         export.export(made, tmp_path / "exported")
 

@@ -68,7 +68,7 @@ def test_an_epoch_has_every_piece_that_trains_once_with_its_document_and_positio
 
 def test_documents_of_a_pack_are_numbered_from_1_and_begin_at_multiples_of_128() -> None:
     packs = Packs(documents([100, 129, 20, 300]), PackSettings(seq_len=512))
-    for i in range(len(packs.plan(0))):
+    for i in range(len(packs.packing(0))):
         pack = packs[i]
         starts = np.flatnonzero((pack["document"] > 0) & (pack["position"] == 0))
         assert not (starts % 128).any()
@@ -131,7 +131,7 @@ def test_reading_does_not_depend_on_what_was_read_before() -> None:
     rows = documents([100, 300, 20, 250, 130])
     forwards = Packs(rows, SPLIT)
     expected = [forwards[i] for i in range(40)]
-    assert len(forwards.plan(0)) < 10
+    assert len(forwards.packing(0)) < 10
     backwards = Packs(rows, SPLIT)
     assert all(same(backwards[i], expected[i]) for i in reversed(range(40)))
     epochs = [joined(expected[i : i + 4]) for i in (0, 4)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4jax_train.data import packing
-from v4jax_train.data.packing import PackSettings, Plan
+from v4jax_train.data.packing import Packing, PackSettings
 
 LENGTHS = st.lists(st.integers(1, 1500), min_size=1, max_size=60).map(np.array)
 SETTINGS = st.builds(
@@ -18,7 +18,7 @@ SETTINGS = st.builds(
 )
 
 
-def pieces(plan: Plan) -> list[list[tuple[int, int, int, int]]]:
+def pieces(plan: Packing) -> list[list[tuple[int, int, int, int]]]:
     """Of each pack, its pieces as (start, length, document, begin), from left to right."""
     fields = (plan.start_P, plan.length_P, plan.document_P, plan.begin_P)
     rows = np.stack(fields, axis=1).tolist()
@@ -29,7 +29,7 @@ def pieces(plan: Plan) -> list[list[tuple[int, int, int, int]]]:
 @settings(deadline=None, max_examples=200)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
 def test_no_token_is_lost_repeated_or_laid_over_another(lengths_D, how, epoch) -> None:
-    plan = packing.plan(lengths_D, how, epoch=epoch)
+    plan = packing.pack(lengths_D, how, epoch=epoch)
     seen = [np.zeros(length, int) for length in lengths_D]
     assert len(pieces(plan)) == len(plan)
     for pack in pieces(plan):
@@ -67,7 +67,7 @@ def test_best_fit_takes_the_fullest_pack_that_has_room() -> None:
 def test_the_plan_is_pinned() -> None:
     """Another order after an update would break the resuming of runs."""
     lengths_D = np.array([100, 300, 128, 129, 512, 40, 260])
-    plan = packing.plan(lengths_D, PackSettings(seq_len=512, seed=7), epoch=2)
+    plan = packing.pack(lengths_D, PackSettings(seq_len=512, seed=7), epoch=2)
     assert plan.document_P.tolist() == [0, 1, 5, 6, 4, 2, 3]
     assert plan.first_K1.tolist() == [0, 2, 4, 5, 7]
     assert plan.start_P.tolist() == [0, 128, 0, 128, 0, 0, 128]
@@ -76,7 +76,7 @@ def test_the_plan_is_pinned() -> None:
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     lengths_D = np.random.default_rng(0).integers(1, 400, 200)
     orders = [
-        packing.plan(lengths_D, PackSettings(seq_len=512, seed=seed), epoch=epoch).document_P
+        packing.pack(lengths_D, PackSettings(seq_len=512, seed=seed), epoch=epoch).document_P
         for seed in (0, 1)
         for epoch in (0, 1)
     ]
@@ -88,7 +88,7 @@ def test_a_document_too_long_is_an_error_unless_the_settings_say_what_to_do() ->
         "b has 1,281 tokens and seq_len is 1,280 \\(so have 2 of 3 documents\\); raise it, or set"
     )
     with pytest.raises(ValueError, match=told):
-        packing.plan(
+        packing.pack(
             np.array([1280, 1281, 5000]), PackSettings(seq_len=1280), where="abc".__getitem__
         )
 

@@ -31,10 +31,10 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         adapter__rank="8",
         optimizer__rate="3e-4",
         data__files='["x.jsonl:2", "y.jsonl"]',
-        model__keep="false",
+        model__keep_quantised="false",
     )
     assert found.model.path == "some/where"
-    assert not found.model.keep
+    assert not found.model.keep_quantised
     assert found.adapter == Lora(rank=8)
     assert found.optimizer.rate == 3e-4
     assert found.data.files == ("x.jsonl:2", "y.jsonl")

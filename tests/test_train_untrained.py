@@ -61,7 +61,7 @@ def test_an_answer_that_is_cut_away_is_no_step(write: Any) -> None:
     found = packs(chosen)
     assert len(found) == 1
     assert found[0]["trained"].any()
-    plan = found.plan(0)
+    plan = found.packing(0)
     assert (plan.untrained, plan.too_long, len(plan)) == (2, 2, 1)
     told = "2 documents or pieces of them have no token to train within seq_len, 128"
     assert told in found.notes()[0]
@@ -76,7 +76,7 @@ def test_pieces_of_a_split_document_that_train_nothing_are_no_step(write: Any) -
     chosen = settings(write(chat(600)), data={"too_long": "split"})
     found = packs(chosen)
     assert [bool(found[i]["trained"].any()) for i in range(len(found))] == [True] * len(found)
-    assert found.plan(0).untrained >= 3
+    assert found.packing(0).untrained >= 3
     shown = said(chosen)
     assert "yes" in shown
     assert "a" * 10 in shown
@@ -88,7 +88,7 @@ def test_a_piece_whose_only_trained_token_is_its_first_trains_nothing() -> None:
     trained_S = np.zeros(256, bool)
     trained_S[[5, 128]] = True
     how = PackSettings(seq_len=128, too_long="split")
-    plan = packing.plan(np.array([256]), how, trained_S=trained_S)
+    plan = packing.pack(np.array([256]), how, trained_S=trained_S)
     assert (len(plan), plan.untrained, plan.trained, plan.dropped) == (1, 1, 1, 128)
 
 

@@ -148,7 +148,7 @@ def prepare(
         source.path,
         dtype=source.dtype if adapts else source.master,
         numerics=source.numerics,
-        keep=adapts and source.keep,
+        keep_quantised=adapts and source.keep_quantised,
         mesh=mesh,
         progress=progress,
     )

@@ -14,7 +14,7 @@ from v4jax.text.tokenizer import Tokenizer
 from . import preparation
 from .data.dataset import Packs
 from .data.documents import Documents
-from .data.packing import Plan
+from .data.packing import Packing
 from .data.rendering import Document
 from .recipe import Recipe
 
@@ -48,29 +48,31 @@ class Facts:
     dropped: int
 
 
-def facts(documents: Documents, plan: Plan) -> Facts:
+def facts(documents: Documents, packing: Packing) -> Facts:
     """The numbers of a file and of its first epoch."""
     ordered_D = sorted(documents.lengths_D.tolist())
     return Facts(
         rows=documents.report.rows,
         wrong=documents.report.wrong,
-        tokens=plan.tokens,
-        trained=plan.trained,
+        tokens=packing.tokens,
+        trained=packing.trained,
         shortest=ordered_D[0],
         median=ordered_D[len(ordered_D) // 2],
         longest=ordered_D[-1],
-        packs=len(plan),
-        efficiency=plan.efficiency,
-        too_long=plan.too_long,
-        dropped=plan.dropped,
+        packs=len(packing),
+        efficiency=packing.efficiency,
+        too_long=packing.too_long,
+        dropped=packing.dropped,
     )
 
 
-def pieces(document: Document, number: int, plan: Plan) -> list[Document]:
+def pieces(document: Document, number: int, packing: Packing) -> list[Document]:
     """What is packed of a file's document, piece by piece: the first token of each is only seen."""
-    chosen_P = np.flatnonzero(plan.document_P == number)
+    chosen_P = np.flatnonzero(packing.document_P == number)
     parts = []
-    for begin, length in sorted(zip(plan.begin_P[chosen_P], plan.length_P[chosen_P], strict=True)):
+    for begin, length in sorted(
+        zip(packing.begin_P[chosen_P], packing.length_P[chosen_P], strict=True)
+    ):
         part = slice(begin, begin + length)
         trained_N = document.trained_N[part].copy()
         trained_N[0] = False
@@ -110,15 +112,15 @@ def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
         for sentence in documents.report.first_wrong:
             console.print(Text(sentence, "red"))
         for number in range(min(samples, len(documents))):
-            _print_document(documents, number, packs.plan(0), tokenizer, console)
+            _print_document(documents, number, packs.packing(0), tokenizer, console)
     _print_facts([*trained, *held_out], [*packed, *measured], len(trained), recipe, console)
 
 
 def _print_document(
-    documents: Documents, number: int, plan: Plan, tokenizer: Tokenizer, console: Console
+    documents: Documents, number: int, packing: Packing, tokenizer: Tokenizer, console: Console
 ) -> None:
     document = documents[number]
-    parts = pieces(document, number, plan)
+    parts = pieces(document, number, packing)
     for i, piece in enumerate(parts, 1):
         which = f" ({i} of {len(parts)})" if len(parts) > 1 else ""
         console.rule(Text(visible(documents.where(number)) + which))
@@ -149,7 +151,7 @@ def _print_facts(
     )
     say = lambda text, style="": console.print(Text(visible(text), style))
     for i, (documents, packs) in enumerate(zip(found, packed, strict=True)):
-        one = facts(documents, packs.plan(0))
+        one = facts(documents, packs.packing(0))
         path = documents.path
         table.add_row(
             Text(visible(path if i < trained else f"{path} (held out)")),

@@ -28,14 +28,14 @@ class ModelSource:
       path: a Hugging Face directory, a native checkpoint, or a Hub id.
       dtype: of activations, and of frozen weights that are not kept quantised.
       master: dtype of weights that are trained in full.
-      keep: hold frozen FP8 and FP4 weights as they are.
+      keep_quantised: hold frozen FP8 and FP4 weights as they are.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
     """
 
     path: str = ""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     master: Literal["bfloat16", "float32"] = "float32"
-    keep: bool = True
+    keep_quantised: bool = dataclasses.field(default=True, metadata={"was": "keep"})
     numerics: Literal["official", "hf"] = "official"
 
 

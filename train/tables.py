@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ def made(kind: Any, table: Any, where: str = "") -> Any:
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} is {_short(table)}; it is a table.")
     hints = get_type_hints(kind)
+    table = _renamed(kind, table, where)
     for key in table:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
@@ -43,6 +45,18 @@ def made(kind: Any, table: Any, where: str = "") -> Any:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _renamed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table with its old names, a field's `was`, replaced by today's."""
+    now = {
+        old: field.name for field in dataclasses.fields(kind) if (old := field.metadata.get("was"))
+    }
+    for old in now.keys() & table:
+        if now[old] in table:
+            raise ValueError(f"{where} has {now[old]} and {old}, its old name; keep {now[old]}.")
+        warnings.warn(f"{where}.{old} is now called {now[old]}.", FutureWarning, stacklevel=2)
+    return {now.get(key, key): value for key, value in table.items()}
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -91,7 +91,7 @@ def split(model: Model, cfg: ModelConfig, what: Full | Lora, key: jax.Array) -> 
         if not isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
             raise ValueError(
                 f"'{name}' is quantised and cannot be trained; load the model with"
-                " weights='bfloat16' or 'float32', or train an adapter."
+                " keep_quantised=False, or train an adapter."
             )
         trained[name] = weight
         return None

@@ -29,11 +29,12 @@ def _is_mesh(value: Any) -> bool:
     return isinstance(value, sharding.Mesh) and value.axis_names == sharding.AXES
 
 
+@arguments.renamed("keep", "keep_quantised")
 @arguments.checked(
     path=arguments.PATH,
     dtype=arguments.dtype("bfloat16", "float32"),
     numerics=arguments.choice("official", "hf"),
-    keep=arguments.FLAG,
+    keep_quantised=arguments.FLAG,
     adapter=arguments.optional(arguments.PATH),
     mesh=arguments.optional(
         arguments.that("a mesh, from v4jax.model.sharding.make_mesh", _is_mesh)
@@ -45,7 +46,7 @@ def load(
     *,
     dtype: "DTypeLike" = "bfloat16",
     numerics: "_numerics.Name" = "official",
-    keep: bool = False,
+    keep_quantised: bool = False,
     adapter: str | Path | None = None,
     mesh: "Mesh | None" = None,
     progress: "Progress | None" = None,
@@ -56,7 +57,7 @@ def load(
       path: a Hugging Face directory, a native checkpoint, or a Hub id.
       dtype: of weights, activations and cache: 'bfloat16' or 'float32', or NumPy's or JAX's of it.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
-      keep: hold FP8 and FP4 weights as they are instead of dequantising them.
+      keep_quantised: hold FP8 and FP4 weights as they are instead of dequantising them.
       adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
       mesh: devices to spread weights and cache over (`v4jax.model.sharding.make_mesh`); all
         that the model is asked then runs on them. One device without.
@@ -70,7 +71,13 @@ def load(
     from v4jax import open_model
 
     return open_model.load(
-        path, dtype, numerics, keep=keep, adapter=adapter, mesh=mesh, progress=progress
+        path,
+        dtype,
+        numerics,
+        keep_quantised=keep_quantised,
+        adapter=adapter,
+        mesh=mesh,
+        progress=progress,
     )
 
 

@@ -259,7 +259,7 @@ def _generate(args: argparse.Namespace) -> int:
             directory,
             dtype=args.dtype,
             numerics=args.numerics,
-            keep=args.keep,
+            keep_quantised=args.keep_quantised,
             adapter=args.adapter if args.state is None else _state(args.adapter, args.state),
             mesh=mesh,
             progress=progress,

@@ -71,7 +71,7 @@ def arguments(
     capacity: int,
     tokens: int = 512,
     dtype: Any = jnp.bfloat16,
-    kept: ExpertDtype | None = None,
+    expert_format: ExpertDtype | None = None,
 ) -> tuple[Any, ...]:
     """A step's arguments, abstract, where generation has them.
 
@@ -84,14 +84,14 @@ def arguments(
       capacity: tokens that the cache has room for.
       tokens: of a prefill chunk.
       dtype: of activations, cache and unquantised weights.
-      kept: hold FP8 weights and experts quantised, experts in this format.
+      expert_format: hold FP8 weights and experts quantised, experts in this format.
 
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
     """
     sharding.check_rows(batch, mesh)
     declared = Model(cfg)
-    model = params.abstract(declared, dtype, kept)
+    model = params.abstract(declared, dtype, expert_format)
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)

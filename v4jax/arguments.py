@@ -13,6 +13,7 @@ import math
 import numbers
 import os
 import reprlib
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +90,27 @@ def checked(**kinds: Kind) -> Callable[[_F], _F]:
                     name: kinds[name](name, values[name]) for name in kinds if name in values
                 }
             return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+def renamed(old: str, new: str) -> Callable[[_F], _F]:
+    """Decorates a function that still reads an argument's old name, with a FutureWarning."""
+
+    def decorate(function: Any) -> Any:
+        called = function.__qualname__
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise ArgumentError(f"{called} got {new} and {old}, its old name; pass {new}.")
+                notice = f"{called}: the argument {old} is now called {new}."
+                warnings.warn(notice, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
 
         return call
 

@@ -20,7 +20,7 @@ def load(
     dtype: DTypeLike,
     numerics_name: numerics.Name,
     *,
-    keep: bool,
+    keep_quantised: bool,
     adapter: str | Path | None,
     mesh: Mesh | None,
     progress: Progress | None,
@@ -32,7 +32,9 @@ def load(
     update = None
     if adapter is not None:
         update = updates.read(updates.resolve(adapter), checkpoint.config)
-    model, cfg = checkpoint.load(jnp.dtype(dtype), keep=keep, mesh=mesh, progress=progress)
+    model, cfg = checkpoint.load(
+        jnp.dtype(dtype), keep_quantised=keep_quantised, mesh=mesh, progress=progress
+    )
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), checkpoint.tokenizer())

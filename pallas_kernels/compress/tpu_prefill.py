@@ -29,7 +29,7 @@ _FINISHED = 64  # entries at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Tiling:
     """Sizes: M, windows per entry, columns of K, windows of a block, and of a group."""
 
     ratio: int
@@ -64,24 +64,24 @@ def prefill(
     """As the package says."""
     (batch, tokens, _), ratio, dim = rows_BTC.shape, len(bias_MC), len(scale_K)
     entries, rotated = pl.cdiv(tokens, ratio), 2 * table[0].shape[2]
-    plan = _plan(ratio, overlap, dim, entries)
-    table, table_specs = _along_lanes(table, plan)
-    room = lambda columns: pltpu.VMEM((columns, plan.windows, LANES), jnp.float32)
-    head = pltpu.VMEM((plan.units, plan.before + plan.group * ratio, LANES), jnp.float32)
+    tiling = _tiling(ratio, overlap, dim, entries)
+    table, table_specs = _along_lanes(table, tiling)
+    room = lambda columns: pltpu.VMEM((columns, tiling.windows, LANES), jnp.float32)
+    head = pltpu.VMEM((tiling.units, tiling.before + tiling.group * ratio, LANES), jnp.float32)
     settings = {"rotated": rotated, "eps": eps, "rounding": rounding, "dtype": dtype}
     return pl.pallas_call(
-        functools.partial(_kernel, plan, settings),
+        functools.partial(_kernel, tiling, settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, pl.cdiv(entries, plan.windows), plan.columns),
+            grid=(batch, pl.cdiv(entries, tiling.windows), tiling.columns),
             in_specs=[
-                *_token_specs(plan, rows_BTC.shape[2]),
+                *_token_specs(tiling, rows_BTC.shape[2]),
                 pl.BlockSpec(bias_MC.shape, lambda *_: (0, 0)),
                 pl.BlockSpec((1, dim), lambda *_: (0, 0)),
                 *table_specs,
             ],
-            out_specs=_per_block(plan, dim),
-            scratch_shapes=[head, room(plan.columns), room(2)],
+            out_specs=_per_block(tiling, dim),
+            scratch_shapes=[head, room(tiling.columns), room(2)],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, entries, dim), dtype),
         compiler_params=pltpu.CompilerParams(
@@ -90,7 +90,7 @@ def prefill(
         name="compress_prefill",
     )(
         start_B.astype(jnp.int32),
-        *([rows_BTC] * (plan.units + 1)),
+        *([rows_BTC] * (tiling.units + 1)),
         before_BPC,
         bias_MC,
         scale_K[None],
@@ -98,28 +98,28 @@ def prefill(
     )
 
 
-def _plan(ratio: int, overlap: int, dim: int, entries: int) -> _Plan:
+def _tiling(ratio: int, overlap: int, dim: int, entries: int) -> _Tiling:
     of_window = 2 * overlap * ratio * LANES * 4
     most = max(_UNIT, _BLOCK_BYTES // of_window // _UNIT * _UNIT)
     windows = min(most, pl.cdiv(entries, SUBLANES) * SUBLANES)
     group = math.gcd(windows, _GROUP) if ratio % SUBLANES else 2
-    return _Plan(ratio, overlap, dim // LANES, windows, group)
+    return _Tiling(ratio, overlap, dim // LANES, windows, group)
 
 
-def _token_specs(plan: _Plan, channels: int) -> list[pl.BlockSpec]:
+def _token_specs(tiling: _Tiling, channels: int) -> list[pl.BlockSpec]:
     """A column of each unit, the tokens before the block, and those before the chunk."""
 
     def column(u: int, b: Any, j: Any, c: Any, _: Any) -> Any:
-        return b, j, u * plan.columns + c
+        return b, j, u * tiling.columns + c
 
     def earlier(b: Any, j: Any, c: Any, start: Any) -> Any:
         # What is not used is not read: the block that is there already stays.
-        used = (plan.overlap > 1) | (start[b] % plan.ratio != 0)
-        return b, jnp.where(used, jnp.maximum(j * (plan.windows // plan.overlap) - 1, 0), 0), 0
+        used = (tiling.overlap > 1) | (start[b] % tiling.ratio != 0)
+        return b, jnp.where(used, jnp.maximum(j * (tiling.windows // tiling.overlap) - 1, 0), 0), 0
 
-    column_shape = (1, plan.windows * plan.ratio, LANES)
-    units = [functools.partial(column, u) for u in range(plan.units)]
-    before_shape = (1, plan.before, channels)
+    column_shape = (1, tiling.windows * tiling.ratio, LANES)
+    units = [functools.partial(column, u) for u in range(tiling.units)]
+    before_shape = (1, tiling.before, channels)
     return [
         *(pl.BlockSpec(column_shape, unit) for unit in units),
         pl.BlockSpec(before_shape, earlier),
@@ -127,31 +127,31 @@ def _token_specs(plan: _Plan, channels: int) -> list[pl.BlockSpec]:
     ]
 
 
-def _along_lanes(table: Any, plan: _Plan) -> tuple[Any, list[pl.BlockSpec]]:
+def _along_lanes(table: Any, tiling: _Tiling) -> tuple[Any, list[pl.BlockSpec]]:
     """The table with entries side by side, where a block has as many as there are lanes.
 
     XLA keeps arrays of few channels that way round; the other takes four times the room.
     """
-    if plan.windows % LANES:
-        return table, [_per_block(plan, part.shape[2]) for part in table]
-    spec = lambda part: pl.BlockSpec((1, part.shape[2], plan.windows), lambda b, j, *_: (b, 0, j))
+    if tiling.windows % LANES:
+        return table, [_per_block(tiling, part.shape[2]) for part in table]
+    spec = lambda part: pl.BlockSpec((1, part.shape[2], tiling.windows), lambda b, j, *_: (b, 0, j))
     return [jnp.swapaxes(part, 1, 2) for part in table], [spec(part) for part in table]
 
 
-def _per_block(plan: _Plan, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, plan.windows, width), lambda b, j, *_: (b, j, 0))
+def _per_block(tiling: _Tiling, width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, tiling.windows, width), lambda b, j, *_: (b, j, 0))
 
 
-def _kernel(plan: _Plan, settings: dict[str, Any], start_ref: Any, *refs: Any) -> None:
-    unit_refs, refs = refs[: plan.units], refs[plan.units :]
+def _kernel(tiling: _Tiling, settings: dict[str, Any], start_ref: Any, *refs: Any) -> None:
+    unit_refs, refs = refs[: tiling.units], refs[tiling.units :]
     earlier_ref, before_ref, bias_ref, scale_ref, *table_refs, out_ref = refs[:-3]
     head_ref, pooled_ref, pairs_ref = refs[-3:]
     b, j, c = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    ratio, G = plan.ratio, plan.group
+    ratio, G = tiling.ratio, tiling.group
     past = start_ref[b] % ratio  # tokens of the first window that came before the chunk
-    lanes = lambda u: pl.ds(pl.multiple_of((u * plan.columns + c) * LANES, LANES), LANES)
+    lanes = lambda u: pl.ds(pl.multiple_of((u * tiling.columns + c) * LANES, LANES), LANES)
     bias = lambda s, at, rows: bias_ref[pl.ds(at, rows), lanes(s)]
-    one = functools.partial(pool, bias=bias, ratio=ratio, overlap=plan.overlap, windows=G)
+    one = functools.partial(pool, bias=bias, ratio=ratio, overlap=tiling.overlap, windows=G)
 
     def first_group() -> None:
         """With the tokens that come before the block."""
@@ -160,24 +160,24 @@ def _kernel(plan: _Plan, settings: dict[str, Any], start_ref: Any, *refs: Any) -
 
                 @pl.when(here)
                 def _(u: int = u, ref: Any = ref) -> None:
-                    head_ref[u, : plan.before] = ref[0, :, lanes(u)]
+                    head_ref[u, : tiling.before] = ref[0, :, lanes(u)]
 
-            head_ref[u, plan.before :] = unit_ref[0, : G * ratio]
+            head_ref[u, tiling.before :] = unit_ref[0, : G * ratio]
         read = lambda u, at, *size: head_ref.at[u][_rows(ratio - past + at, *size)]
-        pooled_ref[c, :G] = one(read, first=jax.lax.div(start_ref[b], ratio) + j * plan.windows)
+        pooled_ref[c, :G] = one(read, first=jax.lax.div(start_ref[b], ratio) + j * tiling.windows)
 
     def group(g: Any, _: Any) -> None:
-        base = g * G * ratio - (plan.overlap - 1) * ratio - past
+        base = g * G * ratio - (tiling.overlap - 1) * ratio - past
         read = lambda u, at, *size: unit_refs[u].at[0][_rows(base + at, *size)]
         pooled_ref[c, pl.ds(g * G, G)] = one(read)
 
-    in_block = (past == 0) & (plan.overlap == 1)
+    in_block = (past == 0) & (tiling.overlap == 1)
     pl.when(~in_block)(first_group)
-    jax.lax.fori_loop(jnp.where(in_block, 0, 1), plan.windows // G, group, None)
+    jax.lax.fori_loop(jnp.where(in_block, 0, 1), tiling.windows // G, group, None)
 
-    @pl.when(c == plan.columns - 1)
+    @pl.when(c == tiling.columns - 1)
     def _() -> None:
-        _finish_block(plan, settings, scale_ref, table_refs, pooled_ref, pairs_ref, out_ref)
+        _finish_block(tiling, settings, scale_ref, table_refs, pooled_ref, pairs_ref, out_ref)
 
 
 def _rows(start: Any, count: int, stride: int) -> Any:
@@ -185,7 +185,7 @@ def _rows(start: Any, count: int, stride: int) -> Any:
 
 
 def _finish_block(
-    plan: _Plan,
+    tiling: _Tiling,
     settings: dict[str, Any],
     scale_ref: Any,
     table_refs: list[Any],
@@ -194,13 +194,13 @@ def _finish_block(
     out_ref: Any,
 ) -> None:
     for i, table_ref in enumerate(table_refs):
-        pairs_ref[i] = in_pairs(table_ref[0], 1 if plan.windows % LANES else 0)
-    rows = math.gcd(plan.windows, _FINISHED)
+        pairs_ref[i] = in_pairs(table_ref[0], 1 if tiling.windows % LANES else 0)
+    rows = math.gcd(tiling.windows, _FINISHED)
 
     def some(i: Any, _: Any) -> None:
         at = pl.ds(i * rows, rows)
-        columns = [pooled_ref[column, at] for column in range(plan.columns)]
+        columns = [pooled_ref[column, at] for column in range(tiling.columns)]
         pairs = pairs_ref[0, at], pairs_ref[1, at]
         out_ref[0, at] = finish(columns, scale_ref[...], *pairs, **settings)
 
-    jax.lax.fori_loop(0, plan.windows // rows, some, None)
+    jax.lax.fori_loop(0, tiling.windows // rows, some, None)

@@ -140,13 +140,13 @@ def _decode(settings: Any, inputs: DecodeInputs) -> Any:
 
 
 def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
-    out_BTHK = residuals.kept(_decode(settings, inputs))
+    out_BTHK = residuals.saveable(_decode(settings, inputs))
     return out_BTHK, (out_BTHK, inputs)
 
 
-def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+def _decode_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
     scale, impl = settings
-    out_BTHK, inputs = kept
+    out_BTHK, inputs = saved
     args = (grad_BTHK, out_BTHK, inputs)
     gradients = dispatch("dense_attention", "decode_backward", impl, _FORMS, *args, scale=scale)
     return (cotangents(inputs, gradients),)
@@ -159,13 +159,13 @@ def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
 
 
 def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
-    out_BTHK = residuals.kept(_prefill(settings, inputs))
+    out_BTHK = residuals.saveable(_prefill(settings, inputs))
     return out_BTHK, (out_BTHK, inputs)
 
 
-def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
+def _prefill_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
     window, scale, impl = settings
-    out_BTHK, inputs = kept
+    out_BTHK, inputs = saved
     args, static = (grad_BTHK, out_BTHK, inputs), {"window": window, "scale": scale}
     gradients = dispatch("dense_attention", "prefill_backward", impl, _FORMS, *args, **static)
     return (cotangents(inputs, gradients),)

@@ -108,7 +108,7 @@ def _reference(inputs: Inputs, **static: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Kept:
+class _Saved:
     """For the backward: the inputs, and which of the three weights get a gradient."""
 
     inputs: Inputs
@@ -127,22 +127,23 @@ def _forward(settings: Any, primals: Inputs) -> Any:
     inputs = jax.tree.map(lambda primal: primal.value, primals)
     perturbed = lambda w: any(primal.perturbed for primal in jax.tree.leaves(w))
     gate, up, down = map(perturbed, primals.weights)
-    return _expert_mlp(settings, inputs), _Kept(inputs, (gate, up, down))
+    return _expert_mlp(settings, inputs), _Saved(inputs, (gate, up, down))
 
 
-def _backward(settings: Any, kept: _Kept, grad_TD: Any) -> Any:
+def _backward(settings: Any, saved: _Saved, grad_TD: Any) -> Any:
     limit, _, impl = settings
     if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
         return (None,)
     # Where the routing weight is multiplied in changes no gradient.
-    static = {"limit": limit, "learn": kept.learn}
-    weights, layer = kept.inputs.weights, kept.inputs.layer
-    inputs = kept.inputs.with_weights(*map(stacks.read, weights))
+    static = {"limit": limit, "learn": saved.learn}
+    weights, layer = saved.inputs.weights, saved.inputs.layer
+    inputs = saved.inputs.with_weights(*map(stacks.read, weights))
     x_grad, weight_grad, *grads = dispatch(
         "grouped_matmul", "expert_mlp_backward", impl, _FORMS, grad_TD, inputs, **static
     )
     gate, up, down = (stacks.cotangent(w, layer, g) for w, g in zip(weights, grads, strict=True))
-    return (Inputs(x_grad, None, weight_grad, gate, up, down, None),)
+    integer: Any = None  # what integers have for a cotangent
+    return (Inputs(x_grad, integer, weight_grad, gate, up, down, integer),)
 
 
 _expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -49,28 +49,28 @@ def select(
 ) -> Int32[Array, "B T k"]:
     """Decode and prefill are one form: blocks of up to 8 queries."""
     batch, queries = visible_BT.shape
-    plan = _plan(keys, q_BTIJ.shape[2], queries, k, hidden_BT is not None)
-    _check(q_BTIJ, keys, visible_BT, plan)
+    tiling = _tiling(keys, q_BTIJ.shape[2], queries, k, hidden_BT is not None)
+    _check(q_BTIJ, keys, visible_BT, tiling)
     visible_BT = jnp.clip(visible_BT.astype(jnp.int32), 0, entries(keys))
     scalars = [
         layer.astype(jnp.int32)[None],
-        *blocks_seen(visible_BT, hidden_BT, plan.step, plan.block),
+        *blocks_seen(visible_BT, hidden_BT, tiling.step, tiling.block),
     ]
     if isinstance(keys, PagedKeys):
         scalars.append(keys.table.astype(jnp.int32))
-    arrays, specs = _keys_blocks(keys, plan)
+    arrays, specs = _keys_blocks(keys, tiling)
     q_BTIJ, weights_BTI = _whole_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
     of_queries = lambda *dims: pl.BlockSpec(
-        (1, plan.step, *dims), lambda b, i, j, *_: (b, i, *(0 for _ in dims))
+        (1, tiling.step, *dims), lambda b, i, j, *_: (b, i, *(0 for _ in dims))
     )
     return pl.pallas_call(
-        functools.partial(_kernel, plan, len(scalars), len(arrays)),
+        functools.partial(_kernel, tiling, len(scalars), len(arrays)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, pl.cdiv(queries, plan.step), plan.blocks),
+            grid=(batch, pl.cdiv(queries, tiling.step), tiling.blocks),
             in_specs=[of_queries(*q_BTIJ.shape[2:]), of_queries(q_BTIJ.shape[2]), *specs],
             out_specs=of_queries(k),
-            scratch_shapes=_scratch(plan, q_BTIJ.shape[2]),
+            scratch_shapes=_scratch(tiling, q_BTIJ.shape[2]),
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries, k), jnp.int32),
         compiler_params=pltpu.CompilerParams(
@@ -81,7 +81,7 @@ def select(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Tiling:
     """Sizes that kernel and caller share.
 
     Attributes:
@@ -107,7 +107,7 @@ class _Plan:
     places: int
 
 
-def _plan(keys: Keys, heads: int, queries: int, k: int, hides: bool) -> _Plan:
+def _tiling(keys: Keys, heads: int, queries: int, k: int, hides: bool) -> _Tiling:
     """Blocks are whole tiles, of at least k keys, unless there is only one."""
     up = lambda n: pl.cdiv(n, TILE) * TILE
     room, pieces, per_page = entries(keys), 1, 0
@@ -119,13 +119,16 @@ def _plan(keys: Keys, heads: int, queries: int, k: int, hides: bool) -> _Plan:
     block = max(min(up(room), wanted), pieces * per_page)
     places = min(block, max(_KEYS, up(k)))
     step = min(queries, _QUERIES)
-    return _Plan(k, hides, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
+    return _Tiling(k, hides, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
 
 
-def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
+def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
     """Refuse what the kernel cannot do."""
     takes = "indexer_topk.select on TPU takes"
-    scores, scalars = plan.step * plan.blocks * plan.block, visible_BT.size * (1 + plan.hides)
+    scores, scalars = (
+        tiling.step * tiling.blocks * tiling.block,
+        visible_BT.size * (1 + tiling.hides),
+    )
     if isinstance(keys, Fp4Keys) and keys.codes.shape[2] % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys of a multiple of 64 channels.")
     if isinstance(keys, PagedKeys):
@@ -136,8 +139,8 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
         raise Unsupported(f"{takes} {_MOST_SCORES} scores of a block of queries, not {scores}.")
     if scalars > _MOST_SCALARS:
         raise Unsupported(f"{takes} {_MOST_SCALARS} lengths and pages, not {scalars}.")
-    if plan.k > _MOST_CHOSEN:
-        raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {plan.k}.")
+    if tiling.k > _MOST_CHOSEN:
+        raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
     stored = keys.pages if isinstance(keys, PagedKeys) else keys
     for array in (q_BTIJ, *([] if isinstance(stored, Fp8Keys | Fp4Keys) else [stored])):
         if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
@@ -147,13 +150,13 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, plan: _Plan) -> None:
             )
 
 
-def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
+def _keys_blocks(keys: Keys, tiling: _Tiling) -> tuple[list[Any], list[Any]]:
     """The arrays that hold keys, and how a block of each is found."""
 
     def seen(b: Any, i: Any, j: Any, blocks: Any, more: Any) -> Any:
         # Blocks that are not seen are not read: what is here already stays.
         block = jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0))
-        return block + more[1][b, i] if plan.hides else block
+        return block + more[1][b, i] if tiling.hides else block
 
     def at(b: Any, i: Any, j: Any, layer: Any, _: Any, blocks: Any, *more: Any) -> Any:
         return layer[0], b, seen(b, i, j, blocks, more), 0
@@ -169,22 +172,22 @@ def _keys_blocks(keys: Keys, plan: _Plan) -> tuple[list[Any], list[Any]]:
             def page(piece: int, *args: Any) -> Any:
                 layer, b, block, _ = at(*args)
                 table = args[-1]
-                entry = jnp.minimum(block * plan.pieces + piece, last[0])
+                entry = jnp.minimum(block * tiling.pieces + piece, last[0])
                 return layer, jnp.clip(table[b, entry], 0, last[1]), 0, 0
 
             shape = (1, 1, *keys.pages.shape[2:])
-            maps = [functools.partial(page, piece) for piece in range(plan.pieces)]
-            return [keys.pages] * plan.pieces, [pl.BlockSpec(shape, index) for index in maps]
+            maps = [functools.partial(page, piece) for piece in range(tiling.pieces)]
+            return [keys.pages] * tiling.pieces, [pl.BlockSpec(shape, index) for index in maps]
         case Fp8Keys():
-            codes_spec = pl.BlockSpec((1, 1, plan.block, keys.codes.shape[3]), at)
-            scale_spec = pl.BlockSpec((1, 1, plan.block // LANES, LANES), at)
+            codes_spec = pl.BlockSpec((1, 1, tiling.block, keys.codes.shape[3]), at)
+            scale_spec = pl.BlockSpec((1, 1, tiling.block // LANES, LANES), at)
             return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case Fp4Keys():
-            codes_spec = pl.BlockSpec((1, 1, keys.codes.shape[2], plan.block), along_lanes)
-            scale_spec = pl.BlockSpec((1, 1, plan.block // LANES, keys.scale.shape[3]), at)
+            codes_spec = pl.BlockSpec((1, 1, keys.codes.shape[2], tiling.block), along_lanes)
+            scale_spec = pl.BlockSpec((1, 1, tiling.block // LANES, keys.scale.shape[3]), at)
             return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case _:
-            return [keys], [pl.BlockSpec((1, 1, plan.block, keys.shape[3]), at)]
+            return [keys], [pl.BlockSpec((1, 1, tiling.block, keys.shape[3]), at)]
 
 
 def _whole_heads(
@@ -226,32 +229,32 @@ def blocks_seen(
     return [visible_BT, end_BN - first_BN, hidden_BT, first_BN]
 
 
-def _scratch(plan: _Plan, heads: int) -> list[Any]:
+def _scratch(tiling: _Tiling, heads: int) -> list[Any]:
     """Scores, their maxima, weights along lanes; marks of the chosen, and their number per row."""
-    rows = choice.whole_rows(plan.blocks * plan.block // LANES)
+    rows = choice.whole_rows(tiling.blocks * tiling.block // LANES)
     return [
-        pltpu.VMEM((plan.step, rows, LANES), jnp.int32),
-        pltpu.VMEM((plan.step, PEAKS, plan.places // LANES, LANES), jnp.int32),
-        pltpu.VMEM((plan.step, heads, LANES), jnp.float32),
+        pltpu.VMEM((tiling.step, rows, LANES), jnp.int32),
+        pltpu.VMEM((tiling.step, PEAKS, tiling.places // LANES, LANES), jnp.int32),
+        pltpu.VMEM((tiling.step, heads, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.bfloat16),
         pltpu.VMEM((LANES, LANES), jnp.float32),
     ]
 
 
-def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
+def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
     """`refs` are the layer, what `blocks_seen` gives, a table; blocks of arrays; scratch."""
     _, visible_ref, blocks_ref, *more = refs[:scalars]
     q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
     scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref = refs[scalars + arrays + 3 :]
-    scale_ref = key_refs.pop() if arrays > plan.pieces else None
+    scale_ref = key_refs.pop() if arrays > tiling.pieces else None
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    first, rows = i * plan.step, plan.block // LANES
-    here = jnp.minimum(plan.step, plan.queries - first)
-    start = more[1][b, i] * plan.block if plan.hides else 0
+    first, rows = i * tiling.step, tiling.block // LANES
+    here = jnp.minimum(tiling.step, tiling.queries - first)
+    start = more[1][b, i] * tiling.block if tiling.hides else 0
 
     def seen(t: Any) -> Any:
         visible = visible_ref[b, first + t]
-        return (visible - start, more[0][b, first + t] - start) if plan.hides else (visible,)
+        return (visible - start, more[0][b, first + t] - start) if tiling.hides else (visible,)
 
     def each(body: Any) -> None:
         jax.lax.fori_loop(0, here, lambda t, _: body(t, *seen(t)), None)
@@ -268,22 +271,22 @@ def _kernel(plan: _Plan, scalars: int, arrays: int, *refs: Any) -> None:
         each(
             lambda t, *seen: score_block(
                 *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, *seen),
-                heads=plan.heads,
-                tiles=plan.block // TILE,
+                heads=tiling.heads,
+                tiles=tiling.block // TILE,
             )
         )
 
-    @pl.when(j == plan.blocks - 1)
+    @pl.when(j == tiling.blocks - 1)
     def _choose() -> None:
         room = chosen_ref, counts_ref
         written = blocks_ref[b, i] * rows
         out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
         each(
             lambda t, *seen: choice.choose(
-                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, *seen, k=plan.k
+                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, *seen, k=tiling.k
             )
         )
-        if plan.hides:
+        if tiling.hides:
             chosen_Qk = out_ref[0]
             out_ref[0] = jnp.where(chosen_Qk < 0, -1, chosen_Qk + start)
 

@@ -1,4 +1,4 @@
-"""Quantised formats: rounding, weights kept in the checkpoint's bits, matmuls with them.
+"""Quantised formats: rounding, weights saved in the checkpoint's bits, matmuls with them.
 
 Axis letters: K input channels, N output channels, G groups.
 """
@@ -238,8 +238,8 @@ def _forward(x: Any, w: Any, layer: Any, groups: int, precision: Any, impl: Impl
     return _linear_quantised(x, w, layer, groups, precision, impl), (w, layer)
 
 
-def _backward(groups: int, precision: Any, impl: Impl, kept: Any, dy: Any) -> Any:
-    w, layer = kept
+def _backward(groups: int, precision: Any, impl: Impl, saved: Any, dy: Any) -> Any:
+    w, layer = saved
     # A layer's number that is known while tracing comes back as NumPy's.
     layer = layer if layer is None else jnp.asarray(layer)
     static = {"groups": groups, "precision": precision}

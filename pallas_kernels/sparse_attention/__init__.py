@@ -1,7 +1,7 @@
 """Attention to the window and to the entries that were chosen: the core of CSA.
 
 As `dense_attention`, except that the entries seen are listed for each query, and that entries may
-be kept in eight bits (`Fp8Rows`; then they get no gradient). Window and entries are never joined.
+be saved in eight bits (`Fp8Rows`; then they get no gradient). Window and entries are never joined.
 
 TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
 of 16, head dims of 128, pools with room for a multiple of 16 entries (8 in float32, 32 in eight
@@ -153,12 +153,12 @@ def _decode(settings: Any, inputs: DecodeInputs) -> Any:
 
 
 def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
-    out_BTHK = residuals.kept(_decode(settings, inputs))
+    out_BTHK = residuals.saveable(_decode(settings, inputs))
     return out_BTHK, (out_BTHK, inputs)
 
 
-def _decode_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (scale, impl), (out_BTHK, inputs) = settings, kept
+def _decode_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
+    (scale, impl), (out_BTHK, inputs) = settings, saved
     return _backward("decode_backward", impl, grad_BTHK, out_BTHK, inputs, scale=scale)
 
 
@@ -169,12 +169,12 @@ def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
 
 
 def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
-    out_BTHK = residuals.kept(_prefill(settings, inputs))
+    out_BTHK = residuals.saveable(_prefill(settings, inputs))
     return out_BTHK, (out_BTHK, inputs)
 
 
-def _prefill_backward(settings: Any, kept: Any, grad_BTHK: Any) -> Any:
-    (window, scale, impl), (out_BTHK, inputs) = settings, kept
+def _prefill_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
+    (window, scale, impl), (out_BTHK, inputs) = settings, saved
     static = {"window": window, "scale": scale}
     return _backward("prefill_backward", impl, grad_BTHK, out_BTHK, inputs, **static)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import packing
 from .documents import Documents
-from .packing import PackSettings, Plan
+from .packing import Packing, PackSettings
 
 Arrays = dict[str, np.ndarray]
 _WELL_FILLED = 0.5
@@ -32,7 +32,7 @@ class Packs:
     """
 
     def __init__(self, documents: Documents, settings: PackSettings, *, epochs: int | None = None):
-        """Plan the first epoch.
+        """Pack the first epoch.
 
         Args:
           documents: of one file.
@@ -40,38 +40,38 @@ class Packs:
           epochs: None goes on without end.
 
         Raises:
-          ValueError: see `packing.plan`.
+          ValueError: see `packing.pack`.
         """
         self._documents = documents
         self._settings = settings
         self._epochs = epochs
-        self._plans: dict[int, Plan] = {}
+        self._packings: dict[int, Packing] = {}
         self._first = [0]  # pack of each epoch that is planned, and of the next
         self._lock = threading.RLock()
-        self.plan(0)
+        self.packing(0)
         if epochs is not None:
             for epoch in range(epochs):
-                self._first.append(self._first[-1] + len(self.plan(epoch)))
+                self._first.append(self._first[-1] + len(self.packing(epoch)))
 
-    def plan(self, epoch: int) -> Plan:
-        """The plan of one epoch, counted from 0."""
+    def packing(self, epoch: int) -> Packing:
+        """The packing of one epoch, counted from 0."""
         with self._lock:
-            if epoch not in self._plans:
+            if epoch not in self._packings:
                 # Where an epoch ends, threads may still read both.
-                while len(self._plans) > 1:
-                    del self._plans[min(self._plans)]
-                self._plans[epoch] = packing.plan(
+                while len(self._packings) > 1:
+                    del self._packings[min(self._packings)]
+                self._packings[epoch] = packing.pack(
                     self._documents.lengths_D,
                     self._settings,
                     epoch=epoch,
                     where=self._documents.where,
                     trained_S=self._documents.trained_S,
                 )
-            return self._plans[epoch]
+            return self._packings[epoch]
 
     def notes(self, *, waste: bool = True) -> list[str]:
         """Sentences on what of the file is not used, and on positions that are wasted."""
-        path, report, plan = self._documents.path, self._documents.report, self.plan(0)
+        path, report, first = self._documents.path, self._documents.report, self.packing(0)
         notes = []
         if report.wrong:
             notes.append(f"{report.wrong:,} of {report.rows:,} rows are wrong and left out.")
@@ -80,14 +80,14 @@ class Packs:
                 f"the reasoning of {report.unspoken:,} messages is left out: thinking_mode is"
                 " 'chat', drop_thinking leaves out that of earlier turns, or they answer a task."
             )
-        if plan.untrained:
+        if first.untrained:
             notes.append(
-                f"{plan.untrained:,} documents or pieces of them have no token to train within"
-                f" seq_len, {plan.seq_len:,}, and are left out."
+                f"{first.untrained:,} documents or pieces of them have no token to train within"
+                f" seq_len, {first.seq_len:,}, and are left out."
             )
-        if waste and plan.efficiency < _WELL_FILLED:
+        if waste and first.efficiency < _WELL_FILLED:
             notes.append(
-                f"only {plan.efficiency:.0%} of the packs' positions hold a token; documents begin"
+                f"only {first.efficiency:.0%} of the packs' positions hold a token; documents begin"
                 f" at multiples of {packing.ALIGNMENT}, so join short ones, or lower seq_len if"
                 " packs stay unfilled."
             )
@@ -101,10 +101,10 @@ class Packs:
         """Pack number `index`, counted through all epochs."""
         with self._lock:
             while index >= self._first[-1]:
-                self._first.append(self._first[-1] + len(self.plan(len(self._first) - 1)))
+                self._first.append(self._first[-1] + len(self.packing(len(self._first) - 1)))
             epoch = bisect.bisect_right(self._first, index) - 1
-            plan = self.plan(epoch)
-        return _fill(self._documents, plan, index - self._first[epoch])
+            packing = self.packing(epoch)
+        return _fill(self._documents, packing, index - self._first[epoch])
 
 
 def batches(
@@ -185,18 +185,18 @@ class _Batches:
         return {name: np.zeros_like(array_T) for name, array_T in self._packs[0].items()}
 
 
-def _fill(documents: Documents, plan: Plan, pack: int) -> Arrays:
+def _fill(documents: Documents, packing: Packing, pack: int) -> Arrays:
     arrays = {
-        "tokens": np.zeros(plan.seq_len, np.int32),
-        "trained": np.zeros(plan.seq_len, np.bool_),
-        "document": np.zeros(plan.seq_len, np.int32),
-        "position": np.zeros(plan.seq_len, np.int32),
+        "tokens": np.zeros(packing.seq_len, np.int32),
+        "trained": np.zeros(packing.seq_len, np.bool_),
+        "document": np.zeros(packing.seq_len, np.int32),
+        "position": np.zeros(packing.seq_len, np.int32),
     }
-    pieces = range(plan.first_K1[pack], plan.first_K1[pack + 1])
+    pieces = range(packing.first_K1[pack], packing.first_K1[pack + 1])
     for number, piece in enumerate(pieces, 1):
-        begin, length = plan.begin_P[piece], plan.length_P[piece]
-        place = slice(plan.start_P[piece], plan.start_P[piece] + length)
-        document = documents[int(plan.document_P[piece])]
+        begin, length = packing.begin_P[piece], packing.length_P[piece]
+        place = slice(packing.start_P[piece], packing.start_P[piece] + length)
+        document = documents[int(packing.document_P[piece])]
         arrays["tokens"][place] = document.ids_N[begin : begin + length]
         arrays["trained"][place] = document.trained_N[begin : begin + length]
         arrays["trained"][place.start] = False

@@ -51,7 +51,7 @@ class PackSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
+class Packing:
     """One epoch: which piece of which document stands where.
 
     Attributes:
@@ -93,15 +93,15 @@ class Plan:
         return self.tokens / (len(self) * self.seq_len)
 
 
-def plan(
+def pack(
     lengths_D: Int[np.ndarray, " D"],
     settings: PackSettings,
     *,
     epoch: int = 0,
     where: Callable[[int], str] = "document {}".format,
     trained_S: Bool[np.ndarray, " S"] | None = None,
-) -> Plan:
-    """Pack every document once; the same arguments give the same plan on any machine.
+) -> Packing:
+    """Pack every document once; the same arguments give the same packing on any machine.
 
     Args:
       lengths_D: tokens of each document.
@@ -138,7 +138,7 @@ def plan(
     first_K1 = np.cumsum([0, *np.bincount(pack_P)])
     taken_P = np.cumsum(blocks_P[order_P]) - blocks_P[order_P]
     start_P = taken_P - np.repeat(taken_P[first_K1[:-1]], np.diff(first_K1))
-    return Plan(
+    return Packing(
         seq_len=settings.seq_len,
         document_P=document_P[order_P],
         begin_P=begin_P[order_P],

@@ -71,7 +71,7 @@ class _Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Conversion:
     """All that is to be written.
 
     Attributes:
@@ -123,16 +123,16 @@ def convert(
     unfinished.check_target(target)
     with _open(source, unfinished.scratch(target)) as opened:
         unfinished.check_target(target, opened.folder)
-        plan = _plan(opened, weights)
-        files = _passengers(opened.folder, plan.config)
+        conversion = _check(opened, weights)
+        files = _passengers(opened.folder, conversion.config)
         with unfinished.begin(target, "convert", _identity(opened, weights)) as work:
-            _write(plan, work, progress)
+            _write(conversion, work, progress)
             passengers.copy(opened.folder, files, work.directory)
             passengers.copy(opened.folder, [PurePath(safetensors_directory.CONFIG)], work.directory)
-            if weights == "keep" and plan.manifest.index is not None:
+            if weights == "keep" and conversion.manifest.index is not None:
                 index = [PurePath(safetensors_directory.INDEX)]
                 passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
-            disk.write_json(work.directory / native.MANIFEST, plan.manifest.to_json())
+            disk.write_json(work.directory / native.MANIFEST, conversion.manifest.to_json())
             work.finish()
 
 
@@ -173,7 +173,7 @@ def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
     return files
 
 
-def _plan(source: _Source, weights: Weights) -> _Plan:
+def _check(source: _Source, weights: Weights) -> _Conversion:
     files = source.files
     cfg = config_file.read(source.folder / safetensors_directory.CONFIG)
     tensors = Release(files, cfg)
@@ -186,7 +186,7 @@ def _plan(source: _Source, weights: Weights) -> _Plan:
         arrays = zip(native.array_names(leaf, held[leaf]), jax.tree.leaves(struct), strict=True)
         structs |= {name: (array, spec.stack_dims) for name, array in arrays}
     manifest = Manifest(weights, held, _sources(source), _index(source))
-    return _Plan(source, tensors, cfg, manifest, formats, structs, tensor_names.slots(cfg))
+    return _Conversion(source, tensors, cfg, manifest, formats, structs, tensor_names.slots(cfg))
 
 
 def _struct(
@@ -228,89 +228,93 @@ def _identity(source: _Source, weights: Weights) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _units(plan: _Plan) -> dict[str, int]:
+def _units(conversion: _Conversion) -> dict[str, int]:
     """What is written in one go, in the order of the source's files, and its bytes there.
 
     A unit is a release tensor with its scales, or all extras of one file.
     """
     units: dict[str, int] = {}
-    extras = set(release.extras(plan.tensors, plan.config))
-    for name, tensor in plan.tensors.tensors.items():
-        unit = _extras_file(plan, name) if name in extras else name
-        if name in extras or name in plan.slots:
+    extras = set(release.extras(conversion.tensors, conversion.config))
+    for name, tensor in conversion.tensors.tensors.items():
+        unit = _extras_file(conversion, name) if name in extras else name
+        if name in extras or name in conversion.slots:
             units[unit] = units.get(unit, 0) + TensorInfo(tensor.dtype, tensor.shape).nbytes
     return units
 
 
-def _extras_file(plan: _Plan, name: str) -> str:
-    file = PurePath(plan.tensors[name].file).relative_to(plan.source.root)
+def _extras_file(conversion: _Conversion, name: str) -> str:
+    file = PurePath(conversion.tensors[name].file).relative_to(conversion.source.root)
     return f"{native.EXTRAS}/{file.as_posix()}"
 
 
-def _write(plan: _Plan, work: unfinished.Work, progress: Progress | None) -> None:
-    units = _units(plan)
+def _write(conversion: _Conversion, work: unfinished.Work, progress: Progress | None) -> None:
+    units = _units(conversion)
     total = sum(units.values())
     done = sum(size for unit, size in units.items() if unit in work.done)
-    _require_space(plan, work, 1 - done / max(total, 1))
+    _require_space(conversion, work, 1 - done / max(total, 1))
     arrays = Arrays(work.directory / native.WEIGHTS)
     stores = {
         name: arrays.create(name, struct.shape, struct.dtype, stack_dims)
-        for name, (struct, stack_dims) in plan.structs.items()
+        for name, (struct, stack_dims) in conversion.structs.items()
     }
     arrays.write_metadata(list(stores))
     with contextlib.closing(_Writer(work)) as writer:
         for unit, size in units.items():
             if unit in work.done:
                 continue
-            if unit in plan.slots:
-                writer.write(unit, _parts(plan, stores, unit))
+            if unit in conversion.slots:
+                writer.write(unit, _parts(conversion, stores, unit))
             else:
-                _write_extras(plan, work, unit)
+                _write_extras(conversion, work, unit)
             done += size
             if progress is not None:
                 progress("converting", done, total)
         writer.flush()
 
 
-def _require_space(plan: _Plan, work: unfinished.Work, share: float) -> None:
+def _require_space(conversion: _Conversion, work: unfinished.Work, share: float) -> None:
     nbytes = 0
-    for struct, stack_dims in plan.structs.values():
+    for struct, stack_dims in conversion.structs.values():
         chunk = zarr_arrays.chunk_shape(struct.shape, stack_dims, struct.dtype.itemsize)
         chunks = math.prod(map(math.ceil, np.divide(struct.shape, chunk)))
         nbytes += math.prod(struct.shape) * struct.dtype.itemsize + chunks * _FILE_BYTES
-    extras = release.extras(plan.tensors, plan.config)
-    infos = [plan.tensors[name] for name in extras]
+    extras = release.extras(conversion.tensors, conversion.config)
+    infos = [conversion.tensors[name] for name in extras]
     nbytes += sum(TensorInfo(info.dtype, info.shape).nbytes for info in infos)
     require_space(work.directory, int(nbytes * share))
 
 
-def _parts(plan: _Plan, stores: dict[str, Any], name: str) -> Iterator[tuple[Any, np.ndarray]]:
+def _parts(
+    conversion: _Conversion, stores: dict[str, Any], name: str
+) -> Iterator[tuple[Any, np.ndarray]]:
     """Parts of arrays and what to write there, for one release tensor."""
-    leaf, index, _ = plan.slots[name]
-    stored, held = plan.formats[leaf], plan.manifest.leaves[leaf]
+    leaf, index, _ = conversion.slots[name]
+    stored, held = conversion.formats[leaf], conversion.manifest.leaves[leaf]
     where = [stores[array][index] for array in native.array_names(leaf, held)]
     if held is not None:
-        yield from zip(where, release_weights.quantized(plan.tensors, name, held), strict=True)
+        yield from zip(
+            where, release_weights.quantized(conversion.tensors, name, held), strict=True
+        )
         return
     [store], [array] = where, native.array_names(leaf, held)
     dtype = store.dtype.numpy_dtype
     if stored is not None:
-        yield store, release_weights.dense(plan.tensors, name, stored, dtype)
+        yield store, release_weights.dense(conversion.tensors, name, stored, dtype)
         return
-    struct, stack_dims = plan.structs[array]
+    struct, stack_dims = conversion.structs[array]
     height = zarr_arrays.chunk_shape(struct.shape, stack_dims, dtype.itemsize)[stack_dims]
     for start in range(0, store.shape[0], height):
         rows = slice(start, min(start + height, store.shape[0]))
-        yield store[rows], plan.tensors[name].read(rows).astype(dtype, copy=False)
+        yield store[rows], conversion.tensors[name].read(rows).astype(dtype, copy=False)
 
 
-def _write_extras(plan: _Plan, work: unfinished.Work, unit: str) -> None:
+def _write_extras(conversion: _Conversion, work: unfinished.Work, unit: str) -> None:
     names = [
         name
-        for name in release.extras(plan.tensors, plan.config)
-        if _extras_file(plan, name) == unit
+        for name in release.extras(conversion.tensors, conversion.config)
+        if _extras_file(conversion, name) == unit
     ]
-    tensors = {name: plan.tensors[name] for name in names}
+    tensors = {name: conversion.tensors[name] for name in names}
     infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     path = work.directory / unit
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ def load(
     path: Path,
     *,
     dtype: Any,
-    keep: bool,
+    keep_quantised: bool,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
@@ -179,7 +179,7 @@ def load(
     Args:
       path: a native checkpoint.
       dtype: of everything that need not be float32 or integer.
-      keep: hold FP8 and FP4 as they are, where the checkpoint has them.
+      keep_quantised: hold FP8 and FP4 as they are, where the checkpoint has them.
       mesh: where to put the weights; the first device without.
       progress: told what is being done, leaves done, and leaves in all.
 
@@ -188,7 +188,9 @@ def load(
     """
     native = Native(path)
     declared = Model(native.config)
-    structs = map_leaves(lambda name, spec: _struct(native, name, spec, dtype, keep), declared)
+    structs = map_leaves(
+        lambda name, spec: _struct(native, name, spec, dtype, keep_quantised), declared
+    )
     places = release_weights.placements(declared, structs, mesh)
     total, done = len(native.manifest.leaves), 0
 
@@ -203,7 +205,7 @@ def load(
     return map_leaves(fill, declared, structs, places), native.config
 
 
-def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep: bool) -> Any:
+def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantised: bool) -> Any:
     """The leaf as it will be held; what is on the disk must fit it."""
     stored = native.manifest.leaves[name]
     on_disk = params.leaf_struct(spec, dtype, stored and stored.name)
@@ -218,7 +220,7 @@ def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep: bool) 
                 f"{native.path / WEIGHTS / array}: has shape {list(found)}; the configuration "
                 f"needs {list(struct.shape)}. {DAMAGED}"
             )
-    return on_disk if keep else params.leaf_struct(spec, dtype)
+    return on_disk if keep_quantised else params.leaf_struct(spec, dtype)
 
 
 def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:

@@ -38,11 +38,13 @@ class OpenCheckpoint:
         return passengers.tokenizer(self.directory, self.config.vocab_size)
 
     def load(
-        self, dtype: Any, *, keep: bool, mesh: Mesh | None, progress: Progress | None
+        self, dtype: Any, *, keep_quantised: bool, mesh: Mesh | None, progress: Progress | None
     ) -> tuple[Model, ModelConfig]:
         """Its weights, and the configuration of just these; see `native.load`."""
         read: Any = native.load if native.is_native(self.directory) else release_weights.load
-        model, cfg = read(self.directory, dtype=dtype, keep=keep, mesh=mesh, progress=progress)
+        model, cfg = read(
+            self.directory, dtype=dtype, keep_quantised=keep_quantised, mesh=mesh, progress=progress
+        )
         ends = config_file.end_tokens(self.directory, cfg)
         return model, dataclasses.replace(cfg, eos_token_ids=ends)
 

@@ -44,14 +44,14 @@ def load(
     path: Path,
     *,
     dtype: Any,
-    keep: bool,
+    keep_quantised: bool,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
-    """The model's weights in `dtype`; with `keep`, FP8 and FP4 stay as they are."""
+    """The model's weights in `dtype`; with `keep_quantised`, FP8 and FP4 stay as they are."""
     tensors, cfg, formats = open_release(path)
     declared = Model(cfg)
-    held: dict[str, Format] = formats if keep else dict.fromkeys(formats)
+    held: dict[str, Format] = formats if keep_quantised else dict.fromkeys(formats)
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )

@@ -72,7 +72,7 @@ examples:
   v4jax generate path/to/checkpoint -p "Once upon a time" --temperature 0
   v4jax generate path/to/checkpoint --chat -p - --thinking max --max-tokens 4096 < question.txt
   v4jax generate path/to/checkpoint --adapter runs/a -p "Once upon a time"
-  v4jax generate path/to/checkpoint --mesh tensor=4 --keep -p "Once upon a time"
+  v4jax generate path/to/checkpoint --mesh tensor=4 --keep-quantised -p "Once upon a time"
 """
 DEMO = """\
 The model has DeepSeek's tensor names, FP8 matrices, FP4 experts, an MTP block and a tokenizer, in

@@ -49,7 +49,11 @@ def add_running_options(group: Any) -> None:
     adapter = "a PEFT adapter, a Hub id of one, or a training run, to run it with"
     add("--adapter", metavar="DIR", help=adapter)
     add("--state", type=whole(1), metavar="STEP", help="of that run, not the newest state")
-    add("--keep", action="store_true", help="hold FP8 and FP4 weights as they are: less memory")
+    add(
+        *("--keep-quantised", "--keep"),
+        action="store_true",
+        help="hold FP8 and FP4 weights as they are: less memory",
+    )
 
 
 def whole(least: int) -> Callable[[str], int]:

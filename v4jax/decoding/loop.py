@@ -161,7 +161,8 @@ class Engine:
         state = self._sampling(prompts, params)
         limit_B = self.by_row(np.array(max_tokens, np.int32))
         asked = {"top_logprobs": top_logprobs}
-        loop, first = self.call(steps.begin, logits_BV, cache, state, limit_B, **asked)
+        with sharding.on(self.mesh):
+            loop, first = steps.begin(logits_BV, cache, state, limit_B, cfg=self.cfg, **asked)
         yield _tokens(first)[:rows]
         look = 1
         while not bool(np.all(loop.done_B)):
@@ -199,7 +200,7 @@ def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
     return out_BT
 
 
-def _tokens(block: steps.Block) -> list[list[Token]]:
+def _tokens(block: steps.StepOutputs) -> list[list[Token]]:
     """Each row's tokens in a block of loop output."""
     block = jax.device_get(block)
     if np.isnan(block.logprob_BT[block.real_BT]).any():

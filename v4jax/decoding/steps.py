@@ -129,7 +129,7 @@ class Loop:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Block:
+class StepOutputs:
     """What some steps of the loop gave; `real_BT` tells tokens from padding.
 
     `logprob_BT` is NaN where a row's logits were not all finite, which ends the row.
@@ -159,10 +159,7 @@ def _choose(
     return Loop(loop.cache, state, token_B, left_B, loop.done_B | ended_B), chosen
 
 
-_STATIC = ("cfg", "numerics", "top_logprobs")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("cfg", "top_logprobs"), donate_argnames="cache")
 def begin(
     logits_BV: Float32[Array, "B V"],
     cache: Cache,
@@ -170,18 +167,18 @@ def begin(
     limit_B: Int[Array, " B"],
     *,
     cfg: ModelConfig,
-    numerics: Numerics,
     top_logprobs: int = 0,
-) -> tuple[Loop, Block]:
+) -> tuple[Loop, StepOutputs]:
     """Choose the first token after the prompt."""
-    del numerics
     zeros_B = jnp.zeros_like(limit_B)
     loop = Loop(cache, state, zeros_B, limit_B, zeros_B > 0)
     loop, chosen = _choose(logits_BV, loop, cfg, top_logprobs)
-    return loop, Block(*(part[:, None] for part in chosen))
+    return loop, StepOutputs(*(part[:, None] for part in chosen))
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="loop")
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "numerics", "top_logprobs"), donate_argnames="loop"
+)
 def advance(
     model: Model,
     loop: Loop,
@@ -190,7 +187,7 @@ def advance(
     cfg: ModelConfig,
     numerics: Numerics,
     top_logprobs: int = 0,
-) -> tuple[Loop, Block]:
+) -> tuple[Loop, StepOutputs]:
     """Make up to `steps` (at most LOOP) decode steps, fewer where every row ends before.
 
     Text grows without a new program: lengths, limits and sampling settings are all data.
@@ -202,7 +199,7 @@ def advance(
         logits_BV, cache = _decode(model, cfg, numerics, loop.token_B, loop.cache, count_B)
         loop, chosen = _choose(logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs)
         put = lambda column, new: jax.lax.dynamic_update_index_in_dim(column, new, at, 1)
-        return at + 1, loop, jax.tree.map(put, block, Block(*chosen))
+        return at + 1, loop, jax.tree.map(put, block, StepOutputs(*chosen))
 
     def unfinished(carry):
         at, loop, _ = carry
@@ -210,7 +207,7 @@ def advance(
 
     B = loop.token_B.shape[0]
     empty = lambda dtype, *more: jnp.zeros((B, LOOP, *more), dtype)
-    block = Block(
+    block = StepOutputs(
         real_BT=empty(bool),
         token_BT=empty(jnp.int32),
         logprob_BT=empty(jnp.float32),

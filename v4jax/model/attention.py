@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
-from pallas_kernels.residuals import kept
+from pallas_kernels.residuals import saveable
 from v4jax.model import cache, compress, indexer_divergence, layers, sharding
 from v4jax.model.cache import LayerCache
 from v4jax.model.compress import Compressor
@@ -231,7 +231,7 @@ def _choose(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
         axes=(_ROWS, _ROWS, _POOL, (), _ROWS, _ROWS),
         out=_ROWS,
     )
-    return kept(indices_BTk)
+    return saveable(indices_BTk)
 
 
 def _watched(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:

@@ -134,7 +134,7 @@ def train_stack(
 
     Here the scan slices all weights; of experts, which are read in their stacks here too, the
     slices stand for their gradients. With `remat` only the streams between repeats of the pattern
-    are kept for the backward pass, without it what `residuals.kept` names. With `unroll` the
+    are kept for the backward pass, without it what `residuals.saveable` names. With `unroll` the
     program has each repeat by itself, and no loop.
 
     Returns:
@@ -156,7 +156,7 @@ def train_stack(
 
     looked_up = lambda leaf: _sliced(leaf, context)
     blocks = jax.tree.map(looked_up, p.blocks)
-    policy = None if remat else residuals.KEEP
+    policy = None if remat else residuals.SAVE_NAMED
     # Outside a loop XLA would find what is to be computed anew, and keep it.
     body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
     steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)

@@ -78,7 +78,7 @@ def update(
             out=_ROWS,
         )
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
-    entries_BnK = residuals.kept(entries_BnK)
+    entries_BnK = residuals.saveable(entries_BnK)
     return ring_LBRC, cache.pool_write(pool_LBSK, layer, entries_BnK, first_B, complete_B)
 
 

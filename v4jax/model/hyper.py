@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import hyper
-from pallas_kernels.residuals import kept
+from pallas_kernels.residuals import saveable
 from v4jax.model import sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.context import Context
@@ -62,14 +62,14 @@ def around(
         norm_eps=cfg.rms_norm_eps,
     )
     weights = value(p.fn_QM), value(p.base_Q), value(p.scale_3)
-    input_BTD, post_BTN, comb_BTNN = kept(
+    input_BTD, post_BTN, comb_BTNN = saveable(
         sharding.per_device(pre, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS)
     )
     output_BTD, rest = sublayer(rms_norm(input_BTD, norm_D, cfg.rms_norm_eps))
     if not context.numerics.float32_islands:
         post_BTN, comb_BTNN = (part.astype(x_BTM.dtype) for part in (post_BTN, comb_BTNN))
     args = output_BTD, x_BTM, post_BTN, comb_BTNN
-    return kept(sharding.per_device(hyper.post, *args, axes=(_ROWS,) * 4, out=_ROWS)), rest
+    return saveable(sharding.per_device(hyper.post, *args, axes=(_ROWS,) * 4, out=_ROWS)), rest
 
 
 def collapse(p: HyperHead, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:

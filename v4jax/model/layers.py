@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, rotary, sums
 from pallas_kernels.grouped_matmul import LoraWeight
-from pallas_kernels.residuals import kept
+from pallas_kernels.residuals import saveable
 from v4jax.model import sharding
 from v4jax.model.config import ModelConfig, Yarn
 from v4jax.model.numerics import Numerics
@@ -63,7 +63,7 @@ def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
     matrix, layer = _matrix(weight)
     if isinstance(matrix, LoraWeight):
         return _updated(x, matrix)
-    return kept(quantize.linear(x, matrix, layer=layer))
+    return saveable(quantize.linear(x, matrix, layer=layer))
 
 
 def _updated(
@@ -91,14 +91,14 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
     if isinstance(matrix, LoraWeight):
         return _updated(x32, matrix, highest)
-    return kept(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
+    return saveable(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """Each group's own map: the weight's rows are the groups' outputs one after another."""
     weight_QP, layer = _matrix(weight_QP)
     if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
-        return kept(_by_group(x_BTGP, weight_QP, layer))
+        return saveable(_by_group(x_BTGP, weight_QP, layer))
     stack = () if layer is None else (None,)
     x_BTQ = sharding.per_device(
         _by_group,
@@ -106,7 +106,7 @@ def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Arr
         axes=(("batch", None, "heads", None), (*stack, None, "heads"), ()),
         out=("batch", None, "heads"),
     )
-    return kept(x_BTQ)
+    return saveable(x_BTQ)
 
 
 def _by_group(

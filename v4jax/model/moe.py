@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.residuals import kept
+from pallas_kernels.residuals import saveable
 from v4jax.model import layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
@@ -82,7 +82,7 @@ def route(
     if hasattr(p, "bias_E"):
         biased_BTE = score_BTE + layers.value(p.bias_E)[None, None]
         choose = lambda x_BTE: jax.lax.top_k(x_BTE, cfg.num_experts_per_tok)[1]
-        expert_BTA = kept(
+        expert_BTA = saveable(
             sharding.per_device(choose, biased_BTE, axes=(_ROWS,), out=_ROWS, kernels=False)
         )
     else:
@@ -143,7 +143,7 @@ def mixture(
         *(layers.value(w) for w in (own.gate_EFD, own.up_EFD, own.down_EDF)),
     )
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
-    total_BTD = kept(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
+    total_BTD = saveable(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing
 
 

@@ -94,7 +94,7 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """'segments.0.blocks.1.attention.q_a_RD' from a key path of the module tree."""
+    """'stacks.0.blocks.1.attention.q_a_RD' from a key path of the module tree."""
     parts = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
     ]
@@ -111,20 +111,21 @@ def map_leaves(function: Callable[..., Any], declared: Tree, *others: Any) -> Tr
     )
 
 
-def leaf_struct(spec: ParamSpec, dtype: Any, kept: ExpertDtype | None = None) -> Any:
+def leaf_struct(spec: ParamSpec, dtype: Any, expert_format: ExpertDtype | None = None) -> Any:
     """The leaf that holds this weight, as ShapeDtypeStructs.
 
     Args:
       spec: the declaration.
       dtype: of everything that need not be float32 or integer.
-      kept: leave FP8 weights and experts quantised, experts in this format; None: nothing is.
+      expert_format: of experts, which stay quantised as FP8 weights then do; None: nothing is
+        quantised.
     """
     if spec.stored == "i64":
         return jax.ShapeDtypeStruct(spec.shape, jnp.int32)
     if spec.stored == "f32":
         return jax.ShapeDtypeStruct(spec.shape, jnp.float32)
-    stored = kept if spec.stored == "expert" else spec.stored
-    if kept is not None and stored in ("fp8", "fp4"):
+    stored = expert_format if spec.stored == "expert" else spec.stored
+    if expert_format is not None and stored in ("fp8", "fp4"):
         return _quantized_struct(spec.shape, stored)
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
 
@@ -139,9 +140,9 @@ def _quantized_struct(shape: tuple[int, ...], stored: str) -> Any:
     return quantize.Fp8Weight(codes=codes, scale=scale(-(-k // 128), -(-n // 128)))
 
 
-def abstract(declared: Tree, dtype: Any, kept: ExpertDtype | None = None) -> Tree:
+def abstract(declared: Tree, dtype: Any, expert_format: ExpertDtype | None = None) -> Tree:
     """The tree with ShapeDtypeStructs: enough to trace, lower and compile without memory."""
-    return map_leaves(lambda _, spec: leaf_struct(spec, dtype, kept), declared)
+    return map_leaves(lambda _, spec: leaf_struct(spec, dtype, expert_format), declared)
 
 
 def init(declared: Tree, key: jax.Array, dtype: Any) -> Tree:

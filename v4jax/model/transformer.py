@@ -26,8 +26,8 @@ class Model(nnx.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         weight = Declare(std=cfg.initializer_range)
         self.embed_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
-        plan = segments(cfg.layers)
-        self.stacks = nnx.List([Stack(cfg, part.pattern, part.repeats) for part in plan])
+        pattern = segments(cfg.layers)
+        self.stacks = nnx.List([Stack(cfg, part.pattern, part.repeats) for part in pattern])
         self.hyper_head = hyper.HyperHead(cfg, weight)
         self.norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
         self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
@@ -87,7 +87,7 @@ def forward_rows(
       document_BT: which document of its row a token is of, 0 at padding. Each begins at a multiple
         of 128 and sees itself only, as if it stood alone. None: each row is one document.
       remat: compute activations anew in the backward pass, but for the streams between layers;
-        without it, but for what `pallas_kernels.residuals.kept` names.
+        without it, but for what `pallas_kernels.residuals.saveable` names.
       unroll: compile each layer by itself, instead of a loop over those that are alike.
       watch: makes of each layer that has run what is to be kept of it.
       watch_indexer: compare indexers with the attention that they serve.

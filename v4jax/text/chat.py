@@ -136,7 +136,7 @@ def chat_segments(
 
 
 @dataclasses.dataclass
-class _Block:
+class _Part:
     """A part of a user turn; `call_id` is None unless it is a tool's result."""
 
     text: str
@@ -152,7 +152,7 @@ class _Turn:
     role: str
     message: int | None = None
     text: str = ""
-    blocks: list[_Block] = dataclasses.field(default_factory=list)
+    blocks: list[_Part] = dataclasses.field(default_factory=list)
     reasoning: str = ""
     call_order: dict[str, int] | None = None
     task: str | None = None
@@ -234,10 +234,10 @@ def _read(message: Any, where: str, index: int | None) -> _Turn:
     turn = _Turn(role=role, message=index, task=_task(message, where))
     match role:
         case "user":
-            turn.blocks = [_Block(content)]
+            turn.blocks = [_Part(content)]
         case "tool":
             call_id = _optional_string(message, "tool_call_id", where)
-            turn.blocks = [_Block(f"<tool_result>{content}</tool_result>", call_id)]
+            turn.blocks = [_Part(f"<tool_result>{content}</tool_result>", call_id)]
         case "assistant":
             calls = _calls(message, where)
             order = {call_id: i for i, (call_id, _) in enumerate(calls) if call_id}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare [--lengths 512 2048 8192] [--output benchmarks/results]
 
-Each measurement runs in a process of its own, sides alternating, because the machine's speed
-changes from hour to hour and peak memory is a process's. Prints a table, appends JSONL.
+Each measurement runs in its own process, sides alternating: the machine's speed drifts over hours,
+and peak memory is per process. Prints a table and appends JSONL.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def make(directory: str) -> None:
 
 def _spawn(side: str, directory: str, length: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.compare", "--worker", side, directory, str(length)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
@@ -85,14 +85,14 @@ def _worker(side: str, path: Path, length: int) -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    """The most memory that this process ever had."""
+    """Peak memory of this process."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _bandwidth() -> dict[str, Any]:
-    """The best of several reads of 256 MB by all cores."""
+    """The best of several 256 MB reads on all cores."""
     import jax
     import jax.numpy as jnp
 
@@ -104,9 +104,9 @@ def _bandwidth() -> dict[str, Any]:
 
 
 def _timed(run: Any) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def _prompt(length: int) -> list[int]:
@@ -124,16 +124,16 @@ def _transformers(path: Path, length: int) -> dict[str, Any]:
     with torch.no_grad():
         if length <= 2048:
             model(tokens, use_cache=True, logits_to_keep=1)
-        began = time.perf_counter()
+        start = time.perf_counter()
         out = model(tokens, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - began
+        prefill = time.perf_counter() - start
         cache, token = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         times = []
         for _ in range(DECODE_STEPS):
-            began = time.perf_counter()
+            start = time.perf_counter()
             out = model(token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
     return {"prefill_s": prefill, "decode_ms": 1e3 * sorted(times)[len(times) // 2]}
 
 
@@ -149,9 +149,9 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
     capacity = caches.bucket(length + 3 * DECODE_STEPS, engine.cfg.max_position_embeddings)
     prompt = [_prompt(length)]
     jax.block_until_ready(engine.prefill(prompt, capacity))
-    began = time.perf_counter()
+    start = time.perf_counter()
     logits, cache = jax.block_until_ready(engine.prefill(prompt, capacity))
-    prefill = time.perf_counter() - began
+    prefill = time.perf_counter() - start
     greedy = [sampling.SamplingParams(temperature=0.0)]
     state = sampling.init(
         greedy, engine.cfg.vocab_size, np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
@@ -160,11 +160,11 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
     loop, _ = steps.begin(logits, cache, state, np.array([10_000], np.int32), cfg=engine.cfg)
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        start = time.perf_counter()
         loop, _ = jax.block_until_ready(
             steps.advance(engine.model, loop, np.int32(DECODE_STEPS), **settings)
         )
-        times.append((time.perf_counter() - began) / DECODE_STEPS)
+        times.append((time.perf_counter() - start) / DECODE_STEPS)
     return {
         "prefill_s": prefill,
         "decode_ms": 1e3 * min(times[1:]),
@@ -173,7 +173,7 @@ def _v4jax(path: Path, length: int) -> dict[str, Any]:
 
 
 def _decode_bytes(cfg: Any, length: int) -> int:
-    """Float32 bytes that one token must read: active weights, windows, entries and index keys."""
+    """Float32 bytes that one token has to read: active weights, windows, entries, index keys."""
     from v4jax.commands import inspect
 
     total = 4 * inspect.report(cfg).active
@@ -189,8 +189,8 @@ def _decode_bytes(cfg: Any, length: int) -> int:
 
 
 def _cold_start(side: str, path: Path, length: int) -> dict[str, Any]:
-    """Import to first token, compilation included."""
-    began = time.perf_counter()
+    """From import to the first token, including compilation."""
+    start = time.perf_counter()
     if side == "v4jax":
         import v4jax
 
@@ -203,7 +203,7 @@ def _cold_start(side: str, path: Path, length: int) -> dict[str, Any]:
         theirs = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         with torch.no_grad():
             theirs(torch.tensor([_prompt(length)]), use_cache=True)
-    return {"side": side, "length": length, "cold_start_s": time.perf_counter() - began}
+    return {"side": side, "length": length, "cold_start_s": time.perf_counter() - start}
 
 
 def _report(rows: list[dict[str, Any]], bandwidth: float) -> None:
@@ -241,13 +241,13 @@ def _report(rows: list[dict[str, Any]], bandwidth: float) -> None:
 
 
 def tunables() -> dict[str, str]:
-    """Wishes of this process about its memory, which change its speed."""
-    found = os.environ.get("GLIBC_TUNABLES")
-    return {"glibc_tunables": found} if found else {}
+    """Memory settings of this process, which affect its speed."""
+    settings = os.environ.get("GLIBC_TUNABLES")
+    return {"glibc_tunables": settings} if settings else {}
 
 
 def append(rows: list[dict[str, Any]], file: Path, **shared: Any) -> None:
-    """Add rows to a file, each with where and of what they were measured."""
+    """Append rows to a file, each with the commit and machine it was measured on."""
     import jax
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

@@ -1,16 +1,16 @@
-"""A step of training by v4jax and by transformers with torch, on the same weights, in one run.
+"""A training step of v4jax and of transformers with torch, on the same weights, in one run.
 
     python -m benchmarks.compare_training [--lengths 1024 4096] [--output benchmarks/results]
 
-One row of each length, float32, all weights moved by AdamW; `lora` moves attention's adapters.
-Only if `--sides` says so come those of `-unrolled`, as `steps.unroll` of a recipe, of `-bfloat16`,
-whose weights are of that dtype, and `transformers-large_pages`: v4jax's sides have the environment
-that `v4jax-train` gives itself, transformers' has it there.
-Each side is a process of its own, and all must fit into memory together: at 4096 tokens those three
-do into 24 GB. They make their steps in turn, as a machine's speed may change from minute to minute,
-two at a time, of which the second counts: in training steps follow one another.
-Last comes what a step costs beside its program: a run whose program does nothing.
-Prints a line for each, appends JSONL.
+One row of each length in float32, all weights trained with AdamW; `lora` trains attention adapters.
+More sides run only when named by `--sides`: `-unrolled` (`steps.unroll` of a recipe), `-bfloat16`
+(weights in bfloat16) and `transformers-large_pages`. v4jax's sides always run in the environment
+that `v4jax-train` sets for itself; transformers does only in the last.
+Each side is its own process, and all must fit into memory together: the default three fit into
+24 GB at 4096 tokens. They step in turn, because a machine's speed may change from minute to minute.
+A turn is two steps, of which the second counts: training steps follow one another.
+Finally measures a step's overhead outside its program, with a program that does nothing.
+Prints a line for each side and appends JSONL.
 """
 
 import argparse
@@ -39,9 +39,9 @@ MORE = (
     "lora-bfloat16-unrolled",
 )
 RATE, DECAY = 1e-4, 0.1
-_TURNS = 5  # that are timed, after one that is not
+_TURNS = 5  # timed, after an untimed one
 
-# What a side does at every turn, and what it has to say of it.
+# Runs one step and returns its measurements.
 Step = Callable[[], dict[str, float]]
 
 
@@ -72,8 +72,8 @@ def main() -> int:
 
 
 def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, Any]]:
-    """Every side's row; only one of them computes at a time."""
-    workers, made = [], []
+    """One row per side; only one side computes at a time."""
+    workers, measured = [], []
     try:
         for side in sides:
             words = ["-m", "benchmarks.compare_training", "--worker", side, directory, str(length)]
@@ -81,12 +81,12 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
             plain = side == "transformers"
             env = dict(os.environ) if plain else LARGE_PAGES | os.environ
             workers.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env))
-            made.append([_ask(workers[-1])])
+            measured.append([_ask(workers[-1])])
         for _ in range(_TURNS):
-            for worker, steps in zip(workers, made, strict=True):
+            for worker, steps in zip(workers, measured, strict=True):
                 steps.append(_ask(worker))
         rows = []
-        for side, worker, steps in zip(sides, workers, made, strict=True):
+        for side, worker, steps in zip(sides, workers, measured, strict=True):
             peak, _ = worker.communicate()
             times = [step["seconds"] for step in steps]
             row = {"side": side, "length": length, "first_s": steps[0]["before"]}
@@ -101,38 +101,38 @@ def _in_turn(sides: list[str], directory: str, length: int) -> list[dict[str, An
 
 
 def _ask(worker: Any) -> dict[str, float]:
-    """Let it make its steps."""
+    """Let a worker take its turn."""
     worker.stdin.write("\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
         killed = worker.wait() == -signal.SIGKILL
-        why = "killed, as where memory is short: give it fewer --sides" if killed else "see above"
-        sys.exit(f"compare_training: a side ended before its step ({why}).")
+        reason = "killed, probably out of memory: pass fewer --sides" if killed else "see above"
+        sys.exit(f"compare_training: a side exited before finishing its step ({reason}).")
     return json.loads(answer)
 
 
 def _worker(side: str, path: Path, length: int) -> None:
-    """Two steps for each line that comes, and the peak of memory at their end."""
-    what, _, how = side.partition("-")
-    match what:
+    """Run two steps per input line, then print the peak memory."""
+    name, _, options = side.partition("-")
+    match name:
         case "transformers":
             step = _transformers(path, length)
         case "overhead":
             step = _overhead(path, length)
         case _:
-            step = _v4jax(path, length, what == "lora", how)
+            step = _v4jax(path, length, name == "lora", options)
     for _ in sys.stdin:
-        # By the second the other side's threads rest, and memory given back is at hand again.
-        before, found = _timed(step), _timed(step)
-        print(json.dumps(found | {"before": before["seconds"]}), flush=True)
+        # By the second step the other side's threads are idle and freed memory is back in use.
+        before, result = _timed(step), _timed(step)
+        print(json.dumps(result | {"before": before["seconds"]}), flush=True)
     print(json.dumps({"peak_gb": compare.peak_gb()} | compare.tunables()))
 
 
 def _timed(step: Step) -> dict[str, float]:
-    began = time.perf_counter()
-    found = step()
-    return {"seconds": time.perf_counter() - began} | found
+    start = time.perf_counter()
+    result = step()
+    return {"seconds": time.perf_counter() - start} | result
 
 
 def _tokens(length: int) -> Any:
@@ -160,7 +160,7 @@ def _transformers(path: Path, length: int) -> Step:
     return run
 
 
-def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
+def _v4jax(path: Path, length: int, lora: bool, options: str) -> Step:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -171,13 +171,15 @@ def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
     from v4jax_train import optimizer, step, trainable
     from v4jax_train.trainable import Full
 
-    dtype = "bfloat16" if "bfloat16" in how else "float32"
+    dtype = "bfloat16" if "bfloat16" in options else "float32"
     loaded = v4jax.load(path, dtype=dtype, numerics="hf")
     cfg, what = loaded.config, Lora() if lora else Full()
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
-    settings = step.Settings(cfg=cfg, numerics=HF, what=what, remat=False, unroll="unrolled" in how)
+    settings = step.Settings(
+        cfg=cfg, numerics=HF, what=what, remat=False, unroll="unrolled" in options
+    )
     program = step.make(settings, rule)
     state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])
     frozen = parts.frozen
@@ -195,7 +197,7 @@ def _v4jax(path: Path, length: int, lora: bool, how: str) -> Step:
 
 
 def _overhead(path: Path, length: int) -> Step:
-    """Runs of 300 steps of the whole loop, data and metrics included, without the program."""
+    """Runs of 300 steps of the training loop, data and metrics included, with an empty program."""
     import dataclasses
     import itertools
     from types import SimpleNamespace
@@ -222,12 +224,12 @@ def _overhead(path: Path, length: int) -> Step:
         count = jax.jit(lambda n: (n + 1, metrics(n.astype("float32") + 1)), donate_argnums=0)
 
         def run(state: Any, *_: Any) -> Any:
-            number, found = count(state.step)
-            return dataclasses.replace(state, step=number), found | {
-                "tokens_seen": found["loss"] + 1
+            number, values = count(state.step)
+            return dataclasses.replace(state, step=number), values | {
+                "tokens_seen": values["loss"] + 1
             }
 
-        # As what `jax.jit` returns: lowered and compiled, it is the program.
+        # Like the result of `jax.jit`, it is lowered and compiled before it runs.
         return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: run))
 
     step.make = make

@@ -1,4 +1,4 @@
-"""What the kernels are measured on: Flash's and Pro's shapes, with inputs, bytes and flops.
+"""Benchmark cases of the kernels: Flash's and Pro's shapes, with inputs, bytes and flops.
 
 Axis letters: as in the packages of `pallas_kernels`.
 """
@@ -43,12 +43,13 @@ class Case:
     """One op on one set of inputs.
 
     Attributes:
-      op: package and function, 'indexer_topk.select'.
-      name: which shape.
-      run: the door, taking `impl` by keyword.
-      inputs: makes the arrays; its `jax.eval_shape` gives their shapes for a compiler.
-      bytes: that have to be read and written at least.
-      flops: of the matrix products.
+      op: package and function, such as 'indexer_topk.select'.
+      name: shape and sizes.
+      run: the public function, with `impl` as a keyword.
+      inputs: creates the arrays; `jax.eval_shape` of it gives their shapes for ahead-of-time
+        compilation.
+      bytes: minimum number of bytes read and written.
+      flops: floating-point operations of the matrix products.
     """
 
     op: str
@@ -60,14 +61,14 @@ class Case:
 
 
 def cases(divide: int = 1) -> Iterator[Case]:
-    """All cases, their sizes divided so that the reference can follow."""
+    """All cases, with sizes divided by `divide` to be feasible for the reference."""
     for model in MODELS:
         for tokens, rows, entries in ((1, 8, 262144), (512, 1, 32768)):
             yield _select(model, rows, tokens, entries // divide, divide)
             yield _sparse(model, rows, tokens, entries // divide, divide)
-        # The entries of a million tokens.
-        for held in ("fp8", "fp4"):
-            yield _select(model, 8, 1, 262144 // divide, divide, held)
+        # Entries of a million tokens.
+        for key_dtype in ("fp8", "fp4"):
+            yield _select(model, 8, 1, 262144 // divide, divide, key_dtype)
         for kind in ("hca", "csa", "index"):
             for tokens in (1, 8192):
                 yield _compress(f"{model} {kind}", tokens, divide)
@@ -79,7 +80,7 @@ def cases(divide: int = 1) -> Iterator[Case]:
             for matrix in ("query", "output"):
                 yield _linear(f"{model} {matrix}", tokens, divide)
             yield _hyper(model, tokens, divide)
-        # The prompt first: for steps TPUs have XLA's form.
+        # Prefill first: TPUs run decode steps through XLA.
         for rows, tokens in ((1, 4096), (8, 1)):
             yield _rotate(model, rows, max(1, tokens // divide))
 
@@ -89,39 +90,40 @@ def _normal(*shape: int, dtype: Any = _bf16, seed: int = 0) -> Any:
 
 
 def _whole(size: int, unit: int) -> int:
-    """The next multiple: kernels take whole tiles, and small cases are to show what they do."""
+    """Round up to a multiple of `unit`, so that kernels, which take whole tiles, run small cases."""
     return -(-size // unit) * unit
 
 
 def _codes(*shape: int, dtype: Any) -> Any:
-    """Arbitrary bits, made byte by byte: floats would take four times the memory."""
+    """Random bits, drawn as bytes: floats would take four times the memory."""
     bits = jax.random.bits(jax.random.key(3), shape, jnp.uint8)
     return bits if dtype == jnp.uint8 else (bits & 0x77).view(dtype)
 
 
 def _select(
-    model: str, rows: int, tokens: int, entries: int, divide: int, held: str = "bf16"
+    model: str, rows: int, tokens: int, entries: int, divide: int, key_dtype: str = "bf16"
 ) -> Case:
-    """`held`: how keys are; with 'fp8' queries are too."""
+    """With `key_dtype` 'fp8' queries are FP8 too."""
     shape = INDEXER[model]
     heads, dim, k = shape.heads, shape.head_dim, max(1, shape.k // divide)
-    width = {"bf16": 2 * dim, "fp8": dim + 1, "fp4": dim // 2 + dim // FP4_BLOCK}[held]
-    into = {"bf16": lambda keys: keys, "fp8": to_fp8, "fp4": to_fp4}[held]
+    width = {"bf16": 2 * dim, "fp8": dim + 1, "fp4": dim // 2 + dim // FP4_BLOCK}[key_dtype]
+    encode = {"bf16": lambda keys: keys, "fp8": to_fp8, "fp4": to_fp4}[key_dtype]
 
     def inputs() -> tuple[Any, ...]:
         visible_BT = jnp.full((rows, tokens), entries, jnp.int32)
         keys = _normal(1, rows, entries, dim, seed=2)
+        query_dtype = jnp.float8_e4m3fn if key_dtype == "fp8" else _bf16
         return (
-            _normal(rows, tokens, heads, dim, dtype=jnp.float8_e4m3fn if held == "fp8" else _bf16),
+            _normal(rows, tokens, heads, dim, dtype=query_dtype),
             _normal(rows, tokens, heads, dtype=jnp.float32, seed=1),
-            into(keys),
+            encode(keys),
             jnp.int32(0),
             visible_BT,
         )
 
     return Case(
         op="indexer_topk.select",
-        name=f"{model} {rows}x{tokens} queries, {entries} entries in {held}",
+        name=f"{model} {rows}x{tokens} queries, {entries} entries in {key_dtype}",
         run=functools.partial(indexer_topk.select, k=k),
         inputs=inputs,
         bytes=rows * entries * width,
@@ -129,9 +131,9 @@ def _select(
     )
 
 
-def _in_order(door: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
-    """A door that takes its arrays by place, in the order of the record of its inputs."""
-    return lambda *arrays, **static: door(**inputs(*arrays)._asdict(), **static)
+def _in_order(op: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """`op` with its arrays as positional arguments, in the order of the fields of `inputs`."""
+    return lambda *arrays, **static: op(**inputs(*arrays)._asdict(), **static)
 
 
 def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Case:
@@ -144,8 +146,8 @@ def _sparse(model: str, rows: int, tokens: int, entries: int, divide: int) -> Ca
         pool = (_normal(1, rows, entries, dim, seed=2), jnp.int32(0), indices_BTk)
         sink_H = _normal(heads, dtype=jnp.float32, seed=4)
         if tokens == 1:
-            seen_BTR = jnp.ones((rows, tokens, shape.window), bool)
-            window = (_normal(rows, shape.window, dim, seed=1), seen_BTR)
+            mask_BTR = jnp.ones((rows, tokens, shape.window), bool)
+            window = (_normal(rows, shape.window, dim, seed=1), mask_BTR)
         else:
             window = (
                 _normal(rows, shape.window + tokens, dim, seed=1),
@@ -177,8 +179,8 @@ def _dense(model: str, rows: int, tokens: int, entries: int, divide: int) -> Cas
         pool = (_normal(1, rows, entries, dim, seed=2), jnp.int32(0), visible_BT)
         sink_H = _normal(heads, dtype=jnp.float32, seed=4)
         if tokens == 1:
-            seen_BTR = jnp.ones((rows, tokens, shape.window), bool)
-            window = (_normal(rows, shape.window, dim, seed=1), seen_BTR)
+            mask_BTR = jnp.ones((rows, tokens, shape.window), bool)
+            window = (_normal(rows, shape.window, dim, seed=1), mask_BTR)
         else:
             window = (
                 _normal(rows, shape.window + tokens, dim, seed=1),
@@ -251,7 +253,7 @@ def _linear(matrix: str, tokens: int, divide: int) -> Case:
 
 
 def _compress(name: str, tokens: int, divide: int) -> Case:
-    """Eight rows' steps, or a prompt; small ones are not rounded, for a step of it is no error."""
+    """Decode of eight rows, or a prompt. Small cases are not rounded: one step is not an error."""
     shape, step = COMPRESSORS[name], tokens == 1
     M, C, K, overlap = shape.ratio, shape.channels, shape.dim, shape.overlap
     rows, tokens = (8, 1) if step else (1, max(2 * M, tokens // divide))
@@ -279,7 +281,7 @@ def _compress(name: str, tokens: int, divide: int) -> Case:
             dtype=_bf16,
         ),
         inputs=inputs,
-        # Of a step, the half of a token's channels that its series is.
+        # A decode step reads K of each token's C channels: those of one series.
         bytes=rows * (8 * K * overlap * M if step else 8 * C * tokens) + 2 * rows * entries * K,
         flops=0,
     )
@@ -308,7 +310,7 @@ def _hyper(model: str, tokens: int, divide: int) -> Case:
 
 
 def _rotate(model: str, rows: int, tokens: int) -> Case:
-    """Attention's queries, normed before."""
+    """Queries of attention, normed before rotation."""
     shape = HEADS[model]
     heads, dim, pairs = shape.heads, shape.dim, shape.rotated // 2
 

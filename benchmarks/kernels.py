@@ -1,11 +1,11 @@
-"""Kernels on the accelerator at hand: first whether they are right, then how long they take.
+"""Check the kernels on this machine's accelerator, then time them.
 
     python -m benchmarks.kernels [--only indexer_topk] [--divide 8] [--output benchmarks/results]
 
-Every form is compared with the reference on inputs `--divide` times smaller; only a form that
-agrees is timed, at full size, beside XLA's form and, on a GPU where there is torch, beside torch's
-own way (`torch_cases`). Prints a table, appends JSONL. On a CPU there are no kernels to run: XLA's
-forms are checked, and timed at the small sizes.
+Every implementation is compared with the reference on inputs `--divide` times smaller; those that
+agree are timed at full size: the kernel, XLA and, on a GPU with torch installed, torch
+(`torch_cases`). Prints a table and appends JSONL. A CPU has no kernels: XLA is checked, and timed
+at the small sizes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.kernel_cases import Case, cases
 
-# Bytes and bf16 flops per second, as the vendors state them (TPUs per JAX device).
+# Vendor figures for bytes and bf16 flops per second (TPUs: per JAX device).
 PEAKS = {
     "TPU v5": (2.77e12, 459e12),
     "TPU v5p": (2.77e12, 459e12),
@@ -32,16 +32,16 @@ PEAKS = {
     "NVIDIA H100 80GB HBM3": (3.35e12, 989e12),
     "NVIDIA H200": (4.8e12, 989e12),
 }
-# Outputs are bfloat16 sums of products of bfloat16: forms round intermediate values differently.
+# Outputs are bfloat16 sums of bfloat16 products: implementations round intermediates differently.
 TOLERANCE = 3e-2
 
 
 def main() -> int:
-    """Check and time; the exit status tells whether all forms agree with the reference."""
+    """Check and time; the exit status is 1 if an implementation disagrees with the reference."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="ops whose name begins so")
+    parser.add_argument("--only", default="", help="only ops whose name starts with this")
     parser.add_argument("--divide", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
@@ -73,10 +73,10 @@ def _measure(small: Case, full: Case, form: str, device: Any) -> dict[str, Any]:
     except NotImplementedError as refusal:
         row["refusal"] = str(refusal)
     except RuntimeError as failure:
-        # Of JAX or of torch.
+        # JAX and torch word it differently.
         if not any(words in str(failure) for words in ("RESOURCE_EXHAUSTED", "out of memory")):
             raise
-        row["refusal"] = "more memory than there is"
+        row["refusal"] = "out of memory"
     if "seconds" in row and device.device_kind in PEAKS:
         bandwidth, speed = PEAKS[device.device_kind]
         row["bound_seconds"] = max(full.bytes / bandwidth, full.flops / speed)
@@ -85,7 +85,7 @@ def _measure(small: Case, full: Case, form: str, device: Any) -> dict[str, Any]:
 
 
 def _error(case: Case, form: str) -> float:
-    """Largest difference over the reference's largest value; choices must be the same."""
+    """The largest `difference` from the reference among the outputs."""
     inputs = jax.jit(case.inputs)()
     ours, theirs = (_program(case, name, inputs)() for name in (form, "reference"))
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
@@ -109,10 +109,10 @@ def _has_torch() -> bool:
 
 
 def _program(case: Case, form: str, inputs: tuple[Any, ...]) -> Callable[[], Any]:
-    """Queues the case's work once, and gives what will be its result.
+    """A function that queues the case's work once and returns its future result.
 
     Raises:
-      NotImplementedError: the form does not take it, or there is none.
+      NotImplementedError: the implementation does not support the case, or does not exist.
     """
     if form != "torch":
         program = jax.jit(lambda *args: case.run(*args, impl=form)).lower(*inputs).compile()
@@ -127,8 +127,9 @@ def _program(case: Case, form: str, inputs: tuple[Any, ...]) -> Callable[[], Any
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Relative to the largest value of `theirs`; of indices, the share that differs."""
     if np.issubdtype(theirs.dtype, np.integer):
-        # Scores that differ in the last place may change places at the end of the choice.
+        # Scores that differ in the last bit may swap at the end of the top k.
         return float(np.mean([len(set(a) ^ set(b)) / a.size for a, b in _lines(ours, theirs)]))
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     return float(np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30))
@@ -140,18 +141,18 @@ def _lines(ours: np.ndarray, theirs: np.ndarray) -> Any:
 
 
 def _seconds(case: Case, form: str, calls: int = 20) -> float:
-    """Per call, of calls queued one after another: the median of five such queues."""
+    """Seconds per call when calls are queued back to back: the median of five such queues."""
     program = _program(case, form, jax.jit(case.inputs)())
     wait = _wait(form)
     result = program()
     wait(result)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(calls):
             result = program()
         wait(result)
-        times.append((time.perf_counter() - began) / calls)
+        times.append((time.perf_counter() - start) / calls)
     return float(np.median(times))
 
 

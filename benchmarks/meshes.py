@@ -1,10 +1,10 @@
-"""What full-size programs move between the chips of a TPU slice and need there, without a TPU.
+"""Communication and memory of full-size programs on a TPU slice, without a TPU.
 
     python -m benchmarks.meshes [--only "flash decode"] [--output DIR]
 
-Each program is compiled ahead of time, weights in the release's formats. Moved are the bytes of a
-step's collectives on one device, loops multiplied out (see `v4jax.audit`). Prints a table and what
-moves most, appends JSONL.
+Each program is compiled ahead of time, with weights in the release's formats. "Moved" counts the
+bytes of one device's collectives in a step, loops multiplied out (see `v4jax.audit`). Prints the
+figures and the largest collectives, and appends JSONL.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.compare import append
 
-# Set before JAX is imported: see `v4jax.aot`.
+# Set before importing JAX: see `v4jax.aot`.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -26,7 +26,7 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step of a preset on a slice."""
+    """One step of a preset on a slice."""
 
     preset: str
     step: Any
@@ -38,8 +38,8 @@ class Case:
     @property
     def title(self) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        what = f"{self.preset} {self.step} on {self.topology}, {mesh}"
-        return f"{what}, batch {self.batch}, {self.capacity} tokens"
+        program = f"{self.preset} {self.step} on {self.topology}, {mesh}"
+        return f"{program}, batch {self.batch}, {self.capacity} tokens"
 
 
 CASES = (
@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose title begins so")
+    parser.add_argument("--only", default="", help="only cases whose title starts with this")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     os.environ.update(_ENVIRONMENT)
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Compile one case; figures are of a device."""
+    """Compile one case; figures are per device."""
     import jax
 
     from v4jax import aot, audit, presets
@@ -82,30 +82,30 @@ def measure(case: Case) -> dict[str, Any]:
         capacity=case.capacity,
         expert_format=cfg.expert_dtype,
     )
-    began = time.process_time()
+    start = time.process_time()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return {"refused": str(error).splitlines()[0]}
-    seconds = time.process_time() - began
+    seconds = time.process_time() - start
     memory: Any = program.memory_analysis()
-    found = audit.collectives(program.as_text() or "")
-    most = sorted(audit.by_kind(found).items(), key=lambda item: -item[1])
+    collectives = audit.collectives(program.as_text() or "")
+    kinds = sorted(audit.by_kind(collectives).items(), key=lambda item: -item[1])
     return {
         "compile_cpu_s": round(seconds, 1),
-        "moved_mb": round(audit.moved(found) / 1e6, 3),
+        "moved_mb": round(audit.moved(collectives) / 1e6, 3),
         "temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "peak_gib": round(memory.peak_memory_in_bytes / 2**30, 2),
-        "kinds_mb": {kind: round(size / 1e6, 3) for kind, size in most},
-        "largest": [_line(one) for one in found[:3]],
+        "kinds_mb": {kind: round(size / 1e6, 3) for kind, size in kinds},
+        "largest": [_line(collective) for collective in collectives[:3]],
     }
 
 
-def _line(one: Any) -> str:
-    arrays = lambda parts: " ".join(f"{part.dtype}{list(part.dims)}" for part in parts)
-    exchange = f"{one.kind} {arrays(one.operands)} -> {arrays(one.results)}"
-    return f"{one.bytes / 1e6:.3f} MB: {one.times} x {exchange}"
+def _line(collective: Any) -> str:
+    shapes = lambda arrays: " ".join(f"{array.dtype}{list(array.dims)}" for array in arrays)
+    text = f"{collective.kind} {shapes(collective.operands)} -> {shapes(collective.results)}"
+    return f"{collective.bytes / 1e6:.3f} MB: {collective.times} x {text}"
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -114,9 +114,9 @@ def _print(row: dict[str, Any]) -> None:
         print(f"  does not compile: {row['refused']}", flush=True)
         return
     kinds = ", ".join(f"{kind} {size}" for kind, size in row["kinds_mb"].items())
-    print(f"  moved a step: {row['moved_mb']} MB ({kinds})")
+    print(f"  moved per step: {row['moved_mb']} MB ({kinds})")
     print(
-        f"  temporaries: {row['temporaries_mb']} MB beside {row['arguments_gib']} GiB of arguments;"
+        f"  temporaries: {row['temporaries_mb']} MB; arguments: {row['arguments_gib']} GiB;"
         f" peak {row['peak_gib']} GiB; compiled in {row['compile_cpu_s']} s of CPU"
     )
     for line in row["largest"]:

@@ -1,4 +1,4 @@
-"""Muon against AdamW on the tiny model from nothing, each with several rates.
+"""Muon against AdamW, each at several rates, pre-training the tiny model.
 
 python -m benchmarks.optimizers runs/optimizers --png docs/optimizers.png
 """
@@ -12,24 +12,24 @@ import numpy as np
 from v4jax_train import display, journal, loop, plot, tiny
 
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
-_MEAN = 10  # steps over which losses are averaged: a batch's own difficulty is larger than the rest
+_MEAN = 10  # steps over which losses are averaged: batches vary more than optimizers
 
 
 def losses(run: Path) -> np.ndarray:
-    """A run's training losses, each the mean of the last few."""
-    found = [line["loss"] for line in journal.read(run, "step")]
-    return np.convolve(found, np.full(_MEAN, 1 / _MEAN), "valid")
+    """A run's training losses, as a running mean."""
+    values = [line["loss"] for line in journal.read(run, "step")]
+    return np.convolve(values, np.full(_MEAN, 1 / _MEAN), "valid")
 
 
 def steps_to(run: Path, loss: float) -> int | None:
-    """The step at which a run's losses are first as low as this."""
+    """The first step at which the run's loss is at most `loss`."""
     below = np.flatnonzero(losses(run) <= loss)
     return int(below[0]) + _MEAN if below.size else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="a directory for the runs; finished ones are kept")
+    parser.add_argument("out", type=Path, help="directory of the runs; finished ones are reused")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--png", type=Path, default=Path("optimizers.png"))
@@ -41,7 +41,8 @@ def main() -> None:
         for run in runs:
             print(f"{run.name}: {losses(run)[-1]:.4f}", flush=True)
     end = losses(best["adamw"])[-1]
-    print(f"{best['muon'].name} is at AdamW's last loss after {steps_to(best['muon'], end)} steps.")
+    steps = steps_to(best["muon"], end)
+    print(f"{best['muon'].name} reaches AdamW's final loss after {steps} steps.")
     plot.draw(list(best.values()), args.png)
 
 

@@ -1,8 +1,8 @@
-"""The same operations as one would write them in torch, on the same inputs, for comparison.
+"""Idiomatic torch versions of the operations, on the same inputs, for comparison.
 
-Weights and keys in few bits become bfloat16 before: torch's products are cuBLAS's of bfloat16.
+Quantised weights and keys become bfloat16 first: torch's matmuls are cuBLAS's in bfloat16.
 
-Axis letters: as in the packages of `pallas_kernels`; N keys of a query.
+Axis letters: as in the packages of `pallas_kernels`; N keys per query.
 """
 
 import functools
@@ -23,13 +23,13 @@ from pallas_kernels.quantize import reference as quantize
 
 
 def form(case: Case) -> Callable[..., Any] | None:
-    """What takes the case's inputs, as `tensors` makes them; None where torch has no such thing."""
+    """The torch version of a case, taking the result of `tensors`; None where there is none."""
     run = _FORMS.get(case.op)
     return run and functools.partial(run, **getattr(case.run, "keywords", {}))
 
 
 def tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The same memory, where it is; few bits as bfloat16."""
+    """The inputs as tensors, sharing memory; quantised ones as bfloat16."""
     return [torch.from_dlpack(_plain(x)) for x in inputs]
 
 
@@ -42,7 +42,7 @@ def _plain(x: Any) -> jax.Array:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """A result in NumPy, which has no bfloat16."""
+    """A result as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
@@ -77,11 +77,11 @@ def decode(
     *,
     scale: float,
 ) -> Tensor:
-    """The window and the gathered entries, side by side."""
+    """Attention to the window and the gathered entries, concatenated."""
     near_BTRK = window_BRK[:, None].expand(-1, q_BTHK.shape[1], -1, -1)
-    far_BTkK, listed_BTk = _gathered(pool_LBSK[layer], indices_BTk)
+    far_BTkK, exists_BTk = _gathered(pool_LBSK[layer], indices_BTk)
     keys_BTNK = torch.cat([near_BTRK, far_BTkK], dim=2)
-    return _attend(q_BTHK, keys_BTNK, torch.cat([window_mask_BTR, listed_BTk], 2), sink_H, scale)
+    return _attend(q_BTHK, keys_BTNK, torch.cat([window_mask_BTR, exists_BTk], 2), sink_H, scale)
 
 
 def prefill(
@@ -96,17 +96,17 @@ def prefill(
     window: int,
     scale: float,
 ) -> Tensor:
-    """As `decode`, of each query's own rows of the window."""
+    """Like `decode`, with each query's own rows of the window."""
     T, device = q_BTHK.shape[1], q_BTHK.device
     row_Tr = torch.arange(T, device=device)[:, None] + 1 + torch.arange(window, device=device)
-    far_BTkK, listed_BTk = _gathered(pool_LBSK[layer], indices_BTk)
+    far_BTkK, exists_BTk = _gathered(pool_LBSK[layer], indices_BTk)
     keys_BTNK = torch.cat([window_BXK[:, row_Tr], far_BTkK], dim=2)
-    there_BTr = start_B[:, None, None] - window + row_Tr >= 0
-    return _attend(q_BTHK, keys_BTNK, torch.cat([there_BTr, listed_BTk], dim=2), sink_H, scale)
+    valid_BTr = start_B[:, None, None] - window + row_Tr >= 0
+    return _attend(q_BTHK, keys_BTNK, torch.cat([valid_BTr, exists_BTk], dim=2), sink_H, scale)
 
 
 def linear(x_RK: Tensor, w_NK: Tensor) -> Tensor:
-    """One product of bfloat16."""
+    """One bfloat16 matmul."""
     return torch.matmul(x_RK, w_NK.T)
 
 
@@ -151,27 +151,27 @@ _FORMS: dict[str, Callable[..., Any]] = {
 
 
 def _dots(a_BXJ: Tensor, b_BJS: Tensor) -> Tensor:
-    """Products of bfloat16 with float32 sums, which torch has on GPUs only."""
+    """Bfloat16 matmul with float32 accumulation, which torch has on GPUs only."""
     if a_BXJ.is_cuda:
         return torch.bmm(a_BXJ, b_BJS, out_dtype=torch.float32)
     return a_BXJ.float() @ b_BJS.float()
 
 
 def _gathered(pool_BSK: Tensor, indices_BTk: Tensor) -> tuple[Tensor, Tensor]:
-    """Listed entries, and which are there."""
+    """The listed entries, and a mask of those that exist."""
     row_B11 = torch.arange(len(pool_BSK), device=pool_BSK.device)[:, None, None]
     return pool_BSK[row_B11, indices_BTk.clamp(min=0).long()], indices_BTk >= 0
 
 
 def _attend(
-    q_BTHK: Tensor, keys_BTNK: Tensor, seen_BTN: Tensor, sink_H: Tensor, scale: float
+    q_BTHK: Tensor, keys_BTNK: Tensor, mask_BTN: Tensor, sink_H: Tensor, scale: float
 ) -> Tensor:
-    """All heads of a query are the queries of one key head; the sink is the bias of a zero key."""
+    """All heads of a query share one key head; the sink is the bias of an extra zero key."""
     B, T, H, K = q_BTHK.shape
     keys_XNK = functional.pad(keys_BTNK.reshape(B * T, -1, K), (0, 0, 1, 0))[:, None]
-    seen_XN = seen_BTN.reshape(B * T, 1, 1, -1).expand(-1, -1, H, -1)
-    bias_XN = torch.zeros(seen_XN.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
-    bias_XN = bias_XN.masked_fill_(~seen_XN, -torch.inf)
+    mask_XN = mask_BTN.reshape(B * T, 1, 1, -1).expand(-1, -1, H, -1)
+    bias_XN = torch.zeros(mask_XN.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    bias_XN = bias_XN.masked_fill_(~mask_XN, -torch.inf)
     sink_XH1 = sink_H.to(q_BTHK.dtype)[None, None, :, None].expand(B * T, 1, -1, -1)
     bias_XN = torch.cat([sink_XH1, bias_XN], dim=-1)
     q_XHK = q_BTHK.reshape(B * T, 1, H, K)

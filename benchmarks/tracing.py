@@ -1,9 +1,9 @@
-"""What tracing costs: our choice of kernels beside `jax.lax.platform_dependent`.
+"""Tracing cost of our kernel dispatch against `jax.lax.platform_dependent`.
 
     python -m benchmarks.tracing [--presets tiny flash] [--output benchmarks/results]
 
-Processor seconds to trace and lower a step for this machine's CPU, the sides in turn; the least of
-three. `platform_dependent` traces the kernels of all platforms, our primitive those of the target.
+CPU seconds to trace and lower a step for this machine's CPU, alternating sides, minimum of three.
+`platform_dependent` traces the kernels of all platforms, our primitive only those of the target.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TURNS = 3
 def by_platform_dependent(
     name: str, default: Callable[..., Any], kernels: Mapping[str, Any], args: tuple[Any, ...]
 ) -> Any:
-    """As `implementations._by_target`, every form traced."""
+    """Like `implementations._by_target`, but tracing every implementation."""
     del name
     return jax.lax.platform_dependent(*args, default=default, **kernels)
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     rows = [
-        {"preset": preset, "step": step, "experts": experts, **_measured(preset, step, experts)}
+        {"preset": preset, "step": step, "experts": experts, **_measure(preset, step, experts)}
         for preset in args.presets
         for step in ("decode", "prefill")
         for experts in (None, "fp4")
@@ -56,8 +56,8 @@ def main() -> None:
     append(rows, args.output / "tracing.jsonl")
 
 
-def _measured(preset: str, step: Any, experts: Any) -> dict[str, float]:
-    """The least processor seconds of each side."""
+def _measure(preset: str, step: Any, experts: Any) -> dict[str, float]:
+    """Minimum CPU seconds of each side."""
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(TURNS):
         for side, choose in SIDES.items():
@@ -69,9 +69,9 @@ def _measured(preset: str, step: Any, experts: Any) -> dict[str, float]:
 def _lower_seconds(preset: str, step: Any, experts: Any) -> float:
     jax.clear_caches()
     mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
-    began = time.process_time()
+    start = time.process_time()
     aot.lower(presets.preset(preset), step, mesh, batch=1, capacity=1024, expert_format=experts)
-    return time.process_time() - began
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

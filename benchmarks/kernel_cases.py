@@ -90,7 +90,7 @@ def _normal(*shape: int, dtype: Any = _bf16, seed: int = 0) -> Any:
 
 
 def _whole(size: int, unit: int) -> int:
-    """Round up to a multiple of `unit`, so that kernels, which take whole tiles, run small cases."""
+    """Round up to a multiple of `unit`: kernels take whole tiles, also in small cases."""
     return -(-size // unit) * unit
 
 
@@ -253,7 +253,7 @@ def _linear(matrix: str, tokens: int, divide: int) -> Case:
 
 
 def _compress(name: str, tokens: int, divide: int) -> Case:
-    """Decode of eight rows, or a prompt. Small cases are not rounded: one step is not an error."""
+    """Decode of eight rows, or a prompt. Small cases skip rounding, where one step is no error."""
     shape, step = COMPRESSORS[name], tokens == 1
     M, C, K, overlap = shape.ratio, shape.channels, shape.dim, shape.overlap
     rows, tokens = (8, 1) if step else (1, max(2 * M, tokens // divide))

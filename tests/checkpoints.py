@@ -1,4 +1,4 @@
-"""Checkpoints in the release format, of any configuration, with random weights."""
+"""Checkpoints in the release format, for any configuration, with random weights."""
 
 import dataclasses
 import math
@@ -27,20 +27,20 @@ Fill = Literal["normal", "bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """One tensor: its declaration and what makes its values."""
+class LazyTensor:
+    """One tensor: its declaration and a function that creates its values."""
 
     info: TensorInfo
     make: Callable[[], np.ndarray]
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """The preset 'tiny', changed."""
+    """The preset 'tiny' with changes."""
     return dataclasses.replace(preset("tiny"), **changes)
 
 
 def tiny_dspark() -> ModelConfig:
-    """The preset 'tiny' with a drafter as in the 0731 release."""
+    """The preset 'tiny' with the 0731 release's kind of drafter."""
     drafter = DSpark(block_size=5, markov_rank=8, noise_token_id=3, target_layer_ids=(2, 3, 4))
     return tiny(num_nextn_predict_layers=0, dspark=drafter)
 
@@ -55,35 +55,35 @@ def write_release(
     fill: Fill = "normal",
     dtype: str = "BF16",
 ) -> Path:
-    """Write a checkpoint as DeepSeek releases them; returns its directory.
+    """Write a checkpoint in DeepSeek's release format and return its directory.
 
     Args:
-      directory: to be made.
-      cfg: the configuration; its `quantized` and `expert_dtype` say what is FP8 and FP4.
-      seed: a tensor's values depend on it and on the tensor's name.
+      directory: directory to create.
+      cfg: configuration; its `quantized` and `expert_dtype` select FP8 and FP4.
+      seed: seed of the values, together with each tensor's name.
       shards: number of files.
       scales: dtype of the scales of FP8 weights: F8_E8M0, or F32 as in Flash-Base.
-      fill: 'normal' are weights that a model can run with; 'bytes' is fast, for large files.
-      dtype: of everything that is neither quantised nor an island of float32.
+      fill: 'normal' for weights that a model can run with; 'bytes' is faster, for large files.
+      dtype: dtype of all tensors that are neither quantised nor always float32.
     """
-    made = dict(tensors(cfg, seed, scales=scales, fill=fill, dtype=dtype))
-    names = list(made)
+    lazy = dict(tensors(cfg, seed, scales=scales, fill=fill, dtype=dtype))
+    names = list(lazy)
     size = math.ceil(len(names) / shards)
     parts = [names[i : i + size] for i in range(0, len(names), size)]
-    files = [{name: made[name].info for name in _in_file_order(part, made)} for part in parts]
-    write_checkpoint(directory, config_json.to_json(cfg), files, lambda name: made[name].make())
+    files = [{name: lazy[name].info for name in _in_file_order(part, lazy)} for part in parts]
+    write_checkpoint(directory, config_json.to_json(cfg), files, lambda name: lazy[name].make())
     return directory
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A tokenizer of one token, which fits every vocabulary."""
+    """Write a tokenizer with a single token, which fits any vocabulary."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.save(str(directory / "tokenizer.json"))
 
 
-def write_passengers(directory: Path) -> None:
-    """What lies beside a release's weights, and what nothing takes along."""
+def write_other_files(directory: Path) -> None:
+    """Write a release's files other than weights, some of which are not copied with it."""
     write_tokenizer(directory)
     files = {
         "LICENSE": "as you like",
@@ -100,21 +100,21 @@ def write_passengers(directory: Path) -> None:
         (directory / name).write_text(text)
 
 
-def taken_along(directory: Path) -> dict[str, bytes]:
-    """All files but weights, and those that nothing takes along."""
-    left = (".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json")
+def copied_files(directory: Path) -> dict[str, bytes]:
+    """Contents of all files that are copied with a release's weights."""
+    not_copied = (".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return {
         name: file.read_bytes()
         for file in directory.rglob("*")
         if file.is_file()
-        and (name := file.relative_to(directory).as_posix()) not in left
+        and (name := file.relative_to(directory).as_posix()) not in not_copied
         and file.suffix != ".safetensors"
     }
 
 
-def _in_file_order(names: list[str], made: dict[str, Made]) -> list[str]:
-    # As the safetensors package writes: wide dtypes first, then by name.
-    return sorted(names, key=lambda name: (-DTYPES[made[name].info.dtype].itemsize, name))
+def _in_file_order(names: list[str], lazy: dict[str, LazyTensor]) -> list[str]:
+    # The order of the safetensors package: wide dtypes first, then by name.
+    return sorted(names, key=lambda name: (-DTYPES[lazy[name].info.dtype].itemsize, name))
 
 
 def tensors(
@@ -124,28 +124,28 @@ def tensors(
     scales: str = "F8_E8M0",
     fill: Fill = "normal",
     dtype: str = "BF16",
-) -> Iterator[tuple[str, Made]]:
-    """All tensors of a release by name; the drafter comes last."""
+) -> Iterator[tuple[str, LazyTensor]]:
+    """All tensors of a release by name, the drafter's last."""
     for leaf, spec in params.leaves(Model(cfg)):
         for name in tensor_names.flatten(tensor_names.release_names(leaf, cfg)):
-            yield from _tensor(name, _one(spec), cfg, seed, scales, fill, dtype)
+            yield from _tensor(name, _unstacked(spec), cfg, seed, scales, fill, dtype)
     if cfg.dspark is not None:
         for name, spec in _drafter(cfg, cfg.dspark):
             yield from _tensor(name, spec, cfg, seed, scales, fill, dtype)
 
 
-def _one(spec: ParamSpec) -> ParamSpec:
+def _unstacked(spec: ParamSpec) -> ParamSpec:
     stack = spec.stack_dims
     return dataclasses.replace(spec, shape=spec.shape[stack:], axes=spec.axes[stack:])
 
 
 def _drafter(cfg: ModelConfig, dspark: DSpark) -> Iterator[tuple[str, ParamSpec]]:
-    """DSpark's tensors: sliding blocks without the MTP's projections, and its own matrices."""
+    """DSpark's tensors: sliding blocks without the MTP projections, and matrices of its own."""
     blocks = dataclasses.replace(cfg, dspark=None, num_nextn_predict_layers=dspark.stages)
     for leaf, spec in params.leaves(Model(blocks)):
         if leaf.startswith("mtp.") and ".stack." in leaf:
             for name in tensor_names.flatten(tensor_names.release_names(leaf, blocks)):
-                yield name, _one(spec)
+                yield name, _unstacked(spec)
     D, last = cfg.hidden_size, f"mtp.{dspark.stages - 1}."
     yield "mtp.0.main_proj.weight", ParamSpec((D, 3 * D), (None, None), "fp8")
     yield "mtp.0.main_norm.weight", ParamSpec((D,), (None,))
@@ -156,7 +156,7 @@ def _drafter(cfg: ModelConfig, dspark: DSpark) -> Iterator[tuple[str, ParamSpec]
 
 def _tensor(
     name: str, spec: ParamSpec, cfg: ModelConfig, seed: int, scales: str, fill: Fill, dtype: str
-) -> Iterator[tuple[str, Made]]:
+) -> Iterator[tuple[str, LazyTensor]]:
     stored = spec.stored
     if stored == "expert":
         stored = cfg.expert_dtype if cfg.quantized and cfg.expert_dtype else "bf16"
@@ -167,12 +167,12 @@ def _tensor(
         return
     kind = {"f32": "F32", "i64": "I64"}.get(stored, dtype)
     make = lambda: _values(name, spec, seed, fill).astype(DTYPES[kind])
-    yield name, Made(TensorInfo(kind, spec.shape), make)
+    yield name, LazyTensor(TensorInfo(kind, spec.shape), make)
 
 
 def _quantised(
     name: str, spec: ParamSpec, stored: str, seed: int, scales: str, fill: Fill
-) -> Iterator[tuple[str, Made]]:
+) -> Iterator[tuple[str, LazyTensor]]:
     rows, columns = spec.shape
     block = (128, 128) if stored == "fp8" else (1, 32)
     grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
@@ -185,11 +185,11 @@ def _quantised(
         values = _values(name, spec, seed, fill).astype(np.float32)
         return QUANTISED[stored].encode(values)
 
-    # Float32 scales are no powers of two, so that nothing may pass through E8M0 unnoticed.
+    # Not powers of two in float32, so that a round trip through E8M0 would be noticed.
     factor = 1.25 if scales == "F32" else 1.0
     scale = lambda: (make()[1].astype(np.float32) * np.float32(factor)).astype(DTYPES[scales])
-    yield name, Made(TensorInfo(kind, shape), lambda: make()[0])
-    yield tensor_names.scale_name(name), Made(TensorInfo(scales, grid), scale)
+    yield name, LazyTensor(TensorInfo(kind, shape), lambda: make()[0])
+    yield tensor_names.scale_name(name), LazyTensor(TensorInfo(scales, grid), scale)
 
 
 def _rng(name: str, seed: int) -> np.random.Generator:

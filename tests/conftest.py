@@ -1,4 +1,4 @@
-"""Settings every test runs under: CPU, eight simulated devices, strict dtypes and ranks."""
+"""Settings of all tests: CPU, eight simulated devices, strict dtype and rank promotion."""
 
 import gc
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Another process may be compiling for TPUs too.
+# Another process may be compiling for TPUs at the same time.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -20,33 +20,33 @@ from jaxtyping import install_import_hook
 from tests import house
 
 
-def modules_with_shapes() -> Iterator[str]:
-    """The modules that annotate arrays. Checks of all others would take most of the tests' time."""
+def annotated_modules() -> Iterator[str]:
+    """Modules with array annotations. Checking all others would take most of the tests' time."""
     for name, file in house.files().items():
         if re.search("^from jaxtyping import", file.read_text("utf-8"), re.MULTILINE):
             yield name
 
 
-install_import_hook(list(modules_with_shapes()), "beartype.beartype")
+install_import_hook(list(annotated_modules()), "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """Drop each module's compiled programs: their memory maps would exhaust the process's."""
+def clear_caches() -> Iterator[None]:
+    """Drop a module's compiled programs, or their memory maps would exceed the process's limit."""
     yield
     jax.clear_caches()
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector thousands of modules and tests, at each of its turns."""
+    """Exempt modules and tests, which are many, from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of slow tests first: a long one begun last would leave the other worker idle."""
+    """Run files with slow tests first: a long one at the end would leave the other worker idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -1,4 +1,4 @@
-"""A small model, and doors behind which nothing runs, for the tests of arguments."""
+"""A small model, and stubs of what public calls run, for the tests of arguments."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def small_model() -> LanguageModel:
 
 
 def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What gets through `load` and `generate`; nothing is loaded, run or written."""
+    """Record what `load` and `generate` pass on; nothing is loaded, run or written."""
     passed: dict[str, Any] = {}
 
     def load(path: Any, dtype: Any, numerics: Any, **rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""A model whose arrays are told by their dims, and what of them a program moves."""
+"""A model whose arrays are identified by their dims, and those that a program moves."""
 
 from tests import models
 from v4jax import audit
@@ -14,7 +14,7 @@ CFG = models.config(
     index_n_heads=8,
     moe_intermediate_size=40,
 )
-# Every axis alone, and a mixture.
+# Each axis alone, and a mixture.
 MESHES: dict[str, dict[str, int]] = {
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
@@ -22,24 +22,24 @@ MESHES: dict[str, dict[str, int]] = {
     "tensor 8": {"tensor": 8},
     "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
-# Entries of the pools of CSA and HCA for 1100 tokens, and for 256 in training.
+# Entries of the CSA and HCA pools for 1100 tokens, and for 256 in training.
 ENTRIES = (288, 96, 160)
 
 
 def large(text: str) -> dict[str, list[Collective]]:
-    """The collectives that move pools, experts or logits, where there are any."""
+    """Collectives that move pools, experts or logits, if any."""
     D, F = CFG.hidden_size, CFG.moe_intermediate_size
-    found: dict[str, list[Collective]] = {}
-    for one in audit.collectives(text):
-        arrays = (*one.operands, *one.results)
-        if any(one.moves(entries) for entries in ENTRIES):
-            found.setdefault("pools", []).append(one)
-        # One matrix may be the shared expert's.
+    moved: dict[str, list[Collective]] = {}
+    for collective in audit.collectives(text):
+        arrays = (*collective.operands, *collective.results)
+        if any(collective.moves(entries) for entries in ENTRIES):
+            moved.setdefault("pools", []).append(collective)
+        # A single matrix may be the shared expert's.
         if any({D, F} <= set(x.dims) and x.bytes > 4 * D * F for x in arrays):
-            found.setdefault("experts", []).append(one)
-        # With the hidden dim it is a weight; so is a matrix with the half that fsdp 2 leaves of it.
+            moved.setdefault("experts", []).append(collective)
+        # Arrays with the hidden dim are weights; so are matrices with half of it, under fsdp 2.
         parts = {CFG.vocab_size // ways for ways in (1, 2, 4, 8)}
         weight = any(D in x.dims or (len(x.dims) == 2 and D // 2 in x.dims) for x in arrays)
         if any(parts & set(x.dims) for x in arrays) and not weight:
-            found.setdefault("logits", []).append(one)
-    return found
+            moved.setdefault("logits", []).append(collective)
+    return moved

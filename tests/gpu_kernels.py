@@ -1,6 +1,6 @@
-"""Mosaic GPU kernels run on CPU: synchronisation, copies and products as on a GPU, but no layouts.
+"""Mosaic GPU kernels run on CPU: synchronisation, copies and matmuls as on a GPU, but no layouts.
 
-Its threads block one another, so that there must be several devices for them (see conftest).
+The interpreter's threads block one another, so it needs several devices (see conftest).
 """
 
 import contextlib
@@ -16,37 +16,39 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 @contextlib.contextmanager
 def interpreted(*, races: bool = False) -> Iterator[None]:
-    """Kernels traced in here are interpreted; trace anew (a fresh `jax.jit`), wait for results.
+    """Interpret kernels traced in this context: use a fresh `jax.jit`, and wait for results.
 
-    Tiles must be copied from whole multiples of their size, and a race is an error unless `races`.
+    Tiles must be copied from multiples of their size, and a race is an error unless `races`.
     """
     interpreters: Any = plgpu
     if not hasattr(interpreters, "force_gpu_interpret_mode"):
-        pytest.skip(f"JAX {jax.__version__} has no public interpreter of GPU kernels; 0.12 has.")
+        pytest.skip(
+            f"JAX {jax.__version__} has no public interpreter for GPU kernels; 0.12 has one."
+        )
     misplaced: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plgpu, "copy_gmem_to_smem", _watched(plgpu.copy_gmem_to_smem, misplaced))
+        patch.setattr(plgpu, "copy_gmem_to_smem", _checked(plgpu.copy_gmem_to_smem, misplaced))
         params = interpreters.InterpretGPUParams(detect_races=not races)
         with interpreters.force_gpu_interpret_mode(params):
             yield
         jax.effects_barrier()
-        assert not misplaced, f"tiles begin at: {misplaced}"
+        assert not misplaced, f"copies that cross tiles, as (start, tile size): {misplaced}"
 
 
-def _watched(copy: Callable[..., None], misplaced: list[tuple[int, int]]) -> Callable[..., None]:
-    """Notes copies that are right here and wrong on a GPU, where a copy does not cross tiles."""
+def _checked(copy: Callable[..., None], misplaced: list[tuple[int, int]]) -> Callable[..., None]:
+    """Record copies that cross tiles: the interpreter allows them, a GPU does not."""
 
-    def note(start: Any, size: int) -> None:
+    def record(start: Any, size: int) -> None:
         if int(start) % size:
             misplaced.append((int(start), size))
 
-    def watch(source: Any, to: Any, *rest: Any, **params: Any) -> None:
+    def checked(source: Any, to: Any, *rest: Any, **params: Any) -> None:
         tilings = [x.tiling for x in getattr(to, "transforms", ()) if hasattr(x, "tiling")]
         indexers = [x for x in source.transforms if hasattr(x, "indices")]
         for tiling, indexer in itertools.product(tilings, indexers):
             parts = [x for x in indexer.indices if hasattr(x, "start")]
             for part, size in zip(parts[-len(tiling) :], tiling, strict=True):
-                jax.debug.callback(functools.partial(note, size=size), part.start)
+                jax.debug.callback(functools.partial(record, size=size), part.start)
         copy(source, to, *rest, **params)
 
-    return watch
+    return checked

@@ -29,14 +29,14 @@ RATIOS = [0, 0, 4, 128, 4]
 def write_release(directory: Path, **options: Any) -> Path:
     cfg = options.pop("cfg", checkpoints.tiny())
     checkpoints.write_release(directory, cfg, 1, **options)
-    checkpoints.write_passengers(directory)
+    checkpoints.write_other_files(directory)
     return directory
 
 
 def write_saved(directory: Path) -> Path:
     model = hf_models.make(RATIOS, 0)
     model.save_pretrained(directory, max_shard_size="200KB")
-    checkpoints.write_passengers(directory)
+    checkpoints.write_other_files(directory)
     return directory
 
 
@@ -123,7 +123,7 @@ def test_export_reproduces_the_source(kept, tmp_path):
     for file in ("config.json", "tokenizer.json", "generation_config.json"):
         if (source / file).exists():
             assert (source / file).read_bytes() == (tmp_path / "exported" / file).read_bytes()
-    assert checkpoints.taken_along(tmp_path / "exported") == checkpoints.taken_along(source)
+    assert checkpoints.copied_files(tmp_path / "exported") == checkpoints.copied_files(source)
 
 
 @pytest.mark.parametrize(("dtype", "keep"), [("bfloat16", True), ("float32", False)])

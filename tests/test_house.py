@@ -1,4 +1,4 @@
-"""The rules of the house hold, and a break of each is seen."""
+"""The rules of the source code hold, and violations are found."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ KNOWN = house.modules()
 GRAPH = {name: house.imports(module, KNOWN) for name, module in KNOWN.items()}
 
 
-def test_rooms_import_what_they_may() -> None:
-    assert all(any(module.room == room for module in KNOWN.values()) for room in house.ROOMS)
-    assert not house.trespasses(KNOWN)
+def test_layers_import_only_what_they_may() -> None:
+    assert all(any(module.layer == layer for module in KNOWN.values()) for layer in house.LAYERS)
+    assert not house.forbidden_imports(KNOWN)
 
 
 def test_no_two_modules_import_each_other() -> None:
-    assert not house.circles(GRAPH)
+    assert not house.import_cycles(GRAPH)
 
 
 def test_files_functions_and_signatures_are_short() -> None:
@@ -26,13 +26,13 @@ def test_files_functions_and_signatures_are_short() -> None:
     assert not house.long_signatures(KNOWN)
 
 
-def test_a_room_is_its_docstring() -> None:
-    rooms = {name for name in house.ROOMS if name.count(".") == 1}
-    assert {name for name in rooms if len(KNOWN[name].tree.body) > 1} == set()
+def test_packages_within_v4jax_and_training_are_only_a_docstring() -> None:
+    layers = {name for name in house.LAYERS if name.count(".") == 1}
+    assert {name for name in layers if len(KNOWN[name].tree.body) > 1} == set()
 
 
 def write(root: Path, **texts: str) -> dict[str, Module]:
-    """A small house: `model__cache` is v4jax/model/cache.py."""
+    """A small source tree: `model__cache` is v4jax/model/cache.py."""
     for name, text in texts.items():
         file = root / "v4jax" / f"{name.replace('__', '/')}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -51,24 +51,24 @@ def write(root: Path, **texts: str) -> dict[str, Module]:
         "from ..text.chat import ROLE",
     ],
 )
-def test_an_import_across_rooms_is_seen(line: str, tmp_path: Path) -> None:
+def test_a_forbidden_import_is_found(line: str, tmp_path: Path) -> None:
     known = write(tmp_path, text__chat="ROLE = 1", model__cache=line, arguments="")
-    assert house.trespasses(known) == ["v4jax.model.cache imports v4jax.text.chat"]
+    assert house.forbidden_imports(known) == ["v4jax.model.cache imports v4jax.text.chat"]
 
 
-def test_the_checks_of_arguments_are_for_every_room(tmp_path: Path) -> None:
+def test_every_layer_may_import_the_argument_checks(tmp_path: Path) -> None:
     known = write(tmp_path, arguments="", facts="", text__chat="from v4jax import arguments, facts")
-    assert house.trespasses(known) == ["v4jax.text.chat imports v4jax.facts"]
+    assert house.forbidden_imports(known) == ["v4jax.text.chat imports v4jax.facts"]
 
 
-def test_a_circle_is_seen(tmp_path: Path) -> None:
+def test_an_import_cycle_is_found(tmp_path: Path) -> None:
     lines = {"a": "from v4jax import b", "b": "from v4jax import c", "c": "import v4jax.a", "d": ""}
     known = write(tmp_path, **{f"{k}": v for k, v in lines.items()})
     graph = {name: house.imports(module, known) for name, module in known.items()}
-    assert house.circles(graph) == [["v4jax.a", "v4jax.b", "v4jax.c"]]
+    assert house.import_cycles(graph) == [["v4jax.a", "v4jax.b", "v4jax.c"]]
 
 
-def test_what_is_long_is_seen(tmp_path: Path) -> None:
+def test_long_files_functions_and_signatures_are_found(tmp_path: Path) -> None:
     parameters = "self, a, b, c, d, e, f"
     known = write(
         tmp_path,

@@ -47,7 +47,7 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 96, (2, 40))
 
 def write_release(directory: Path, cfg: ModelConfig, **options: Any) -> Path:
     checkpoints.write_release(directory, cfg, 1, **options)
-    checkpoints.write_passengers(directory)
+    checkpoints.write_other_files(directory)
     return directory
 
 

@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release, a native checkpoint, an adapter and a run."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(hub.TINY, folder / "release")
-    checkpoints.write_passengers(folder / "release")
+    checkpoints.write_other_files(folder / "release")
     convert.convert(folder / "release", folder / "native")
     factors = training_runs.learned(CFG, SETTINGS)
     peft.export(folder / "adapter", CFG, SETTINGS, factors)
@@ -166,7 +166,7 @@ def test_every_command_takes_every_kind_of_name(
         told = json.loads((tmp_path / name / peft.CONFIG).read_text())
         assert told.pop("base_model_name_or_path") in ("tiny", "org/native")
         assert told.items() <= json.loads((home / "adapter" / peft.CONFIG).read_text()).items()
-    assert "is a native checkpoint already" in fails(
+    assert "is already a native checkpoint" in fails(
         capsys, "convert", "org/native", tmp_path / "x"
     )
     assert "is not a native checkpoint" in fails(capsys, "export", "tiny", tmp_path / "x")
@@ -223,7 +223,7 @@ def test_names_that_native_checkpoints_use_are_refused(places: Path, capsys: Cap
     (places / "release" / "extras").mkdir()
     (places / "release" / "extras" / "notes.txt").write_text("")
     told = fails(capsys, "convert", places / "release", places / "new")
-    assert "extras/notes.txt: extras is a name that native checkpoints" in told
+    assert "extras/notes.txt: native checkpoints reserve the name extras" in told
 
 
 def test_an_index_that_is_another_checkpoints_is_refused(places: Path, capsys: Capsys) -> None:

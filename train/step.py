@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int, UInt32
 
 from v4jax.adapters.lora import Lora
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
+from v4jax.model.pytree import pytree
 
 from . import balance, loss, trainable
 from .trainable import Full, Parts
@@ -23,7 +24,7 @@ Metrics = dict[str, Array]
 Batch = dict[str, Any]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class State:
     """All that a step changes.
@@ -35,11 +36,11 @@ class State:
       key: raw random bits, from which every step's randomness follows.
     """
 
-    step: Any
+    step: Int[Array, ""]
     trained: Any
-    balanced: Any
+    balanced: dict[str, Array]
     optimizer: Any
-    key: Any
+    key: UInt32[Array, " W"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

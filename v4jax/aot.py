@@ -105,7 +105,10 @@ def arguments(
     if step == "begin":
         logits_BV = _rows((batch, cfg.vocab_size), jnp.float32, mesh, "batch", "vocab")
         return logits_BV, cache, state, rows()
-    loop = steps.Loop(cache, state, rows(), rows(), rows(of=bool))
+    parts = cache, state, rows(), rows(), rows(of=bool)
+    loop = jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(steps.Loop, *parts)), jax.tree.leaves(parts)
+    )
     return model, loop, _rows((), jnp.int32, mesh)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from v4jax.arguments import checked, number, optional, whole
 from v4jax.model import sharding
+from v4jax.model.pytree import pytree
 
 # Below this a float32 quotient can overflow; the draw is the largest logit long before.
 _LEAST_TEMPERATURE = 1e-30
@@ -72,7 +73,7 @@ class SamplingParams:
     seed: int | None = None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
     """Each row's settings and what its draws depend on; the first axis of every leaf is B.
@@ -89,17 +90,17 @@ class SamplingState:
         cache) because the penalty of a long text must not stop at 255 or 65535.
     """
 
-    temperature_B: Any
-    top_k_B: Any
-    tail_B: Any
-    min_p_B: Any
-    repetition_B: Any
-    presence_B: Any
-    frequency_B: Any
-    seed_B2: Any
-    drawn_B: Any
-    in_prompt_BV: Any
-    count_BV: Any
+    temperature_B: Float32[Array, " B"]
+    top_k_B: Int[Array, " B"]
+    tail_B: Float32[Array, " B"]
+    min_p_B: Float32[Array, " B"]
+    repetition_B: Float32[Array, " B"]
+    presence_B: Float32[Array, " B"]
+    frequency_B: Float32[Array, " B"]
+    seed_B2: UInt32[Array, "B 2"]
+    drawn_B: Int[Array, " B"]
+    in_prompt_BV: Bool[Array, "B V"]
+    count_BV: Int[Array, "B V"]
 
 
 def init(
@@ -145,11 +146,11 @@ def init(
 def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
     """Where each array lies: rows as those of the batch, the vocabulary as that of the logits."""
 
-    def lies(name: str) -> NamedSharding:
-        axes = ("batch", "vocab") if name in _OF_VOCABULARY else ("batch",)
-        return sharding.place(axes, getattr(state, name).shape, mesh)
+    def place(path: Any, array: Any) -> NamedSharding:
+        axes = ("batch", "vocab") if path[0].name in _OF_VOCABULARY else ("batch",)
+        return sharding.place(axes, array.shape, mesh)
 
-    return SamplingState(**{field.name: lies(field.name) for field in dataclasses.fields(state)})
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def _occurs(

@@ -5,17 +5,18 @@ Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from v4jax.decoding import sampling
+from v4jax.decoding.sampling import SamplingState
 from v4jax.model import transformer
 from v4jax.model.cache import Cache
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
+from v4jax.model.pytree import pytree
 from v4jax.model.transformer import Model
 
 # Most decode steps that one call of `advance` makes.
@@ -107,7 +108,7 @@ def draft(
     return transformer.head(model, hidden_BTD), x_BTM, cache
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """State of generation between two calls.
@@ -121,30 +122,30 @@ class Loop:
     """
 
     cache: Cache
-    sampling: Any
-    token_B: Any
-    left_B: Any
-    done_B: Any
+    sampling: SamplingState
+    token_B: Int[Array, " B"]
+    left_B: Int[Array, " B"]
+    done_B: Bool[Array, " B"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
-    """What some steps of the loop gave; `real_BT` tells tokens from padding.
+    """Tokens of several steps of the loop; `real_BT` tells them from padding.
 
     `logprob_BT` is NaN where a row's logits were not all finite, which ends the row.
     """
 
-    real_BT: Any
-    token_BT: Any
-    logprob_BT: Any
-    top_id_BTN: Any
-    top_logprob_BTN: Any
+    real_BT: Bool[Array, "B T"]
+    token_BT: Int[Array, "B T"]
+    logprob_BT: Float32[Array, "B T"]
+    top_id_BTN: Int[Array, "B T N"]
+    top_logprob_BTN: Float32[Array, "B T N"]
 
 
 def _choose(
     logits_BV: Array, loop: Loop, cfg: ModelConfig, top_logprobs: int
-) -> tuple[Loop, tuple[Array, ...]]:
+) -> tuple[Loop, StepOutputs]:
     """Sample each row's next token; rows that are done stay as they are."""
     token_B, logprob_B, (top_id_BN, top_logprob_BN), state = sampling.sample(
         logits_BV, loop.sampling, top_logprobs=top_logprobs
@@ -156,14 +157,15 @@ def _choose(
     for eos in cfg.eos_token_ids:
         ended_B = ended_B | (token_B == eos)
     chosen = (~loop.done_B, token_B, logprob_B, top_id_BN, top_logprob_BN)
-    return Loop(loop.cache, state, token_B, left_B, loop.done_B | ended_B), chosen
+    outputs = StepOutputs(*(part[:, None] for part in chosen))
+    return Loop(loop.cache, state, token_B, left_B, loop.done_B | ended_B), outputs
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_logprobs"), donate_argnames="cache")
 def begin(
     logits_BV: Float32[Array, "B V"],
     cache: Cache,
-    state: Any,
+    state: SamplingState,
     limit_B: Int[Array, " B"],
     *,
     cfg: ModelConfig,
@@ -172,8 +174,7 @@ def begin(
     """Choose the first token after the prompt."""
     zeros_B = jnp.zeros_like(limit_B)
     loop = Loop(cache, state, zeros_B, limit_B, zeros_B > 0)
-    loop, chosen = _choose(logits_BV, loop, cfg, top_logprobs)
-    return loop, StepOutputs(*(part[:, None] for part in chosen))
+    return _choose(logits_BV, loop, cfg, top_logprobs)
 
 
 @functools.partial(
@@ -197,9 +198,11 @@ def advance(
         at, loop, block = carry
         count_B = jnp.where(loop.done_B, 0, 1).astype(jnp.int32)
         logits_BV, cache = _decode(model, cfg, numerics, loop.token_B, loop.cache, count_B)
-        loop, chosen = _choose(logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs)
-        put = lambda column, new: jax.lax.dynamic_update_index_in_dim(column, new, at, 1)
-        return at + 1, loop, jax.tree.map(put, block, StepOutputs(*chosen))
+        loop, outputs = _choose(
+            logits_BV, dataclasses.replace(loop, cache=cache), cfg, top_logprobs
+        )
+        put = lambda block, new: jax.lax.dynamic_update_slice_in_dim(block, new, at, 1)
+        return at + 1, loop, jax.tree.map(put, block, outputs)
 
     def unfinished(carry):
         at, loop, _ = carry

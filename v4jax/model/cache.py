@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from v4jax.model import sharding
 from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.pytree import pytree
 from v4jax.model.segments import segments
 
 # Rows kept beyond the window, so that rejecting up to this many tokens loses nothing.
@@ -32,7 +33,7 @@ _STATE, _ROWS = (None, "batch"), ("batch",)
 _WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """State of one position of a segment's pattern, its L repeats stacked.
@@ -44,14 +45,14 @@ class LayerCache:
       index_tail_LBRK, index_LBSK: the same two for the indexer of CSA.
     """
 
-    window_LBRK: Any
-    tail_LBRK: Any = None
-    pool_LBSK: Any = None
-    index_tail_LBRK: Any = None
-    index_LBSK: Any = None
+    window_LBRK: Float[Array, "L B R K"]
+    tail_LBRK: Float32[Array, "L B _ _"] | None = None
+    pool_LBSK: Float[Array, "L B S K"] | None = None
+    index_tail_LBRK: Float32[Array, "L B _ _"] | None = None
+    index_LBSK: Float[Array, "L B S _"] | None = None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
     """A batch's state: `length_B` tokens of each row are in it.
@@ -62,7 +63,7 @@ class Cache:
       mtp: for each MTP block, its LayerCache.
     """
 
-    length_B: Any
+    length_B: Int[Array, " B"]
     segments: tuple[tuple[LayerCache, ...], ...]
     mtp: tuple[LayerCache, ...] = ()
 

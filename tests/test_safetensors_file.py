@@ -1,4 +1,4 @@
-"""The safetensors reader and writer, with the safetensors package as oracle where it can read."""
+"""The safetensors reader and writer, checked against the safetensors package where it can read."""
 
 import json
 import os
@@ -32,13 +32,13 @@ NUMPY_CANNOT = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """One directory for all examples of a property; each example makes its files anew."""
+    """One directory for all examples of a property; each example overwrites its files."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
 def random_array(info: TensorInfo, seed: int) -> np.ndarray:
-    """Every bit pattern of the dtype, NaN too."""
+    """Random bit patterns of the dtype, NaN included."""
     rng = np.random.default_rng(seed)
     if info.dtype == "BOOL":
         return rng.integers(0, 2, info.array_shape).astype(np.bool_)
@@ -47,13 +47,13 @@ def random_array(info: TensorInfo, seed: int) -> np.ndarray:
 
 
 def container(header: Any, data: bytes = b"") -> bytes:
-    """A file with this header: text as it is, anything else as JSON."""
+    """A file with this header: bytes as they are, anything else as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
 def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[str, Any]:
-    """A header's entry for one tensor."""
+    """A header entry for one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
@@ -66,7 +66,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter("__
     drawn=st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPES)), shapes), max_size=6),
     seed=st.integers(0, 99),
 )
-def test_round_trip_is_exact_and_the_package_reads_the_same(
+def test_round_trips_are_exact_and_the_package_reads_the_same(
     folder: Path, drawn: dict[str, tuple[str, tuple[int, ...]]], seed: int
 ):
     tensors = {
@@ -100,7 +100,7 @@ def test_round_trip_is_exact_and_the_package_reads_the_same(
 
 
 def package_file(path: Path) -> dict[str, np.ndarray]:
-    """A file that the package wrote, with each dtype that it can write."""
+    """A file written by the package, with every dtype that it can write."""
     dtypes = [d for d in DTYPES if d != "F4"]
     arrays = {f"\u00e9 {d}": random_array(TensorInfo(d, (3, 5)), i) for i, d in enumerate(dtypes)}
     arrays["scalar"] = np.array(7.0, np.float32)
@@ -109,7 +109,7 @@ def package_file(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_files_of_the_package_are_read(tmp_path: Path):
+def test_files_written_by_the_package_are_read(tmp_path: Path):
     arrays = package_file(tmp_path / "theirs")
     file = open_safetensors(tmp_path / "theirs")
     assert set(file.names) == set(arrays)
@@ -121,7 +121,7 @@ def test_files_of_the_package_are_read(tmp_path: Path):
         assert file.info(name).file == tmp_path / "theirs"
 
 
-def test_copying_a_file_of_the_package_gives_the_same_bytes(tmp_path: Path):
+def test_copying_a_file_of_the_package_preserves_its_bytes(tmp_path: Path):
     package_file(tmp_path / "theirs")
     file = open_safetensors(tmp_path / "theirs")
     infos = {name: file.info(name) for name in file.names}
@@ -136,7 +136,7 @@ def test_views_are_read_only_and_survive_closing(tmp_path: Path):
     assert not view.flags.writeable
     assert view.base is not None  # a view, not a copy
     assert view.tobytes() == arrays["\u00e9 BF16"][1:3].tobytes()
-    assert file.read("scalar") == 7.0  # reading again opens again
+    assert file.read("scalar") == 7.0  # reading again reopens the file
 
 
 def test_f4_is_packed_two_to_a_byte(tmp_path: Path):
@@ -158,15 +158,15 @@ def test_resident_memory_is_bounded_while_streaming(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(safetensors_file, "_DROP_AFTER_BYTES", 8 * mebibytes)
     process = psutil.Process()
     with open_safetensors(tmp_path / "f") as file:
-        before, most = process.memory_info().rss, 0
+        before, peak = process.memory_info().rss, 0
         for name in file.names:
             assert int(file.read(name).max()) == 1
-            most = max(most, process.memory_info().rss - before)
-    # 128 MiB are read. 8 may be held, 4 are at hand; the rest is the allocator's.
-    assert most < 32 * mebibytes
+            peak = max(peak, process.memory_info().rss - before)
+    # 128 MiB are read: 8 may stay resident, 4 are in use, the rest is the allocator's.
+    assert peak < 32 * mebibytes
 
 
-def test_an_unknown_name_gets_the_nearest(tmp_path: Path):
+def test_an_unknown_name_is_reported_with_the_nearest_one(tmp_path: Path):
     package_file(tmp_path / "f")
     file = open_safetensors(tmp_path / "f")
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_an_unknown_name_gets_the_nearest(tmp_path: Path):
         file.read("scaler")
 
 
-def test_a_file_that_changed_under_the_reader_is_refused(tmp_path: Path):
+def test_a_file_that_changed_while_open_is_rejected(tmp_path: Path):
     package_file(tmp_path / "f")
     file = open_safetensors(tmp_path / "f")
     os.truncate(tmp_path / "f", 100)
@@ -262,7 +262,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_file_is_refused_with_file_and_reason(tmp_path: Path, case: str):
+def test_a_malformed_file_is_rejected_with_its_name_and_the_reason(tmp_path: Path, case: str):
     content, reason = MALFORMED[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*{reason}"):
@@ -270,7 +270,7 @@ def test_a_malformed_file_is_refused_with_file_and_reason(tmp_path: Path, case: 
 
 
 @pytest.mark.parametrize("name", ["missing", "."])
-def test_what_is_no_file_is_refused(tmp_path: Path, name: str):
+def test_paths_that_are_not_files_are_rejected(tmp_path: Path, name: str):
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_safetensors(tmp_path / name)
 
@@ -283,7 +283,7 @@ def read_all(path: Path) -> None:
 
 
 def small_file() -> bytes:
-    """A valid file with a tensor of most kinds."""
+    """A valid file with tensors of several kinds."""
     tensors = {
         "__metadata__": {"format": "pt"},
         "a": entry("F32", [2, 3], [0, 24]),
@@ -297,7 +297,7 @@ def small_file() -> bytes:
 SMALL = small_file()
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path):
+def test_a_file_truncated_anywhere_is_rejected(tmp_path: Path):
     for length in range(len(SMALL)):
         (tmp_path / "f").write_bytes(SMALL[:length])
         with pytest.raises(CheckpointError):
@@ -313,7 +313,7 @@ def test_corruption_of_the_header_is_an_error_or_a_valid_read(
     for position, value in edits:
         content[position] = value
     if check_error_or_valid(folder, bytes(content)):
-        safetensors.deserialize(bytes(content))  # raises where the package refuses
+        safetensors.deserialize(bytes(content))  # raises if the package rejects it
 
 
 json_values = st.recursive(
@@ -352,5 +352,5 @@ def test_importing_the_file_layer_imports_nothing_heavy():
         "heavy = {'jax', 'flax', 'torch', 'huggingface_hub', 'safetensors'} & set(sys.modules)\n"
         "print(*heavy)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    assert done.stdout.strip() == b""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert result.stdout.strip() == b""

@@ -1,4 +1,4 @@
-"""The safetensors writer: crash-safe, one tensor at a time, declarations held to."""
+"""The safetensors writer: crash-safe, one tensor at a time, strict about declarations."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ TWO = {"a": TensorInfo("F32", (4,)), "b": TensorInfo("F32", (4,))}
 
 
 @pytest.mark.parametrize("before", [None, b"an older file"])
-def test_an_exception_while_writing_leaves_what_was_there(tmp_path: Path, before: bytes | None):
+def test_an_exception_while_writing_leaves_the_old_file(tmp_path: Path, before: bytes | None):
     target = tmp_path / "f"
     if before is not None:
         target.write_bytes(before)
@@ -48,7 +48,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_the_file_gets_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: Any):
+def test_the_file_is_renamed_only_after_it_is_synced(tmp_path: Path, monkeypatch: Any):
     events: list[str] = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), fsync(fd))[1])
@@ -59,23 +59,23 @@ def test_the_file_gets_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monk
     assert events == ["sync", "rename", "sync"]
 
 
-def test_one_tensor_is_alive_at_a_time_and_order_is_kept(tmp_path: Path):
+def test_one_tensor_is_alive_at_a_time_and_the_order_is_preserved(tmp_path: Path):
     alive: list[weakref.ref[np.ndarray]] = []
-    asked: list[str] = []
+    requested: list[str] = []
 
     def read(name: str) -> np.ndarray:
         assert all(ref() is None for ref in alive)
         array = np.zeros(4, np.float32)
         alive.append(weakref.ref(array))
-        asked.append(name)
+        requested.append(name)
         return array
 
     write_safetensors(tmp_path / "f", {"b": TWO["b"], "a": TWO["a"]}, read)
-    assert asked == ["b", "a"]
+    assert requested == ["b", "a"]
     assert open_safetensors(tmp_path / "f").names == ("b", "a")
 
 
-def test_a_full_disk_is_found_before_any_work(tmp_path: Path, monkeypatch: Any):
+def test_a_full_disk_is_detected_before_any_work(tmp_path: Path, monkeypatch: Any):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"\d+ bytes are needed and 10 are free"):
@@ -84,14 +84,16 @@ def test_a_full_disk_is_found_before_any_work(tmp_path: Path, monkeypatch: Any):
 
 
 @pytest.mark.parametrize(
-    ("array", "came"),
+    ("array", "received"),
     [
         (np.zeros(4), r"float64 \[4\] came"),
         (np.zeros((2, 2), np.float32), r"float32 \[2, 2\] came"),
     ],
 )
-def test_an_array_unlike_its_declaration_is_refused(tmp_path: Path, array: np.ndarray, came: str):
-    with pytest.raises(CheckpointError, match=rf"'a' was declared F32 \[4\], but {came}"):
+def test_an_array_that_differs_from_its_declaration_is_rejected(
+    tmp_path: Path, array: np.ndarray, received: str
+):
+    with pytest.raises(CheckpointError, match=rf"'a' was declared F32 \[4\], but {received}"):
         write_safetensors(tmp_path / "f", TWO, lambda _: array)
     assert not list(tmp_path.iterdir())
 
@@ -104,14 +106,14 @@ def test_an_array_unlike_its_declaration_is_refused(tmp_path: Path, array: np.nd
         ("w", TensorInfo("F4", (3,)), "last dim must be even"),
     ],
 )
-def test_an_invalid_declaration_is_refused(
+def test_an_invalid_declaration_is_rejected(
     tmp_path: Path, name: str, info: TensorInfo, reason: str
 ):
     with pytest.raises(CheckpointError, match=reason):
         write_safetensors(tmp_path / "f", {name: info}, lambda _: np.zeros(1, np.uint8))
 
 
-def test_a_directory_as_target_is_refused(tmp_path: Path):
+def test_a_directory_as_target_is_rejected(tmp_path: Path):
     with pytest.raises(CheckpointError, match="is a directory"):
         write_safetensors(tmp_path, TWO, lambda _: pytest.fail("work was done"))
 

@@ -1,4 +1,4 @@
-"""What is drawn, reported and refused; the filters have a file of their own.
+"""Draws, penalties, log-probabilities and validation; the filters have a file of their own.
 
 Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives, S steps.
 """
@@ -34,7 +34,7 @@ MIXED = [
 def start(
     params: Sequence[SamplingParams], vocab: int, prompts: Sequence[Sequence[int]] | None = None
 ) -> sampling.SamplingState:
-    """The state after these prompts; none where they are left out."""
+    """The state after these prompts, empty by default."""
     prompts = prompts or [[]] * len(params)
     lengths_B = np.array([len(prompt) for prompt in prompts])
     tokens_BT = np.zeros((len(params), int(lengths_B.max()) + 2), np.int32)
@@ -52,7 +52,7 @@ def take_rows(tree, rows):
 
 
 def draws(logits_SBV: np.ndarray, state: sampling.SamplingState) -> np.ndarray:
-    """Tokens [S, B] of so many steps."""
+    """Tokens [S, B] drawn at each step."""
     tokens = []
     for logits_BV in logits_SBV:
         token_B, _, _, state = sample(jnp.asarray(logits_BV), state)
@@ -78,39 +78,39 @@ def softmax(x_V: np.ndarray) -> np.ndarray:
     ],
 )
 def test_draws_follow_the_distribution(p):
-    """Chi-square over 4,000 draws of one request and one step of 4,000 requests."""
+    """Chi-square over 4,000 draws of one request, and over one draw of each of 4,000 requests."""
     logits_V = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5], np.float32)
-    one = start([p], 7)
+    single = start([p], 7)
     logits_1V = jnp.asarray(logits_V)[None]
 
     def step(state, _):
         token_1, _, _, state = sampling.sample(logits_1V, state)
         return state, token_1[0]
 
-    in_time = jax.jit(lambda state: jax.lax.scan(step, state, length=4000)[1])(one)
+    over_steps = jax.jit(lambda state: jax.lax.scan(step, state, length=4000)[1])(single)
     many = start([dataclasses.replace(p, seed=100 + i) for i in range(4000)], 7)
-    across = sample(jnp.asarray(np.tile(logits_V, (4000, 1))), many)[0]
-    probability_V = softmax(np.asarray(filtered(logits_1V, one))[0])
+    over_rows = sample(jnp.asarray(np.tile(logits_V, (4000, 1))), many)[0]
+    probability_V = softmax(np.asarray(filtered(logits_1V, single))[0])
     possible = probability_V > 0
-    for tokens in (in_time, across):
-        seen_V = np.bincount(np.asarray(tokens), minlength=7)
-        assert seen_V[~possible].sum() == 0
+    for tokens in (over_steps, over_rows):
+        count_V = np.bincount(np.asarray(tokens), minlength=7)
+        assert count_V[~possible].sum() == 0
         expected_V = 4000 * probability_V[possible]
-        chi2 = ((seen_V[possible] - expected_V) ** 2 / expected_V).sum()
-        # The 0.9999 quantile for 6 degrees of freedom, the most there are.
+        chi2 = ((count_V[possible] - expected_V) ** 2 / expected_V).sum()
+        # The 0.9999 quantile for 6 degrees of freedom, the most that occur.
         assert chi2 < 27.9
 
 
-def test_noise_is_standard_gumbel_without_ties_at_its_top():
+def test_noise_is_standard_gumbel_without_ties_among_the_largest():
     x_V = np.asarray(sampling._gumbel(jnp.array([[0, 5]], jnp.uint32), jnp.array([2]), 129280))[0]
     assert np.isfinite(x_V).all()
-    # Standard errors over 129280 values: 0.0036 of the mean, 0.0096 of the variance.
+    # Standard errors over 129280 values: 0.0036 for the mean, 0.0096 for the variance.
     assert abs(x_V.mean() - 0.57722) < 0.015
     assert abs(x_V.var() - math.pi**2 / 6) < 0.04
     assert len(np.unique(np.sort(x_V)[-300:])) == 300
 
 
-def test_a_row_draws_the_same_alone_and_in_any_batch():
+def test_a_row_draws_the_same_tokens_alone_and_in_any_batch():
     vocab, steps = 64, 6
     logits_SBV = normal(steps, len(MIXED), vocab)
     prompts = [[i, 2 * i, 5] for i in range(len(MIXED))]
@@ -123,7 +123,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch():
     np.testing.assert_array_equal(permuted_SB, batch_SB[:, order])
 
 
-def test_same_seed_same_tokens_and_no_seed_new_tokens():
+def test_equal_seeds_repeat_tokens_and_missing_seeds_do_not():
     logits_SBV = np.zeros((8, 1, 1000), np.float32)
     run = lambda seed: draws(logits_SBV, start([SamplingParams(seed=seed)], 1000)).tolist()
     assert run(7) == run(7)
@@ -132,37 +132,37 @@ def test_same_seed_same_tokens_and_no_seed_new_tokens():
     assert len({str(tokens) for tokens in others}) == len(others)
 
 
-def test_a_request_goes_on_where_it_was_in_another_batch():
-    """The state's rows may be moved between batches: nothing in them names a place."""
+def test_a_request_can_continue_in_another_batch():
+    """Rows of the state can move between batches: they do not record their position."""
     vocab = 64
     logits_SBV = normal(6, len(MIXED), vocab)
-    whole_SB = draws(logits_SBV, start(MIXED, vocab))
+    expected_SB = draws(logits_SBV, start(MIXED, vocab))
     state = start(MIXED, vocab)
     for logits_BV in logits_SBV[:3]:
         *_, state = sample(jnp.asarray(logits_BV), state)
     later_SB = draws(logits_SBV[3:, [3, 1]], take_rows(state, [3, 1]))
-    np.testing.assert_array_equal(later_SB, whole_SB[3:, [3, 1]])
+    np.testing.assert_array_equal(later_SB, expected_SB[3:, [3, 1]])
 
 
 @pytest.mark.parametrize("p", MIXED, ids=range(len(MIXED)))
-def test_the_least_kept_set_of_one_makes_every_draw_greedy(p):
+def test_top_k_of_one_makes_every_draw_greedy(p):
     logits_SBV = normal(5, 1, 64)
-    sure = dataclasses.replace(
+    greedy = dataclasses.replace(
         p, top_k=1, repetition_penalty=1, presence_penalty=0, frequency_penalty=0
     )
-    np.testing.assert_array_equal(draws(logits_SBV, start([sure], 64)), logits_SBV.argmax(-1))
+    np.testing.assert_array_equal(draws(logits_SBV, start([greedy], 64)), logits_SBV.argmax(-1))
 
 
 # Greedy
 
 
-def test_greedy_is_the_lowest_id_of_the_largest_logit():
+def test_greedy_picks_the_lowest_id_among_the_largest_logits():
     logits_BV = np.round(normal(16, 40))
     token_B, *_ = sample(jnp.asarray(logits_BV), start([SamplingParams(temperature=0)] * 16, 40))
     np.testing.assert_array_equal(token_B, logits_BV.argmax(-1))
 
 
-def test_greedy_takes_the_penalised_logits_and_ignores_filters():
+def test_greedy_uses_penalised_logits_and_ignores_filters():
     logits_1V = jnp.array([[1.0, 3.0, 2.5]])
     p = SamplingParams(temperature=0, presence_penalty=1, top_k=1, top_p=0.1, min_p=1)
     assert draws(np.tile(logits_1V, (3, 1, 1)), start([p], 3))[:, 0].tolist() == [1, 2, 1]
@@ -171,7 +171,7 @@ def test_greedy_takes_the_penalised_logits_and_ignores_filters():
 # Penalties
 
 
-def test_penalties_are_those_of_a_plain_loop():
+def test_penalties_match_a_plain_loop():
     params = [
         SamplingParams(repetition_penalty=1.5, seed=1),
         SamplingParams(presence_penalty=1.25, seed=2),
@@ -202,7 +202,7 @@ def test_penalties_are_those_of_a_plain_loop():
             output.append(token)
 
 
-def test_what_is_behind_a_prompts_length_is_not_counted():
+def test_tokens_beyond_a_prompts_length_are_not_counted():
     tokens_BT = np.array([[1, 2, 3, 4]])
     state = sampling.init([SamplingParams()], 6, tokens_BT, np.array([2]))
     assert np.flatnonzero(state.in_prompt_BV[0]).tolist() == [1, 2]
@@ -211,7 +211,7 @@ def test_what_is_behind_a_prompts_length_is_not_counted():
 # Logprobs
 
 
-def test_logprobs_are_those_of_the_raw_logits():
+def test_logprobs_come_from_the_raw_logits():
     logits_BV = normal(len(MIXED), 30)
     token_B, logprob_B, (ids_BN, top_BN), _ = sample(
         jnp.asarray(logits_BV), start(MIXED, 30, [[1, 2]] * len(MIXED)), top_logprobs=30
@@ -224,24 +224,24 @@ def test_logprobs_are_those_of_the_raw_logits():
         top_BN, np.take_along_axis(expected_BV, np.asarray(ids_BN), axis=1), atol=3e-6
     )
     np.testing.assert_array_equal(ids_BN, np.argsort(-logits_BV, axis=1, kind="stable"))
-    # Of all tokens they sum to 1, within 30 float32 roundings.
+    # Over all tokens the probabilities sum to 1, within 30 float32 roundings.
     np.testing.assert_allclose(np.exp(top_BN).sum(axis=1), 1, rtol=3e-6)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_as_many_alternatives_as_asked_for(n):
+def test_the_requested_number_of_alternatives_is_returned(n):
     _, _, (ids_BN, top_BN), _ = sample(jnp.zeros((2, 5)), start(MIXED[:2], 5), top_logprobs=n)
     assert ids_BN.shape == top_BN.shape == (2, n)
     assert ids_BN.tolist() == [list(range(n))] * 2
 
 
 @pytest.mark.parametrize("n", [-1, 6])
-def test_alternatives_beyond_the_vocabulary_are_refused(n):
+def test_alternatives_beyond_the_vocabulary_are_rejected(n):
     with pytest.raises(ValueError, match=f"top_logprobs is {n}; it must be 0 to 5"):
         sampling.sample(jnp.zeros((1, 5)), start(MIXED[:1], 5), top_logprobs=n)
 
 
-# Odd logits and settings
+# Extreme logits and settings
 
 
 @pytest.mark.parametrize("p", MIXED, ids=range(len(MIXED)))
@@ -267,7 +267,7 @@ def test_a_tiny_temperature_is_greedy_without_nan(temperature):
     assert np.isfinite(logprob_B).all()
 
 
-def test_a_huge_temperature_draws_evenly():
+def test_a_huge_temperature_draws_uniformly():
     params = [SamplingParams(temperature=1e30, seed=seed) for seed in range(600)]
     token_B, *_ = sample(jnp.asarray(normal(600, 3)), start(params, 3))
     # 200 of each, standard deviation 11.5.
@@ -275,7 +275,7 @@ def test_a_huge_temperature_draws_evenly():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_no_distribution_says_so_and_leaves_the_others_alone(bad):
+def test_an_invalid_row_reports_nan_and_leaves_the_others_alone(bad):
     logits_BV = normal(len(MIXED), 20)
     expected_B, *_ = sample(jnp.asarray(logits_BV), start(MIXED, 20))
     for row in range(len(MIXED)):
@@ -288,10 +288,10 @@ def test_a_row_that_is_no_distribution_says_so_and_leaves_the_others_alone(bad):
         np.testing.assert_array_equal(token_B[others], expected_B[others])
 
 
-# Programs
+# Compilation
 
 
-def test_no_value_compiles_a_second_program():
+def test_parameter_values_do_not_recompile():
     def once(logits_BV, state):
         return sampling.sample(logits_BV, state)
 
@@ -305,11 +305,11 @@ def test_no_value_compiles_a_second_program():
     assert compiled.count("jit(once)") == 1
 
 
-# What is refused
+# Validation
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("temperature", -0.1, "a finite number, 0 or more"),
         ("temperature", math.inf, "a finite number, 0 or more"),
@@ -330,23 +330,23 @@ def test_no_value_compiles_a_second_program():
         ("top_p", None, "a number"),
     ],
 )
-def test_values_out_of_range_are_refused(name, value, says, monkeypatch):
-    # Outside tests nothing checks annotations, so the class itself has to refuse other types.
+def test_values_out_of_range_are_rejected(name, value, message, monkeypatch):
+    # Annotations are only checked in tests, so the class itself must reject other types.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be .*{says}"):
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be .*{message}"):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(SamplingParams)])
 @pytest.mark.parametrize("value", [math.nan, True], ids=["nan", "bool"])
-def test_nan_and_bool_are_no_numbers(name, value, monkeypatch):
+def test_nan_and_bool_are_rejected(name, value, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=f"^{name} is {value}; it must be"):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize(
-    ("params", "tokens", "lengths", "says"),
+    ("params", "tokens", "lengths", "message"),
     [
         (2, [[1]], [1], "got 2 and 1"),
         (1, [[1]], [2], "Prompt 0 has length 2; it must be 0 to 1"),
@@ -354,6 +354,6 @@ def test_nan_and_bool_are_no_numbers(name, value, monkeypatch):
         (1, [[-1]], [1], "Prompt 0 has token -1"),
     ],
 )
-def test_prompts_that_do_not_fit_are_refused(params, tokens, lengths, says):
-    with pytest.raises(ValueError, match=says):
+def test_prompts_that_do_not_fit_are_rejected(params, tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
         sampling.init([SamplingParams()] * params, 5, np.array(tokens), np.array(lengths))

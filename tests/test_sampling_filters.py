@@ -1,4 +1,4 @@
-"""Filters against transformers' own, and against their definitions in NumPy.
+"""Filters against those of transformers, and against their definitions in NumPy.
 
 Axis letters: B batch, V vocabulary.
 """
@@ -23,7 +23,7 @@ filtered = jax.jit(sampling.filtered_logits)
 
 
 def start(params: Sequence[SamplingParams], vocab: int) -> sampling.SamplingState:
-    """The state of rows without a prompt."""
+    """The state of rows without prompts."""
     B = len(params)
     return sampling.init(params, vocab, np.zeros((B, 1), np.int32), np.zeros(B, np.int32))
 
@@ -36,7 +36,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def hf_distribution(logits_V: np.ndarray, p: SamplingParams) -> np.ndarray:
-    """What `generate` draws from, with its processors in its order."""
+    """What transformers' `generate` draws from: its processors in its order."""
     chain = [hf.TemperatureLogitsWarper(float(p.temperature))]
     chain += [hf.TopKLogitsWarper(p.top_k)] if p.top_k else []
     chain += [hf.TopPLogitsWarper(float(p.top_p))] if p.top_p < 1 else []
@@ -70,7 +70,7 @@ def hf_distribution(logits_V: np.ndarray, p: SamplingParams) -> np.ndarray:
         if value != getattr(SamplingParams(), name)
     ),
 )
-def test_filtered_distribution_is_that_of_transformers(p, step):
+def test_filtered_distribution_matches_transformers(p, step):
     logits_BV = normal(4, 300)
     logits_BV = np.round(logits_BV / step).astype(np.float32) * step if step else logits_BV
     logits_BV = logits_BV.astype(np.float32)
@@ -78,14 +78,14 @@ def test_filtered_distribution_is_that_of_transformers(p, step):
     for ours_V, logits_V in zip(np.asarray(ours_BV), logits_BV, strict=True):
         theirs_V = hf_distribution(logits_V, p)
         if step:
-            # torch.sort is not stable: which of equal tokens top-p cuts is left to chance there.
+            # torch.sort is not stable: which of equal tokens top-p cuts is arbitrary there.
             ours_V, theirs_V = np.sort(ours_V), np.sort(theirs_V)
         np.testing.assert_array_equal(ours_V > 0, theirs_V > 0)
         # Two float32 softmaxes of 300 terms: a few units in the last place.
         np.testing.assert_allclose(ours_V, theirs_V, rtol=3e-6)
 
 
-def test_repetition_penalty_is_that_of_transformers():
+def test_repetition_penalty_matches_transformers():
     logits_BV = normal(2, 50)
     prompts = np.array([[3, 3, 7, 49], [0, 1, 2, 3]])
     params = [SamplingParams(repetition_penalty=1.4)] * 2
@@ -106,10 +106,10 @@ def test_repetition_penalty_is_that_of_transformers():
     top_k=st.integers(0, 10),
     position=st.floats(0, 1) | st.none(),
 )
-def test_top_k_and_top_p_keep_what_they_say(counts, top_k, position):
-    """Weights are whole numbers and the tail ends between two of their sums: no edge to round.
+def test_top_k_and_top_p_follow_their_definitions(counts, top_k, position):
+    """Weights are integers and the cut is between two of their sums, so rounding cannot matter.
 
-    Of equals at the edge of top-p the lower ids stay; those at the edge of top-k all stay.
+    Of tokens tied at the edge of top-p the lower ids stay; ties at the edge of top-k all stay.
     """
     counts_V = np.array(counts)
     kth = np.sort(counts_V)[-min(top_k, 8)] if top_k else 0
@@ -162,7 +162,7 @@ def test_the_best_token_stays_and_looser_filters_keep_more(logits, top_k, top_p,
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
-def test_top_p_is_exact_over_a_whole_vocabulary(top_p):
+def test_top_p_is_exact_over_a_full_vocabulary(top_p):
     logits_V = normal(129280)
     kept_V = np.isfinite(
         np.asarray(
@@ -171,14 +171,14 @@ def test_top_p_is_exact_over_a_whole_vocabulary(top_p):
     )[0]
     p_V = np.exp(logits_V.astype(np.float64))
     p_V /= p_V.sum()
-    # Sums of 129280 float32 terms were off by 1e-7 of the whole.
+    # The relative error of sums of 129280 float32 terms was 1e-7.
     assert p_V[kept_V].sum() >= top_p - 1e-6
     assert p_V[kept_V].sum() - p_V[kept_V].min() <= top_p + 1e-6
     assert logits_V[kept_V].min() >= logits_V[~kept_V].max()
 
 
-def test_top_p_counts_what_top_k_left():
+def test_top_p_is_relative_to_what_top_k_left():
     logits_1V = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     p = SamplingParams(top_k=2, top_p=0.5)
-    # 0.4 of 0.7 is more than half; of the whole it is not.
+    # 0.4 is more than half of the remaining 0.7, but not of 1.
     assert np.isfinite(filtered(logits_1V, start([p], 4))).tolist() == [[True, False, False, False]]

@@ -1,6 +1,6 @@
-"""Attention to listed entries against a sum over exactly the keys listed, in float64 NumPy.
+"""Attention to listed entries against a sum over exactly those keys, in float64 NumPy.
 
-Axis letters: as in test_dense_attention; k entries listed.
+Axis letters: as in test_dense_attention; k listed entries.
 """
 
 import functools
@@ -34,12 +34,12 @@ Inputs = dict[str, Any]
 
 
 def listed(seed: int, B: int, T: int, S: int, k: int) -> np.ndarray:
-    """For each query 0 to k distinct entries in any order, -1 anywhere between them."""
+    """0 to k distinct entries for each query, in any order and with -1 anywhere between them."""
     rng = np.random.default_rng(seed)
     indices_BTk = np.full((B, T, k), -1, np.int32)
-    for at in np.ndindex(B, T):
-        some = rng.permutation(S)[: rng.integers(0, min(S, k) + 1)]
-        indices_BTk[at][rng.permutation(k)[: len(some)]] = some
+    for query in np.ndindex(B, T):
+        entries = rng.permutation(S)[: rng.integers(0, min(S, k) + 1)]
+        indices_BTk[query][rng.permutation(k)[: len(entries)]] = entries
     return indices_BTk
 
 
@@ -70,32 +70,34 @@ def window_of(inputs: Inputs) -> int:
 
 
 def near(inputs: Inputs) -> np.ndarray:
-    """Rows of a chunk's window that each query sees."""
+    """Mask of the window rows that each query of a chunk sees."""
     T = inputs["q_BTHK"].shape[1]
     window, start_B11 = window_of(inputs), inputs["start_B"][:, None, None]
     position_B1X = start_B11 - window + np.arange(inputs["window_BXK"].shape[1])
-    own_BT1 = start_B11 + np.arange(T)[:, None]
-    return (position_B1X >= 0) & (position_B1X <= own_BT1) & (position_B1X > own_BT1 - window)
+    query_BT1 = start_B11 + np.arange(T)[:, None]
+    return (position_B1X >= 0) & (position_B1X <= query_BT1) & (position_B1X > query_BT1 - window)
 
 
 def expected(inputs: Inputs, window_BXK: np.ndarray, mask_BTX: np.ndarray) -> np.ndarray:
     out_BTHK = np.zeros(inputs["q_BTHK"].shape)
     pool_BSK = inputs["pool_LBSK"][inputs["layer"]]
     for b, t in np.ndindex(*out_BTHK.shape[:2]):
-        chosen = inputs["indices_BTk"][b, t]
-        seen_NK = np.concatenate([window_BXK[b][mask_BTX[b, t]], pool_BSK[b][chosen[chosen >= 0]]])
-        out_BTHK[b, t] = attend(inputs["q_BTHK"][b, t], seen_NK, inputs["sink_H"])
+        entries = inputs["indices_BTk"][b, t]
+        keys_NK = np.concatenate(
+            [window_BXK[b][mask_BTX[b, t]], pool_BSK[b][entries[entries >= 0]]]
+        )
+        out_BTHK[b, t] = attend(inputs["q_BTHK"][b, t], keys_NK, inputs["sink_H"])
     return out_BTHK
 
 
 def check_decode(inputs: Inputs, impl: str) -> None:
-    want = expected(inputs, inputs["window_BRK"], inputs["window_mask_BTR"])
-    np.testing.assert_allclose(decode(inputs, impl), want, **CLOSE)
+    expected_BTHK = expected(inputs, inputs["window_BRK"], inputs["window_mask_BTR"])
+    np.testing.assert_allclose(decode(inputs, impl), expected_BTHK, **CLOSE)
 
 
 def check_prefill(inputs: Inputs, impl: str) -> None:
-    want = expected(inputs, inputs["window_BXK"], near(inputs))
-    np.testing.assert_allclose(prefill(inputs, impl), want, **CLOSE)
+    expected_BTHK = expected(inputs, inputs["window_BXK"], near(inputs))
+    np.testing.assert_allclose(prefill(inputs, impl), expected_BTHK, **CLOSE)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -113,7 +115,7 @@ def test_decode_sees_window_and_listed_entries(
     ("starts", "T", "window", "S", "k"),
     [
         ((0,), 1, 4, 1, 1),
-        # Several blocks of queries, the last one partial: of many entries, then of few.
+        # Several blocks of queries, the last partial: with many entries, then with few.
         ((0, 2, 1000), 21, 8, 100, 9),
         ((0, 90), 400, 16, 40, 9),
         ((7,), 70, 1, 5, 8),  # k > S
@@ -127,12 +129,12 @@ def test_prefill_sees_window_and_listed_entries(
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), starts=st.tuples(*[st.integers(0, 3000)] * 2))
-def test_prefill_of_any_data(seed: int, starts: tuple[int, int]) -> None:
+def test_prefill_on_random_data(seed: int, starts: tuple[int, int]) -> None:
     check_prefill(prefill_inputs(starts, 21, 8, 60, 9, seed), "xla")
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_of_the_models_scaled_down(name: str) -> None:
+def test_model_shapes_scaled_down(name: str) -> None:
     shape = SHAPES[name].divided(16)
     sizes = {"H": shape.heads, "K": shape.head_dim}
     check_prefill(prefill_inputs((40,), 20, shape.window, 100, shape.k, **sizes), "auto")
@@ -156,23 +158,23 @@ def test_the_order_of_the_list_does_not_matter(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_prefill_equals_decode_one_by_one(impl: str) -> None:
+def test_prefill_equals_decoding_one_token_at_a_time(impl: str) -> None:
     inputs = prefill_inputs((0, 5), 20, 4, 30, 6)
-    whole_BTHK, near_BTX = prefill(inputs, impl), near(inputs)
+    expected_BTHK, near_BTX = prefill(inputs, impl), near(inputs)
     for t in range(20):
         at = slice(t, t + 1)
-        one = {
+        token = {
             "q_BTHK": inputs["q_BTHK"][:, at],
             "window_BRK": inputs["window_BXK"],
             "window_mask_BTR": near_BTX[:, at],
             "indices_BTk": inputs["indices_BTk"][:, at],
             **{name: inputs[name] for name in ("pool_LBSK", "layer", "sink_H")},
         }
-        np.testing.assert_allclose(decode(one, impl), whole_BTHK[:, at], **CLOSE)
+        np.testing.assert_allclose(decode(token, impl), expected_BTHK[:, at], **CLOSE)
 
 
 def poison(inputs: Inputs, name: str, mask_BTX: np.ndarray, garbage: float) -> Inputs:
-    """Garbage in window rows that no query sees and entries that no query lists."""
+    """Put garbage in window rows that no query sees and in entries that no query lists."""
     window, pool = inputs[name].copy(), inputs["pool_LBSK"].copy()
     pool[0] = garbage
     for b, indices_Tk in enumerate(inputs["indices_BTk"]):
@@ -183,7 +185,7 @@ def poison(inputs: Inputs, name: str, mask_BTX: np.ndarray, garbage: float) -> I
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_decode_is_blind_to_garbage(garbage: float, impl: str) -> None:
+def test_decode_ignores_garbage(garbage: float, impl: str) -> None:
     inputs = decode_inputs(2, 3, 24, 90, 9)
     poisoned = poison(inputs, "window_BRK", inputs["window_mask_BTR"], garbage)
     assert not np.isfinite(poisoned["window_BRK"]).all()
@@ -194,14 +196,14 @@ def test_decode_is_blind_to_garbage(garbage: float, impl: str) -> None:
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 @pytest.mark.parametrize("entries", [60, 400])
-def test_prefill_is_blind_to_garbage(entries: int, garbage: float, impl: str) -> None:
+def test_prefill_ignores_garbage(entries: int, garbage: float, impl: str) -> None:
     inputs = prefill_inputs((0, 3, 50), 21, 8, entries, 9)
     poisoned = poison(inputs, "window_BXK", near(inputs), garbage)
     np.testing.assert_array_equal(prefill(poisoned, impl), prefill(inputs, impl))
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_a_query_that_sees_nothing_gets_zero(impl: str) -> None:
+def test_a_query_that_sees_nothing_outputs_zero(impl: str) -> None:
     inputs = decode_inputs(1, 2, 4, 5, 3)
     inputs["window_mask_BTR"] = np.zeros((1, 2, 4), bool)
     inputs["indices_BTk"] = np.full((1, 2, 3), -1, np.int32)
@@ -211,13 +213,13 @@ def test_a_query_that_sees_nothing_gets_zero(impl: str) -> None:
 @pytest.mark.parametrize("impl", FORMS)
 def test_rows_of_a_batch_are_independent(impl: str) -> None:
     inputs = prefill_inputs((0, 3, 50), 21, 8, 60, 9)
-    whole_BTHK = prefill(inputs, impl)
+    expected_BTHK = prefill(inputs, impl)
     for b in range(3):
         row = slice(b, b + 1)
         names = ("q_BTHK", "window_BXK", "start_B", "indices_BTk")
         alone = inputs | {name: inputs[name][row] for name in names}
         alone["pool_LBSK"] = inputs["pool_LBSK"][:, row]
-        np.testing.assert_allclose(prefill(alone, impl)[0], whole_BTHK[b], **CLOSE)
+        np.testing.assert_allclose(prefill(alone, impl)[0], expected_BTHK[b], **CLOSE)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -225,14 +227,14 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(impl: str) -> None:
     inputs = prefill_inputs((1900,), 40, 16, 500, 64)
     names = ("q_BTHK", "window_BXK", "pool_LBSK")
     narrow = {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in names}
-    got_BTHK = prefill(inputs | narrow, impl)
-    assert got_BTHK.dtype == jnp.bfloat16
+    out_BTHK = prefill(inputs | narrow, impl)
+    assert out_BTHK.dtype == jnp.bfloat16
     rounded = inputs | {name: np.asarray(x, np.float32) for name, x in narrow.items()}
-    want_BTHK = expected(rounded, rounded["window_BXK"], near(rounded))
-    np.testing.assert_allclose(got_BTHK.astype(np.float32), want_BTHK, **CLOSE_BFLOAT16)
+    expected_BTHK = expected(rounded, rounded["window_BXK"], near(rounded))
+    np.testing.assert_allclose(out_BTHK.astype(np.float32), expected_BTHK, **CLOSE_BFLOAT16)
 
 
-def test_gradients_of_the_reference_are_finite_differences() -> None:
+def test_gradients_of_the_reference_match_finite_differences() -> None:
     inputs = prefill_inputs((2,), 5, 3, 9, 4)
     names = ("q_BTHK", "window_BXK", "pool_LBSK", "sink_H")
     fixed = {name: x for name, x in inputs.items() if name not in names}
@@ -242,13 +244,13 @@ def test_gradients_of_the_reference_are_finite_differences() -> None:
         return jnp.sum(jnp.sin(run(**fixed, **dict(zip(names, arrays, strict=True)))))
 
     arrays = [jnp.asarray(inputs[name]) for name in names]
-    # Differences of float32 over steps of 1e-2.
+    # float32 differences over steps of 1e-2.
     jax.test_util.check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-2, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.full_compilation
 def test_temporaries_stay_small_at_65536_entries() -> None:
-    """A layer of the pool is 32 MiB, and so are the entries of all queries."""
+    """A layer of the pool takes 32 MiB, as do the entries of all queries."""
     shape, S, T, spare = SHAPES["bench"], 65536, 512, 8
     array = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
     pool = {
@@ -262,7 +264,7 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
         "start_B": array(1, dtype=jnp.int32),
         "indices_BTk": array(1, T, shape.k, dtype=jnp.int32),
     }
-    # Queries and output once more, and the entries of 16 queries twice: 2 + 2 + 2 x 1.
+    # A copy of the queries and of the output, and the entries of 16 queries twice: 2 + 2 + 2 x 1.
     assert temporaries(PREFILL, pool | chunk, window=128, scale=1.0, impl="xla") <= 12
     token = {
         "q_BTHK": array(1, 1, shape.heads, shape.head_dim),
@@ -273,23 +275,23 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
     assert temporaries(DECODE, pool | token, scale=1.0, impl="xla") <= 1
 
 
-def test_a_window_of_another_length_is_refused() -> None:
+def test_a_window_of_the_wrong_length_is_rejected() -> None:
     inputs = prefill_inputs((0,), 5, 3, 4, 2)
     for window in (2, 4):
         with pytest.raises(ValueError, match=f"has 8 keys; .* {window + 5} in all"):
             PREFILL(**inputs, window=window, scale=1.0)
 
 
-def test_a_form_that_does_not_exist_is_refused_by_name() -> None:
-    # Under the annotations' check, which would refuse it first.
-    doors = {
+def test_an_unknown_form_is_rejected_by_name() -> None:
+    # Unwrapped: the annotation checks would reject it first.
+    functions = {
         inspect.unwrap(sparse_attention.decode): decode_inputs(1, 1, 1, 1, 1),
         functools.partial(inspect.unwrap(sparse_attention.prefill), window=1): prefill_inputs(
             (0,), 1, 1, 1, 1
         ),
     }
-    for door, inputs in doors.items():
+    for function, inputs in functions.items():
         with pytest.raises(
             NotImplementedError, match=r"has no 'abacus' form; pass one of \['auto', .*'xla'\]"
         ):
-            door(**inputs, scale=1.0, impl="abacus")
+            function(**inputs, scale=1.0, impl="abacus")

@@ -1,4 +1,4 @@
-"""Attention to listed entries on GPUs: interpreted against the reference, compiled at full size.
+"""GPU kernels of attention to listed entries: interpreted against the reference, and compiled.
 
 Axis letters: as in test_sparse_attention; Z parts of a list.
 """
@@ -21,14 +21,14 @@ from tests import gpu_kernels
 from tests.test_sparse_attention import decode_inputs, poison, prefill_inputs
 
 SCALE = 0.1
-# Weights and results are bfloat16 (8 bits), weights relative to another maximum than the
-# reference's: each of up to a hundred values of size 1 to 4 differs by an ulp at most.
+# Weights and results are bfloat16 (8 bits), weights relative to a different maximum than the
+# reference's: each of up to a hundred values of size 1 to 4 differs by at most an ulp.
 CLOSE: Any = {"rtol": 2e-2, "atol": 2e-2}
 Inputs = dict[str, Any]
 
 
 def narrow(inputs: Inputs, H: int, K: int) -> Inputs:
-    """The same lists and masks, of bfloat16 arrays of other sizes."""
+    """The same lists and masks, with bfloat16 arrays of other sizes."""
     rng = np.random.default_rng(0)
 
     def resized(name: str, x: Any) -> Any:
@@ -43,63 +43,63 @@ def narrow(inputs: Inputs, H: int, K: int) -> Inputs:
 
 
 def both(name: str, inputs: Inputs, **static: Any) -> tuple[np.ndarray, np.ndarray]:
-    """By the kernel, and by the reference."""
+    """The outputs of the kernel and of the reference."""
     run = lambda module: functools.partial(getattr(module, name), scale=SCALE, **static)
     with gpu_kernels.interpreted():
-        got_BTHK = jax.block_until_ready(jax.jit(run(gpu))(**inputs))
-    want_BTHK = run(reference)(**inputs)
-    assert got_BTHK.dtype == want_BTHK.dtype == jnp.bfloat16
-    return np.asarray(got_BTHK, np.float32), np.asarray(want_BTHK, np.float32)
+        actual_BTHK = jax.block_until_ready(jax.jit(run(gpu))(**inputs))
+    expected_BTHK = run(reference)(**inputs)
+    assert actual_BTHK.dtype == expected_BTHK.dtype == jnp.bfloat16
+    return np.asarray(actual_BTHK, np.float32), np.asarray(expected_BTHK, np.float32)
 
 
-def test_decode_in_parts_of_entries_in_eight_bits_equals_the_reference(
+def test_decode_in_parts_with_fp8_entries_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two parts, of which one has chunks of both the window and the entries."""
+    """Two parts, one of them with chunks of both the window and the entries."""
     monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 2)
     inputs = narrow(decode_inputs(1, 1, 20, 50, 70), HEADS, rows.CHANNELS)
     inputs["pool_LBSK"] = rows.encode(inputs["pool_LBSK"])
     np.testing.assert_allclose(*both("decode", inputs), **CLOSE)
 
 
-def test_prefill_equals_the_reference_and_is_blind_to_garbage(
+def test_prefill_equals_the_reference_and_ignores_garbage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows that nobody lists are NaN; so is row 0, which -1 must not bring in."""
+    """Unlisted rows are NaN, among them row 0, which -1 must not read."""
     monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
     inputs = prefill_inputs((3,), 2, 8, 50, 70)
     inputs["indices_BTk"] = np.where(inputs["indices_BTk"] == 0, -1, inputs["indices_BTk"])
     inputs = {name: np.array(x) for name, x in narrow(inputs, HEADS, 256).items()}
     window_BX = np.arange(10)[None, None] >= 5
     poisoned = poison(inputs, "window_BXK", np.broadcast_to(window_BX, (1, 2, 10)), np.nan)
-    got_BTHK, want_BTHK = both("prefill", jax.tree.map(jnp.asarray, poisoned), window=8)
-    assert np.isfinite(got_BTHK).all()
-    np.testing.assert_allclose(got_BTHK, want_BTHK, **CLOSE)
+    actual_BTHK, expected_BTHK = both("prefill", jax.tree.map(jnp.asarray, poisoned), window=8)
+    assert np.isfinite(actual_BTHK).all()
+    np.testing.assert_allclose(actual_BTHK, expected_BTHK, **CLOSE)
 
 
-def test_codes_become_the_numbers_that_they_stand_for() -> None:
+def test_codes_decode_to_the_numbers_they_represent() -> None:
     code = np.arange(256, dtype=np.uint8)
-    want = np.asarray(jax.lax.bitcast_convert_type(code, jnp.float8_e4m3fn), np.float32)
-    got = np.asarray(gpu_gather.e4m3(jnp.asarray(code, jnp.int32)))
-    finite = np.isfinite(want)
-    np.testing.assert_array_equal(got[finite], want[finite])
+    expected = np.asarray(jax.lax.bitcast_convert_type(code, jnp.float8_e4m3fn), np.float32)
+    actual = np.asarray(gpu_gather.e4m3(jnp.asarray(code, jnp.int32)))
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual[finite], expected[finite])
 
 
-def test_parts_that_see_nothing_count_for_nothing() -> None:
+def test_parts_that_see_nothing_do_not_contribute() -> None:
     rng = np.random.default_rng(0)
     value_BTZHK = rng.normal(size=(1, 2, 3, 4, 5)).astype(np.float32)
     lse_BTZH = rng.normal(size=(1, 2, 3, 4)).astype(np.float32)
     lse_BTZH[0, 0, 1], lse_BTZH[0, 1] = -np.inf, -np.inf
-    got_BTHK = np.asarray(gpu.joined(jnp.asarray(value_BTZHK), jnp.asarray(lse_BTZH)))
+    actual_BTHK = np.asarray(gpu.joined(jnp.asarray(value_BTZHK), jnp.asarray(lse_BTZH)))
     weight_ZH1 = np.exp(lse_BTZH[0, 0])[..., None]
-    want_HK = np.sum(value_BTZHK[0, 0] * weight_ZH1, axis=0) / np.sum(weight_ZH1, axis=0)
-    np.testing.assert_allclose(got_BTHK[0, 0], want_HK, rtol=1e-5)
-    np.testing.assert_array_equal(got_BTHK[0, 1], 0)
+    expected_HK = np.sum(value_BTZHK[0, 0] * weight_ZH1, axis=0) / np.sum(weight_ZH1, axis=0)
+    np.testing.assert_allclose(actual_BTHK[0, 0], expected_HK, rtol=1e-5)
+    np.testing.assert_array_equal(actual_BTHK[0, 1], 0)
 
 
 @pytest.mark.parametrize("blocks", [1, 8, 16, 131, 132, 4096])
 @pytest.mark.parametrize("chunks", [1, 20, 36])
-def test_parts_fill_the_gpu_once_and_none_is_empty(chunks: int, blocks: int) -> None:
+def test_parts_fill_the_gpu_at_most_once_and_none_is_empty(chunks: int, blocks: int) -> None:
     parts = gpu.parts_of(chunks, blocks)
     size = -(-chunks // parts)
     assert parts == 1 or parts * blocks <= 132
@@ -110,31 +110,29 @@ STRUCT = jax.ShapeDtypeStruct
 ENTRIES = 65536
 
 
-def pool_struct(B: int, eight_bits: bool) -> Any:
-    if eight_bits:
+def pool_struct(B: int, fp8: bool) -> Any:
+    if fp8:
         return rows.Fp8Rows(STRUCT((21, B, ENTRIES, rows.WIDTH), jnp.uint8))
     return STRUCT((21, B, ENTRIES, 512), jnp.bfloat16)
 
 
-def check_program(run: Any, inputs: DecodeInputs | PrefillInputs, most: int) -> None:
+def check_program(run: Any, inputs: DecodeInputs | PrefillInputs, limit: int) -> None:
     lowered = targets.lowered("h200", run, inputs)
     assert "mosaic_gpu" in lowered.as_text()
-    assert targets.temporaries(lowered.compile()) <= most
+    assert targets.temporaries(lowered.compile()) <= limit
 
 
 @pytest.mark.full_compilation
-@pytest.mark.parametrize(
-    ("name", "eight_bits"), [("flash", False), ("flash", True), ("pro", False)]
-)
-def test_decode_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
-    """Temporaries are the parts: as many float32 rows as multiprocessors have heads, or fewer."""
+@pytest.mark.parametrize(("name", "fp8"), [("flash", False), ("flash", True), ("pro", False)])
+def test_decode_compiles_for_the_h200(name: str, fp8: bool) -> None:
+    """Temporaries are the parts: at most a float32 row for each head of each multiprocessor."""
     shape, B, spare = SHAPES[name], 8, 8
     R, H, K = shape.window + spare, shape.heads, shape.head_dim
     structs = [
         STRUCT((B, 1, H, K), jnp.bfloat16),
         STRUCT((B, R, K), jnp.bfloat16),
         STRUCT((B, 1, R), jnp.bool_),
-        pool_struct(B, eight_bits),
+        pool_struct(B, fp8),
         STRUCT((), jnp.int32),
         STRUCT((B, 1, shape.k), jnp.int32),
         STRUCT((H,), jnp.float32),
@@ -144,16 +142,16 @@ def test_decode_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
 
 
 @pytest.mark.full_compilation
-@pytest.mark.parametrize(("name", "eight_bits"), [("flash", False), ("pro", False), ("pro", True)])
-def test_prefill_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
-    """Temporaries are the lists: queries alone are 256 MiB and more."""
+@pytest.mark.parametrize(("name", "fp8"), [("flash", False), ("pro", False), ("pro", True)])
+def test_prefill_compiles_for_the_h200(name: str, fp8: bool) -> None:
+    """Temporaries are the lists: the queries alone take 256 MiB or more."""
     shape, T = SHAPES[name], 4096
     H, K = shape.heads, shape.head_dim
     structs = [
         STRUCT((1, T, H, K), jnp.bfloat16),
         STRUCT((1, shape.window + T, K), jnp.bfloat16),
         STRUCT((1,), jnp.int32),
-        pool_struct(1, eight_bits),
+        pool_struct(1, fp8),
         STRUCT((), jnp.int32),
         STRUCT((1, T, shape.k), jnp.int32),
         STRUCT((H,), jnp.float32),
@@ -163,13 +161,13 @@ def test_prefill_compiles_for_the_h200(name: str, eight_bits: bool) -> None:
 
 
 @pytest.mark.parametrize(("H", "K", "dtype"), [(8, 512, "bfloat16"), (64, 576, "bfloat16")])
-def test_what_the_kernel_does_not_take_is_refused(H: int, K: int, dtype: str) -> None:
+def test_unsupported_sizes_are_rejected(H: int, K: int, dtype: str) -> None:
     inputs = narrow(decode_inputs(1, 1, 4, 5, 3), H, K)
     with pytest.raises(Unsupported, match=f"heads in multiples of {HEADS}"):
         gpu.decode(DecodeInputs(**inputs), scale=SCALE)
 
 
-def test_float32_is_refused() -> None:
+def test_float32_is_rejected() -> None:
     inputs = jax.tree.map(jnp.asarray, decode_inputs(1, 1, 4, 5, 3))
     with pytest.raises(Unsupported, match="bfloat16"):
         gpu.decode(DecodeInputs(**inputs), scale=SCALE)

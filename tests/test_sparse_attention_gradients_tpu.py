@@ -22,8 +22,8 @@ from tests.test_sparse_attention_gradients import CLOSE, CLOSE_BFLOAT16
 from tests.test_sparse_attention_tpu import SCALE, Inputs, prefill_inputs, structs
 
 
-def pulled(inputs: Inputs, backward: Any) -> list[np.ndarray]:
-    """Gradients of queries, window, pool and sink, where each output's own is another."""
+def pullback(inputs: Inputs, backward: Any) -> list[np.ndarray]:
+    """Gradients of queries, window, pool and sink; the output gradient varies by element."""
     static = {"window": window_of(inputs), "scale": SCALE}
 
     def run(inputs: Inputs) -> Any:
@@ -36,27 +36,26 @@ def pulled(inputs: Inputs, backward: Any) -> list[np.ndarray]:
 
 
 def check(inputs: Inputs, close: dict[str, Any] = CLOSE, **params: Any) -> None:
-    want = pulled(inputs, reference.prefill_backward)
+    expected = pullback(inputs, reference.prefill_backward)
     with interpreted(**params):
-        got = pulled(inputs, tpu.prefill_backward)
-    for name, x, y in zip(("queries", "window", "pool", "sink"), got, want, strict=True):
+        actual = pullback(inputs, tpu.prefill_backward)
+    for name, x, y in zip(("queries", "window", "pool", "sink"), actual, expected, strict=True):
         assert np.any(y), name
         np.testing.assert_allclose(x, y, **close, err_msg=name)
 
 
 def test_several_blocks_of_queries_and_entries_equal_the_reference_and_do_not_race() -> None:
-    # The last blocks of both partial; every fifth query lists nothing, and rows that nothing lists
-    # are NaN.
+    # The last block of each is partial, every fifth query lists nothing, and unlisted rows are NaN.
     inputs = prefill_inputs((3,), T=18, S=528, k=200, dtype=jnp.float32)
     indices_BTk = inputs["indices_BTk"].at[:, ::5].set(-1)
     check(inputs | {"indices_BTk": indices_BTk}, detect_races=True, num_cores_or_threads=2)
 
 
-def test_few_entries_beside_the_window_in_bfloat16() -> None:
+def test_few_entries_next_to_the_window_in_bfloat16() -> None:
     check(prefill_inputs((40,), T=5, S=64), CLOSE_BFLOAT16)
 
 
-def test_the_door_takes_the_kernel() -> None:
+def test_the_public_function_uses_the_kernel() -> None:
     inputs = prefill_inputs((40,), T=5, S=64)
     run = functools.partial(sparse_attention.prefill, window=window_of(inputs), scale=SCALE)
     loss = lambda q_BTHK: jnp.sum(run(**(inputs | {"q_BTHK": q_BTHK}), impl="tpu"))
@@ -70,15 +69,15 @@ def test_the_door_takes_the_kernel() -> None:
     [("v5p", "flash", 8192), ("v6e", "flash", 1024), ("tpu7x", "pro", 1024)],
 )
 def test_a_training_row_compiles_with_small_temporaries(target: Any, name: str, S: int) -> None:
-    """4096 tokens, of four to an entry; and as many entries as there may be."""
+    """4096 tokens, four to an entry, and as many entries as the kernel supports."""
     program = compiled(target, backward, chunk(name, S))
     assert "tpu_custom_call" in (program.as_text() or "")
-    # Two sums of the pool in float32, and those of the windows of 256 queries each, which XLA holds
-    # twice while it adds them up.
+    # Two float32 sums of the pool, and those of the windows of 256 queries each, which XLA holds
+    # twice while adding them.
     assert temporaries(program) <= 2 * S * 512 * 4 + 28e6
 
 
-def test_what_the_kernel_does_not_take_is_refused_while_tracing() -> None:
+def test_unsupported_inputs_are_rejected_while_tracing() -> None:
     with pytest.raises(Unsupported, match="at most 8192 of 512 channels, not 16384"):
         jax.eval_shape(backward, chunk("flash", 16384))
     inputs = chunk("flash", 1024)

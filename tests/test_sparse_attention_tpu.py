@@ -27,8 +27,8 @@ from pallas_kernels.targets import Target, compiled, temporaries
 from tests.kernels import interpreted
 from tests.test_sparse_attention import listed, near, window_of
 
-# float32 sums in another order; bfloat16 weights are rounded against another largest logit: an ulp
-# of weights near 1 and one of the output, whose values are below 4.
+# float32 sums in a different order; bfloat16 weights are rounded relative to a different maximum:
+# an ulp of weights near 1 and one of the output, whose values are below 4.
 CLOSE: dict[Any, dict[str, Any]] = {
     jnp.float32: {"rtol": 1e-5, "atol": 2e-6},
     jnp.bfloat16: {"rtol": 2**-7, "atol": 2**-6},
@@ -39,7 +39,7 @@ Inputs = dict[str, Any]
 
 
 class Words:
-    """A reference to rows of narrow numbers, read as rows of 32-bit words of `packing` each."""
+    """A reference to rows of narrow numbers, read as rows of 32-bit words with `packing` each."""
 
     def __init__(self, ref: Any) -> None:
         self.ref, self.packing = ref, 4 // ref.dtype.itemsize
@@ -70,7 +70,7 @@ room_of_words = tpu_gather.Lists.room
 
 
 class Lists(tpu_gather.Lists):
-    """Lists in their own rows, which `Words` reads as words."""
+    """Lists in rows of their own dtype, which `Words` reads as words."""
 
     def __init__(self, ref: Any, sems: Any) -> None:
         super().__init__(Words(ref), sems)
@@ -87,7 +87,7 @@ def copy_of(source: Any, to: Any, sem: Any) -> Any:
 
 @contextlib.contextmanager
 def words_interpreted(**params: Any) -> Iterator[None]:
-    """As `interpreted`, which does not know references read as words of another width."""
+    """Like `interpreted`, which does not support references read as words of another width."""
     with (
         mock.patch.object(tpu_gather, "Lists", Lists),
         mock.patch.object(tpu_gather, "as_words", Words),
@@ -98,7 +98,7 @@ def words_interpreted(**params: Any) -> Iterator[None]:
 
 
 def garbled(inputs: Inputs, window: str, mask_BTX: Any) -> Inputs:
-    """NaN in every row that nothing may read."""
+    """The inputs as JAX arrays, with NaN in every row that must not be read."""
     inputs[window][~np.asarray(mask_BTX).any(1)] = np.nan
     pool, indices_BTk = inputs["pool_LBSK"], inputs["indices_BTk"]
     pool[0] = np.nan
@@ -144,7 +144,7 @@ def prefill_inputs(
     seed: int = 0,
     last: bool = False,
 ) -> Inputs:
-    """With the pool's last entry in every list if asked."""
+    """Random inputs; `last` puts the pool's last entry in every list."""
     inputs = arrays(seed, len(starts), T, window + T, S, k, dtype, "window_BXK")
     inputs["start_B"] = np.array(starts, np.int32)
     if last:
@@ -168,8 +168,8 @@ def run(form: Any, inputs: Inputs) -> np.ndarray:
 def check(inputs: Inputs, **params: Any) -> None:
     dtype = inputs["q_BTHK"].dtype.type
     with words_interpreted(**params):
-        got_BTHK = run(tpu, inputs)
-    np.testing.assert_allclose(got_BTHK, run(reference, inputs), **CLOSE[dtype])
+        out_BTHK = run(tpu, inputs)
+    np.testing.assert_allclose(out_BTHK, run(reference, inputs), **CLOSE[dtype])
 
 
 def test_decode_equals_the_reference_and_does_not_race() -> None:
@@ -194,7 +194,7 @@ def test_prefill_among_many_entries_equals_the_reference_and_does_not_race() -> 
         )
 
 
-def test_prefill_takes_each_block_the_way_its_list_asks() -> None:
+def test_prefill_handles_each_block_as_its_list_requires() -> None:
     inputs = prefill_inputs((0,), T=17, S=1040)
     indices_BTk = np.full((1, 17, 8), -1, np.int32)
     indices_BTk[0, 3, 2], indices_BTk[0, 16, 5] = 1000, 1039
@@ -209,11 +209,11 @@ def test_prefill_takes_each_block_the_way_its_list_asks() -> None:
 
 @settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 2**32 - 1), T=st.integers(1, 4), k=st.integers(1, 128))
-def test_decode_of_any_data(seed: int, T: int, k: int) -> None:
+def test_decode_on_random_data(seed: int, T: int, k: int) -> None:
     check(decode_inputs(B=1, T=T, R=8, k=k, dtype=jnp.float32, seed=seed))
 
 
-def test_a_query_that_sees_nothing_gets_zero() -> None:
+def test_a_query_that_sees_nothing_outputs_zero() -> None:
     inputs = decode_inputs(B=1, T=2)
     inputs["window_mask_BTR"] = jnp.zeros((1, 2, 24), bool)
     inputs["indices_BTk"] = jnp.full((1, 2, 40), -1, jnp.int32)
@@ -222,11 +222,11 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
         np.testing.assert_array_equal(run(tpu, inputs), 0.0)
 
 
-def test_decode_of_rows_of_bytes_equals_the_reference() -> None:
+def test_decode_of_fp8_rows_equals_the_reference() -> None:
     inputs = decode_inputs(B=1, T=2)
     rng = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-    # Blocks from tiny to large, so that scales and subnormal codes count.
+    # Blocks from tiny to large, so that scales and subnormal codes matter.
     spread = jnp.asarray(2.0 ** rng.integers(-12, 3, (2, 1, 64, 512)), jnp.bfloat16)
     inputs |= {
         "q_BTHK": normal(1, 2, H, 512),
@@ -255,10 +255,10 @@ def structs(name: str, T: int, S: int, *, chunk: bool, fp8: bool = False) -> Inp
     return inputs | {"window_BRK": array(B, R, shape.head_dim), "window_mask_BTR": mask}
 
 
-def program(target: Target, door: Any, inputs: Inputs, **static: Any) -> Any:
-    found = compiled(target, lambda inputs: door(**inputs, scale=SCALE, **static), inputs)
-    assert "tpu_custom_call" in (found.as_text() or "")
-    return found
+def program(target: Target, function: Any, inputs: Inputs, **static: Any) -> Any:
+    executable = compiled(target, lambda inputs: function(**inputs, scale=SCALE, **static), inputs)
+    assert "tpu_custom_call" in (executable.as_text() or "")
+    return executable
 
 
 @pytest.mark.full_compilation
@@ -267,7 +267,7 @@ def program(target: Target, door: Any, inputs: Inputs, **static: Any) -> Any:
     ("name", "T", "fp8"), [("flash", 1, False), ("flash", 8, True), ("pro", 1, False)]
 )
 def test_decode_compiles_and_copies_no_pool(name: str, T: int, fp8: bool, target: Target) -> None:
-    """A layer of the pool has 2 GiB; the indices 0.1 MB."""
+    """A layer of the pool takes 2 GiB, the indices 0.1 MB."""
     inputs = structs(name, T, 262144, chunk=False, fp8=fp8)
     assert temporaries(program(target, sparse_attention.decode, inputs)) <= 4e5
 
@@ -277,9 +277,9 @@ def test_decode_compiles_and_copies_no_pool(name: str, T: int, fp8: bool, target
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_prefill_compiles_within_32_megabytes(name: str, target: Target) -> None:
     inputs = structs(name, 4096, 262144, chunk=True)
-    found = program(target, sparse_attention.prefill, inputs, window=SHAPES[name].window)
-    # Rows to copy: 4096 x k numbers.
-    assert temporaries(found) <= 4096 * SHAPES[name].k * 4 + 2e5 <= 32e6
+    executable = program(target, sparse_attention.prefill, inputs, window=SHAPES[name].window)
+    # The numbers of the rows to copy: 4096 x k.
+    assert temporaries(executable) <= 4096 * SHAPES[name].k * 4 + 2e5 <= 32e6
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_prefill_compiles_within_32_megabytes(name: str, target: Target) -> None
         (16, 1, {"pool": jnp.float16}, "a pool in the queries' dtype"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_refused_while_tracing(
+def test_unsupported_inputs_are_rejected_while_tracing(
     heads: int, queries: int, changed: dict[str, Any], message: str
 ) -> None:
     array: Any = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)

@@ -1,4 +1,4 @@
-"""Stop strings: the same text comes out however it was cut into pieces."""
+"""Stop strings: the output does not depend on how the text is split into pieces."""
 
 import itertools
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from v4jax.text.stopping import MOST_STOPS, StopStrings
 
 # Few letters, so that stop strings overlap, nest and nearly match; two are outside ASCII, one of
-# them outside the basic plane.
+# them outside the Basic Multilingual Plane.
 LETTERS = st.text(alphabet="ab\u00e9\U0001f600", max_size=24)
 STOPS = st.lists(st.text(alphabet="ab\u00e9\U0001f600", min_size=1, max_size=5), max_size=4)
 
 
 def stream(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
-    """All the text that comes out, and whether a stop string ended it."""
+    """The full output, and whether a stop string ended it."""
     matcher = StopStrings(stops)
     out = ""
     for piece in pieces:
@@ -36,7 +36,7 @@ def expected(stops: list[str], text: str) -> tuple[str, bool]:
 
 @settings(deadline=None, max_examples=300)
 @given(stops=STOPS, text=LETTERS, cuts=st.lists(st.integers(0, 24)))
-def test_any_splitting_gives_the_text_before_the_first_complete_stop(stops, text, cuts):
+def test_any_split_outputs_the_text_before_the_first_complete_stop(stops, text, cuts):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert stream(stops, pieces) == expected(stops, text)
@@ -51,10 +51,10 @@ def test_held_text_is_exactly_what_could_still_become_a_stop(stops, text):
         if stopped:
             return
         out += safe
-        seen = text[:end]
-        ends = (seen[start:] for start in range(end))
-        held = next((e for e in ends if any(s.startswith(e) for s in stops)), "")
-        assert out + held == seen
+        prefix = text[:end]
+        suffixes = (prefix[start:] for start in range(end))
+        held = next((x for x in suffixes if any(s.startswith(x) for s in stops)), "")
+        assert out + held == prefix
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_text_ends_before_the_stop(stops, pieces, out):
     assert stream(stops, pieces)[0] == out
 
 
-def test_after_a_stop_nothing_comes_out():
+def test_nothing_is_output_after_a_stop():
     matcher = StopStrings(["x"])
     assert matcher.push("ax") == ("a", True)
     assert matcher.push("more") == ("", True)
@@ -98,13 +98,13 @@ def test_without_stops_nothing_is_held():
 
 
 @pytest.mark.parametrize(
-    ("stops", "says"),
+    ("stops", "message"),
     [
         (["a", ""], "empty"),
         (["a"] * (MOST_STOPS + 1), "17 stop strings; at most 16"),
         ("abc", "must be a list"),
     ],
 )
-def test_bad_stops_are_refused(stops, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_stops_are_rejected(stops, message):
+    with pytest.raises(ValueError, match=message):
         StopStrings(stops)

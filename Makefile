@@ -49,8 +49,8 @@ KERNELS := compress_tpu dense_attention_tpu grouped_matmul_tpu hyper_compiled in
 	quantize_tpu rotary sparse_attention_tpu \
 	compress_gpu grouped_matmul_gpu indexer_topk_gpu quantize_gpu sparse_attention_gpu
 MODEL := consistency.py::test_rows_do_not_see_each_other
-TRAINING := train_loop.py::test_a_run_writes_down_every_step_and_learns \
-	train_loop.py::test_a_run_that_is_killed_goes_on_bit_for_bit
+TRAINING := train_loop.py::test_a_run_records_every_step_and_learns \
+	train_loop.py::test_a_killed_run_resumes_bit_for_bit
 PROGRAMS := aot.py::test_steps_compile_for_every_chip aot.py::test_training_compiles_for_every_chip \
 	aot.py::test_a_step_at_a_million_tokens_of_context_needs_few_temporaries
 FILES = $(patsubst %,tests/test_%.py,implementations interpreters generate $(KERNELS)) \

@@ -1,4 +1,4 @@
-"""Values that no checkpoint may hold: refused by every command that reads them, by name."""
+"""Values that no checkpoint may contain: every command that reads them rejects them by name."""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +22,7 @@ FLOATS = [np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.f
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_codes_of_floats_are_judged_as_numpy_does(dtype: np.dtype) -> None:
+def test_finiteness_agrees_with_numpy(dtype: np.dtype) -> None:
     bits = min(8 * dtype.itemsize, 16)
     edges = [edge + step for edge in (0x7C00, 0x7F80, 0x7FF0, 0x8000) for step in (-1, 0, 1)]
     codes = np.array([*range(0, 2**bits, 199 if bits == 16 else 1), *edges, *reversed(edges)])
@@ -38,7 +38,7 @@ def test_codes_of_floats_are_judged_as_numpy_does(dtype: np.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_number_that_is_not_finite_is_named_with_its_place(dtype: np.dtype) -> None:
+def test_a_non_finite_value_is_reported_with_its_index(dtype: np.dtype) -> None:
     values = np.ones((3, 4), dtype)
     values[1, 2] = values[2, 0] = np.nan
     with pytest.raises(CheckpointError, match=r"w has 2 values .* the first at \[11, 2\]"):
@@ -47,7 +47,7 @@ def test_a_number_that_is_not_finite_is_named_with_its_place(dtype: np.dtype) ->
     assert are_finite(values[:, 1::2])
 
 
-def test_integers_and_nothing_at_all_are_finite() -> None:
+def test_integers_and_empty_arrays_are_finite() -> None:
     for dtype in (np.uint8, np.int8, np.int64):
         assert are_finite(np.full(3, -1).astype(dtype))
     assert are_finite(np.zeros((0, 3), np.float32))
@@ -55,7 +55,7 @@ def test_integers_and_nothing_at_all_are_finite() -> None:
 
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("byte", [247, 254, 255])
-def test_a_bad_scale_is_named_with_its_place(as_bytes: bool, byte: int) -> None:
+def test_an_invalid_scale_is_reported_with_its_index(as_bytes: bool, byte: int) -> None:
     scale_NK = np.full((3, 4), 246, np.uint8)
     check_scales("w.scale", scale_NK)
     scale_NK[1, 2] = scale_NK[2, 0] = byte
@@ -64,7 +64,7 @@ def test_a_bad_scale_is_named_with_its_place(as_bytes: bool, byte: int) -> None:
         check_scales("w.scale", scales)
 
 
-def test_codes_under_the_largest_scale_are_finite_and_under_the_next_not() -> None:
+def test_codes_are_finite_at_the_largest_scale_but_not_at_the_next() -> None:
     largest = np.float32(448)
     assert np.isfinite((largest * np.float32(2.0**119)).astype(ml_dtypes.bfloat16))
     with np.errstate(over="ignore"):
@@ -72,7 +72,7 @@ def test_codes_under_the_largest_scale_are_finite_and_under_the_next_not() -> No
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 2.0**120])
-def test_a_bad_float_scale_is_named(value: float) -> None:
+def test_an_invalid_float_scale_is_reported(value: float) -> None:
     check_scales("w.scale", np.array([0, 1, 2.0**119], np.float32))
     with pytest.raises(CheckpointError, match=r"w.scale has 1 scales .* the first at \[1\]"):
         check_scales("w.scale", np.array([1, value], np.float32))
@@ -83,7 +83,7 @@ def test_strided_scales_are_checked() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**32, -(2**63)])
-def test_an_id_outside_the_experts_is_named(wrong: int) -> None:
+def test_an_expert_id_out_of_range_is_reported(wrong: int) -> None:
     ids = np.array([[0, 1], [2, 3]])
     check_ids("t", ids, 4)
     ids[1, 0] = wrong
@@ -130,7 +130,7 @@ def copy(released: Path, tmp_path: Path) -> Path:
     return shutil.copytree(released, tmp_path / "source")
 
 
-def test_bad_values_are_refused_when_they_are_read_and_others_are_not(copy: Path) -> None:
+def test_only_damaged_tensors_are_rejected_when_read(copy: Path) -> None:
     for name, code in DAMAGE.values():
         poke(copy, name, code)
     tensors, *_ = release_weights.open_release(copy)
@@ -163,7 +163,7 @@ def test_bad_values_are_refused_when_they_are_read_and_others_are_not(copy: Path
         ("a drafter's norm", lambda source, target: convert.convert(source, target)),
     ],
 )
-def test_a_release_with_a_bad_value_is_neither_loaded_nor_converted(
+def test_a_release_with_an_invalid_value_is_neither_loaded_nor_converted(
     copy: Path, tmp_path: Path, case: str, run: Callable[[Path, Path], Any]
 ) -> None:
     name, code = DAMAGE[case]
@@ -188,26 +188,26 @@ NATIVE_DAMAGE = {
 }
 
 
-def test_a_native_checkpoint_with_bad_values_is_neither_loaded_nor_exported(
+def test_a_native_checkpoint_with_invalid_values_is_neither_loaded_nor_exported(
     converted: Path, tmp_path: Path
 ) -> None:
-    made = shutil.copytree(converted, tmp_path / "native")
+    damaged = shutil.copytree(converted, tmp_path / "native")
     for array, code in NATIVE_DAMAGE.items():
-        folder = made / native.WEIGHTS / array
+        folder = damaged / native.WEIGHTS / array
         chunk = min(file for file in folder.iterdir() if not file.name.startswith("."))
         chunk.write_bytes(code + chunk.read_bytes()[len(code) :])
-    opened = native.Native(made)
+    opened = native.Native(damaged)
     for array in NATIVE_DAMAGE:
         with pytest.raises(CheckpointError, match=rf"{array} has 1 (values|scales|ids)"):
             opened.read(array, (...,))
-    for keep in (True, False):
+    for keep_quantised in (True, False):
         with pytest.raises(CheckpointError, match="has 1 "):
-            native.load(made, dtype=F32, keep_quantised=keep)
+            native.load(damaged, dtype=F32, keep_quantised=keep_quantised)
     with pytest.raises(CheckpointError, match="has 1 "):
-        export.export(made, tmp_path / "exported")
+        export.export(damaged, tmp_path / "exported")
 
 
-def test_a_tensor_that_is_read_often_is_checked_once(
+def test_a_tensor_read_twice_is_checked_once(
     released: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, *_ = release_weights.open_release(released)

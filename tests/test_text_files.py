@@ -1,4 +1,4 @@
-"""Text files with a byte order mark, in other encodings; control characters written out."""
+"""Text files with byte order marks or in other encodings; control characters are escaped."""
 
 import io
 import json
@@ -43,8 +43,8 @@ def tokenizer(directory: Path) -> object:
 
 def toml(directory: Path) -> object:
     file = marked(directory / "recipe.toml", "[adapter]\nrank = 3\n[steps]\nsteps = 1\n")
-    found = recipe.read(file)
-    return found.adapter and found.adapter.rank
+    settings = recipe.read(file)
+    return settings.adapter and settings.adapter.rank
 
 
 def record(directory: Path) -> object:
@@ -68,13 +68,13 @@ def metrics(directory: Path) -> object:
         (metrics, [1]),
     ],
 )
-def test_a_byte_order_mark_is_no_part_of_a_file(
+def test_a_byte_order_mark_is_ignored(
     read: Callable[[Path], object], expected: object, tmp_path: Path
 ) -> None:
     assert read(tmp_path) == expected
 
 
-def test_a_checkpoint_whose_text_files_have_marks_is_opened(tmp_path: Path) -> None:
+def test_a_checkpoint_with_byte_order_marks_is_opened(tmp_path: Path) -> None:
     directory = tmp_path / "tiny"
     shutil.copytree(hub.TINY, directory)
     for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
@@ -90,14 +90,14 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     mark = "\ufeff" if encoding.endswith("be") else ""
     file.write_bytes(f"{mark}{{}}".encode(encoding))
-    told = f"it is in {encoding[:6].upper()}; save it in UTF-8"
-    with pytest.raises(CheckpointError, match=re.escape(told)):
+    message = f"it is in {encoding[:6].upper()}; save it in UTF-8"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         disk.read_json(file)
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         recipe.read(file)
 
 
-def test_a_prompt_on_standard_input_may_begin_with_a_mark(
+def test_a_prompt_on_standard_input_may_start_with_a_byte_order_mark(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff\n"))
@@ -105,7 +105,7 @@ def test_a_prompt_on_standard_input_may_begin_with_a_mark(
     assert "the prompt is empty" in capsys.readouterr().err
 
 
-def test_what_a_terminal_would_obey_is_written_out() -> None:
+def test_terminal_control_characters_are_escaped() -> None:
     text = "a\x1b[2J\x07b\r\x7f\x9b31m\x00\u202e\ud800"
     assert files.visible(text) == r"a\x1b[2J\x07b\r\x7f\x9b31m\x00\u202e\ud800"
     plain = "lines\n\tand \u4f60\u597d, \u00e9, \U0001f468\u200d\U0001f469"

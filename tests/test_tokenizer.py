@@ -30,13 +30,13 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_demo_vocabulary_has_the_size_asked_for_and_no_gaps(size):
+def test_the_demo_vocabulary_has_the_requested_size_and_no_gaps(size):
     demo = build_demo_tokenizer(size)
     assert demo.get_vocab_size() == size
     assert sorted(demo.get_vocab().values()) == list(range(size))
 
 
-def test_a_demo_vocabulary_too_small_is_refused():
+def test_a_demo_vocabulary_that_is_too_small_is_rejected():
     with pytest.raises(ValueError, match="vocab_size is 269; it must be 270 or more"):
         build_demo_tokenizer(269)
 
@@ -47,7 +47,7 @@ def test_every_special_token_is_one_token(token):
     assert DEMO.token_bytes(DEMO.encode(token)[0]) == token.encode()
 
 
-def test_the_beginning_is_0_and_the_end_1_and_neither_is_added():
+def test_bos_is_0_and_eos_is_1_and_neither_is_added():
     assert (DEMO.bos_id, DEMO.eos_id) == (0, 1)
     assert DEMO.encode("") == []
     prompt = chat.encode_chat([{"role": "user", "content": "the"}])
@@ -56,7 +56,7 @@ def test_the_beginning_is_0_and_the_end_1_and_neither_is_added():
     assert DEMO.token_id("no such token") is None
 
 
-def test_a_tokenizer_without_special_tokens_has_no_beginning_and_no_end():
+def test_a_tokenizer_without_special_tokens_has_no_bos_and_no_eos():
     bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     bare.decoder = tokenizers.decoders.ByteLevel()
     assert (Tokenizer(bare).bos_id, Tokenizer(bare).eos_id, Tokenizer(bare).vocab_size) == (
@@ -76,7 +76,7 @@ def test_a_demo_vocabulary_may_be_as_large_as_the_released_one():
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(SIZES), TEXTS)
-def test_any_text_comes_back(size, text):
+def test_any_text_round_trips(size, text):
     tokenizer = Tokenizer(build_demo_tokenizer(size)) if size < 300 else DEMO
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -85,7 +85,7 @@ def test_any_text_comes_back(size, text):
 
 @settings(deadline=None, max_examples=200)
 @given(TEXTS)
-def test_streamed_pieces_are_whole_characters_and_make_up_the_text(text):
+def test_streamed_pieces_are_complete_characters_and_add_up_to_the_text(text):
     stream = StreamDecoder(DEMO)
     pieces = [stream.push(i) for i in DEMO.encode(text)]
     assert stream.flush() == ""
@@ -95,13 +95,13 @@ def test_streamed_pieces_are_whole_characters_and_make_up_the_text(text):
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(0, 1100), max_size=12))
-def test_streamed_ids_of_any_kind_equal_decoding_them_at_once(ids):
+def test_streaming_any_ids_equals_decoding_them_at_once(ids):
     stream = StreamDecoder(DEMO)
     pieces = [stream.push(i) for i in ids]
     assert "".join([*pieces, stream.flush()]) == DEMO.decode(ids)
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
+def test_bytes_that_are_not_utf8_become_replacement_characters():
     first, second = (DEMO.encode("\u00e9")[i] for i in (0, 1))
     stream = StreamDecoder(DEMO)
     assert (stream.push(first), stream.push(second)) == ("", "\u00e9")
@@ -109,17 +109,17 @@ def test_bytes_that_are_no_text_become_replacement_characters():
     assert stream.push(second) == "\ufffd" == DEMO.decode([second])
 
 
-def test_ids_without_a_token_are_no_text():
+def test_ids_without_a_token_decode_to_nothing():
     assert DEMO.decode([1024, 5_000_000]) == StreamDecoder(DEMO).push(5_000_000) == ""
 
 
-def test_half_a_surrogate_pair_is_refused_by_position():
+def test_half_a_surrogate_pair_is_rejected_with_its_position():
     with pytest.raises(ValueError, match="half a surrogate pair at position 2"):
         DEMO.encode("ab\ud83d")
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
-def test_a_saved_tokenizer_is_loaded_from_its_directory_or_file(saved, name):
+def test_a_saved_tokenizer_loads_from_its_directory_or_file(saved, name):
     loaded = Tokenizer.load(saved / name)
     assert loaded.vocab_size == 400
     assert loaded.encode("the end\u2026") == Tokenizer(build_demo_tokenizer(400)).encode(
@@ -127,7 +127,7 @@ def test_a_saved_tokenizer_is_loaded_from_its_directory_or_file(saved, name):
     )
 
 
-def test_truncation_and_padding_in_the_file_are_switched_off(saved):
+def test_truncation_and_padding_in_the_file_are_disabled(saved):
     inner = build_demo_tokenizer(400)
     inner.enable_truncation(2)
     inner.enable_padding(length=64)
@@ -135,7 +135,7 @@ def test_truncation_and_padding_in_the_file_are_switched_off(saved):
     assert len(Tokenizer.load(saved).encode("\u4f60\u4f60")) == 6
 
 
-def test_a_template_in_the_file_adds_no_token(saved):
+def test_a_template_in_the_file_adds_no_tokens(saved):
     inner = build_demo_tokenizer(400)
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{chat.BOS} $A", special_tokens=[(chat.BOS, 0)]
@@ -145,14 +145,16 @@ def test_a_template_in_the_file_adds_no_token(saved):
 
 
 @pytest.mark.parametrize("name", ["", "other.json"])
-def test_a_missing_file_is_named_with_what_to_do(tmp_path, name):
-    with pytest.raises(ValueError, match=r"\.json: there is no such file; give the directory") as e:
+def test_the_error_for_a_missing_file_names_it_and_says_what_to_do(tmp_path, name):
+    with pytest.raises(
+        ValueError, match=r"\.json: there is no such file; give the directory"
+    ) as error:
         Tokenizer.load(tmp_path / name)
-    assert str(tmp_path) in str(e.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", json.dumps({"model": {"type": "BPE"}})])
-def test_a_broken_file_is_named_with_what_to_do(tmp_path, text):
+def test_the_error_for_a_broken_file_names_it_and_says_what_to_do(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(
         ValueError, match=r"tokenizer\.json: not a tokenizer\.json \(.+copy the che"
@@ -160,13 +162,13 @@ def test_a_broken_file_is_named_with_what_to_do(tmp_path, text):
         Tokenizer.load(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_a_binary_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
+def test_a_tokenizer_that_is_not_byte_level_is_rejected(tmp_path):
     file = tmp_path / "words.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(file))
     with pytest.raises(ValueError, match=r"words\.json: .*byte-level BPE"):

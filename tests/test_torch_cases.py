@@ -1,4 +1,4 @@
-"""What the benchmarks time in torch is what our kernels compute."""
+"""The torch code that the benchmarks time computes the same as our kernels."""
 
 import jax
 import numpy as np
@@ -23,13 +23,13 @@ def test_torch_computes_the_same(case: Case) -> None:
     inputs = jax.jit(case.inputs)()
     run = torch_cases.form(case)
     assert run is not None
-    got = torch_cases.array(run(*torch_cases.tensors(inputs)))
+    actual = torch_cases.array(run(*torch_cases.tensors(inputs)))
     expected = np.asarray(jax.jit(lambda *args: case.run(*args, impl="reference"))(*inputs))
-    assert got.shape == expected.shape
-    assert kernels.difference(got, expected) <= kernels.TOLERANCE
+    assert actual.shape == expected.shape
+    assert kernels.difference(actual, expected) <= kernels.TOLERANCE
 
 
-def test_every_op_that_torch_has_is_among_them() -> None:
+def test_every_op_with_a_torch_form_is_covered() -> None:
     ops = {case.op for case in SMALL}
     assert ops == {
         "indexer_topk.select",

@@ -1,4 +1,4 @@
-"""Experts' loads, the balance loss within a document and the rule for routers' biases."""
+"""Expert loads, the balance loss within a document, and the update of router biases."""
 
 from typing import Any
 
@@ -42,25 +42,26 @@ def documents(*lengths: int, length: int = 640) -> np.ndarray:
 
 
 def test_loads_count_the_choices_of_real_tokens() -> None:
-    found, _ = routing(np.stack([documents(70, 200), documents(300)]))
-    load_E = balance.load(found)
-    chosen = np.asarray(found.expert_BTA)
-    np.testing.assert_array_equal(load_E, np.bincount(chosen[chosen >= 0], minlength=8))
+    routed, _ = routing(np.stack([documents(70, 200), documents(300)]))
+    load_E = balance.load(routed)
+    expert_BTA = np.asarray(routed.expert_BTA)
+    np.testing.assert_array_equal(load_E, np.bincount(expert_BTA[expert_BTA >= 0], minlength=8))
     assert load_E.sum() == 2 * 570
 
 
-def test_balance_loss_is_summed_over_documents_as_if_each_stood_alone() -> None:
+def test_balance_loss_is_summed_over_documents_as_if_each_were_alone() -> None:
     document_BT = np.stack([documents(70, 200, 128), documents(300, 5)])
-    found, shared = routing(document_BT)
+    routed, shared = routing(document_BT)
     expected = 0.0
     for row, documents_T in enumerate(document_BT):
         for number in range(1, documents_T.max() + 1):
-            here = documents_T == number
-            score, chosen = np.asarray(found.score_BTE)[row, here], found.expert_BTA[row, here]
-            share_E = np.bincount(np.asarray(chosen).ravel(), minlength=8) * 8 / 2 / here.sum()
-            part_E = (score / score.sum(axis=-1, keepdims=True)).mean(axis=0)
-            expected += here.sum() * (share_E @ part_E)
-    np.testing.assert_allclose(balance.loss(found, shared), expected, rtol=1e-5)
+            mask_T = documents_T == number
+            score_TE = np.asarray(routed.score_BTE)[row, mask_T]
+            expert_TA = np.asarray(routed.expert_BTA)[row, mask_T]
+            share_E = np.bincount(expert_TA.ravel(), minlength=8) * 8 / 2 / mask_T.sum()
+            mean_E = (score_TE / score_TE.sum(axis=-1, keepdims=True)).mean(axis=0)
+            expected += mask_T.sum() * (share_E @ mean_E)
+    np.testing.assert_allclose(balance.loss(routed, shared), expected, rtol=1e-5)
 
 
 def test_even_loads_cost_one_per_token() -> None:
@@ -70,18 +71,18 @@ def test_even_loads_cost_one_per_token() -> None:
     np.testing.assert_allclose(balance.loss(even, shared), 128.0, rtol=1e-6)
 
 
-def test_biases_move_against_the_load_by_the_same_step() -> None:
+def test_biases_move_against_the_load_by_a_fixed_step() -> None:
     load_LE = jnp.asarray([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    moved = balance.moved(jnp.zeros((2, 4)), load_LE, 0.5)
-    np.testing.assert_array_equal(moved, [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    bias_LE = balance.moved(jnp.zeros((2, 4)), load_LE, 0.5)
+    np.testing.assert_array_equal(bias_LE, [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     assert balance.violation(load_LE) == 1.0
 
 
-def test_loads_have_the_names_of_the_biases() -> None:
-    kept = {"load_E": jnp.zeros((3, 8)), "balance_loss": jnp.float32(0)}
+def test_loads_are_named_after_their_biases() -> None:
+    routed = {"load_E": jnp.zeros((3, 8)), "balance_loss": jnp.float32(0)}
     hashed = {"load_E": jnp.zeros((3, 8))}
-    found = balance.biases([[hashed], [kept, kept]], [[kept]])
-    assert set(found) == {
+    loads = balance.biases([[hashed], [routed, routed]], [[routed]])
+    assert set(loads) == {
         "stacks.1.blocks.0.router.bias_E",
         "stacks.1.blocks.1.router.bias_E",
         "mtp.0.stack.blocks.0.router.bias_E",

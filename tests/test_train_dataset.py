@@ -1,4 +1,4 @@
-"""Batches are a function of their number: the same from any number of hosts, and after a stop."""
+"""Batches depend only on their number: the same on any number of hosts, and after a restart."""
 
 import itertools
 import sys
@@ -14,13 +14,13 @@ from v4jax_train.data.dataset import Packs
 from v4jax_train.data.documents import Documents, LoadReport
 from v4jax_train.data.packing import PackSettings
 
-# A document of four tokens has one that is trained and is not its first.
+# Any four tokens include a trained one that is not the first.
 LENGTHS = st.lists(st.integers(4, 600), min_size=1, max_size=30)
 SPLIT = PackSettings(seq_len=256, too_long="split")
 
 
 def documents(lengths: list[int], first: int = 1) -> Documents:
-    """Documents whose tokens are all different, counted from `first`; every third is trained."""
+    """Documents of distinct tokens, counted from `first`; every third token is trained."""
     ids_S = np.arange(first, first + sum(lengths), dtype=np.int32)
     report = LoadReport(rows=len(lengths), wrong=0, first_wrong=(), tokens=sum(lengths), trained=0)
     return Documents(
@@ -33,8 +33,8 @@ def documents(lengths: list[int], first: int = 1) -> Documents:
     )
 
 
-def same(one: Any, other: Any) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def joined(parts: Any) -> dict[str, np.ndarray]:
@@ -43,27 +43,27 @@ def joined(parts: Any) -> dict[str, np.ndarray]:
 
 @settings(deadline=None, max_examples=50)
 @given(LENGTHS, st.integers(1, 3))
-def test_an_epoch_has_every_piece_that_trains_once_with_its_document_and_position(
+def test_an_epoch_has_every_trained_piece_once_with_its_document_and_position(
     lengths, epochs
 ) -> None:
     rows = documents(lengths)
     packs = Packs(rows, SPLIT, epochs=epochs)
     whole = joined([packs[i] for i in range(len(packs))])
-    there = whole["document"] > 0
+    real = whole["document"] > 0
     pieces = [
         range(begin, min(begin + 256, end))
         for end, length in zip(rows.ends_D, lengths, strict=True)
         for begin in range(end - length, end, 256)
     ]
-    kept = [rows.ids_S[list(piece)] for piece in pieces if rows.trained_S[list(piece)[1:]].any()]
-    assert sorted(whole["tokens"][there]) == sorted(np.concatenate(kept).tolist() * epochs)
-    assert not any(whole[name][~there].any() for name in whole)
+    trained = [rows.ids_S[list(piece)] for piece in pieces if rows.trained_S[list(piece)[1:]].any()]
+    assert sorted(whole["tokens"][real]) == sorted(np.concatenate(trained).tolist() * epochs)
+    assert not any(whole[name][~real].any() for name in whole)
     begins = np.concatenate([[0], rows.ends_D[:-1]])
-    owner = np.searchsorted(rows.ends_D, whole["tokens"] - 1, side="right")[there]
-    position = (whole["tokens"][there] - 1 - begins[owner]) % 256
-    assert np.array_equal(whole["position"][there], position)
+    owner = np.searchsorted(rows.ends_D, whole["tokens"] - 1, side="right")[real]
+    position = (whole["tokens"][real] - 1 - begins[owner]) % 256
+    assert np.array_equal(whole["position"][real], position)
     expected = (whole["tokens"] % 3 == 0) & (whole["position"] > 0)
-    assert np.array_equal(whole["trained"], expected & there)
+    assert np.array_equal(whole["trained"], expected & real)
 
 
 def test_documents_of_a_pack_are_numbered_from_1_and_begin_at_multiples_of_128() -> None:
@@ -97,7 +97,7 @@ def test_any_number_of_hosts_reads_the_same_batches(hosts: int) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 12), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
-def test_resuming_on_other_hosts_goes_on_as_if_there_had_been_no_stop(stop, before, after) -> None:
+def test_resuming_on_other_hosts_equals_never_stopping(stop, before, after) -> None:
     iterators = [dataset.iterate(mix(dataset.share(4, i, before))) for i in range(before)]
     for _ in range(stop):
         for iterator in iterators:
@@ -117,17 +117,17 @@ def test_a_mix_keeps_its_weights_and_the_order_of_each_source() -> None:
     first = Packs(documents([100, 300, 20, 250, 130]), SPLIT)
     second = Packs(documents([500, 60, 70], first=5000), SPLIT)
     batches: Any = dataset.batches([first, second], batch=1, weights=[3, 1])
-    seen = [0, 0]
+    counts = [0, 0]
     for step in range(80):
         pack = {name: rows[0] for name, rows in batches[step].items()}
         source = int(pack["tokens"].max() >= 5000)
-        assert same(pack, (first, second)[source][seen[source]])
-        seen[source] += 1
-        assert abs(seen[1] - (step + 1) / 4) <= 1
-    assert seen == [60, 20]
+        assert same(pack, (first, second)[source][counts[source]])
+        counts[source] += 1
+        assert abs(counts[1] - (step + 1) / 4) <= 1
+    assert counts == [60, 20]
 
 
-def test_reading_does_not_depend_on_what_was_read_before() -> None:
+def test_a_pack_does_not_depend_on_what_was_read_before() -> None:
     rows = documents([100, 300, 20, 250, 130])
     forwards = Packs(rows, SPLIT)
     expected = [forwards[i] for i in range(40)]
@@ -138,25 +138,25 @@ def test_reading_does_not_depend_on_what_was_read_before() -> None:
     assert not same(*epochs)
 
 
-def test_the_last_batch_of_a_source_that_ends_is_filled_with_padding() -> None:
+def test_the_last_batch_of_a_finite_source_is_padded() -> None:
     packs = Packs(documents([200] * 5), PackSettings(seq_len=256), epochs=1)
     assert len(packs) == 5
-    read = list(dataset.iterate(dataset.batches([packs], batch=4)))
-    assert len(read) == 2
-    counts = [(batch["document"] > 0).sum(axis=1).tolist() for batch in read]
+    batches = list(dataset.iterate(dataset.batches([packs], batch=4)))
+    assert len(batches) == 2
+    counts = [(batch["document"] > 0).sum(axis=1).tolist() for batch in batches]
     assert counts == [[200] * 4, [200, 0, 0, 0]]
-    assert not any(array[1:].any() for array in read[1].values())
+    assert not any(array[1:].any() for array in batches[1].values())
 
 
-def test_a_document_too_long_is_named_by_file_and_line() -> None:
+def test_a_document_that_is_too_long_is_named_by_file_and_line() -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl:2 has 300 tokens and seq_len is 256"):
         Packs(documents([10, 300]), PackSettings(seq_len=256))
 
 
-def test_what_makes_no_batch_is_refused() -> None:
+def test_invalid_batches_are_rejected() -> None:
     endless, short = (Packs(documents([10]), SPLIT, epochs=epochs) for epochs in (None, 1))
     assert len(endless) == sys.maxsize
-    wrong: list[tuple[str, list[Packs], dict[str, Any]]] = [
+    cases: list[tuple[str, list[Packs], dict[str, Any]]] = [
         ("There are no sources", [], {}),
         (r"weights are \[1\]; give 2 numbers", [endless, endless], {"weights": [1]}),
         (r"weights are \[1, 0\]; give 2 numbers", [endless, endless], {"weights": [1, 0]}),
@@ -165,14 +165,14 @@ def test_what_makes_no_batch_is_refused() -> None:
         (r"part is range\(0, 0\) of a batch of 4", [endless], {"part": range(0)}),
         ("a number of epochs cannot be mixed", [endless, short], {}),
     ]
-    for problem, sources, fields in wrong:
+    for problem, sources, fields in cases:
         with pytest.raises(ValueError, match=problem):
             dataset.batches(sources, batch=4, **fields)
     with pytest.raises(ValueError, match="batch is 6; use a multiple of the 4 groups"):
         dataset.share(6, 0, 4)
 
 
-def test_shares_are_a_batch_side_by_side() -> None:
+def test_shares_partition_a_batch_in_order() -> None:
     for hosts in (1, 2, 3, 6):
         shares = [dataset.share(6, host, hosts) for host in range(hosts)]
         assert list(itertools.chain(*shares)) == list(range(6))

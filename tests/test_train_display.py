@@ -1,4 +1,4 @@
-"""What a run shows: a line that fits its terminal, the time that is left, curves."""
+"""What a run displays: a line that fits the terminal, the remaining time, curves."""
 
 import os
 import pty
@@ -25,7 +25,7 @@ METRICS: dict[str, Any] = {
 }
 
 
-def test_all_metrics_are_in_a_line_that_is_long_enough() -> None:
+def test_a_line_that_is_long_enough_shows_all_metrics() -> None:
     text = display.fitted(display.parts(METRICS, 3725.4), [3.0, 2.5] * 50, 200)
     assert text.endswith(
         "step 123/1000, 1:02:05 left, loss 2.5000, mtp 3.5000, 1,234 tokens/s/device,"
@@ -37,22 +37,24 @@ def test_all_metrics_are_in_a_line_that_is_long_enough() -> None:
 
 @pytest.mark.parametrize("columns", [1, 10, 20, 40, 79, 80, 81, 120])
 def test_a_line_fits_and_no_part_of_it_is_cut(columns: int) -> None:
-    found = display.parts(METRICS, 99.0)
-    text = display.fitted(found, [3.0, 2.0] * 50, columns)
+    parts = display.parts(METRICS, 99.0)
+    text = display.fitted(parts, [3.0, 2.0] * 50, columns)
     assert len(text) < columns
     if columns >= 40:
         assert "step 123/1000, 0:01:39 left" in text
-        assert set(text.split(" ", 1)[1].split(", ")) <= set(found)
+        assert set(text.split(" ", 1)[1].split(", ")) <= set(parts)
     if columns >= 80:
         assert "loss 2.5000" in text
 
 
-def test_a_step_that_was_not_applied_is_seen_on_a_narrow_terminal() -> None:
+def test_a_skipped_step_is_visible_on_a_narrow_terminal() -> None:
     text = display.fitted(display.parts(METRICS | {"skipped": 1.0}), [], 80)
     assert "NOT APPLIED" in text
 
 
-def test_the_remaining_time_is_that_of_the_steps_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remaining_time_is_estimated_from_the_steps_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = iter([100.0, 104.0, 110.0])
     monkeypatch.setattr(display.time, "monotonic", lambda: next(now))
     remaining = display.Remaining()
@@ -62,7 +64,7 @@ def test_the_remaining_time_is_that_of_the_steps_so_far(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(60, 60), (150, 150), (0, 80)])
-def test_the_width_is_that_of_standard_errors_terminal(
+def test_the_line_fits_the_terminal_of_standard_error(
     columns: int, shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
@@ -88,7 +90,7 @@ STEP = b'{"kind": "step", "step": 1, "loss": 2.0}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "has no steps yet"),
         (b'{"kind": "evaluation", "step": 1, "loss": 2.0}\n', "has no steps yet"),
@@ -100,19 +102,19 @@ STEP = b'{"kind": "step", "step": 1, "loss": 2.0}\n'
         (b"17\n", f"{journal.FILE}:1: is no line of metrics"),
     ],
 )
-def test_metrics_that_cannot_be_drawn_are_named(
-    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_metrics_that_cannot_be_plotted_are_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = journal_of(tmp_path / "run", content)
     assert main(["plot", str(run)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert says in err
+    assert message in err
     assert [file.name for file in run.iterdir()] == [journal.FILE]
 
 
-def test_what_is_missing_or_no_number_in_a_line_is_not_drawn(
+def test_missing_and_non_numeric_metrics_are_not_plotted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = b'{"kind": "step", "step": 2, "loss": "low", "rate": null, "gradient_norm": [1]}\n'
@@ -124,7 +126,7 @@ def test_what_is_missing_or_no_number_in_a_line_is_not_drawn(
     assert capsys.readouterr().err == ""
 
 
-def test_a_picture_that_cannot_be_written_is_named(
+def test_an_image_that_cannot_be_written_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = journal_of(tmp_path / "run", STEP)

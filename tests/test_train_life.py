@@ -1,4 +1,4 @@
-"""The life of a run: damaged states, other data, two processes at once, a disk that is full."""
+"""The life of a run: damaged states, changed data, two processes at once, a full disk."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_laye
 
 
 def silent(_: dict[str, Any]) -> None:
-    """Shows nothing."""
+    """Show nothing."""
 
 
 def rows(file: Path, letters: str) -> Path:
@@ -47,7 +47,7 @@ def promotion() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, data and data held out."""
+    """A model, training data and held-out data."""
     directory = tmp_path_factory.mktemp("life")
     random_release.make_checkpoint(directory / "model", SMALL, 0)
     rows(directory / "data.jsonl", "abcdefghijklmnop")
@@ -69,15 +69,15 @@ def settings(place: Path, out: Path, **tables: dict[str, Any]) -> recipe.Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    """A run with states after 2 and 4 steps, to be copied."""
-    assert loop.begin(settings(place, place / "whole"), show=silent).why == "finished"
-    return place / "whole"
+def finished(place: Path) -> Path:
+    """A run with states after 2 and 4 steps, for tests to copy."""
+    assert loop.begin(settings(place, place / "finished"), show=silent).why == "finished"
+    return place / "finished"
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "run")
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def flip(file: Path) -> None:
@@ -98,7 +98,7 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in journal.read(directory, "step")]
 
 
-def test_each_file_of_a_state_is_covered(run: Path, place: Path) -> None:
+def test_damage_to_any_file_of_a_state_is_detected(run: Path, place: Path) -> None:
     for file in sorted(file for file in (run / STATES / "4").rglob("*") if file.is_file()):
         if file.stat().st_size == 0:
             continue
@@ -109,8 +109,8 @@ def test_each_file_of_a_state_is_covered(run: Path, place: Path) -> None:
     assert runs.choose_state(run) == 4
 
 
-def told(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *words: Any) -> str:
-    """The sentence of a command that fails."""
+def error_of(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *words: Any) -> str:
+    """The one-line error of a command that fails."""
     assert command([str(word) for word in words]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -118,7 +118,7 @@ def told(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *words
     return err
 
 
-def test_every_command_names_a_damaged_state_and_the_one_that_is_whole(
+def test_every_command_names_a_damaged_state_and_an_intact_one(
     run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = damage(run)
@@ -130,14 +130,14 @@ def test_every_command_names_a_damaged_state_and_the_one_that_is_whole(
         (v4jax_main, ("merge", model, run, out, "--weights", "bfloat16")),
         (v4jax_main, ("generate", model, "-p", "a", "--adapter", run)),
     ):
-        said = told(capsys, command, *words)
-        assert f"{run / STATES / '4'}: is damaged: {file.relative_to(run / STATES / '4')}" in said
-        assert "--state 2" in said
+        error = error_of(capsys, command, *words)
+        assert f"{run / STATES / '4'}: is damaged: {file.relative_to(run / STATES / '4')}" in error
+        assert "--state 2" in error
         assert not out.exists()
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_older_state_is_read_where_it_is_named(
+def test_an_older_state_is_read_if_named(
     run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = updates.read(run / STATES / "2", SMALL)
@@ -149,20 +149,18 @@ def test_an_older_state_is_read_where_it_is_named(
     capsys.readouterr()
     assert main(["eval", str(run), "--state", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
-    said = told(capsys, main, "resume", run, "--state", "3")
-    assert "has no state of step 3; there are 2, 4." in said
+    error = error_of(capsys, main, "resume", run, "--state", "3")
+    assert "has no state of step 3; there are 2, 4." in error
 
 
-def test_a_run_goes_on_from_an_older_state_as_if_the_newer_had_never_been(
-    run: Path, whole: Path
-) -> None:
+def test_resuming_from_an_older_state_repeats_the_same_run(run: Path, finished: Path) -> None:
     damage(run)
     assert loop.resume(run, show=silent, step=2).step == 4
-    assert losses(run) == losses(whole)
+    assert losses(run) == losses(finished)
     assert runs.choose_state(run) == runs.choose_state(run, best=True) == 4
 
 
-def test_where_no_state_is_whole_that_is_said(run: Path) -> None:
+def test_a_run_without_an_intact_state_says_so(run: Path) -> None:
     damage(run, 2)
     damage(run, 4)
     with pytest.raises(CheckpointError, match="no other state of it is whole"):
@@ -187,29 +185,29 @@ def test_a_state_without_checksums_is_read_with_a_warning(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data", "held_out"])
-def test_a_run_does_not_go_on_with_other_data_unless_told_to(
-    name: str, whole: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_does_not_resume_with_changed_data_unless_asked(
+    name: str, finished: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in ("data", "held_out"):
         shutil.copy(place / f"{file}.jsonl", tmp_path / f"{file}.jsonl")
     files = {"files": [str(tmp_path / "data.jsonl")], "seq_len": 128}
     held_out = {"files": [str(tmp_path / "held_out.jsonl")]}
     moved = settings(place, tmp_path / "run", data=files, evaluation=held_out)
-    run = shutil.copytree(whole, tmp_path / "run")
+    run = shutil.copytree(finished, tmp_path / "run")
     runs.write_recipe(run, moved)
     # Moved, but the same.
     assert loop.resume(run, show=silent).step == 4
     changed = tmp_path / f"{name}.jsonl"
     rows(changed, "zyx")
-    said = told(capsys, main, "resume", run)
-    assert said.startswith(f"v4jax-train resume: {changed}: has changed since the run began")
-    assert "--changed-data" in said
+    error = error_of(capsys, main, "resume", run)
+    assert error.startswith(f"v4jax-train resume: {changed}: has changed since the run began")
+    assert "--changed-data" in error
     assert main(["resume", str(run), "--changed-data"]) == 0
     # From now on it is the run's data.
     assert main(["resume", str(run)]) == 0
 
 
-def test_damaged_or_missing_fingerprints_are_told(run: Path) -> None:
+def test_damaged_or_missing_fingerprints_are_reported(run: Path) -> None:
     (run / fingerprint.FILE).write_text("[{")
     with pytest.raises(ValueError, match=r"data\.json: is damaged"):
         loop.resume(run, show=silent)
@@ -229,19 +227,19 @@ with runs.locked(Path(sys.argv[1])):
 """
 
 
-def test_a_run_is_of_one_process_and_of_none_that_is_dead(
+def test_a_run_belongs_to_one_living_process(
     place: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = tmp_path / "new"
-    go_on = lambda directory: loop.resume(directory, show=silent)
+    resume = lambda directory: loop.resume(directory, show=silent)
     begin = lambda directory: loop.begin(settings(place, directory), show=silent)
-    for directory, start in ((run, go_on), (new, begin)):
-        words = [sys.executable, "-c", HOLDER, str(directory)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+    for directory, start in ((run, resume), (new, begin)):
+        command = [sys.executable, "-c", HOLDER, str(directory)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
             before = sorted(directory.rglob("*"))
-            with pytest.raises(CheckpointError, match="another process is at work there"):
+            with pytest.raises(CheckpointError, match="another process is working there"):
                 start(directory)
             assert sorted(directory.rglob("*")) == before
             holder.send_signal(signal.SIGKILL)
@@ -253,7 +251,7 @@ def test_a_run_is_of_one_process_and_of_none_that_is_dead(
     assert not new.exists()
 
 
-def test_a_run_that_cannot_begin_leaves_no_directory(place: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_directory(place: Path, tmp_path: Path) -> None:
     wrong = settings(place, tmp_path / "run", model={"path": str(tmp_path / "nothing")})
     with pytest.raises(CheckpointError, match="nothing"):
         loop.begin(wrong, show=silent)
@@ -261,20 +259,20 @@ def test_a_run_that_cannot_begin_leaves_no_directory(place: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_the_old_state_survives(run: Path, place: Path) -> None:
     longer = dataclasses.replace(settings(place, run), steps=recipe.Steps(steps=6))
     runs.write_recipe(run, longer)
-    # In kilobytes, a bound on each file: as if the disk were full then.
+    # A limit on the size of each file, in kilobytes: beyond it, as if the disk were full.
     limited = f'ulimit -f 8; exec "{sys.executable}" -m v4jax_train resume "{run}"'
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", limited],
         env=os.environ | quick.ENVIRONMENT,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
-    # The evaluation of step 6 is the best: its state is written first.
+    assert (result.returncode, result.stdout) == (1, "")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("step ")]
+    # Step 6 has the best evaluation, and the best state is written first.
     assert lines == [
         f"v4jax-train resume: {run / BEST}: the state of step 6 cannot be saved: File too large."
         " The one of step 4 is whole. Make room; then 'v4jax-train resume' goes on."
@@ -284,9 +282,9 @@ def test_a_full_disk_is_one_sentence_and_the_old_state_is_whole(run: Path, place
     assert runs.choose_state(run) == 6
 
 
-def limit(most: int) -> None:
-    """Files cannot grow beyond so many bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+def limit(size: int) -> None:
+    """Limit the size of each file, in bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @pytest.fixture
@@ -297,15 +295,15 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_full_disk_stops_the_metrics_with_their_name(tmp_path: Path) -> None:
-    written = journal.Journal(tmp_path)
+def test_a_full_disk_stops_the_metrics_and_their_file_is_named(tmp_path: Path) -> None:
+    metrics = journal.Journal(tmp_path)
     for step in (0, 1):
-        written.write("step", step, loss=1.0)
-    with pytest.raises(OSError, match="No space left") as caught:
-        written.write("step", 2, loss=1.0)
-    written.close()
-    assert caught.value.filename == str(tmp_path / journal.FILE)
+        metrics.write("step", step, loss=1.0)
+    with pytest.raises(OSError, match="No space left") as error:
+        metrics.write("step", 2, loss=1.0)
+    metrics.close()
+    assert error.value.filename == str(tmp_path / journal.FILE)
     limit(resource.RLIM_INFINITY)
-    # What was cut off is dropped.
+    # The incomplete line is dropped.
     journal.Journal(tmp_path, after=99).close()
     assert [line["step"] for line in journal.read(tmp_path, "step")] == [0, 1]

@@ -1,4 +1,4 @@
-"""Whole runs of the command: they learn, stop, are killed, and go on as if nothing had happened."""
+"""Runs of the command: they learn, stop, are killed, and resume as if nothing had happened."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def command(*words: Any) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One device, as on a laptop; what one run has compiled serves the next."""
+    """One device, as on a laptop, and a compilation cache that the runs share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
@@ -93,9 +93,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def run(*words: Any, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words), capture_output=True, text=True)
-    assert done.returncode == status, done.stderr[-3000:]
-    return done
+    result = subprocess.run(command(*words), capture_output=True, text=True)
+    assert result.returncode == status, result.stderr[-3000:]
+    return result
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:
@@ -103,17 +103,17 @@ def losses(directory: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, data: Path, lora_recipe: Path, tmp_path_factory: Any) -> Path:
-    """A run that nothing interrupts."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(lora_recipe, "--model", model, "--data", data, "--out", out)
-    assert f"Ended after step {STEPS}" in done.stdout
+def uninterrupted(model: Path, data: Path, lora_recipe: Path, tmp_path_factory: Any) -> Path:
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    result = run(lora_recipe, "--model", model, "--data", data, "--out", out)
+    assert f"Ended after step {STEPS}" in result.stdout
     return out
 
 
 @pytest.mark.slow
-def test_a_run_writes_down_every_step_and_learns(whole: Path) -> None:
-    lines = journal.read(whole, "step")
+def test_a_run_records_every_step_and_learns(uninterrupted: Path) -> None:
+    lines = journal.read(uninterrupted, "step")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
     for line in lines:
@@ -124,26 +124,26 @@ def test_a_run_writes_down_every_step_and_learns(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_bit_for_bit(
-    whole: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
+def test_a_killed_run_resumes_bit_for_bit(
+    uninterrupted: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     words = (lora_recipe, "--model", model, "--data", data, "--out", out)
     process = subprocess.Popen(command(*words), stderr=subprocess.DEVNULL)
-    # After a state is saved, and before the end.
+    # Kill it after a state is saved and before the end.
     while process.poll() is None and not (out / "states" / "2").is_dir():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # At least the next twenty are compared.
+    # At least the next twenty steps are compared.
     assert len(losses(out)) <= STEPS - 20
     run("resume", out)
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_run_saves_itself_on_sigterm_and_goes_on(
-    whole: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
+def test_a_run_saves_its_state_on_sigterm_and_resumes(
+    uninterrupted: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "ended"
     words = (lora_recipe, "--model", model, "--data", data, "--out", out)
@@ -151,19 +151,19 @@ def test_a_run_saves_itself_on_sigterm_and_goes_on(
     while process.poll() is None and not (out / "metrics.jsonl").is_file():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
+    output, _ = process.communicate()
     assert process.returncode == 143
-    assert b"'v4jax-train resume' goes on" in said
+    assert b"'v4jax-train resume' goes on" in output
     assert 0 < len(losses(out)) < STEPS
     run("resume", out)
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(uninterrupted)
 
 
 @pytest.mark.slow
 def test_the_guides_commands_run(
     model: Path, data: Path, lora_recipe: Path, tmp_path: Path
 ) -> None:
-    """In its order, over a small model and with a small recipe of that name."""
+    """In order, on a small model and with a small recipe of that name."""
     (tmp_path / "configs").mkdir()
     short = lora_recipe.read_text().replace(f"steps = {STEPS}", "steps = 4")
     (tmp_path / "configs" / "train_lora.toml").write_text(short)
@@ -174,8 +174,8 @@ def test_the_guides_commands_run(
     assert len(commands) == 8
     for program, words in commands:
         module = {"v4jax": "v4jax", "v4jax-train": "v4jax_train"}[program]
-        whole = [sys.executable, "-m", module, *shlex.split(words)]
-        done = subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{program} {words}: {done.stderr[-3000:]}"
+        argv = [sys.executable, "-m", module, *shlex.split(words)]
+        result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{program} {words}: {result.stderr[-3000:]}"
     assert list((tmp_path / "PEFT_DIR").glob("*.safetensors"))
     assert list((tmp_path / "HF_DIR").glob("*.safetensors"))

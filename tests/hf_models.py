@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
-# Several threads take longer over matrices this small, the more so beside another worker's.
+# More threads are slower on matrices this small, the more so next to another test worker.
 torch.set_num_threads(1)
 
 SIZES = {
@@ -20,7 +20,7 @@ SIZES = {
     "q_lora_rank": 32,
     "o_groups": 2,
     "o_lora_rank": 16,
-    # Fewer heads make exact ties of ReLU scores, which torch breaks arbitrarily.
+    # With fewer heads ReLU scores tie exactly, and torch breaks ties arbitrarily.
     "index_n_heads": 16,
     "index_head_dim": 32,
     "index_topk": 8,
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def make(ratios: list[int] | None, seed: int, **changes: Any) -> DeepseekV4ForCausalLM:
-    """A float32 model with weights spread enough that routing and retrieval are not degenerate."""
+    """A float32 model with weights large enough that routing and retrieval are not degenerate."""
     schedule = (
         {} if ratios is None else {"compress_ratios": ratios, "num_hidden_layers": len(ratios)}
     )
@@ -71,12 +71,12 @@ def logits(model: torch.nn.Module, tokens_BT: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens_BT)).logits.numpy()
 
 
-def greedy(model: DeepseekV4ForCausalLM, prompt: list[int], new: int) -> list[int]:
-    """Greedy continuation with transformers' own cache, end-of-sequence tokens ignored."""
+def greedy(model: DeepseekV4ForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation with transformers' own cache; end-of-sequence tokens are ignored."""
     with torch.no_grad():
         out = model(torch.tensor([prompt]), use_cache=True)
         tokens = []
-        for _ in range(new):
+        for _ in range(count):
             tokens.append(int(out.logits[0, -1].argmax()))
             out = model(
                 torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True

@@ -25,7 +25,7 @@ SLIDING, CSA, HCA = ("sliding", 0), ("csa", 4), ("hca", 16)
 
 
 def config(*attention: tuple[Any, int], hashed: int = 1, **changes: Any) -> ModelConfig:
-    """A configuration in which every mechanism shows within a hundred tokens."""
+    """A configuration in which every mechanism takes effect within a hundred tokens."""
     layers = tuple(
         LayerKind(kind, ratio, "hash" if i < hashed else "routed")
         for i, (kind, ratio) in enumerate(attention)
@@ -95,13 +95,13 @@ class Runner:
 
 
 def whole(cfg: ModelConfig, tokens_BT: np.ndarray, numerics: Numerics = HF) -> np.ndarray:
-    """Logits of the text as one chunk."""
+    """Logits of the tokens fed as one chunk."""
     batch, length = tokens_BT.shape
     return Runner(cfg, batch, max(length, 16), numerics).feed(tokens_BT)
 
 
 def from_release(release: dict[str, np.ndarray], cfg: ModelConfig) -> Model:
-    """A float32 model from arrays under the release's names."""
+    """A float32 model from arrays under the release's tensor names."""
 
     def stack(names: Any) -> np.ndarray:
         if isinstance(names, str):
@@ -117,7 +117,7 @@ def from_release(release: dict[str, np.ndarray], cfg: ModelConfig) -> Model:
 
 @contextlib.contextmanager
 def programs() -> Iterator[list[str]]:
-    """The names of the functions that are compiled meanwhile."""
+    """Collect the names of the functions compiled in this context."""
     compiled: list[str] = []
 
     def note(event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -1,7 +1,7 @@
-"""DeepSeek-V4 a second time, in plain NumPy: the yardstick the library's tests measure against.
+"""DeepSeek-V4 once more, in plain NumPy: the reference that the library's tests compare with.
 
-Written from the report (arXiv 2606.19348) and the behaviour of DeepSeek's released inference code,
-and sharing no line with the library. It favours the obvious form over the fast one.
+Written from the report (arXiv 2606.19348) and the behaviour of DeepSeek's released inference code.
+It shares no code with the library, and prefers obvious code to fast code.
 """
 
 from tests.oracle.model import Output, forward, mtp_forward

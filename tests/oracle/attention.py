@@ -1,7 +1,7 @@
 """Attention of one layer over a whole sequence: window, compressed entries and their indexer.
 
-Report section 2.3. Axis letters: B batch, T tokens, S compressed entries, P slots which are pooled
-into one entry, D hidden, R query rank, H heads, K head dim, I index heads, J index head dim,
+Report section 2.3. Axis letters: B batch, T tokens, S compressed entries, P slots pooled into
+one entry, D hidden, R query rank, H heads, K head dim, I index heads, J index head dim,
 G output groups, U keys of a query (T window positions, then S entries).
 """
 
@@ -27,17 +27,17 @@ KV_BLOCK = 64
 def compress(
     p: Weights, x_BTD: Float[np.ndarray, "B T D"], ratio: int, s: Settings, *, overlap: bool
 ) -> Float[np.ndarray, "B S K"]:
-    """One rotated entry per complete window of `ratio` tokens; incomplete ones give none.
+    """One rotated entry per complete window of `ratio` tokens; incomplete windows have none.
 
-    With `overlap` a token has two halves of channels: the first is pooled into the entry of the
-    next window, the second into that of its own.
+    With `overlap` the first half of a token's channels is pooled into the entry of the next window,
+    the second half into the entry of its own.
     """
     batch, n_tokens, _ = x_BTD.shape
     n = n_tokens // ratio
-    whole = x_BTD[:, : n * ratio]
+    complete = x_BTD[:, : n * ratio]
     window_shape = (batch, n, *p["ape"].shape)
-    value = linear(whole, p["wkv.weight"]).reshape(window_shape)
-    score = linear(whole, p["wgate.weight"]).reshape(window_shape) + p["ape"]
+    value = linear(complete, p["wkv.weight"]).reshape(window_shape)
+    score = linear(complete, p["wgate.weight"]).reshape(window_shape) + p["ape"]
     if overlap:
         value, score = _with_previous(value, 0.0), _with_previous(score, -np.inf)
     pooled_BSK = np.sum(softmax(score, axis=2) * value, axis=2)
@@ -48,16 +48,16 @@ def compress(
 def _with_previous(
     x_BSPC: Float[np.ndarray, "B S P 2*K"], before_first: float
 ) -> Float[np.ndarray, "B S 2*P K"]:
-    """Slots of the window before (first half of the channels), then of the window (second half)."""
+    """Slots of the previous window (first half of the channels), then of this one (second half)."""
     half = x_BSPC.shape[-1] // 2
-    own, served = x_BSPC[..., half:], x_BSPC[..., :half]
-    first = np.full_like(served[:, :1], before_first)
-    previous = np.concatenate([first, served], axis=1)[:, : x_BSPC.shape[1]]
+    own, forwarded = x_BSPC[..., half:], x_BSPC[..., :half]
+    padding = np.full_like(forwarded[:, :1], before_first)
+    previous = np.concatenate([padding, forwarded], axis=1)[:, : x_BSPC.shape[1]]
     return np.concatenate([previous, own], axis=2)
 
 
 def causal_entries(n_tokens: int, ratio: int) -> Bool[np.ndarray, "T S"]:
-    """Entry s is seen from the last token of its own window on."""
+    """Entry s is visible from the last token of its own window on."""
     complete_T1 = (np.arange(n_tokens)[:, None] + 1) // ratio
     return np.arange(n_tokens // ratio) < complete_T1
 
@@ -69,7 +69,7 @@ def index_scores(
     ratio: int,
     s: Settings,
 ) -> Float[np.ndarray, "B T S"]:
-    """How much each query wants each entry, causal or not."""
+    """The score of each entry for each query, causal or not."""
     batch, n_tokens, _ = x_BTD.shape
     n_heads, n_dim = s["index_n_heads"], s["index_head_dim"]
     q_BTIJ = quant_linear(qr_BTR, p["wq_b.weight"], s).reshape(batch, n_tokens, n_heads, n_dim)
@@ -86,7 +86,7 @@ def index_scores(
 def best_entries(
     score_BTS: Float[np.ndarray, "B T S"], causal_TS: Bool[np.ndarray, "T S"], top_k: int
 ) -> Bool[np.ndarray, "B T S"]:
-    """The `top_k` causal entries of highest score; of equals, the earlier ones."""
+    """The `top_k` causal entries with the highest scores; ties go to the earlier entry."""
     order = np.argsort(-np.where(causal_TS, score_BTS, -np.inf), axis=-1, kind="stable")
     chosen_BTS = np.zeros(score_BTS.shape, dtype=bool)
     np.put_along_axis(chosen_BTS, order[..., :top_k], True, axis=-1)
@@ -99,7 +99,7 @@ def attend(
     visible_BTU: Bool[np.ndarray, "B T U"],
     sink_H: Float[np.ndarray, " H"],
 ) -> Float[np.ndarray, "B T H K"]:
-    """One softmax over the visible keys, which are the values too; each head's sink has a share."""
+    """One softmax over the visible keys, which are also the values, and each head's sink."""
     score = np.einsum("bthk,buk->bthu", q_BTHK, kv_BUK, optimize=True) * q_BTHK.shape[-1] ** -0.5
     score = np.where(visible_BTU[:, :, None], score, -np.inf)
     top = score.max(axis=-1, keepdims=True)
@@ -109,7 +109,7 @@ def attend(
 
 
 def _rounded_kv(kv: Float[np.ndarray, "B n K"], s: Settings) -> Float[np.ndarray, "B n K"]:
-    """The KV cache keeps rope dims as they are and the others in FP8."""
+    """KV as the official cache keeps it: rope dims unrounded, the others in FP8."""
     if not s.official:
         return kv
     n_rope = s["qk_rope_head_dim"]
@@ -126,7 +126,7 @@ def _compressed_keys(
     ratio: int,
     s: Settings,
 ) -> tuple[Float[np.ndarray, "B S K"], Bool[np.ndarray, "B T S"]]:
-    """Compressed entries, and which query sees which."""
+    """Compressed entries, and which query sees which of them."""
     batch, n_tokens, _ = x_BTD.shape
     entry_BSK = compress(scope(p, "compressor.", s), x_BTD, ratio, s, overlap=kind == "csa")
     causal_TS = causal_entries(n_tokens, ratio)
@@ -152,11 +152,11 @@ def attention(
     """A layer's attention over a sequence that starts at position 0.
 
     Args:
-      p: the layer's weights below `attn.`.
-      x_BTD: normed input.
+      p: the layer's weights under `attn.`.
+      x_BTD: normalised input.
       kind: "sliding", "csa" or "hca".
       ratio: tokens per compressed entry; unused by "sliding".
-      s: settings.
+      s: settings of the computation.
     """
     batch, n_tokens, _ = x_BTD.shape
     compressed = kind != "sliding"
@@ -173,9 +173,9 @@ def attention(
     window_TT = (age_TT >= 0) & (age_TT < s["sliding_window"])
     visible_BTU = np.broadcast_to(window_TT, (batch, *window_TT.shape))
     if compressed:
-        entry_BSK, seen_BTS = _compressed_keys(p, x_BTD, qr_BTR, kind, ratio, s)
+        entry_BSK, entry_visible_BTS = _compressed_keys(p, x_BTD, qr_BTR, kind, ratio, s)
         kv_BUK = np.concatenate([kv_BUK, entry_BSK], axis=1)
-        visible_BTU = np.concatenate([visible_BTU, seen_BTS], axis=2)
+        visible_BTU = np.concatenate([visible_BTU, entry_visible_BTS], axis=2)
 
     out_BTHK = attend(q_BTHK, kv_BUK, visible_BTU, p["attn_sink"])
     out_BTHK = rope(out_BTHK, positions, s, compressed=compressed, inverse=True)

@@ -1,4 +1,4 @@
-"""The number formats of the released checkpoints, each as a table of the values its codes mean.
+"""The number formats of the released checkpoints, each as a table of its codes' values.
 
 Codes are uint8 arrays, values float64. Axis letters: O output rows and I inputs of a weight matrix;
 `...` is any leading shape.
@@ -50,9 +50,9 @@ def _nearest_code(
 ) -> UInt8[np.ndarray, "..."]:
     midpoints = (positive[1:] + positive[:-1]) / 2
     magnitude = np.minimum(np.abs(x).astype(np.float64), positive[-1])
-    code = np.searchsorted(midpoints, magnitude, side="left")  # a tie lands on the lower code
+    code = np.searchsorted(midpoints, magnitude, side="left")  # a tie gets the lower code
     tie = magnitude == np.append(midpoints, np.inf)[code]
-    code = code + (tie & (code % 2 == 1))  # an even code is an even mantissa
+    code = code + (tie & (code % 2 == 1))  # an even code has an even mantissa
     return (code | np.where(np.signbit(x), sign_bit, 0)).astype(np.uint8)
 
 
@@ -66,7 +66,7 @@ def encode_e2m1(x: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     """FP4 E2M1 codes: clamped to +-6, then rounded to nearest, ties to even mantissa.
 
     Raises:
-      ValueError: `x` has a NaN, which the format cannot say.
+      ValueError: `x` has a NaN, which the format cannot represent.
     """
     if np.isnan(x).any():
         raise ValueError("encode_e2m1: NaN has no E2M1 code; look for its origin upstream.")
@@ -76,7 +76,7 @@ def encode_e2m1(x: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
 def dequantize_fp8(
     codes_OI: UInt8[np.ndarray, "O I"], scales: Float[np.ndarray, "o i"], block: int = 128
 ) -> Float[np.ndarray, "O I"]:
-    """A matrix stored as E4M3 with one scale per `block` x `block` tile; edge tiles may be cut."""
+    """A matrix stored as E4M3, one scale per `block` x `block` tile; edge tiles may be partial."""
     scale_OI = np.repeat(np.repeat(scales, block, axis=0), block, axis=1)
     n_out, n_in = codes_OI.shape
     return decode_e4m3(codes_OI) * scale_OI[:n_out, :n_in]
@@ -85,7 +85,7 @@ def dequantize_fp8(
 def dequantize_fp4(
     packed: Int[np.ndarray, "O half_I"], scales: Float[np.ndarray, "O i"], block: int = 32
 ) -> Float[np.ndarray, "O I"]:
-    """A matrix stored as E2M1, two inputs a byte, low nibble first, one scale per row and block."""
+    """A matrix in E2M1, two inputs per byte (low nibble first), one scale per row and block."""
     byte = packed.view(np.uint8)
     codes_OI = np.stack([byte & 0xF, byte >> 4], axis=-1).reshape(len(packed), -1)
     scale_OI = np.repeat(scales, block, axis=1)[:, : codes_OI.shape[1]]
@@ -93,7 +93,7 @@ def dequantize_fp4(
 
 
 def power_of_two_at_least(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """The smallest power of two that is not below positive `x`."""
+    """The smallest power of two that is at least `x`, for positive `x`."""
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.ones_like(x), exponent - (mantissa == 0.5))
 
@@ -101,7 +101,7 @@ def power_of_two_at_least(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "...
 def fake_quant_fp8(
     x: Float[np.ndarray, "... n"], block: int, amax_floor: float = FP8_AMAX_FLOOR
 ) -> Float[np.ndarray, "... n"]:
-    """Round `x` to E4M3 times a power of two per `block` of the last axis; the last may be short.
+    """Round `x` to E4M3 times a power of two per `block` channels; the last block may be short.
 
     The scale is the smallest power of two that brings max(|block|, amax_floor) within 448.
     """
@@ -130,7 +130,7 @@ def _fake_quant(
 
 
 def hadamard(x: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:
-    """Orthonormal Walsh-Hadamard transform of the last axis, in Sylvester's order, no signs.
+    """Orthonormal Walsh-Hadamard transform of the last axis, in Sylvester order, without signs.
 
     Raises:
       ValueError: the last axis is not a power of two.

@@ -1,4 +1,4 @@
-"""The whole of DeepSeek-V4 over whole sequences: hyper-connections, experts, blocks, heads, MTP.
+"""All of DeepSeek-V4 over complete sequences: hyper-connections, experts, blocks, heads, MTP.
 
 Axis letters: B batch, T tokens, D hidden, N hyper-connection streams (M where a second letter is
 needed), X tokens of all rows together, E experts, C experts chosen per token, V vocabulary.
@@ -40,7 +40,7 @@ def _mixes(
 
 
 def sinkhorn(logits: Float[np.ndarray, "... N M"], s: Settings) -> Float[np.ndarray, "... N M"]:
-    """Towards a doubly stochastic matrix: rows (a softmax first), then columns, in turn."""
+    """A nearly doubly stochastic matrix: rows (first by softmax) and columns normalised in turn."""
     eps = s["hc_eps"]
     comb = softmax(logits, axis=-1) + eps
     comb = comb / (comb.sum(axis=-2, keepdims=True) + eps)
@@ -53,7 +53,7 @@ def sinkhorn(logits: Float[np.ndarray, "... N M"], s: Settings) -> Float[np.ndar
 def merge_streams(
     x_BTND: Float[np.ndarray, "B T N D"], p: Weights, s: Settings
 ) -> Float[np.ndarray, "B T D"]:
-    """The head's view of the streams: their sum, weighted by gates that depend on them."""
+    """The head's input: the sum of the streams, weighted by gates computed from them."""
     mix = _mixes(x_BTND, p["hc_head_fn"], s)
     gate_BTN = sigmoid(mix * p["hc_head_scale"] + p["hc_head_base"]) + s["hc_eps"]
     return np.einsum("btn,btnd->btd", gate_BTN, x_BTND)
@@ -68,8 +68,8 @@ def hyper_connected(
 ) -> Float[np.ndarray, "B T N D"]:
     """Read one input from the streams, run `sublayer`, write its output back to all of them.
 
-    Report section 2.2. `name` is "attn" or "ffn"; `sublayer` maps [B, T, D] to [B, T, D] and takes
-    its input normed.
+    Report section 2.2. `name` is "attn" or "ffn"; `sublayer` maps [B, T, D] to [B, T, D]; its
+    input is normalised.
     """
     n = s["hc_mult"]
     mix = _mixes(x_BTND, p[f"hc_{name}_fn"], s)
@@ -89,8 +89,8 @@ def route(
 ) -> Float[np.ndarray, "X E"]:
     """The weight of every expert for every token, zero where it is not chosen.
 
-    A layer with `gate.tid2eid` looks its experts up by token id; another takes the best by score
-    plus bias. Should a row of `tid2eid` repeat an expert, DeepSeek's code counts it once and
+    A layer with `gate.tid2eid` looks up its experts by token id; any other takes the best by score
+    plus bias. If a row of `tid2eid` repeats an expert, DeepSeek's code counts it once and
     transformers twice.
     """
     score_XE = np.sqrt(np.logaddexp(0, linear(x_XD, p["gate.weight"])))
@@ -116,7 +116,7 @@ def expert(
     weight_X1: Float[np.ndarray, "X 1"],
     s: Settings,
 ) -> Float[np.ndarray, "X D"]:
-    """A clamped SwiGLU. The routing weight acts before `w2`, thus before its input is rounded."""
+    """A clamped SwiGLU. The routing weight is applied before `w2` rounds its input."""
     limit = s["swiglu_limit"]
     gate = np.minimum(quant_linear(x_XD, p[f"{prefix}w1.weight"], s), limit)
     up = np.clip(quant_linear(x_XD, p[f"{prefix}w3.weight"], s), -limit, limit)
@@ -126,7 +126,7 @@ def expert(
 def feed_forward(
     p: Weights, x_BTD: Float[np.ndarray, "B T D"], tokens_BT: Int[np.ndarray, "B T"], s: Settings
 ) -> Float[np.ndarray, "B T D"]:
-    """The chosen experts and the shared one, which is clamped like them."""
+    """The chosen experts plus the shared one, which is clamped as they are."""
     x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
     weight_XE = route(p, x_XD, tokens_BT.reshape(-1), s)
     out_XD = expert(p, "shared_experts.", x_XD, np.ones((len(x_XD), 1), s.dtype), s)
@@ -151,23 +151,23 @@ def block(
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(kind, ratio) of each backbone layer; the released list has the MTP layers' after them.
+    """(kind, ratio) of each backbone layer; the released list ends with those of the MTP layers.
 
-    `layer_kinds` in the config, of "sliding", "csa" and "hca", is for ratios whose kind the ratio
-    does not tell: without it 0 is sliding, 4 is CSA and any other is HCA.
+    `layer_kinds` in the config, a list of "sliding", "csa" and "hca", overrides the kinds that the
+    ratios imply: 0 is sliding, 4 is CSA and any other is HCA.
     """
     ratios = config["compress_ratios"][: config["num_hidden_layers"]]
-    told = [{0: "sliding", 4: "csa"}.get(ratio, "hca") for ratio in ratios]
-    return list(zip(config.get("layer_kinds", told), ratios, strict=True))
+    implied = [{0: "sliding", 4: "csa"}.get(ratio, "hca") for ratio in ratios]
+    return list(zip(config.get("layer_kinds", implied), ratios, strict=True))
 
 
 def _head(
     x_BTND: Float[np.ndarray, "B T N D"],
-    own: Weights,
+    p: Weights,
     head_VD: Float[np.ndarray, "V D"],
     s: Settings,
 ) -> Output:
-    x_BTD = rms_norm(merge_streams(x_BTND, own, s), own["norm.weight"], s)
+    x_BTD = rms_norm(merge_streams(x_BTND, p, s), p["norm.weight"], s)
     return Output(linear(x_BTD, head_VD), x_BTND)
 
 
@@ -182,18 +182,18 @@ def forward(
 ) -> Output:
     """Logits and streams of sequences that start at position 0.
 
-    All arithmetic is in `dtype`: none of the BF16 casts of DeepSeek's code is imitated, so in
-    float64 what is left of its numerics is exactly the roundings named below, on exact values.
+    All arithmetic is in `dtype`: the BF16 casts of DeepSeek's code are left out, so in float64 the
+    only roundings are those named below, of exact values.
 
     Args:
-      weights: dequantised, by their names in DeepSeek's release; matrices are [out, in].
-      config: the released config.json as a dict, `layer_kinds` optionally beside it.
-      tokens: token ids, int.
-      numerics: "hf" is the function without any rounding, which transformers computes. "official"
-        adds Hadamard and FP4 rounding of the indexer's queries and keys, and FP8 rounding of the
-        KV's dims without rope.
+      weights: dequantised weights under DeepSeek's release names; matrices are [out, in].
+      config: the released config.json as a dict, optionally with `layer_kinds`.
+      tokens: token ids.
+      numerics: "hf" computes what transformers does, without any rounding. "official" adds the
+        Hadamard transform and FP4 rounding of the indexer's queries and keys, and FP8 rounding of
+        the KV's non-rope dims.
       dtype: np.float64 or np.float32.
-      linear_quant: also round the input of each linear that the release stores in FP8 or FP4.
+      linear_quant: also round the input of each linear whose weight is released in FP8 or FP4.
 
     Raises:
       ValueError: an unknown `numerics`, or `linear_quant` without "official".
@@ -217,21 +217,21 @@ def mtp_forward(
     linear_quant: bool = False,
     index: int = 0,
 ) -> Output:
-    """The MTP module of the preview releases: what follows `next_tokens`, given the backbone.
+    """The MTP module of the preview releases: predicts the token after each of `next_tokens`.
 
-    Position t takes the backbone's streams of t and the embedding of the token at t + 1, and stands
-    at position t itself. The module is one sliding layer with scored experts between its own norms
-    and its own hyper-connection head; embedding and output matrix are the backbone's.
+    Position t combines the backbone's streams at t with the embedding of the token at t + 1, and
+    keeps position t. The module is one sliding layer with scored experts between its own norms and
+    its own hyper-connection head; embedding and output matrix are the backbone's.
 
     Args:
-      weights: as `forward`, with `mtp.{index}.` among them.
-      config: as `forward`.
+      weights: as in `forward`, with those under `mtp.{index}.`.
+      config: as in `forward`.
       streams: `Output.streams` of the backbone, from position 0.
-      next_tokens: token ids, one place later than those which gave `streams`.
-      numerics: as `forward`; so are `dtype` and `linear_quant`.
-      dtype: see there.
-      linear_quant: see there.
-      index: which module.
+      next_tokens: token ids, one position after those that `streams` come from.
+      numerics: as in `forward`.
+      dtype: as in `forward`.
+      linear_quant: as in `forward`.
+      index: number of the module.
     """
     s = make_settings(config, numerics, dtype, linear_quant)
     p = scope(weights, f"mtp.{index}.", s)

@@ -1,4 +1,4 @@
-"""What every layer of the oracle is made of: settings, norms, linears and rotary positions.
+"""Building blocks of the oracle's layers: settings, norms, linears and rotary embedding.
 
 Axis letters: B batch, T tokens, R rope dims (pairs x 2); `...` is any leading shape.
 """
@@ -18,7 +18,7 @@ LINEAR_BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A released config.json and the way to compute it."""
+    """A released config.json and how to compute the model."""
 
     config: Mapping[str, Any]
     official: bool
@@ -33,16 +33,16 @@ class Settings:
 def make_settings(
     config: Mapping[str, Any], numerics: str, dtype: type[np.floating], linear_quant: bool
 ) -> Settings:
-    """Check the three switches against each other."""
+    """Settings whose switches are checked against each other."""
     if numerics not in ("hf", "official"):
         raise ValueError(f"numerics is {numerics!r}; it must be 'hf' or 'official'.")
     if linear_quant and numerics == "hf":
-        raise ValueError("linear_quant rounds, and numerics='hf' does not; use 'official'.")
+        raise ValueError("linear_quant rounds and numerics='hf' does not; use 'official'.")
     return Settings(config, numerics == "official", dtype, linear_quant)
 
 
 def scope(weights: Weights, prefix: str, s: Settings) -> dict[str, np.ndarray]:
-    """The weights below `prefix`, without it, in the dtype of the computation."""
+    """The weights under `prefix`, which their names lose, in the dtype of the computation."""
     return {
         name.removeprefix(prefix): _cast(w, s)
         for name, w in weights.items()
@@ -61,7 +61,7 @@ def sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def softmax(x: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
-    """Softmax over one axis, on which at least one score is finite."""
+    """Softmax over one axis, along which at least one score must be finite."""
     e = np.exp(x - x.max(axis=axis, keepdims=True))
     return e / e.sum(axis=axis, keepdims=True)
 
@@ -81,16 +81,16 @@ def rms_norm(
 def linear(
     x: Float[np.ndarray, "... i"], w: Float[np.ndarray, "o i"]
 ) -> Float[np.ndarray, "... o"]:
-    """`x` through an [out, in] matrix which the release keeps in BF16 or float32."""
+    """`x` times an [out, in] matrix that is released in BF16 or float32."""
     return x @ w.T
 
 
 def quant_linear(
     x: Float[np.ndarray, "... i"], w: Float[np.ndarray, "o i"], s: Settings
 ) -> Float[np.ndarray, "... o"]:
-    """`x` through an [out, in] matrix which the release keeps in FP8 or FP4.
+    """`x` times an [out, in] matrix that is released in FP8 or FP4.
 
-    With `linear_quant` the input is rounded to FP8 first, per token and 128 inputs.
+    With `linear_quant` the input is rounded to FP8 first, per token and block of 128 channels.
     """
     return (formats.fake_quant_fp8(x, LINEAR_BLOCK) if s.linear_quant else x) @ w.T
 
@@ -129,12 +129,12 @@ def rope(
     compressed: bool,
     inverse: bool = False,
 ) -> Float[np.ndarray, "B T ... n"]:
-    """Turn the last `qk_rope_head_dim` dims of `x`, in neighbouring pairs, by their position."""
+    """Rotate the last `qk_rope_head_dim` dims of `x`, in adjacent pairs, by their position."""
     n_rope = s["qk_rope_head_dim"]
     angle = positions_T.astype(s.dtype)[:, None] * rope_frequencies(s, compressed)
     angle = angle.reshape(len(positions_T), *[1] * (x.ndim - 3), n_rope // 2)
     cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
     tail = x[..., -n_rope:]
     real, imag = tail[..., 0::2], tail[..., 1::2]
-    turned = np.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
-    return np.concatenate([x[..., :-n_rope], turned.reshape(tail.shape)], axis=-1)
+    rotated = np.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
+    return np.concatenate([x[..., :-n_rope], rotated.reshape(tail.shape)], axis=-1)

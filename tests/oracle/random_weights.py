@@ -1,4 +1,4 @@
-"""Small configurations and random weights, both in the spelling of DeepSeek's releases."""
+"""Small configurations and random weights, both under the names of DeepSeek's releases."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -183,9 +183,9 @@ def random_weights(
 ) -> dict[str, np.ndarray]:
     """Random float32 weights (int64 `tid2eid`) under release names.
 
-    Matrices keep the size of what they multiply, times `scale`; so at 1 every gate, score and
-    router logit is of order one and neither routing nor the choice of entries is degenerate. Rows
-    of `tid2eid` hold distinct experts.
+    Matrices preserve the magnitude of their inputs, times `scale`: at 1 every gate, score and
+    router logit is of order one, and neither routing nor the choice of entries is degenerate. Each
+    row of `tid2eid` holds distinct experts.
     """
     rng = np.random.default_rng(seed)
     n_experts = config["n_routed_experts"]

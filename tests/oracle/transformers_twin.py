@@ -1,4 +1,4 @@
-"""The oracle's weights and configs in transformers' DeepseekV4ForCausalLM; this needs torch."""
+"""The oracle's weights and configs in transformers' DeepseekV4ForCausalLM (needs torch)."""
 
 import re
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ LAYER_TYPES = {
 
 
 def hf_name(name: str) -> str:
-    """The name in transformers of a tensor it keeps as it is."""
+    """The name in transformers of a tensor that it stores unchanged."""
     for pattern, replacement in HF_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def hf_state(weights: Weights, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A state dict of transformers: experts stacked, `w1` above `w3`; MTP is left out."""
+    """A state dict for transformers: experts stacked, `w1` above `w3`, without MTP."""
     state = {
         hf_name(name): w
         for name, w in weights.items()
@@ -76,13 +76,13 @@ def hf_state(weights: Weights, config: Mapping[str, Any]) -> dict[str, torch.Ten
 def hf_model(
     weights: Weights, config: Mapping[str, Any], dtype: torch.dtype
 ) -> DeepseekV4ForCausalLM:
-    """A transformers model in evaluation mode which holds `weights`.
+    """A transformers model with these weights, in evaluation mode.
 
-    It knows one ratio for all CSA layers and one for all HCA layers.
+    transformers has one ratio for all CSA layers and one for all HCA layers.
     """
     kinds = layer_kinds(config)
-    ours_only = ("architectures", "layer_kinds", "compress_ratios", "expert_dtype")
-    settings = {k: v for k, v in config.items() if k not in ours_only}
+    oracle_only = ("architectures", "layer_kinds", "compress_ratios", "expert_dtype")
+    settings = {k: v for k, v in config.items() if k not in oracle_only}
     hf_config = DeepseekV4Config(
         **settings,
         layer_types=[LAYER_TYPES[kind] for kind, _ in kinds],

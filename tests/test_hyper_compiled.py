@@ -23,7 +23,7 @@ OPS = {
     "post": hyper.post,
     "head": functools.partial(hyper.head, **NORM),
 }
-STREAMS_OF = {"pre": 1, "post": 2, "head": 1}  # times that the op reads or writes the streams
+STREAMS_OF = {"pre": 1, "post": 2, "head": 1}  # how often the op reads or writes the streams
 
 
 def structs(op: str, shape: Shape, B: int, T: int, dtype: Any = jnp.bfloat16) -> list[Any]:
@@ -40,7 +40,7 @@ def structs(op: str, shape: Shape, B: int, T: int, dtype: Any = jnp.bfloat16) ->
 
 
 def arrays(op: str, shape: Shape, B: int, T: int, dtype: Any = jnp.bfloat16) -> list[Any]:
-    """Projections give logits of a few units."""
+    """Random inputs, with projections scaled to logits of order one."""
     rng = np.random.default_rng(len(op))
     args = [jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in structs(op, shape, B, T, dtype)]
     return args if op == "post" else [args[0], args[1] * args[1].shape[1] ** -0.5, *args[2:]]
@@ -60,17 +60,17 @@ def test_kernels_equal_the_reference(op: str, N: int, B: int, T: int, dtype: Any
     shape = Shape(streams=N, hidden=256)
     args = arrays(op, shape, B, T, dtype)
     with interpreted():
-        got = jax.jit(run(op, shape, impl="tpu"))(*args)
+        actual = jax.jit(run(op, shape, impl="tpu"))(*args)
     expected = run(op, shape, impl="reference")(*args)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == theirs.dtype
-        # Sums of a thousand float32 in another order; then perhaps the next bfloat16, 2^-7 away.
+        # Sums of a thousand float32 terms in another order; rounded, perhaps one bfloat16 ulp off.
         tolerance = 1e-5 if ours.dtype == jnp.float32 else 2.0**-7
         as64 = lambda x: np.asarray(x, np.float64)
         np.testing.assert_allclose(as64(ours), as64(theirs), rtol=tolerance, atol=1e-5)
 
 
-def test_no_race_with_two_cores() -> None:
+def test_two_cores_do_not_race() -> None:
     shape = Shape(streams=2, hidden=128)
     with interpreted(detect_races=True, num_cores_or_threads=2):
         for op in ("pre", "post"):
@@ -79,13 +79,13 @@ def test_no_race_with_two_cores() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradients_are_the_references(op: str) -> None:
+def test_gradients_match_the_reference(op: str) -> None:
     shape = Shape(streams=2, hidden=8)
     args = arrays(op, shape, 1, 3, jnp.float32)
 
-    def gradients(settings: dict[str, Any], form: Any) -> Any:
+    def gradients(settings: dict[str, Any], module: Any) -> Any:
         def loss(*args: Any) -> Any:
-            leaves = jax.tree.leaves(getattr(form, op)(*args, **settings))
+            leaves = jax.tree.leaves(getattr(module, op)(*args, **settings))
             return sum(jnp.sum(leaf * jnp.cos(leaf)) for leaf in leaves)
 
         return jax.jit(jax.grad(loss, range(len(args))))(*args)
@@ -106,7 +106,7 @@ def test_tpus_read_the_streams_once(target: Any, name: str, op: str) -> None:
     for B, T in ((8, 1), (1, 4096)):
         program = targets.compiled(target, run(op, shape), *structs(op, shape, B, T))
         assert (program.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1
-        # What is left to XLA around the kernel: the mixing weights, 96 bytes of a token.
+        # What is left to XLA around the kernel: the mixing weights, 96 bytes per token.
         assert targets.temporaries(program) <= 2**21
         cost = program.cost_analysis()
         assert cost is not None
@@ -124,14 +124,14 @@ def test_any_number_of_tokens_compiles() -> None:
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
-def test_gpus_keep_no_streams_between(name: str, op: str) -> None:
+def test_gpus_need_no_temporary_streams(name: str, op: str) -> None:
     shape = SHAPES[name]
     program = targets.compiled("h200", run(op, shape), *structs(op, shape, 1, 4096))
     assert targets.temporaries(program) <= 2**21
 
 
 @pytest.mark.full_compilation
-def test_weights_of_fewer_bits_are_left_to_xla() -> None:
+def test_narrower_weights_are_left_to_xla() -> None:
     shape = Shape(streams=2, hidden=128)
     output, x, *weights = arrays("post", shape, 1, 2)
     weights = [weight.astype(jnp.bfloat16) for weight in weights]

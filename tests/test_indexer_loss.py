@@ -1,4 +1,4 @@
-"""The indexer's divergence from attention, against plain maths in float64."""
+"""The indexer's divergence from attention, against float64 NumPy."""
 
 from typing import Any
 
@@ -20,10 +20,12 @@ def arguments(seed: int = 0) -> tuple[Any, Any]:
     return index, (draw(B, T, H, K), draw(B, T + WINDOW, K), draw(B, S, K), draw(H))
 
 
-def plain(index: Any, attention: Any, visible: Any, hidden: Any, first: Any) -> np.ndarray:
+def divergence_in_numpy(
+    index: Any, attention: Any, visible: Any, hidden: Any, first: Any
+) -> np.ndarray:
     q, weights, keys = (np.asarray(x, np.float64) for x in index)
     query, window, pool, sink = (np.asarray(x, np.float64) for x in attention)
-    found = np.zeros((B, T))
+    out = np.zeros((B, T))
     for b, t in np.ndindex(B, T):
         entries = np.arange(hidden[b, t], visible[b, t])
         if not len(entries):
@@ -37,11 +39,11 @@ def plain(index: Any, attention: Any, visible: Any, hidden: Any, first: Any) -> 
         target /= target.sum()
         score = np.maximum(keys[b, entries] @ q[b, t].T, 0) @ weights[b, t]
         student = score - np.log(np.exp(score - score.max()).sum()) - score.max()
-        found[b, t] = np.sum(target * (np.log(target) - student))
-    return found
+        out[b, t] = np.sum(target * (np.log(target) - student))
+    return out
 
 
-def places(document: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+def bounds(document: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     at_T = jnp.arange(T, dtype=jnp.int32)
     first_T = jnp.where(at_T >= 32, 32, 0) if document else jnp.zeros_like(at_T)
     rows = lambda x: jnp.broadcast_to(x, (B, T))
@@ -50,23 +52,23 @@ def places(document: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @pytest.mark.parametrize("document", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_divergence_is_that_of_plain_maths(
+def test_divergence_matches_float64_numpy(
     document: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunked:
         monkeypatch.setattr(indexer_divergence, "_LOGITS", B * H * S * 16)
     index, attention = arguments()
-    visible, hidden, first = places(document)
-    given = (hidden, first) if document else (None, None)
-    got = indexer_divergence.divergence(index, attention, visible, *given, scale=SCALE)
-    expected = plain(index, attention, visible, hidden, first)
+    visible, hidden, first = bounds(document)
+    optional = (hidden, first) if document else (None, None)
+    actual = indexer_divergence.divergence(index, attention, visible, *optional, scale=SCALE)
+    expected = divergence_in_numpy(index, attention, visible, hidden, first)
     assert expected.max() > 0.1
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> None:
+def test_gradients_reach_only_the_indexer_and_match_finite_differences() -> None:
     index, attention = arguments(1)
-    visible, _, _ = places(False)
+    visible, _, _ = bounds(False)
 
     def total(index: Any, attention: Any) -> Any:
         return jnp.sum(
@@ -75,14 +77,14 @@ def test_a_gradient_reaches_the_indexer_alone_and_is_that_of_differences() -> No
 
     to_index, to_attention = jax.grad(total, argnums=(0, 1))(index, attention)
     assert all(not np.any(part) for part in to_attention)
-    nothing = np.zeros((B, T), np.int32)
-    of_index = lambda index: plain(index, attention, visible, nothing, nothing).sum()
+    zeros = np.zeros((B, T), np.int32)
+    of_index = lambda index: divergence_in_numpy(index, attention, visible, zeros, zeros).sum()
     for part in range(3):
         rng = np.random.default_rng(part)
-        towards = rng.standard_normal(index[part].shape)
-        moved = lambda by, part=part, towards=towards: tuple(
-            np.asarray(x, np.float64) + (by * towards if i == part else 0)
+        direction = rng.standard_normal(index[part].shape)
+        moved = lambda by, part=part, direction=direction: tuple(
+            np.asarray(x, np.float64) + (by * direction if i == part else 0)
             for i, x in enumerate(index)
         )
         slope = (of_index(moved(1e-5)) - of_index(moved(-1e-5))) / 2e-5
-        np.testing.assert_allclose(np.sum(to_index[part] * towards), slope, rtol=1e-3)
+        np.testing.assert_allclose(np.sum(to_index[part] * direction), slope, rtol=1e-3)

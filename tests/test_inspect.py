@@ -1,4 +1,4 @@
-"""What `inspect` computes and finds, pinned to the releases' own figures."""
+"""What `inspect` computes and reads, checked against the releases' own figures."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("inspect") / "hf", tiny(), 0)
 
 
-# The sums of all tensors in the headers of the released files.
+# The sums over all tensors in the headers of the released files.
 @pytest.mark.parametrize(
     ("name", "nbytes"),
     [("flash", 159_609_485_896), ("pro", 864_704_792_696), ("flash-0731", 166_878_536_440)],
 )
-def test_bytes_are_those_of_the_release(name: str, nbytes: int) -> None:
+def test_bytes_match_the_release(name: str, nbytes: int) -> None:
     assert sum(facts.release_bytes(preset(name)).values()) == nbytes
 
 
@@ -37,29 +37,29 @@ def test_deployed_cache_takes_the_reported_bytes_per_token(name: str, rate: floa
 
 
 @pytest.mark.parametrize(("name", "billions"), [("flash", 13.3), ("pro", 48.9)])
-def test_active_parameters_are_those_reported(name: str, billions: float) -> None:
+def test_active_parameters_match_the_report(name: str, billions: float) -> None:
     assert round(facts.report(preset(name)).active / 1e9, 1) == billions
 
 
 @pytest.mark.parametrize(("name", "billions"), [("flash", 284), ("pro", 1573)])
-def test_backbone_has_the_reported_parameters(name: str, billions: int) -> None:
+def test_total_parameters_match_the_report(name: str, billions: int) -> None:
     assert round(facts.report(preset(name)).total / 1e9) == billions
 
 
-def test_backbone_and_mtp_are_all_that_the_model_declares() -> None:
+def test_backbone_and_mtp_add_up_to_the_model() -> None:
     report = facts.report(preset("flash"))
     assert report.total + report.mtp == count(Model(preset("flash")))
 
 
-def test_devices_hold_the_bytes_and_one_less_does_not() -> None:
+def test_one_device_fewer_could_not_hold_the_bytes() -> None:
     nbytes = 159_609_485_896
     for name, number in facts.devices(nbytes).items():
-        one = facts.DEVICES[name] * facts.GIB
-        assert (number - 1) * one < nbytes <= number * one
+        capacity = facts.DEVICES[name] * facts.GIB
+        assert (number - 1) * capacity < nbytes <= number * capacity
 
 
 @pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
-def test_computed_bytes_are_those_of_written_files(expert_dtype: Any, tmp_path: Path) -> None:
+def test_computed_bytes_match_written_files(expert_dtype: Any, tmp_path: Path) -> None:
     cfg = tiny(expert_dtype=expert_dtype)
     directory = write_release(tmp_path / "hf", cfg, 0, fill="bytes")
     assert inspect.find(str(directory)).held == facts.release_bytes(cfg)
@@ -74,7 +74,7 @@ def test_show_prints_every_preset(name: str, capsys: pytest.CaptureFixture[str])
     assert "\x1b" not in out
 
 
-def test_show_has_the_schedule_and_its_segments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_schedule_and_its_segments(capsys: pytest.CaptureFixture[str]) -> None:
     inspect.show(preset("flash"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     start = lines.index("Layers of one compiled loop repeats")
@@ -83,32 +83,32 @@ def test_show_has_the_schedule_and_its_segments(capsys: pytest.CaptureFixture[st
     assert "fp8 + fp4 (DeepSeek's) 3,514.25 0.43 GiB 3.43 GiB" in lines
 
 
-def test_a_short_context_is_its_own_column(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_context_has_its_own_column(capsys: pytest.CaptureFixture[str]) -> None:
     inspect.show(preset("tiny"))
     assert "at 65,536" in capsys.readouterr().out
 
 
-def test_a_drafter_is_called_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_drafter_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     inspect.show(preset("flash-0731"))
     out = capsys.readouterr().out
     assert "DSpark drafter" in out
     assert "chat format '0731'" in out
 
 
-def test_a_directory_tells_what_its_files_hold(checkpoint: Path) -> None:
+def test_a_directory_reports_what_its_files_hold(checkpoint: Path) -> None:
     subject = inspect.find(str(checkpoint))
     assert subject.config == tiny()
     assert subject.held == facts.release_bytes(tiny())
 
 
-def test_float32_scales_are_seen_in_the_files(tmp_path: Path) -> None:
+def test_float32_scales_are_found_in_the_files(tmp_path: Path) -> None:
     directory = write_release(tmp_path / "hf", tiny(), 0, scales="F32", fill="bytes")
     held = inspect.find(str(directory)).held
     assert held is not None
     assert held["F32"] > facts.release_bytes(tiny())["F32"]
 
 
-def test_a_native_checkpoint_tells_what_its_arrays_hold(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_native_checkpoint_reports_what_its_arrays_hold(checkpoint: Path, tmp_path: Path) -> None:
     convert.convert(checkpoint, tmp_path / "keep")
     convert.convert(checkpoint, tmp_path / "wide", weights="float32")
     keep, wide = (inspect.find(str(tmp_path / name)) for name in ("keep", "wide"))
@@ -119,7 +119,7 @@ def test_a_native_checkpoint_tells_what_its_arrays_hold(checkpoint: Path, tmp_pa
     assert wide.held["F32"] == 4 * count(Model(tiny()))
 
 
-def test_missing_mtp_tensors_are_no_part_of_the_configuration(tmp_path: Path) -> None:
+def test_missing_mtp_tensors_are_left_out_of_the_configuration(tmp_path: Path) -> None:
     directory = write_release(tmp_path / "hf", tiny(num_nextn_predict_layers=0), 0, fill="bytes")
     file = directory / "config.json"
     file.write_text(json.dumps(config_json.to_json(tiny())))
@@ -142,23 +142,23 @@ def test_an_existing_path_comes_before_a_preset(
     assert inspect.config_of("flash") == tiny()
 
 
-def test_of_a_hub_id_only_the_configuration_is_fetched(
+def test_only_the_configuration_of_a_hub_id_is_fetched(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    requests = []
 
     def resolve(name: str, *, allow_patterns: list[str]) -> Path:
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         return checkpoint
 
     monkeypatch.setattr(inspect.hub, "resolve", resolve)
     subject = inspect.find("some/model")
     assert subject.config == tiny()
     assert subject.held is None
-    assert asked == [("some/model", ["config.json"])]
+    assert requests == [("some/model", ["config.json"])]
 
 
-def test_an_unknown_name_lists_what_it_could_be() -> None:
+def test_an_unknown_name_lists_the_alternatives() -> None:
     with pytest.raises(ValueError, match="no such file or directory") as caught:
         inspect.find("flsh")
     for part in ("Hub id", *preset_names(), "Did you mean 'flash'?"):
@@ -170,7 +170,7 @@ def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         inspect.find(str(tmp_path))
 
 
-def test_damaged_weights_are_noticed(checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_detected(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "hf")
     shard = next((tmp_path / "hf").glob("*00001*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])

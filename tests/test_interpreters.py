@@ -1,4 +1,4 @@
-"""The interpreters of kernels see what kernels may not do."""
+"""The kernel interpreters detect what kernels must not do."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ X = jnp.arange(1024, dtype=jnp.float32).reshape(8, 128)
 
 
 def doubled(x: Any, *, waits: bool) -> Any:
-    """Twice x by a TPU kernel that copies it, and waits for the copy or does not."""
+    """Twice x, by a TPU kernel that copies it and waits for the copy or does not."""
 
-    def body(x_ref: Any, out_ref: Any, here_ref: Any, sem: Any) -> None:
-        copy = pltpu.make_async_copy(x_ref, here_ref, sem)
+    def body(x_ref: Any, out_ref: Any, buffer_ref: Any, sem: Any) -> None:
+        copy = pltpu.make_async_copy(x_ref, buffer_ref, sem)
         copy.start()
         if waits:
             copy.wait()
-        out_ref[...] = 2 * here_ref[...]
+        out_ref[...] = 2 * buffer_ref[...]
         if not waits:
             copy.wait()
 
@@ -51,17 +51,17 @@ def test_a_tpu_kernel_that_does_not_wait_races() -> None:
 def reversed_rows(*, commits: bool) -> Any:
     """A GPU kernel that copies what it wrote, ordered by a fence or not."""
 
-    def body(x_ref: Any, out_ref: Any, here_ref: Any) -> None:
-        here_ref[...] = x_ref[...]
+    def body(x_ref: Any, out_ref: Any, buffer_ref: Any) -> None:
+        buffer_ref[...] = x_ref[...]
         if commits:
             plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(here_ref, out_ref)
+        plgpu.copy_smem_to_gmem(buffer_ref, out_ref)
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(X.shape, X.dtype),
-        scratch_types={"here_ref": plgpu.SMEM(X.shape, X.dtype)},
+        scratch_types={"buffer_ref": plgpu.SMEM(X.shape, X.dtype)},
     )
 
 

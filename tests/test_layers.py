@@ -25,10 +25,10 @@ def test_rms_norm_multiplies_by_its_weight_before_the_cast() -> None:
     scale = jnp.linspace(0.5, 1.5, 8, dtype=jnp.bfloat16)
     x64, scale64 = np.asarray(x, np.float64), np.asarray(scale, np.float64)
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6) * scale64
-    got = layers.rms_norm(x, scale, 1e-6)
-    assert got.dtype == jnp.bfloat16
+    actual = layers.rms_norm(x, scale, 1e-6)
+    assert actual.dtype == jnp.bfloat16
     # One rounding to bfloat16: half an ulp, 2^-9.
-    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2.0**-8)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2.0**-8)
 
 
 def test_flash_frequencies_are_stretched_between_pairs_15_and_25() -> None:
@@ -40,21 +40,21 @@ def test_flash_frequencies_are_stretched_between_pairs_15_and_25() -> None:
     assert np.all((scaled > plain / 16)[16:25])
 
 
-def test_rotation_turns_the_last_pairs_and_turns_back() -> None:
+def test_rotation_affects_the_last_pairs_only_and_has_an_inverse() -> None:
     position_BT = jnp.array([[0, 5, 1_000_003]], jnp.int32)
     table = layers.rope_table(position_BT, FLASH, OFFICIAL, jnp.float32, compressed=False)
     x = jax.random.normal(jax.random.key(1), (1, 3, 4, 512))
-    turned = layers.rotate(x, table)
+    rotated = layers.rotate(x, table)
     frequency = np.array(layers.inverse_frequencies(64, 10000.0, None), np.float32)
     angle = np.asarray(position_BT)[..., None].astype(np.float32) * frequency
     pairs = np.asarray(x, np.float64)[..., 448:].reshape(1, 3, 4, 32, 2)
     expected = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle.astype(np.float64))[
         :, :, None
     ]
-    got = np.asarray(turned)[..., 448:].reshape(1, 3, 4, 32, 2)
-    np.testing.assert_allclose(got[..., 0] + 1j * got[..., 1], expected, rtol=1e-5, atol=2e-6)
-    np.testing.assert_array_equal(turned[..., :448], x[..., :448])
-    np.testing.assert_allclose(layers.rotate(turned, table, inverse=True), x, rtol=1e-5, atol=2e-6)
+    actual = np.asarray(rotated)[..., 448:].reshape(1, 3, 4, 32, 2)
+    np.testing.assert_allclose(actual[..., 0] + 1j * actual[..., 1], expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(rotated[..., :448], x[..., :448])
+    np.testing.assert_allclose(layers.rotate(rotated, table, inverse=True), x, rtol=1e-5, atol=2e-6)
 
 
 def test_only_official_numerics_keep_tables_in_float32() -> None:
@@ -77,13 +77,13 @@ def plain_sinkhorn(logits: np.ndarray, steps: int, eps: float) -> np.ndarray:
 @pytest.mark.parametrize(("streams", "steps"), [(4, 20), (2, 1), (3, 5), (1, 4)])
 def test_sinkhorn_equals_its_definition(streams: int, steps: int) -> None:
     logits = 3 * np.random.default_rng(0).normal(size=(2, 5, streams, streams))
-    got = hyper.sinkhorn(jnp.asarray(logits, jnp.float32), steps=steps, eps=1e-6)
-    np.testing.assert_allclose(got, plain_sinkhorn(logits, steps, 1e-6), **CLOSE)
+    actual = hyper.sinkhorn(jnp.asarray(logits, jnp.float32), steps=steps, eps=1e-6)
+    np.testing.assert_allclose(actual, plain_sinkhorn(logits, steps, 1e-6), **CLOSE)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31 - 1), st.floats(0.1, 4.0))
-def test_columns_of_sinkhorn_sum_to_one_and_rows_nearly(seed: int, spread: float) -> None:
+def test_sinkhorn_columns_sum_to_one_and_rows_nearly(seed: int, spread: float) -> None:
     logits = spread * jax.random.normal(jax.random.key(seed), (1, 7, 4, 4))
     m = np.asarray(hyper.sinkhorn(logits, steps=20, eps=1e-6))
     np.testing.assert_allclose(m.sum(-2), 1, atol=1e-5)
@@ -97,11 +97,11 @@ def test_hyper_connections_contract_the_first_index_of_comb() -> None:
     post, comb = rng.normal(size=(1, 2, 4)), rng.normal(size=(1, 2, 4, 4))
     expected = post[..., None] * output[:, :, None] + np.einsum("btjk,btjd->btkd", comb, x)
     as32 = lambda a: jnp.asarray(a, jnp.float32)
-    got = hyper.post(as32(output), as32(x.reshape(1, 2, 24)), as32(post), as32(comb))
-    np.testing.assert_allclose(got.reshape(1, 2, 4, 6), expected, **CLOSE)
+    actual = hyper.post(as32(output), as32(x.reshape(1, 2, 24)), as32(post), as32(comb))
+    np.testing.assert_allclose(actual.reshape(1, 2, 4, 6), expected, **CLOSE)
 
 
-def test_collapse_reads_streams_by_their_pre_weights() -> None:
+def test_pre_collapses_streams_by_their_weights() -> None:
     rng = np.random.default_rng(4)
     x, fn = rng.normal(size=(1, 3, 4, 6)), rng.normal(size=(24, 24))
     base, scale = rng.normal(size=24), rng.normal(size=3)
@@ -127,7 +127,7 @@ def plain_entry(kv: np.ndarray, gate: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("ratio", "overlap", "first"), [(4, 2, 0), (4, 2, 3), (8, 1, 0), (3, 2, 0)]
 )
-def test_an_entry_pools_its_window_and_the_first_half_of_the_one_before(
+def test_an_entry_pools_its_window_and_the_first_half_of_the_previous_one(
     ratio: int, overlap: int, first: int
 ) -> None:
     rng = np.random.default_rng(ratio)
@@ -135,7 +135,9 @@ def test_an_entry_pools_its_window_and_the_first_half_of_the_one_before(
     kv, gate = rng.normal(size=(2, 1, (count + overlap - 1) * ratio, overlap * dim))
     bias = rng.normal(size=(ratio, overlap * dim))
     kv_BXC, gate_BXC, bias_MC = (jnp.asarray(a, jnp.float32) for a in (kv, gate, bias))
-    got = compress.pool(kv_BXC, gate_BXC, bias_MC, jnp.array([first], jnp.int32), overlap=overlap)
+    actual = compress.pool(
+        kv_BXC, gate_BXC, bias_MC, jnp.array([first], jnp.int32), overlap=overlap
+    )
     for i in range(count):
         parts = []
         for series in range(overlap):
@@ -145,11 +147,11 @@ def test_an_entry_pools_its_window_and_the_first_half_of_the_one_before(
             channels = slice(series * dim, (series + 1) * dim)
             parts.append((kv[0, rows, channels], gate[0, rows, channels] + bias[:, channels]))
         expected = plain_entry(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-        np.testing.assert_allclose(got[0, i], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual[0, i], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_lies_before_the_text_does_not_reach_window_zero() -> None:
+def test_rows_before_the_text_do_not_reach_window_zero() -> None:
     kv = jnp.full((1, 8, 2), math.nan).at[:, 4:].set(1.0)
     gate = jnp.zeros((1, 8, 2)).at[:, :4].set(math.nan)
-    got = compress.pool(kv, gate, jnp.zeros((4, 2)), jnp.array([0], jnp.int32), overlap=2)
-    np.testing.assert_allclose(got, 1.0)
+    actual = compress.pool(kv, gate, jnp.zeros((4, 2)), jnp.array([0], jnp.int32), overlap=2)
+    np.testing.assert_allclose(actual, 1.0)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add, what learns, what is refused."""
+"""Low-rank adapters: what they add, what they target, what is refused."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def logits(model: Model) -> jax.Array:
 
 
 def learned(settings: Lora) -> lora.Adapter:
-    """An adapter as after some training: both factors matter."""
+    """An adapter as if after some training: both factors are non-zero."""
     adapter = lora.init(CFG, settings, jax.random.key(0))
     filled = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
     return jax.tree.map(filled, adapter)
@@ -53,21 +53,21 @@ def merged(settings: Lora, adapter: lora.Adapter) -> Model:
     ],
     ids=["with compressors and indexers", "all"],
 )
-def test_an_attached_adapter_is_the_sum_of_the_matrices(settings: Lora) -> None:
+def test_an_attached_adapter_equals_merged_weights(settings: Lora) -> None:
     adapter, base = learned(settings), models.weights(CFG)
-    got = logits(lora.attach(base, CFG, settings, adapter))
+    actual = logits(lora.attach(base, CFG, settings, adapter))
     expected = logits(merged(settings, adapter))
-    assert np.abs(got - logits(base)).max() > 0.1 * np.abs(expected).max()
-    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(actual - logits(base)).max() > 0.1 * np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_a_map_in_float32_takes_an_update_in_float32() -> None:
+def test_a_float32_linear_applies_its_update_in_float32() -> None:
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.float32)
     weight = LoraWeight(draw(0, 6, 8).astype(jnp.bfloat16), draw(1, 2, 8), draw(2, 6, 2), 0.5)
     x_TK = draw(3, 5, 8).astype(jnp.bfloat16)
-    whole_NK = weight.base.astype(jnp.float32) + 0.5 * weight.b @ weight.a
-    got = layers.linear_float32(x_TK, weight)
-    np.testing.assert_allclose(got, x_TK.astype(jnp.float32) @ whole_NK.T, rtol=1e-4, atol=1e-5)
+    merged_NK = weight.base.astype(jnp.float32) + 0.5 * weight.b @ weight.a
+    actual = layers.linear_float32(x_TK, weight)
+    np.testing.assert_allclose(actual, x_TK.astype(jnp.float32) @ merged_NK.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_map_in_float32_takes_an_update_in_float32() -> None:
         (("all",), 10),
     ],
 )
-def test_targets_are_sets_and_ends_of_names(targets: Any, fields: int) -> None:
+def test_targets_are_sets_and_suffixes_of_names(targets: Any, fields: int) -> None:
     settings = Lora(targets)
     assert len(lora.fields(settings)) == fields
     assert lora.declare(CFG, settings).keys() == {
@@ -92,7 +92,7 @@ def test_targets_are_sets_and_ends_of_names(targets: Any, fields: int) -> None:
 
 
 @pytest.mark.parametrize("targets", ["kv_prj", "proj", "", (), ("attn", "lm_head"), "o_a_proj"])
-def test_targets_that_are_none_are_named(targets: Any) -> None:
+def test_unknown_targets_are_named(targets: Any) -> None:
     with pytest.raises(ValueError, match=r"targets (has|is empty)"):
         Lora(targets)
 
@@ -102,10 +102,10 @@ def test_targets_that_a_model_lacks_are_named() -> None:
         lora.declare(models.config(HCA), Lora(("attn", "indexer.kv_proj")))
 
 
-# Compiled quickly, the two programs round by more than this.
+# Without full compilation the two programs differ by more than this.
 @pytest.mark.full_compilation
 def test_a_new_adapter_changes_nothing() -> None:
     settings, base = Lora("all"), models.weights(CFG)
     adapter = lora.init(CFG, settings, jax.random.key(1))
-    got = logits(lora.attach(base, CFG, settings, adapter))
-    np.testing.assert_allclose(got, logits(base), atol=1e-6)
+    actual = logits(lora.attach(base, CFG, settings, adapter))
+    np.testing.assert_allclose(actual, logits(base), atol=1e-6)

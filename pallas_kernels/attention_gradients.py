@@ -1,10 +1,10 @@
-"""What the two attention operations' gradients are, and how their doors hand them on."""
+"""Gradients of the two attention operations, and their packing as cotangents."""
 
 from typing import Any, NamedTuple
 
 
 class Gradients(NamedTuple):
-    """Of queries, window, pool and sink; None where there is no pool, or one of bytes."""
+    """Gradients of queries, window, pool and sink; `pool` is None without a pool or for Fp8Rows."""
 
     q: Any
     window: Any
@@ -13,8 +13,8 @@ class Gradients(NamedTuple):
 
 
 def cotangents(inputs: Any, gradients: Gradients) -> Any:
-    """The record of an operation's inputs with gradients in their places; None: there is none."""
+    """A record like `inputs` with gradients in place of arrays, None where there is none."""
     window = "window_BRK" if "window_BRK" in inputs._fields else "window_BXK"
-    of = {"q_BTHK": gradients.q, "pool_LBSK": gradients.pool, "sink_H": gradients.sink}
-    of[window] = gradients.window
-    return type(inputs)(**{name: of.get(name) for name in inputs._fields})
+    by_name = {"q_BTHK": gradients.q, "pool_LBSK": gradients.pool, "sink_H": gradients.sink}
+    by_name[window] = gradients.window
+    return type(inputs)(**{name: by_name.get(name) for name in inputs._fields})

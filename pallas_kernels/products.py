@@ -1,4 +1,4 @@
-"""A product with a weight and its gradients, in the forms that XLA is fast at.
+"""A product with a transposed weight and its gradients, in the forms that XLA runs fast.
 
 Axis letters: R rows, K input channels, N output channels.
 """
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dtypes import accumulator
 
-# Up to jax 0.10, XLA's programs for CPUs read a weight sliced from a stack in place if it is
-# transposed explicitly and x has one row, at three times the speed of other forms; since, at half.
+# Up to jax 0.10, XLA on CPUs reads a weight sliced from a stack in place if it is transposed
+# explicitly and x has one row, three times as fast as the other forms; since 0.11, half as fast.
 _IN_PLACE = jax.__version_info__ < (0, 11)
 
 
@@ -19,8 +19,8 @@ def with_transposed(
 ) -> Float[Array, "*rows N"]:
     """X times w's transpose, in float32 or wider.
 
-    A gradient that comes back is rounded to x's dtype. JAX's own would widen the factors to its
-    float32 instead, and lose the units that GPUs and some CPUs have for bfloat16.
+    The incoming gradient is rounded to x's dtype. JAX's own rule would instead widen the factors
+    to the gradient's float32, and lose the bfloat16 units of GPUs and some CPUs.
     """
     run = _with_transposed if x.dtype == accumulator(x.dtype) else _narrow
     y_RN = run(x.reshape(-1, x.shape[-1]), w_NK, precision)
@@ -32,8 +32,8 @@ def _with_transposed(x_RK: Array, w_NK: Array, precision: jax.lax.PrecisionLike)
     transposed = _IN_PLACE if len(x_RK) == 1 else x_RK.dtype == wide
     if transposed:
         return _matmul(x_RK, w_NK.T, precision)
-    # Of bfloat16 without an explicit transpose: XLA then multiplies by a CPU's own units, at four
-    # times the speed.
+    # bfloat16 without an explicit transpose: XLA then uses the CPU's own bfloat16 units, four times
+    # as fast.
     return jnp.einsum("rk,nk->rn", x_RK, w_NK, precision=precision, preferred_element_type=wide)
 
 

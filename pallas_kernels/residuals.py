@@ -1,8 +1,8 @@
-"""What a backward pass saves of its forward pass.
+"""What the forward pass saves for the backward pass.
 
 Results that cost more to compute than to read back (products, attention) are named; under the
 policy `SAVE_NAMED` of `jax.checkpoint` everything else (norms, rotations, gates, masks) is
-recomputed, which takes less time than its memory would.
+recomputed, which costs less time than reading it back would.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Attention in parts: each part's running softmax, their merge, and the sink at the end.
+"""Attention in parts: a softmax over each part of the keys, their merge, and the sink at the end.
 
 Axis letters: R rows (a query of one head each), X keys, K head dim.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.implementations import check_whole
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Softmax over some keys: largest logit (-inf for none), sum of weights, weighted values."""
+    """Softmax over some keys: largest logit (-inf for no keys), sum of weights, weighted values."""
 
     largest_R: Any
     total_R: Any
@@ -29,9 +29,9 @@ def part(
     mask_RX: Bool[Array, "R X"],
     scale: float,
 ) -> Part:
-    """The part of these keys, which are also the values.
+    """The softmax part of these keys, which are also the values.
 
-    Masked keys must be finite where another row sees them; the caller zeroes the others.
+    Keys that some row sees must be finite; the caller zeroes those that no row sees.
     """
     contract_last = (((1,), (1,)), ((), ()))
     logits_RX = jax.lax.dot_general(
@@ -47,7 +47,7 @@ def part(
 
 
 def merge(a: Part, b: Part) -> Part:
-    """The part of both parts' keys."""
+    """The softmax part of the keys of `a` and `b` together."""
     largest_R = jnp.maximum(a.largest_R, b.largest_R)
     a_R = jnp.exp(a.largest_R - _finite(largest_R))
     b_R = jnp.exp(b.largest_R - _finite(largest_R))
@@ -58,21 +58,21 @@ def merge(a: Part, b: Part) -> Part:
     )
 
 
-def finish(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
-    """Weighted mean of the values; the sink takes its share and gives nothing."""
-    largest_R = jnp.maximum(whole.largest_R, sink_R)
-    keys_R = jnp.exp(whole.largest_R - largest_R)
-    total_R = whole.total_R * keys_R + jnp.exp(sink_R - largest_R)
-    return whole.value_RK * (keys_R / total_R)[:, None]
+def finish(total: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, "R K"]:
+    """Weighted mean of the values; the sink takes its share of the weight and adds no value."""
+    largest_R = jnp.maximum(total.largest_R, sink_R)
+    keys_R = jnp.exp(total.largest_R - largest_R)
+    total_R = total.total_R * keys_R + jnp.exp(sink_R - largest_R)
+    return total.value_RK * (keys_R / total_R)[:, None]
 
 
-class Whole(NamedTuple):
-    """What the gradient through one part needs of all parts.
+class RowTerms(NamedTuple):
+    """Per-row terms that the gradient through every part needs.
 
     Attributes:
-      log_total_R: logarithm of the sum of weights of all parts and the sink.
+      log_total_R: log of the sum of all weights, including the sink's.
       grad_RK: gradient of the output.
-      delta_R: gradient . output.
+      delta_R: grad . output.
     """
 
     log_total_R: Float32[Array, " R"]
@@ -85,21 +85,21 @@ def pull(
     keys_XK: Float[Array, "X K"],
     mask_RX: Bool[Array, "R X"],
     scale: float,
-    whole: Whole,
+    terms: RowTerms,
 ) -> tuple[Float32[Array, "R K"], Float32[Array, "X K"]]:
-    """Gradients of queries and keys through one part; logits are computed anew.
+    """Gradients of queries and keys through one part; logits are recomputed.
 
-    With weights p, d logit = p x (gradient . key - gradient . output); a key, which is also a
-    value, gets p x gradient + d logit x query x scale.
+    With weights p and output gradient g, d logit = p * (g . key - g . output). A key is also a
+    value, so its gradient is p * g + d logit * query * scale.
 
     Args:
       q_RK: as for `part`.
       keys_XK: as for `part`.
       mask_RX: as for `part`.
       scale: as for `part`.
-      whole: of all parts.
+      terms: computed over all parts.
     """
-    log_total_R, grad_RK, delta_R = whole
+    log_total_R, grad_RK, delta_R = terms
     times = lambda a, b, axes: jax.lax.dot_general(
         a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32
     )
@@ -111,16 +111,16 @@ def pull(
     return times(slopes_RX, keys_XK, (1, 0)), keys_grad_XK
 
 
-def log_total(whole: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
-    """Logarithm of the sum of all weights, the sink's among them."""
-    return jnp.logaddexp(whole.largest_R + jnp.log(whole.total_R), sink_R)
+def log_total(total: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
+    """Log of the sum of all weights, including the sink's."""
+    return jnp.logaddexp(total.largest_R + jnp.log(total.total_R), sink_R)
 
 
 def require_chunk_window(op: str, keys: int, window: int, queries: int) -> None:
-    """Refuse a window whose rows would be taken for other positions.
+    """Reject a window whose rows would be read as other positions.
 
     Raises:
-      ValueError: there are not window + queries keys.
+      ValueError: unless there are window + queries keys.
     """
     check_whole(op, "window", window, least=0)
     if keys != window + queries:
@@ -131,5 +131,5 @@ def require_chunk_window(op: str, keys: int, window: int, queries: int) -> None:
 
 
 def _finite(largest_R: Float32[Array, " R"]) -> Float32[Array, " R"]:
-    """0 for rows without a key, so that -inf - -inf does not arise."""
+    """0 for rows that see no key, to avoid -inf - -inf = NaN."""
     return jnp.where(largest_R == -jnp.inf, 0.0, largest_R)

@@ -1,15 +1,16 @@
 """Gradients of a chunk's attention on TPUs: to the window, to entries of a pool, and to a sink.
 
-A grid step takes a block of queries with all their heads as rows (`tpu_attention_pull`). The layer
-of the pool and the sum of its gradient lie in VMEM from first to last. The window's sum does for a
-group of blocks; groups overlap, and are added after. There are two sums of the pool, of every other
-group each, for chips whose two cores share a grid.
+A grid step takes a block of queries with all their heads as rows (`tpu_attention_pull`). The
+pool's layer and the sum of its gradient stay in VMEM for all blocks of a batch row, the sum of the
+window's gradient for a group of blocks; the groups' windows overlap and are added afterwards. The
+pool has two sums, each over every other group, for chips whose two cores share a grid.
 
 Axis letters: B batch, T queries, X = window + T keys of the chunk's window, H heads, K channels,
-L layers, S entries; N blocks, Q queries of a block, R = Q x H its rows, query after query, Y keys
-of its window, G groups, A keys of a group's window, P sums of the pool.
+L layers, S entries; N blocks, Q queries per block, R = Q x H its rows, query by query, Y keys of
+its window, G groups, A keys of a group's window, P sums of the pool.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,31 +29,31 @@ from pallas_kernels.tpu_attention_pull import (
     Inputs,
     Outputs,
     Scratch,
-    Seen,
     Sizes,
+    Visibility,
     kernel,
-    lowest,
+    lowest_key,
 )
 
 _ROWS = 1024
 _GROUP = 256
 _WINDOW = 1024
 _TILE = 16
-# Of VMEM: for the pool and its gradient, and the same with logits kept.
+# VMEM for the pool and its gradient (and, where they fit too, its logits), and for everything.
 _POOL_BYTES = 24 * 2**20
 _VMEM_BYTES = 56 * 2**20
 _LOWEST = -1e30
 _NOWHERE = 2**31 - 1
 
 
-def queries_of_a_block(queries: int, heads: int, most: int) -> int:
-    """A power of two up to `most`, or all queries."""
+def queries_per_block(queries: int, heads: int, most: int) -> int:
+    """The block size: a power of two up to `most`, or all queries."""
     most = max(1, min(most, _ROWS // heads))
     return min(queries, 2 ** (most.bit_length() - 1))
 
 
 def blocks_of(x: Int[Array, "B T *rest"], block: int, *, fill: int) -> Int[Array, "B N Q *rest"]:
-    """Cut into blocks of queries; those beyond the last hold `fill`."""
+    """Split into blocks of queries, padded at the end with `fill`."""
     batch, queries = x.shape[:2]
     x = _pad(x, 1, -queries % block, fill)
     return x.reshape(batch, -1, block, *x.shape[2:])
@@ -62,53 +63,55 @@ def gradients(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
     chunk: Any,
-    seen: Seen | None,
+    visibility: Visibility | None,
     *,
     block: int,
     window: int,
     scale: float,
     name: str,
 ) -> Gradients:
-    """Of queries, window, pool (of other layers than this one 0) and sink.
+    """Gradients of queries, window, pool (0 in the other layers) and sink.
 
     Args:
-      grad_BTHK: the output's gradient.
+      grad_BTHK: gradient of the output.
       out_BTHK: the output.
       chunk: the inputs of dense or sparse attention's `prefill`.
-      seen: which entries; None without a pool.
-      block: queries of a block.
+      visibility: which entries each query sees; None without a pool.
+      block: queries per block.
       window: tokens that a query sees.
-      scale: of the logits.
-      name: the kernel's.
+      scale: scale of the logits.
+      name: name of the kernel.
     Raises:
-      Unsupported: too many heads, a long window, or a pool that VMEM does not hold.
+      Unsupported: too many heads, too long a window, or a pool that does not fit in VMEM.
     """
     q_BTHK = chunk.q_BTHK
     batch, queries, heads, dim = q_BTHK.shape
     sizes = _sizes(q_BTHK, chunk.pool_LBSK, block, window)
-    inputs = _inputs(sizes, grad_BTHK, out_BTHK, chunk, seen)
-    settings = pltpu.CompilerParams(
+    inputs = _inputs(sizes, grad_BTHK, out_BTHK, chunk, visibility)
+    params = pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     )
-    (found,) = pl.pallas_call(
-        functools.partial(kernel, sizes=sizes, seen=seen, scale=scale),
-        grid_spec=_grid(sizes, batch, dim, q_BTHK.dtype, seen, bounded=inputs.low is not None),
+    (outputs,) = pl.pallas_call(
+        functools.partial(kernel, sizes=sizes, visibility=visibility, scale=scale),
+        grid_spec=_grid(
+            sizes, batch, dim, q_BTHK.dtype, visibility, bounded=inputs.low is not None
+        ),
         out_shape=(_out_shapes(sizes, batch, dim, q_BTHK.dtype),),
-        compiler_params=settings,
+        compiler_params=params,
         name=name,
     )(chunk.layer.astype(jnp.int32).reshape(1), chunk.start_B.astype(jnp.int32), inputs)
-    window_grad = _overlapped(found.window, sizes.group * block)[:, : window + queries]
-    sink_grad_R = jnp.sum(found.sink, axis=(0, 1, 2))
+    window_grad = _overlapped(outputs.window, sizes.group * block)[:, : window + queries]
+    sink_grad_R = jnp.sum(outputs.sink, axis=(0, 1, 2))
     return Gradients(
-        found.q.reshape(batch, -1, heads, dim)[:, :queries],
+        outputs.q.reshape(batch, -1, heads, dim)[:, :queries],
         window_grad.astype(chunk.window_BXK.dtype),
-        _of_stack(found.pool, chunk.pool_LBSK, chunk.layer),
+        _of_stack(outputs.pool, chunk.pool_LBSK, chunk.layer),
         jnp.sum(sink_grad_R.reshape(block, heads), axis=0).astype(chunk.sink_H.dtype),
     )
 
 
 def _pad(x: Array, axis: int, by: int, fill: int = 0) -> Array:
-    """Fill up at the end."""
+    """Pad one axis at the end."""
     widths = [(0, by if d == axis else 0) for d in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=fill) if by else x
 
@@ -117,15 +120,15 @@ def _sizes(q_BTHK: Any, pool_LBSK: Any, block: int, window: int) -> Sizes:
     _, queries, heads, dim = q_BTHK.shape
     if block < min(8, queries) or window > _WINDOW:
         raise Unsupported(
-            f"the gradient of attention on TPUs takes {_ROWS // 8} heads and a window of {_WINDOW},"
-            f" not {heads} and {window}."
+            f"The gradient of attention on TPUs takes up to {_ROWS // 8} heads and a window of up "
+            f"to {_WINDOW}, not {heads} and {window}."
         )
     entries = 0 if pool_LBSK is None else pool_LBSK.shape[2]
-    each = dim * (q_BTHK.dtype.itemsize + 4)
-    if (entries > ENTRIES and entries % _TILE) or entries * each > _POOL_BYTES:
+    entry_bytes = dim * (q_BTHK.dtype.itemsize + 4)
+    if (entries > ENTRIES and entries % _TILE) or entries * entry_bytes > _POOL_BYTES:
         raise Unsupported(
-            f"the gradient of attention on TPUs takes a multiple of {_TILE} entries, at most "
-            f"{_POOL_BYTES // each} of {dim} channels, not {entries}."
+            f"The gradient of attention on TPUs takes a multiple of {_TILE} entries, at most "
+            f"{_POOL_BYTES // entry_bytes} of {dim} channels, not {entries}."
         )
     blocks = pl.cdiv(queries, block)
     group = pl.cdiv(max(_GROUP, window + _TILE), block)
@@ -146,9 +149,9 @@ def _inputs(
     grad_BTHK: Float[Array, "B T H K"],
     out_BTHK: Float[Array, "B T H K"],
     chunk: Any,
-    seen: Seen | None,
+    visibility: Visibility | None,
 ) -> Inputs:
-    """Whole blocks, with the heads of a query as rows."""
+    """The kernel's arrays, padded to full blocks, with the heads of a query as rows."""
     batch, queries, heads, dim = grad_BTHK.shape
     block, first_BT = sizes.block, chunk.first_BT
     in_rows = lambda x_BTHK: _pad(x_BTHK, 1, -queries % block).reshape(batch, -1, dim)
@@ -161,17 +164,17 @@ def _inputs(
         sink=jnp.tile(sink_H2, block)[None],
         query=jnp.repeat(jnp.arange(block, dtype=jnp.int32), heads)[None],
         window=_pad(chunk.window_BXK, 1, last - chunk.window_BXK.shape[1]),
-        low=None if first_BT is None else _of_rows(first_BT, chunk.start_B, sizes),
-        seen=None if seen is None else seen.array,
+        low=None if first_BT is None else _low_of_rows(first_BT, chunk.start_B, sizes),
+        visible=None if visibility is None else visibility.array,
         pool=chunk.pool_LBSK,
     )
 
 
-def _of_rows(
+def _low_of_rows(
     first_BT: Int[Array, "B T"], start_B: Int[Array, " B"], sizes: Sizes
 ) -> Int[Array, "B N 1 R"]:
-    """The first key of the chunk's window that each row may see; none beyond the last query."""
-    low_BNQ = blocks_of(lowest(first_BT, start_B, sizes.window), sizes.block, fill=_NOWHERE)
+    """The first key of the chunk's window that each row may see; padding rows see none."""
+    low_BNQ = blocks_of(lowest_key(first_BT, start_B, sizes.window), sizes.block, fill=_NOWHERE)
     return jnp.repeat(low_BNQ, sizes.heads, axis=2)[:, :, None]
 
 
@@ -185,39 +188,79 @@ def _out_shapes(sizes: Sizes, batch: int, dim: int, dtype: Any) -> Outputs:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _IndexMaps:
+    """Which block of each array a grid step holds; steps walk over parts, batch rows, blocks."""
+
+    sizes: Sizes
+
+    def query_block(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        return row, self.sizes.block_at(part, step), 0
+
+    def stacked_query_block(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        """For arrays [B, N, _, _], whose blocks are an axis of their own."""
+        return row, self.sizes.block_at(part, step), 0, 0
+
+    def window_keys(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        """Indexed by key, not by block: the windows of neighbouring blocks overlap."""
+        first = pl.multiple_of(self.sizes.block_at(part, step) * self.sizes.block, 8)
+        return row, first, 0
+
+    def window_sum(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        """The same for all blocks of a group, so that their sum stays in VMEM."""
+        return row, jax.lax.div(self.sizes.block_at(part, step), self.sizes.group), 0, 0
+
+    def pool_layer(self, part: Any, row: Any, step: Any, layer_1: Any, *_: Any) -> Any:
+        """The same for all blocks of a batch row, so that the layer is fetched once."""
+        return layer_1[0], row, 0, 0
+
+    def pool_sum(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        """The same for all blocks of a part and batch row, so that their sum stays in VMEM."""
+        return part, row, 0, 0
+
+    def constant(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        return 0, 0
+
+
 def _grid(
-    sizes: Sizes, batch: int, dim: int, dtype: Any, seen: Seen | None, *, bounded: bool
+    sizes: Sizes,
+    batch: int,
+    dim: int,
+    dtype: Any,
+    visibility: Visibility | None,
+    *,
+    bounded: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
-    """Parts, rows of the batch, and a part's blocks."""
-    entries, once = sizes.entries, pl.Buffered(1)
-    block = lambda p, b, s, *_: (b, sizes.at(p, s), 0)
-    group = lambda p, b, s, *_: (b, jax.lax.div(sizes.at(p, s), sizes.group), 0, 0)
-    near = lambda p, b, s, *_: (b, pl.multiple_of(sizes.at(p, s) * sizes.block, 8), 0)
-    per_block = lambda *dims: pl.BlockSpec((None, None, *dims), lambda *at: (*block(*at), 0))
-    rows = pl.BlockSpec((None, sizes.rows, dim), block)
-    constant = pl.BlockSpec((1, sizes.rows), lambda p, b, s, *_: (0, 0))
-    pool = lambda at: pl.BlockSpec((None, None, entries, dim), at, pipeline_mode=once)
+    """The grid: parts, rows of the batch, blocks of a part."""
+    entries, maps = sizes.entries, _IndexMaps(sizes)
+    per_block = lambda *dims: pl.BlockSpec((None, None, *dims), maps.stacked_query_block)
+    rows = pl.BlockSpec((None, sizes.rows, dim), maps.query_block)
+    constant = pl.BlockSpec((1, sizes.rows), maps.constant)
+    # Single-buffered: the next block is needed only when the batch row changes.
+    pool = lambda index_map: pl.BlockSpec(
+        (None, None, entries, dim), index_map, pipeline_mode=pl.Buffered(1)
+    )
     inputs = Inputs(
         q=rows,
         grad=rows,
         out=rows,
         sink=constant,
         query=constant,
-        window=pl.BlockSpec((None, pl.Element(sizes.near), pl.Element(dim)), near),
+        window=pl.BlockSpec((None, pl.Element(sizes.near), pl.Element(dim)), maps.window_keys),
         low=per_block(1, sizes.rows) if bounded else None,
-        seen=None if seen is None else per_block(*seen.array.shape[2:]),
-        pool=pool(lambda p, b, s, layer_1, *_: (layer_1[0], b, 0, 0)) if entries else None,
+        visible=None if visibility is None else per_block(*visibility.array.shape[2:]),
+        pool=pool(maps.pool_layer) if entries else None,
     )
     outputs = Outputs(
         q=rows,
-        window=pl.BlockSpec((None, None, sizes.group_keys, dim), group),
-        pool=pool(lambda p, b, s, *_: (p, b, 0, 0)) if entries else None,
+        window=pl.BlockSpec((None, None, sizes.group_keys, dim), maps.window_sum),
+        pool=pool(maps.pool_sum) if entries else None,
         sink=per_block(1, sizes.rows),
     )
     scratch = Scratch(
         q=pltpu.VMEM((sizes.rows, dim), jnp.float32),
-        logits=_kept(sizes, dim, dtype),
-        seen=() if seen is None else seen.scratch,
+        logits=_logits_scratch(sizes, dim, dtype),
+        visible=() if visibility is None else visibility.scratch,
     )
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -228,27 +271,27 @@ def _grid(
     )
 
 
-def _kept(sizes: Sizes, dim: int, dtype: Any) -> Any:
-    """Room for the logits of all entries, if there is."""
-    each = dim * (dtype.itemsize + 4) + sizes.rows * 4
-    if sizes.entries <= FEW or sizes.entries * each > _POOL_BYTES:
+def _logits_scratch(sizes: Sizes, dim: int, dtype: Any) -> Any:
+    """Scratch for the logits of all entries; None if they do not fit."""
+    entry_bytes = dim * (dtype.itemsize + 4) + sizes.rows * 4
+    if sizes.entries <= FEW or sizes.entries * entry_bytes > _POOL_BYTES:
         return None
     steps = pl.cdiv(sizes.entries, sizes.width)
     return pltpu.VMEM((steps, sizes.width, sizes.rows), jnp.float32)
 
 
 def _overlapped(parts_BGAK: Float32[Array, "B G A K"], group: int) -> Float32[Array, "B _ K"]:
-    """Sum of the groups' windows, each of which begins `group` keys after the last."""
+    """Sum of the groups' windows, each of which starts `group` keys after the one before."""
     batch, groups, keys, dim = parts_BGAK.shape
     if groups == 1:
         return parts_BGAK[:, 0]
-    own, more = parts_BGAK[:, :, :group], parts_BGAK[:, :, group:]
-    body = own.at[:, 1:, : keys - group].add(more[:, :-1])
-    return jnp.concatenate([body.reshape(batch, groups * group, dim), more[:, -1]], axis=1)
+    head, tail = parts_BGAK[:, :, :group], parts_BGAK[:, :, group:]
+    body = head.at[:, 1:, : keys - group].add(tail[:, :-1])
+    return jnp.concatenate([body.reshape(batch, groups * group, dim), tail[:, -1]], axis=1)
 
 
 def _of_stack(parts_PBSK: Any, pool_LBSK: Any, layer: Any) -> Any:
-    """Other layers of the stack get 0."""
+    """Gradient of the stack, 0 in the other layers."""
     if pool_LBSK is None:
         return None
     grad_BSK = jnp.sum(parts_PBSK, axis=0).astype(pool_LBSK.dtype)

@@ -1,15 +1,16 @@
-"""Attention to the window and to all visible entries: HCA and sliding.
+"""Attention to the window and to all visible entries: HCA and sliding-window layers.
 
-One key head serves all query heads and keys are values. One softmax runs over window and entries,
-with a sink logit per head that takes its share of probability and gives no value. Logits and
-softmax are float32; probabilities are rounded to the keys' dtype before they meet the values.
-Rows that see nothing give 0. What is not visible may be garbage. Queries, window, pool and sink get
-gradients, computed in blocks from anew computed logits; of the pool only the layer's.
+One key head serves all query heads, and keys are also values. One softmax runs over window and
+entries, with a sink logit per head that takes its share of probability and adds no value. Logits
+and softmax are float32; probabilities are rounded to the keys' dtype before they multiply the
+values. Rows that see nothing return 0. What is not visible may be garbage. Queries, window, pool
+and sink have gradients (in the pool, 0 for all layers but one), computed in blocks from recomputed
+logits.
 
-TPU kernels compute the attention and prefill's gradients, XLA those of decode.
+TPU kernels compute the attention and the gradients of prefill, XLA the gradients of decode.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
-ring, X = window + T keys of a chunk's window, S entries there is room for.
+ring, X = window + T keys of a chunk's window, S capacity of the pool in entries.
 """
 
 import functools
@@ -40,22 +41,22 @@ def decode(
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
-    """A few queries per row, whose window is a ring.
+    """Attention of a few queries per row, whose window is a ring.
 
     Args:
       q_BTHK: queries.
       window_BRK: keys of the newest tokens, in any order.
-      window_mask_BTR: those that each query sees.
-      pool_LBSK: entries of all layers of a stack; None where there are none.
+      window_mask_BTR: which of them each query sees.
+      pool_LBSK: entries of all layers of a stack; None without a pool.
       layer: the layer to read.
-      visible_BT: entries below this are seen, 0 to S.
+      visible_BT: each query sees the entries below this, 0 to S.
       sink_H: a logit per head.
       scale: multiplies q . key.
-      impl: 'auto' takes the best form for the compile target.
+      impl: 'auto' picks the best implementation for the compile target.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: a dtype that is not the contract's.
-      ValueError: shapes that do not fit together.
+      NotImplementedError: unknown `impl`, or it does not support these arguments.
+      TypeError: an argument of the wrong dtype.
+      ValueError: shapes that do not match.
     """
     inputs = DecodeInputs(
         q_BTHK=q_BTHK,
@@ -85,22 +86,22 @@ def prefill(
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
-    """A chunk of queries at positions start, start + 1, ...
+    """Attention of a chunk of queries at positions start, start + 1, ...
 
-    Several documents may share a row, where each query says what lies before its own.
+    A row may hold several documents; `first_BT` and `hidden_BT` then exclude, for each query, what
+    comes before its own.
 
     Args:
       q_BTHK: queries.
-      window_BXK: keys of positions start - window .. start + T - 1; those below 0 are not seen.
+      window_BXK: keys of positions start - window .. start + T - 1; negative ones are not seen.
       start_B: position of each row's first query.
       pool_LBSK: as for `decode`.
       layer: as for `decode`.
       visible_BT: as for `decode`.
       sink_H: a logit per head.
-      first_BT: position where each query's document begins; earlier keys of the window are not
-        seen. None: all rows begin at 0.
-      hidden_BT: entries below this are not seen, so that those seen are hidden .. visible - 1.
-        None: 0.
+      first_BT: position where each query's document starts; earlier keys of the window are not
+        seen. None: 0.
+      hidden_BT: entries below this are not seen; those seen are hidden .. visible - 1. None: 0.
       window: tokens that a query sees, itself included.
       scale: multiplies q . key.
       impl: as for `decode`.
@@ -124,13 +125,13 @@ def prefill(
 
 
 def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
-    """The sizes."""
+    """Check the arguments; returns the size of each axis letter."""
     check_number(op, scale=scale)
     optional = ("pool_LBSK", "first_BT", "hidden_BT")
     arrays = inputs._asdict()
-    there = {name: x for name, x in arrays.items() if name not in optional or x is not None}
+    present = {name: x for name, x in arrays.items() if name not in optional or x is not None}
     integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
-    return check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
+    return check_arrays(op, present, integers=integers, booleans=("window_mask_BTR",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,4 +1,7 @@
-"""Attention in plain maths: all logits of window and entries at once. See the package."""
+"""Reference attention: all logits of window and entries at once.
+
+Axis letters: as in the package.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +66,10 @@ def prefill_backward(
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    changed = lambda q, keys, pool, sink: inputs._replace(
+    replaced = lambda q, keys, pool, sink: inputs._replace(
         q_BTHK=q, window_BXK=keys, pool_LBSK=pool, sink_H=sink
     )
-    run = lambda *learned: prefill(changed(*learned), window=window, scale=scale)
+    run = lambda *learned: prefill(replaced(*learned), window=window, scale=scale)
     learned = (inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK, inputs.sink_H)
     return Gradients(*jax.vjp(run, *learned)[1](grad_BTHK))
 
@@ -77,9 +80,10 @@ def band(
     window: int,
     first_BT: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T X"]:
-    """Row e of a window is at start - window + e; query j sees the rows j < e <= j + window.
+    """Which keys of a chunk's window each query sees.
 
-    Those of them, that is, that are at positions from 0 and from the query's `first` on.
+    Key e is at position start - window + e. Query j sees the keys j < e <= j + window whose
+    position is neither negative nor below the query's `first`.
     """
     e_X, j_T = jnp.arange(window + queries), jnp.arange(queries)
     near_TX = (e_X[None] > j_T[:, None]) & (e_X[None] <= j_T[:, None] + window)
@@ -111,7 +115,7 @@ def attend(
     shape = (*q_BTHK.shape[:3], 1)
     sink_BTH1 = jnp.broadcast_to(sink_H.astype(jnp.float32)[None, None, :, None], shape)
     largest_BTH1 = jnp.max(jnp.concatenate([*logits, sink_BTH1], axis=-1), axis=-1, keepdims=True)
-    # The result does not depend on it.
+    # The result does not depend on the maximum.
     largest_BTH1 = jax.lax.stop_gradient(largest_BTH1)
     total_BTH1 = jnp.exp(sink_BTH1 - largest_BTH1)
     value_BTHK = jnp.zeros(q_BTHK.shape, jnp.float32)
@@ -126,5 +130,5 @@ def attend(
 
 
 def _zero_unseen(keys: Float[Array, "B X K"], mask: Bool[Array, "B T X"]) -> Float[Array, "B X K"]:
-    """Garbage that no query sees must not reach a product: 0 * NaN is NaN."""
+    """Keep garbage that no query sees out of products: 0 * NaN is NaN."""
     return jnp.where(jnp.any(mask, axis=1)[..., None], keys, jnp.zeros((), keys.dtype))

@@ -1,11 +1,11 @@
-"""Sizes of the models' attention. Axis letters: as in the package."""
+"""Attention sizes of the models. Axis letters: as in the package."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Heads H, head dim K and tokens of the window."""
+    """Heads H, head dim K and window length in tokens."""
 
     heads: int
     head_dim: int

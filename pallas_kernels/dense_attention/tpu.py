@@ -1,12 +1,12 @@
-"""Attention on TPU: a running softmax over the window's keys, then over blocks of the pool.
+"""Attention on TPUs: a running softmax over the window's keys, then over blocks of the pool.
 
 A grid step holds a block of queries with all their heads as rows (there is one key head) and one
-block of entries; the window is added in the first step. Nothing is joined in HBM: window and pool
-are read where they lie, the layer by the block's index, and only as far as the block's queries see.
-The softmax begins at the sink, which is a key without a value.
+block of entries; the window is added in the first step. Nothing is concatenated in HBM: window and
+pool are read in place, the pool's layer through the index map, and only as far as the block's
+queries see. The softmax starts from the sink, which is a key without a value.
 
-Axis letters: as in the package; N blocks of queries, Q queries of a block, R = Q x H rows,
-Y keys of a block's window, S entries of a block in names of values, W = 128 lanes.
+Axis letters: as in the package; N blocks of queries, Q queries per block, R = Q x H rows,
+Y keys of a block's window, S entries of a block (in the kernel), W = 128 lanes.
 """
 
 import functools
@@ -23,27 +23,28 @@ from pallas_kernels.dense_attention import xla
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
 from pallas_kernels.dense_attention.tpu_window import (
-    band_seen,
+    band_keys,
     in_blocks,
-    of_rows,
-    ring_seen,
+    per_row,
+    ring_keys,
     where_seen,
 )
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
-from pallas_kernels.tpu_attention_pull import by_any, lowest
+from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 _LANES = 128
-# Rows and entries whose logits, 2 to 4 MB of float32, leave room for everything twice in 56 MiB.
+# Rows and entries per step: their logits, 2 to 4 MB of float32, leave room in VMEM for two buffers
+# of everything else.
 _ROWS = 1024
 _ENTRIES = 512
 _DECODE_ENTRIES = 1024
 _VMEM_BYTES = 48 * 2**20
-# Key blocks are whole tiles of the narrowest dtype that we take.
+# Key blocks are full tiles of the narrowest supported dtype.
 _TILE = 16
-# Two scalars per block of queries, or four, must fit in a half of the scalar memory.
+# Two or four scalars per block of queries must fit in half of the scalar memory.
 _SCALARS = 2**17
 _LOWEST = -1e30
 
@@ -55,23 +56,23 @@ def decode(
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """All queries of a row are one block; the pool streams by once."""
+    """All queries of a row form one block; the pool is read once."""
     batch, queries, heads, dim = inputs.q_BTHK.shape
     ring = inputs.window_BRK.shape[1]
     if queries * heads > 2 * _ROWS or ring > 2 * _ROWS:
         raise Unsupported(
-            f"dense_attention.decode on TPU takes {2 * _ROWS} rows of queries x heads and as many "
-            f"keys of a window, not {queries} x {heads} and {ring}."
+            f"dense_attention.decode on TPU takes up to {2 * _ROWS} rows of queries x heads and up "
+            f"to {2 * _ROWS} keys of a window, not {queries} x {heads} and {ring}."
         )
-    whole = lambda *dims: pl.BlockSpec((None, *dims), lambda i, b, s, *scalars: (b, 0, 0))
-    near = _Window(
+    per_batch_row = lambda *dims: pl.BlockSpec((None, *dims), _batch_row)
+    window = _Window(
         (inputs.window_BRK, inputs.window_mask_BTR.astype(jnp.int32)),
-        (whole(ring, dim), whole(queries, ring)),
-        functools.partial(ring_seen, heads=heads),
+        (per_batch_row(ring, dim), per_batch_row(queries, ring)),
+        functools.partial(ring_keys, heads=heads),
     )
     return _attend(
         inputs,
-        near,
+        window,
         jnp.zeros(batch, jnp.int32),
         None,
         block=queries,
@@ -87,32 +88,36 @@ def prefill(
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """A block of queries sees the keys of two aligned blocks of the window."""
+    """A block of queries sees keys of two adjacent, aligned blocks of the window."""
     _, queries, heads, dim = inputs.q_BTHK.shape
-    block = queries_of_a_block(queries, heads)
-    near = window_of_a_block(queries, block, window)
+    block = queries_per_block(queries, heads)
+    near = keys_per_block(queries, block, window)
     if heads * block > 2 * _ROWS or near > _ROWS:
         raise Unsupported(
-            f"dense_attention.prefill on TPU takes {2 * _ROWS} heads and a window of {_ROWS}, "
-            f"not {heads} and {window}."
+            f"dense_attention.prefill on TPU takes up to {2 * _ROWS} heads and a window of up to "
+            f"{_ROWS}, not {heads} and {window}."
         )
     keys, first_BT, start_B = inputs.window_BXK.shape[1], inputs.first_BT, inputs.start_B
     last = pl.cdiv(keys, near) - 1
-    begin = lambda i: jax.lax.div(i * block, near)
-    at = lambda part: lambda i, b, s, *scalars: (b, jnp.minimum(begin(i) + part, last), 0)
+
+    def window_block(part: int, query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+        # Clamped: the last queries' second block may be beyond the window, and is masked then.
+        return row, jnp.minimum(jax.lax.div(query_block * block, near) + part, last), 0
+
     parts = range(1 if near == keys else 2)
-    low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
-    of_block = _Window(
+    index_maps = [functools.partial(window_block, part) for part in parts]
+    low_BN1Q = None if first_BT is None else in_blocks(lowest_key(first_BT, start_B, window), block)
+    windows = _Window(
         ((inputs.window_BXK,) * len(parts), low_BN1Q),
         (
-            tuple(pl.BlockSpec((None, near, dim), at(part)) for part in parts),
+            tuple(pl.BlockSpec((None, near, dim), index_map) for index_map in index_maps),
             None if low_BN1Q is None else _per_query(block),
         ),
-        functools.partial(band_seen, heads=heads, block=block, window=window, keys=keys),
+        functools.partial(band_keys, heads=heads, block=block, window=window, keys=keys),
     )
     return _attend(
         inputs,
-        of_block,
+        windows,
         start_B,
         inputs.hidden_BT,
         block=block,
@@ -122,24 +127,24 @@ def prefill(
     )
 
 
-def queries_of_a_block(queries: int, heads: int) -> int:
-    """A power of two, so that blocks of a window are whole blocks of queries; or all queries."""
+def queries_per_block(queries: int, heads: int) -> int:
+    """A power of two, so that window blocks are multiples of query blocks; or all queries."""
     most = max(1, min(_LANES, _ROWS // heads))
     return min(queries, 2 ** (most.bit_length() - 1))
 
 
-def window_of_a_block(queries: int, block: int, window: int) -> int:
-    """Keys of which two neighbouring blocks hold the window of a block of queries."""
+def keys_per_block(queries: int, block: int, window: int) -> int:
+    """Keys per window block: two adjacent blocks cover the window of a block of queries."""
     unit = _TILE if block >= queries else max(_TILE, block)
     return min(pl.cdiv(max(window, block), unit) * unit, window + queries)
 
 
 class _Window(NamedTuple):
-    """The window's arrays, what a block of queries holds of them, and the keys that rows see."""
+    """A window's arrays, their specs, and a function of their refs that returns keys and mask."""
 
     arrays: tuple[Any, Any]
     specs: tuple[Any, Any]
-    seen: Callable[..., Any]
+    read: Callable[..., Any]
 
 
 def _attend(
@@ -153,26 +158,31 @@ def _attend(
     scale: float,
     name: str,
 ) -> Float[Array, "B T H K"]:
-    """The grid: blocks of queries, rows of the batch, blocks of entries."""
+    """Run the kernel; its grid is blocks of queries, rows of the batch, blocks of entries."""
     pool_LBSK, (batch, queries, heads, dim) = inputs.pool_LBSK, inputs.q_BTHK.shape
     blocks = pl.cdiv(queries, block)
     visible_BN1Q = in_blocks(inputs.visible_BT, block)
     hidden_BN1Q = None if hidden_BT is None else in_blocks(hidden_BT, block)
     most = _SCALARS // (2 if hidden_BN1Q is None else 4)
     if batch * blocks > most:
-        raise Unsupported(f"dense_attention on TPU takes {most} blocks of {block} queries.")
+        raise Unsupported(
+            f"dense_attention on TPU takes up to {most} blocks of {block} queries, not "
+            f"{batch * blocks}."
+        )
     width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 
     out = pl.pallas_call(
-        functools.partial(_kernel, near=window.seen, blocks=blocks, heads=heads, scale=scale),
+        functools.partial(
+            _kernel, read_window=window.read, blocks=blocks, heads=heads, scale=scale
+        ),
         grid_spec=_grid(
             (blocks, batch, steps),
             block,
             (heads, dim),
             window.specs,
             width,
-            hides=hidden_BN1Q is not None,
+            has_hidden=hidden_BN1Q is not None,
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), inputs.q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -202,31 +212,33 @@ def _grid(
     window_specs: tuple[Any, Any],
     width: int,
     *,
-    hides: bool,
+    has_hidden: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
-    """What each step holds; `width` entries of the pool, or there is none."""
+    """The blocks of each step, with `width` entries of the pool; 0 without a pool."""
     (heads, dim), blocks = head, grid[0]
     rows = block * heads
 
-    def pool_at(i: Any, b: Any, s: Any, *scalars: Any) -> Any:
-        # What nobody sees is not fetched: the index stays.
+    def entry_block(query_block: Any, row: Any, step: Any, *scalars: Any) -> Any:
+        # Clamped to the blocks that some query sees: a repeated index fetches nothing.
         layer_ref, _, most_ref, _, hidden_refs = scalars
-        last = jnp.maximum(jax.lax.div(most_ref[b * blocks + i] + width - 1, width) - 1, 0)
+        at = row * blocks + query_block
+        last = jnp.maximum(jax.lax.div(most_ref[at] + width - 1, width) - 1, 0)
         if hidden_refs is not None:
-            s = jnp.maximum(s, jax.lax.div(hidden_refs[0][b * blocks + i], width))
-        return layer_ref[0], b, jnp.minimum(s, last), 0
+            step = jnp.maximum(step, jax.lax.div(hidden_refs[0][at], width))
+        return layer_ref[0], row, jnp.minimum(step, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=grid,
         in_specs=[
-            pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
-            pl.BlockSpec((heads, _LANES), lambda i, b, s, *scalars: (0, 0)),
-            (_per_query(block), _per_query(block) if hides else None),
+            pl.BlockSpec((None, rows, dim), _query_block),
+            pl.BlockSpec((heads, _LANES), _constant),
+            (_per_query(block), _per_query(block) if has_hidden else None),
             window_specs,
-            pl.BlockSpec((None, None, width, dim), pool_at) if width else None,
+            pl.BlockSpec((None, None, width, dim), entry_block) if width else None,
         ],
-        out_specs=pl.BlockSpec((None, rows, dim), lambda i, b, s, *scalars: (b, i, 0)),
+        # The same for all steps of a block of queries, so that it stays in VMEM until the last.
+        out_specs=pl.BlockSpec((None, rows, dim), _query_block),
         scratch_shapes=[
             pltpu.VMEM((rows, _LANES), jnp.float32),
             pltpu.VMEM((rows, _LANES), jnp.float32),
@@ -235,25 +247,42 @@ def _grid(
     )
 
 
+def _query_block(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+    return row, query_block, 0
+
+
+def _batch_row(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+    return row, 0, 0
+
+
+def _constant(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+    return 0, 0
+
+
 def _per_query(block: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, 1, block), lambda i, b, s, *scalars: (b, i, 0, 0))
+    """Spec of an array [B, N, 1, Q]."""
+
+    def index_map(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+        return row, query_block, 0, 0
+
+    return pl.BlockSpec((None, None, 1, block), index_map)
 
 
 def _hidden_of_blocks(
     visible_BN1Q: Int[Array, "B N 1 Q"], hidden_BN1Q: Int[Array, "B N 1 Q"]
 ) -> tuple[Int[Array, " M"], Int[Array, " M"]]:
-    """The first entry that some query of a block sees, and the most that one does not."""
+    """Per block: the first entry that some query sees, and the largest `hidden` of its queries."""
     seen_BN1Q = jnp.where(hidden_BN1Q < visible_BN1Q, hidden_BN1Q, jnp.max(visible_BN1Q))
     flat = lambda x_BN: x_BN.reshape(-1)
     return flat(jnp.min(seen_BN1Q, axis=(2, 3))), flat(jnp.max(hidden_BN1Q, axis=(2, 3)))
 
 
 def _kernel(
-    layer_ref: Any,  # [1] in scalar memory, as the next four
+    layer_ref: Any,  # [1] in scalar memory, like the next four
     start_ref: Any,  # [B]
-    most_ref: Any,  # [N x B]
-    least_ref: Any,  # [N x B]
-    hidden_refs: Any,  # two such, or None
+    most_ref: Any,  # [B x N], a block's largest `visible`
+    least_ref: Any,  # [B x N], its smallest
+    hidden_refs: Any,  # `_hidden_of_blocks`, or None
     q_ref: Any,  # [R, K]
     sink_ref: Any,  # [H, W]
     bounds_refs: Any,  # [1, Q] of visible and of hidden, or None
@@ -264,7 +293,7 @@ def _kernel(
     total_ref: Any,  # [R, W], to be summed over lanes
     value_ref: Any,  # [R, K]
     *,
-    near: Callable[..., Any],
+    read_window: Callable[..., Any],
     blocks: int,
     heads: int,
     scale: float,
@@ -275,31 +304,31 @@ def _kernel(
     @pl.when(s == 0)
     def _window() -> None:
         _begin(sink_ref, *state)
-        keys_YK, mask_RY = near(window_refs, i, start_ref[b])
+        keys_YK, mask_RY = read_window(window_refs, i, start_ref[b])
         _add(jnp.where(mask_RY, _logits(q_ref[...], keys_YK, scale), -jnp.inf), keys_YK, *state)
 
     if pool_ref is not None:
         most, least = most_ref[b * blocks + i], least_ref[b * blocks + i]
         width = pool_ref.shape[0]
         first = s * width
-        whole, begin = first + width <= least, 0
+        all_seen, begin = first + width <= least, 0
         if hidden_refs is not None:
             begin, end = (ref[b * blocks + i] for ref in hidden_refs)
-            whole &= first >= end
+            all_seen &= first >= end
 
-        @pl.when(whole)
-        def _whole_block() -> None:
+        @pl.when(all_seen)
+        def _unmasked_block() -> None:
             _add(_logits(q_ref[...], pool_ref[...], scale), pool_ref[...], *state)
 
-        some = (first < most) & (first + width > least)
+        some_seen = (first < most) & (first + width > least)
         if hidden_refs is not None:
-            some = (first < most) & (first + width > begin) & jnp.logical_not(whole)
+            some_seen = (first < most) & (first + width > begin) & jnp.logical_not(all_seen)
 
-        @pl.when(some)
-        def _part_of_a_block() -> None:
+        @pl.when(some_seen)
+        def _masked_block() -> None:
             index_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
-            keys_SK = where_seen(pool_ref[...], _any_sees(index_S1, bounds_refs, most))
-            bounds_R1 = [ref if ref is None else of_rows(ref[...], heads) for ref in bounds_refs]
+            keys_SK = where_seen(pool_ref[...], _any_query_sees(index_S1, bounds_refs, most))
+            bounds_R1 = [ref if ref is None else per_row(ref[...], heads) for ref in bounds_refs]
             index_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
             logits_RS = _logits(q_ref[...], keys_SK, scale)
             _add(jnp.where(_between(index_1S, *bounds_R1), logits_RS, -jnp.inf), keys_SK, *state)
@@ -310,11 +339,11 @@ def _kernel(
         out_ref[...] = (value_ref[...] / total_R1).astype(out_ref.dtype)
 
 
-def _any_sees(index_S1: Int[Array, "S 1"], refs: Any, most: Any) -> Bool[Array, "S 1"]:
+def _any_query_sees(index_S1: Int[Array, "S 1"], refs: Any, most: Any) -> Bool[Array, "S 1"]:
     visible_ref, hidden_ref = refs
     if hidden_ref is None:
         return index_S1 < most
-    return by_any(_between(index_S1, visible_ref[...], hidden_ref[...]))
+    return any_row_sees(_between(index_S1, visible_ref[...], hidden_ref[...]))
 
 
 def _between(index: Any, visible: Any, hidden: Any) -> Any:
@@ -323,7 +352,7 @@ def _between(index: Any, visible: Any, hidden: Any) -> Any:
 
 
 def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> None:
-    """The sink's weight is 1 so far; a logit of -inf would make NaN of what is masked."""
+    """Start from the sink alone, with weight 1; a sink of -inf would turn masked logits into NaN."""
     rows, heads = largest_ref.shape[0], sink_ref.shape[0]
     largest_ref[...] = jnp.maximum(jnp.tile(sink_ref[...], (rows // heads, 1)), _LOWEST)
     lane_RW = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)
@@ -360,14 +389,14 @@ def _add(
 
 
 def _lanes(x_RW: Float32[Array, "R W"], width: int) -> Float32[Array, "R _"]:
-    """The same value in so many lanes, or one that broadcasts."""
+    """A row's value in `width` lanes, or in one lane, which broadcasts."""
     if width % _LANES:
         return x_RW[:, :1]
     return jnp.concatenate([x_RW] * (width // _LANES), axis=1)
 
 
 def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
-    """Lanes whose sum is that of x: whole registers are added, no lane moves."""
+    """128 lanes with the same sum as x: entire registers are added, no lane moves."""
     rows, width = x_RX.shape
     if width % _LANES:
         lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, _LANES), 1)

@@ -1,6 +1,6 @@
-"""Gradients on TPU: rows see entries below a count, or between two. See `tpu_attention_backward`.
+"""Gradients on TPUs, where rows see the entries below one bound, or between two.
 
-Axis letters: as there.
+The kernel, and the axis letters, are in `tpu_attention_backward`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tpu_attention_backward as backward
 from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.dense_attention.inputs import PrefillInputs
-from pallas_kernels.tpu_attention_pull import Seen, by_any
+from pallas_kernels.tpu_attention_pull import Visibility, any_row_sees
 
 _QUERIES = 128
 
@@ -28,22 +28,22 @@ def prefill_backward(
     """Gradients of queries, window, pool and sink."""
     queries, heads = inputs.q_BTHK.shape[1:3]
     visible_BT, hidden_BT = inputs.visible_BT, inputs.hidden_BT
-    block = backward.queries_of_a_block(queries, heads, _QUERIES)
-    seen = None
+    block = backward.queries_per_block(queries, heads, _QUERIES)
+    visibility = None
     if inputs.pool_LBSK is not None:
         in_rows = lambda x_BT: jnp.repeat(
             backward.blocks_of(x_BT.astype(jnp.int32), block, fill=0), heads, axis=2
         )
         if hidden_BT is None:
-            seen = Seen(in_rows(visible_BT)[:, :, None], (), _end, _below)
+            visibility = Visibility(in_rows(visible_BT)[:, :, None], (), _end, _below)
         else:
             both_BN2R = jnp.stack([in_rows(visible_BT), in_rows(hidden_BT)], axis=2)
-            seen = Seen(both_BN2R, (), _end_of_both, _between, _begin)
+            visibility = Visibility(both_BN2R, (), _end_of_both, _between, _first_of_both)
     return backward.gradients(
         grad_BTHK,
         out_BTHK,
         inputs,
-        seen,
+        visibility,
         block=block,
         window=window,
         scale=scale,
@@ -64,7 +64,7 @@ def _end_of_both(both_ref: Any, scratch: Any) -> Int[Array, ""]:
     return jnp.max(both_ref[:1])
 
 
-def _begin(both_ref: Any) -> Int[Array, ""]:
+def _first_of_both(both_ref: Any) -> Int[Array, ""]:
     visible_1R, hidden_1R = both_ref[:1], both_ref[1:]
     return jnp.min(jnp.where(hidden_1R < visible_1R, hidden_1R, jnp.max(visible_1R)))
 
@@ -72,4 +72,4 @@ def _begin(both_ref: Any) -> Int[Array, ""]:
 def _between(both_ref: Any, scratch: Any, query_1R: Any, first: Any, count: int) -> Any:
     index_E1 = first + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     mask_ER = (index_E1 < both_ref[:1]) & (index_E1 >= both_ref[1:])
-    return by_any(mask_ER), mask_ER
+    return any_row_sees(mask_ER), mask_ER

@@ -1,7 +1,7 @@
-"""What a block of queries sees of its window, inside a kernel.
+"""The window's keys that a block of queries sees, inside a kernel.
 
-Axis letters: as in the package; N blocks of queries, Q queries of a block, R = Q x H rows, query
-after query, Y keys of a block's window.
+Axis letters: as in the package; N blocks of queries, Q queries per block, R = Q x H rows, query
+by query, Y keys of a block's window.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.tpu_attention_pull import by_any
+from pallas_kernels.tpu_attention_pull import any_row_sees
 
 
 def in_blocks(x_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
-    """What a block's queries see; queries beyond the last see what it sees."""
+    """Per-query bounds in blocks of queries; padding repeats the last query's."""
     batch, queries = x_BT.shape
     blocks = pl.cdiv(queries, block)
     spare = blocks * block - queries
@@ -23,40 +23,40 @@ def in_blocks(x_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
     return x_BT.reshape(batch, blocks, 1, block)
 
 
-def of_rows(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
-    """A query's number, 0 or more, for each of its heads, query after query."""
+def per_row(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
+    """Each query's number, 0 or more, repeated for each of its heads."""
     shape = (x_1Q.shape[1] * heads, x_1Q.shape[1])
     row_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     first_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * heads
-    own_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
-    return jnp.max(jnp.where(own_RQ, x_1Q, 0), axis=1, keepdims=True)
+    same_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
+    return jnp.max(jnp.where(same_RQ, x_1Q, 0), axis=1, keepdims=True)
 
 
 def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
-    """Garbage must not reach a product: 0 * NaN is NaN."""
+    """Keep garbage out of products: 0 * NaN is NaN."""
     return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
 
 
 def seen_by_any(
     e_Y1: Int[Array, "Y 1"], first: Any, low_1Q: Int[Array, "1 Q"], window: int
 ) -> Bool[Array, "Y 1"]:
-    """Keys e of a chunk's window that some query sees of the block that begins with `first`."""
+    """Which keys e of a chunk's window some query sees of the block that starts at `first`."""
     query_1Q = first + jax.lax.broadcasted_iota(jnp.int32, low_1Q.shape, 1)
-    return by_any((e_Y1 > query_1Q) & (e_Y1 <= query_1Q + window) & (e_Y1 >= low_1Q))
+    return any_row_sees((e_Y1 > query_1Q) & (e_Y1 <= query_1Q + window) & (e_Y1 >= low_1Q))
 
 
-def ring_seen(
+def ring_keys(
     refs: tuple[Any, Any], i: Any, start: Any, *, heads: int
 ) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
-    """Keys of a ring and which of them each row sees, by the mask of its query."""
+    """Keys of a ring, and which of them each row sees, from its query's mask."""
     keys_ref, mask_ref = refs
     queries, length = mask_ref.shape
     any_1Y = jnp.max(mask_ref[...], axis=0, keepdims=True)
     square = (length, length)
-    own_YY = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(
+    diagonal_YY = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(
         jnp.int32, square, 1
     )
-    any_Y1 = jnp.max(jnp.where(own_YY, any_1Y, 0), axis=1, keepdims=True)
+    any_Y1 = jnp.max(jnp.where(diagonal_YY, any_1Y, 0), axis=1, keepdims=True)
     row_RY = jax.lax.broadcasted_iota(jnp.int32, (queries * heads, length), 0)
     mask_RY = jnp.broadcast_to(mask_ref[:1], row_RY.shape)
     for t in range(1, queries):
@@ -64,7 +64,7 @@ def ring_seen(
     return where_seen(keys_ref[...], any_Y1 > 0), mask_RY > 0
 
 
-def band_seen(
+def band_keys(
     refs: tuple[tuple[Any, ...], Any],
     i: Any,
     start: Any,
@@ -74,9 +74,10 @@ def band_seen(
     window: int,
     keys: int,
 ) -> tuple[Float[Array, "Y K"], Bool[Array, "R Y"]]:
-    """Key e is at start - window + e; query j sees those with j < e <= j + window.
+    """Keys of a block's window, and which of them each row sees.
 
-    Of them, from `lowest` on, where there is a ref [1, Q] of it.
+    Key e is at position start - window + e. Query j sees the keys j < e <= j + window; where there
+    is a ref [1, Q] to its `lowest_key`, only those from there on.
     """
     keys_refs, low_ref = refs
     near = keys_refs[0].shape[0]
@@ -89,12 +90,12 @@ def band_seen(
     if low_ref is not None:
         seen_Y1 &= seen_by_any(e_Y1, first, low_ref[...], window)
     keys_YK = where_seen(jnp.concatenate([ref[...] for ref in keys_refs]), seen_Y1)
-    # Query j of the block holds the rows from j x heads on.
+    # Query j of the block has the rows j x heads .. (j + 1) x heads - 1.
     e_RY = origin + jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 1)
     row_RY = jax.lax.broadcasted_iota(jnp.int32, (block * heads, width), 0)
     after_RY = row_RY < (e_RY - first) * heads
     within_RY = row_RY >= (e_RY - first - window) * heads
     mask_RY = after_RY & within_RY & exists(e_RY)
     if low_ref is not None:
-        mask_RY &= e_RY >= of_rows(low_ref[...], heads)
+        mask_RY &= e_RY >= per_row(low_ref[...], heads)
     return keys_YK, mask_RY

@@ -1,6 +1,8 @@
-"""Attention in blocks of queries and entries, as a running softmax; time follows what is visible.
+"""Attention in blocks of queries and entries, as a running softmax.
 
-Axis letters: as in the package; Q queries of a block, Y keys of its window.
+Its time is proportional to what is visible.
+
+Axis letters: as in the package; Q queries per block, Y keys of its window.
 """
 
 from typing import Any
@@ -22,14 +24,14 @@ def decode(
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    def one(row: Any) -> Any:
+    def attend_row(row: Any) -> Any:
         mask_TR = inputs.window_mask_BTR[row]
         keys_RK = blocks.where_seen(inputs.window_BRK[row], jnp.any(mask_TR, axis=0))
         bounds = blocks.Bounds(inputs.visible_BT[row])
         entries = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, bounds)
         return _attend(inputs.q_BTHK[row], keys_RK, mask_TR, entries, inputs.sink_H, scale)
 
-    return jax.lax.map(one, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
+    return jax.lax.map(attend_row, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
 def prefill(
@@ -43,16 +45,17 @@ def prefill(
     bounds = blocks.Bounds(inputs.visible_BT, inputs.hidden_BT, inputs.first_BT).filled(pad)
     q, keys = pad(inputs.q_BTHK), pad(inputs.window_BXK)
 
-    def one(index: Any) -> Any:
+    def attend_block(index: Any) -> Any:
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        own = jax.tree.map(take, bounds)
-        mask_QY = blocks.band(inputs.start_B[row] - window + first, block, window, own.first)
+        block_bounds = jax.tree.map(take, bounds)
+        position = inputs.start_B[row] - window + first
+        mask_QY = blocks.band(position, block, window, block_bounds.first)
         keys_YK = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0))
-        entries = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, own)
+        entries = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, block_bounds)
         return _attend(take(q), keys_YK, mask_QY, entries, inputs.sink_H, scale)
 
-    out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
+    out = jax.lax.map(attend_block, jnp.arange(batch * count, dtype=jnp.int32))
     return out.reshape(batch, count * block, *rest)[:, :queries]
 
 
@@ -68,13 +71,13 @@ def _attend(
     queries, heads, _ = q_QHK.shape
     q_RK = blocks.as_rows(q_QHK)
     per_head = lambda mask_QX: jnp.tile(mask_QX, (heads, 1))
-    whole = softmax.part(q_RK, window_YK, per_head(window_mask_QY), scale)
+    total = softmax.part(q_RK, window_YK, per_head(window_mask_QY), scale)
     if entries.pool_LBSK is not None:
 
-        def add(block: Any, whole: Any) -> Any:
+        def add(block: Any, total: Any) -> Any:
             keys_EK, seen_QE, _ = entries.of_block(block)
-            return softmax.merge(whole, softmax.part(q_RK, keys_EK, per_head(seen_QE), scale))
+            return softmax.merge(total, softmax.part(q_RK, keys_EK, per_head(seen_QE), scale))
 
-        whole = jax.lax.fori_loop(*entries.blocks(), add, whole)
-    out_RK = softmax.finish(whole, jnp.repeat(sink_H.astype(jnp.float32), queries))
+        total = jax.lax.fori_loop(*entries.blocks(), add, total)
+    out_RK = softmax.finish(total, jnp.repeat(sink_H.astype(jnp.float32), queries))
     return blocks.as_queries(out_RK, queries).astype(q_QHK.dtype)

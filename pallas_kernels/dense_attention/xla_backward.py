@@ -1,10 +1,11 @@
-"""Gradients in blocks of queries and entries: logits are computed anew, never kept.
+"""Gradients in blocks of queries and entries: logits are recomputed, never stored.
 
-With weights p of a query (the sink's included), value gradient g and output o:
-d logit = p x (g . key - g . o), and a key, which is also a value, gets p x g + d logit x q x scale.
+With weights p of a query (the sink's included), output gradient g and output o,
+d logit = p * (g . key - g . o). A key is also a value, so its gradient is
+p * g + d logit * q * scale.
 
-Axis letters: as in the package; Q queries of a block, Y keys of its window, E entries of a block,
-R = H x Q rows, head after head.
+Axis letters: as in the package; Q queries per block, Y keys of its window, E entries per block,
+R = H x Q rows, head by head.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from pallas_kernels.dense_attention import xla_blocks as blocks
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 
 _LOWEST = -1e30
-# With 64 heads of 128 queries, 8192 rows, the compiler for TPUs took 75 s, with 1024 rows 7 s.
+# With 64 heads of 128 queries (8192 rows) the TPU compiler takes 75 s, with 1024 rows 7 s.
 _ROWS = 1024
 
 
@@ -32,7 +33,7 @@ def decode_backward(
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
 
-    def one(carry: Any, row: Any) -> Any:
+    def row_gradients(carry: Any, row: Any) -> Any:
         pool_grad, sink_grad_H = carry
         mask_TR = inputs.window_mask_BTR[row]
         rows = _rows(inputs.q_BTHK[row], grad_BTHK[row], out_BTHK[row], inputs.sink_H, scale)
@@ -44,7 +45,7 @@ def decode_backward(
 
     empty = _empty(inputs.pool_LBSK), jnp.zeros(inputs.sink_H.shape, jnp.float32)
     rows_B = jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32)
-    (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(one, empty, rows_B)
+    (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(row_gradients, empty, rows_B)
     return Gradients(
         q_grad.astype(inputs.q_BTHK.dtype),
         window_grad.astype(inputs.window_BRK.dtype),
@@ -69,15 +70,16 @@ def prefill_backward(
     bounds = blocks.Bounds(inputs.visible_BT, inputs.hidden_BT, inputs.first_BT).filled(pad)
     keys = pad(inputs.window_BXK)
 
-    def one(carry: Any, index: Any) -> Any:
+    def block_gradients(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
-        own = jax.tree.map(take, bounds)
-        mask_QY = blocks.band(inputs.start_B[row] - window + first, block, window, own.first)
+        block_bounds = jax.tree.map(take, bounds)
+        position = inputs.start_B[row] - window + first
+        mask_QY = blocks.band(position, block, window, block_bounds.first)
         near = blocks.where_seen(take(keys, block + window), jnp.any(mask_QY, axis=0)), mask_QY
         rows = _rows(take(q), take(grad), take(out), inputs.sink_H, scale)
-        far = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, own)
+        far = blocks.Entries(inputs.pool_LBSK, inputs.layer, row, block_bounds)
         q_grad, add_YK, pool_grad, add_H = _block(rows, near, far, pool_grad)
         window_grad = _add_at(window_grad, add_YK, row, first)
         return (window_grad, pool_grad, sink_grad_H + add_H), q_grad
@@ -88,7 +90,7 @@ def prefill_backward(
         jnp.zeros(inputs.sink_H.shape, jnp.float32),
     )
     indices = jnp.arange(batch * count, dtype=jnp.int32)
-    (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(one, empty, indices)
+    (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(block_gradients, empty, indices)
     q_grad = q_grad.reshape(batch, count * block, heads, dim)[:, :queries]
     return Gradients(
         q_grad.astype(inputs.q_BTHK.dtype),
@@ -100,11 +102,11 @@ def prefill_backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What the rows of a block bring to each set of their keys."""
+    """The rows of a block, as every set of keys needs them."""
 
     q_RK: Any
     grad_RK: Any
-    delta_R: Any  # gradient . output
+    delta_R: Any  # grad . output
     sink_R: Any
     scale: float
 
@@ -121,11 +123,11 @@ def _rows(q_QHK: Any, grad_QHK: Any, out_QHK: Any, sink_H: Any, scale: float) ->
 
 
 def _block(rows: _Rows, near: Any, far: blocks.Entries, pool_grad: Any) -> Any:
-    """Gradients of a block's queries [Q, H, K] and window, of the whole pool so far, of sinks."""
+    """Gradients of a block's queries [Q, H, K] and window, of the pool so far, and of sinks."""
     heads_of = lambda mask_QX: jnp.tile(mask_QX, (rows.q_RK.shape[0] // mask_QX.shape[0], 1))
     window_YK, mask_RY = near[0], heads_of(near[1])
     state = _add_to_sum(rows, window_YK, mask_RY, (rows.sink_R, jnp.ones_like(rows.sink_R)))
-    some = (0, 0) if far.pool_LBSK is None else far.blocks()
+    visible_blocks = (0, 0) if far.pool_LBSK is None else far.blocks()
 
     def measure(i: Any, state: Any) -> Any:
         keys_EK, seen_QE, _ = far.of_block(i)
@@ -134,17 +136,17 @@ def _block(rows: _Rows, near: Any, far: blocks.Entries, pool_grad: Any) -> Any:
     def pull(i: Any, carry: Any) -> Any:
         q_grad_RK, pool_grad = carry
         keys_EK, seen_QE, start = far.of_block(i)
-        add_RK, keys_grad_EK = _pull(rows, keys_EK, heads_of(seen_QE), whole_R)
+        add_RK, keys_grad_EK = _pull(rows, keys_EK, heads_of(seen_QE), log_total_R)
         return q_grad_RK + add_RK, _add_at(pool_grad, keys_grad_EK, far.row, start)
 
     if far.pool_LBSK is not None:
-        state = jax.lax.fori_loop(*some, measure, state)
-    whole_R = state[0] + jnp.log(state[1])
-    q_grad_RK, window_grad_YK = _pull(rows, window_YK, mask_RY, whole_R)
+        state = jax.lax.fori_loop(*visible_blocks, measure, state)
+    log_total_R = state[0] + jnp.log(state[1])
+    q_grad_RK, window_grad_YK = _pull(rows, window_YK, mask_RY, log_total_R)
     if far.pool_LBSK is not None:
-        q_grad_RK, pool_grad = jax.lax.fori_loop(*some, pull, (q_grad_RK, pool_grad))
+        q_grad_RK, pool_grad = jax.lax.fori_loop(*visible_blocks, pull, (q_grad_RK, pool_grad))
     queries = far.bounds.visible.shape[0]
-    sink_grad_R = -jnp.exp(rows.sink_R - whole_R) * rows.delta_R
+    sink_grad_R = -jnp.exp(rows.sink_R - log_total_R) * rows.delta_R
     return (
         blocks.as_queries(q_grad_RK, queries).astype(rows.q_RK.dtype),
         window_grad_YK,
@@ -160,7 +162,7 @@ def _logits(
 
 
 def _add_to_sum(rows: _Rows, keys_XK: Any, mask_RX: Any, state: Any) -> Any:
-    """Largest logit and sum of weights, with those of more keys."""
+    """Running maximum and sum of weights, updated with more keys."""
     before_R, total_R = state
     logits_RX = _logits(rows, keys_XK, mask_RX)
     largest_R = jnp.maximum(before_R, jnp.max(logits_RX, axis=1))
@@ -168,9 +170,9 @@ def _add_to_sum(rows: _Rows, keys_XK: Any, mask_RX: Any, state: Any) -> Any:
     return largest_R, total_R * jnp.exp(before_R - largest_R) + weights_R
 
 
-def _pull(rows: _Rows, keys_XK: Any, mask_RX: Any, whole_R: Any) -> Any:
-    """Gradients of the queries from these keys, and of the keys; whole: log of all weights."""
-    weights_RX = jnp.exp(_logits(rows, keys_XK, mask_RX) - whole_R[:, None])
+def _pull(rows: _Rows, keys_XK: Any, mask_RX: Any, log_total_R: Any) -> Any:
+    """Gradients of the queries, as far as due to these keys, and of the keys."""
+    weights_RX = jnp.exp(_logits(rows, keys_XK, mask_RX) - log_total_R[:, None])
     towards_RX = _dot(rows.grad_RK, keys_XK, 1, 1) - rows.delta_R[:, None]
     logits_grad_RX = (weights_RX * towards_RX * rows.scale).astype(keys_XK.dtype)
     keys_grad_XK = _dot(weights_RX.astype(keys_XK.dtype), rows.grad_RK, 0, 0)
@@ -183,11 +185,11 @@ def _dot(a: Any, b: Any, a_dim: int, b_dim: int) -> Float32[Array, "_ _"]:
     return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
-def _add_at(whole: Any, part_XK: Float32[Array, "X K"], row: Any, start: Any) -> Any:
-    """Add to rows of one row of a batch [B, _, K]."""
+def _add_at(total: Any, part_XK: Float32[Array, "X K"], row: Any, start: Any) -> Any:
+    """Add to X entries, from `start` on, of one batch row of [B, _, K]."""
     at = (row, start, jnp.zeros_like(start))
-    old = jax.lax.dynamic_slice(whole, at, (1, *part_XK.shape))
-    return jax.lax.dynamic_update_slice(whole, old + part_XK[None], at)
+    old = jax.lax.dynamic_slice(total, at, (1, *part_XK.shape))
+    return jax.lax.dynamic_update_slice(total, old + part_XK[None], at)
 
 
 def _empty(pool_LBSK: Any) -> Any:
@@ -195,7 +197,7 @@ def _empty(pool_LBSK: Any) -> Any:
 
 
 def _of_stack(grad_BSK: Any, pool_LBSK: Any, layer: Any) -> Any:
-    """Other layers of the stack get 0."""
+    """Gradient of the stack, 0 in the other layers."""
     if pool_LBSK is None:
         return None
     return jnp.zeros_like(pool_LBSK).at[layer].set(grad_BSK.astype(pool_LBSK.dtype))

@@ -1,7 +1,7 @@
-"""Blocks of queries and entries, as the forward and the backward form in XLA read them.
+"""Blocks of queries and entries, shared by the forward and the backward pass in XLA.
 
-Axis letters: as in the package; Q queries of a block, Y keys of its window, E entries of a block,
-R = H x Q rows, head after head.
+Axis letters: as in the package; Q queries per block, Y keys of its window, E entries per block,
+R = H x Q rows, head by head.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# With 8 heads, products of 128 queries are large, and logits stay in the cache. More entries are no
-# faster there, and slow a few queries down.
+# With 8 heads, products of 128 queries are large and logits stay in the cache. More entries are not
+# faster then, and are slower for a few queries.
 QUERIES = 128
 _ENTRIES = 256
 # A position that no key has.
@@ -23,12 +23,12 @@ NOWHERE = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What queries see.
+    """What each query sees.
 
     Attributes:
-      visible: entries below this.
-      hidden: and not below this; None: 0.
-      first: keys of the window from this position on; None: 0.
+      visible: entries below this are seen,
+      hidden: but not those below this; None: 0.
+      first: keys of the window from this position on are seen; None: 0.
     """
 
     visible: Any
@@ -36,13 +36,15 @@ class Bounds:
     first: Any = None
 
     def filled(self, pad: Callable[..., Any]) -> "Bounds":
-        """Those of whole blocks; queries beyond the last see nothing that no other sees."""
-        more = lambda x, fill: None if x is None else pad(x.astype(jnp.int32), fill)
-        return Bounds(pad(self.visible), more(self.hidden, 0), more(self.first, NOWHERE))
+        """Padded to full blocks; padding queries see nothing that no other query sees."""
+        pad_optional = lambda x, fill: None if x is None else pad(x.astype(jnp.int32), fill)
+        return Bounds(
+            pad(self.visible), pad_optional(self.hidden, 0), pad_optional(self.first, NOWHERE)
+        )
 
 
 def split(queries: int, most: int) -> tuple[int, int, Callable[..., Any]]:
-    """Queries of a block, blocks, and what fills arrays [B, T, ...] up to whole blocks."""
+    """Queries per block, number of blocks, and a function that pads [B, T, ...] to full blocks."""
     block = min(queries, most)
     blocks = -(-queries // block)
     spare = blocks * block - queries
@@ -58,7 +60,7 @@ def band(
     window: int,
     first_Q: Int[Array, " Q"] | None = None,
 ) -> Bool[Array, "Q Y"]:
-    """Which keys a query sees of a block's window, whose first key is at the position."""
+    """Which keys of a block's window each query sees; its first key is at `position`."""
     e_Y, j_Q1 = jnp.arange(queries + window), jnp.arange(queries)[:, None]
     near_QY = (e_Y[None] > j_Q1) & (e_Y[None] <= j_Q1 + window)
     mask_QY = near_QY & (position + e_Y >= 0)[None]
@@ -66,7 +68,7 @@ def band(
 
 
 def where_seen(keys_XK: Float[Array, "X K"], seen_X: Bool[Array, " X"]) -> Float[Array, "X K"]:
-    """Garbage must not reach a product: 0 * NaN is NaN."""
+    """Keep garbage out of products: 0 * NaN is NaN."""
     return jnp.where(seen_X[:, None], keys_XK, jnp.zeros((), keys_XK.dtype))
 
 
@@ -80,12 +82,12 @@ def as_queries(x_RK: Float[Array, "R K"], queries: int) -> Float[Array, "Q H K"]
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What the queries of a block see of a pool.
+    """The entries of a pool that the queries of a block see.
 
     Attributes:
-      pool_LBSK: entries of all layers of a stack; None: there are none.
-      layer, row: which of them are read.
-      bounds: of the queries [Q].
+      pool_LBSK: entries of all layers of a stack; None without a pool.
+      layer, row: the layer and the batch row to read.
+      bounds: bounds of the queries, [Q].
     """
 
     pool_LBSK: Any
@@ -95,11 +97,11 @@ class Entries:
 
     @property
     def width(self) -> int:
-        """Entries of a block."""
+        """Entries per block."""
         return min(_ENTRIES, self.pool_LBSK.shape[2])
 
     def blocks(self) -> tuple[Any, Int[Array, ""]]:
-        """The first block that some query sees, and the end of those blocks."""
+        """The range of blocks that some query sees: the first, and one past the last."""
         visible_Q, hidden_Q, size = self.bounds.visible, self.bounds.hidden, self.width
         end = (jnp.max(visible_Q) + size - 1) // size
         if hidden_Q is None:
@@ -110,9 +112,9 @@ class Entries:
     def of_block(
         self, block: Int[Array, ""]
     ) -> tuple[Float[Array, "E K"], Bool[Array, "Q E"], Int[Array, ""]]:
-        """A block's entries, which of them each query sees, and the first's index."""
+        """A block's entries, which of them each query sees, and the index of the first."""
         size, visible_Q, hidden_Q = self.width, self.bounds.visible, self.bounds.hidden
-        # The last block reaches back to stay inside; what it repeats is masked.
+        # The last block reaches back to stay inside the pool; what it repeats is masked.
         start = jnp.minimum(block * size, self.pool_LBSK.shape[2] - size)
         at = (self.layer, self.row, start, jnp.zeros_like(start))
         shape = (1, 1, size, self.pool_LBSK.shape[3])

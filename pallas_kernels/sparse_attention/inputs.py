@@ -1,4 +1,4 @@
-"""The arrays of each operation, which its forms read by name; the doors say what they are.
+"""The arrays of each operation, as one record; the package documents them.
 
 Axis letters: as in the package.
 """
@@ -11,7 +11,7 @@ from pallas_kernels.sparse_attention.rows import Pool
 
 
 class DecodeInputs(NamedTuple):
-    """Those of `decode`."""
+    """Arrays of `decode`."""
 
     q_BTHK: Float[Array, "B T H K"]
     window_BRK: Float[Array, "B R K"]
@@ -23,7 +23,7 @@ class DecodeInputs(NamedTuple):
 
 
 class PrefillInputs(NamedTuple):
-    """Those of `prefill`."""
+    """Arrays of `prefill`."""
 
     q_BTHK: Float[Array, "B T H K"]
     window_BXK: Float[Array, "B X K"]

@@ -1,6 +1,6 @@
-"""Gradients on TPUs among few entries: all are read, under a mask made of a block's lists.
+"""Gradients on TPUs for small pools: all entries are read, masked by the block's lists.
 
-An entry's word has a bit for each query of the block: whether it lists the entry.
+Each entry has a word with one bit per query of the block: whether that query lists the entry.
 
 Axis letters: as in `tpu_attention_backward`; k entries listed, C = 128 lanes.
 """
@@ -17,9 +17,9 @@ from pallas_kernels import tpu_attention_backward as backward
 from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.sparse_attention.tpu_gather import LANES, in_lanes
-from pallas_kernels.tpu_attention_pull import Seen
+from pallas_kernels.tpu_attention_pull import Visibility
 
-_QUERIES = 16  # whose bits a float32 adds up exactly
+_QUERIES = 16  # a float32 sums this many bits exactly
 
 
 def call(
@@ -32,7 +32,7 @@ def call(
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
     _, queries, heads, _ = inputs.q_BTHK.shape
-    block = backward.queries_of_a_block(queries, heads, _QUERIES)
+    block = backward.queries_per_block(queries, heads, _QUERIES)
     tiles = pl.cdiv(inputs.pool_LBSK.shape[2], LANES)
     words = pltpu.VMEM((tiles * LANES, LANES), jnp.int32)
     indices_BNQk = backward.blocks_of(in_lanes(inputs.indices_BTk, -1), block, fill=-1)
@@ -40,7 +40,7 @@ def call(
         grad_BTHK,
         out_BTHK,
         inputs,
-        Seen(indices_BNQk, (words,), _note, _listed),
+        Visibility(indices_BNQk, (words,), _write_words, _listed),
         block=block,
         window=window,
         scale=scale,
@@ -48,17 +48,20 @@ def call(
     )
 
 
-def _note(indices_ref: Any, scratch: tuple[Any]) -> Int[Array, ""]:
-    """Fill the words: a matmul of ones, which say the entry's lane and its tile."""
+def _write_words(indices_ref: Any, scratch: tuple[Any]) -> Int[Array, ""]:
+    """Fill the words by a matmul of one-hot matrices: of each listed entry's lane and its tile.
+
+    Returns 1 + the last entry listed.
+    """
     (words_ref,), (queries, k) = scratch, indices_ref.shape
     tiles = words_ref.shape[0] // LANES
-    ones = lambda size, at_1k: jax.lax.broadcasted_iota(jnp.int32, (size, k), 0) == at_1k
+    one_hot = lambda size, at_1k: jax.lax.broadcasted_iota(jnp.int32, (size, k), 0) == at_1k
     words_CN = jnp.zeros((LANES, tiles), jnp.float32)
     for t in range(queries):
         index_1k = indices_ref[t : t + 1]
-        lane_Ck = jnp.where(ones(LANES, index_1k & (LANES - 1)), 2.0**t, 0.0)
-        # -1 is in tile -1: nowhere.
-        tile_Nk = jnp.where(ones(tiles, index_1k >> 7), 1.0, 0.0)
+        lane_Ck = jnp.where(one_hot(LANES, index_1k & (LANES - 1)), 2.0**t, 0.0)
+        # -1 is in tile -1, which does not exist.
+        tile_Nk = jnp.where(one_hot(tiles, index_1k >> 7), 1.0, 0.0)
         words_CN += jax.lax.dot_general(
             lane_Ck.astype(jnp.bfloat16),
             tile_Nk.astype(jnp.bfloat16),

@@ -23,7 +23,7 @@ from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
 from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.sparse_attention.tpu_softmax import attend
-from pallas_kernels.tpu_attention_pull import lowest
+from pallas_kernels.tpu_attention_pull import lowest_key
 
 # Rows of a block, a query of one head each: more fill the MXU no better.
 _ROWS = 1024
@@ -44,7 +44,7 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
         x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
     )
     indices_BTk = whole(gather.in_lanes(inputs.indices_BTk, -1), -1)
-    low_BN1Q = None if first_BT is None else in_blocks(lowest(first_BT, start_B, window), block)
+    low_BN1Q = None if first_BT is None else in_blocks(lowest_key(first_BT, start_B, window), block)
     return pl.pallas_call(
         functools.partial(_kernel, window=window, scale=scale),
         grid_spec=_grid(

@@ -121,7 +121,7 @@ def _block(
     whole = softmax.merge(softmax.part(q_RK, window_YK, mask_RY, scale), entries.part())
     log_total_R = softmax.log_total(whole, _as_rows(sink_QH))
 
-    below = softmax.Whole(log_total_R, grad_RK, _as_rows(delta_QH))
+    below = softmax.RowTerms(log_total_R, grad_RK, _as_rows(delta_QH))
     near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, below)
     far_grad_RK, pool_grad = entries.pull(below, pool_grad)
     sink_grad_QH = jnp.exp(sink_QH - log_total_R.reshape(sink_QH.shape)) * delta_QH
@@ -141,7 +141,7 @@ class _All:
     def part(self) -> softmax.Part:
         return softmax.part(*self.args)
 
-    def pull(self, below: softmax.Whole, pool_grad: Any) -> Any:
+    def pull(self, below: softmax.RowTerms, pool_grad: Any) -> Any:
         q_grad_RK, entries_grad_SK = softmax.pull(*self.args, below)
         if pool_grad is not None:
             pool_grad = pool_grad.at[self.row].add(entries_grad_SK)
@@ -164,7 +164,7 @@ class _Listed:
         parts = functools.partial(softmax.part, scale=self.scale)
         return jax.tree.map(_as_rows, jax.vmap(parts)(self.q_QHK, self.chosen_QkK, self.mask_QHk))
 
-    def pull(self, below: softmax.Whole, pool_grad: Any) -> Any:
+    def pull(self, below: softmax.RowTerms, pool_grad: Any) -> Any:
         as_queries = lambda x_R: x_R.reshape(*self.q_QHK.shape[:2], *x_R.shape[1:])
         pull = lambda q, keys, mask, below: softmax.pull(q, keys, mask, self.scale, below)
         below = jax.tree.map(as_queries, below)

@@ -1,4 +1,4 @@
-"""The indexer's choice: every form makes the same, exactly, whatever the scores are.
+"""The indexer's choice: every form chooses exactly the same entries, whatever the scores.
 
 Axis letters: B batch, T queries, I index heads, J index head dim, S entries, k entries chosen.
 """
@@ -22,36 +22,36 @@ Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def whole_numbers(seed: int, B: int, T: int, I: int, J: int, S: int) -> Case:
-    """Scores are exact in float32 in any order of summation, and full of ties."""
+    """Inputs whose scores are exact in float32 in any order of summation, and full of ties."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.integers(-3, 4, shape).astype(np.float32)
     return draw(B, T, I, J), draw(B, T, I), draw(2, B, S, J)
 
 
 def case_of(score_BS: np.ndarray) -> Case:
-    """One query per row with these very scores: relu(key) - relu(-key) is the key."""
+    """One query per row with exactly these scores: relu(key) - relu(-key) is the key."""
     rows = len(score_BS)
     signs = np.tile(np.array([1, -1], np.float32), (rows, 1, 1))
     return signs[..., None], signs, score_BS.astype(np.float32)[None, :, :, None]
 
 
 def oracle(score_S: np.ndarray, visible: int, k: int) -> np.ndarray:
-    """NumPy's stable sort, NaN first; the chosen ascending, padded with -1."""
-    seen_S = score_S[:visible]
-    number_S = np.where(np.isnan(seen_S), 0, seen_S)
-    chosen = np.sort(np.lexsort((-number_S, ~np.isnan(seen_S)))[:k])
+    """The choice by NumPy's stable sort, NaN first; ascending, padded with -1."""
+    visible_S = score_S[:visible]
+    number_S = np.where(np.isnan(visible_S), 0, visible_S)
+    chosen = np.sort(np.lexsort((-number_S, ~np.isnan(visible_S)))[:k])
     return np.concatenate([chosen, np.full(k - len(chosen), -1)])
 
 
 def check(case: Case, visible_BT: np.ndarray, k: int, impl: str, layer: int = 0) -> None:
-    """`select` makes the oracle's choice."""
+    """Assert that `select` makes the oracle's choice."""
     q_BTIJ, weights_BTI, keys_LBSJ = case
     arrays = [jnp.asarray(x) for x in (*case, np.int32(layer), visible_BT.astype(np.int32))]
-    got_BTk = np.asarray(SELECT(*arrays, k=k, impl=impl))
+    actual_BTk = np.asarray(SELECT(*arrays, k=k, impl=impl))
     dots_BTIS = np.einsum("btij,bsj->btis", q_BTIJ, keys_LBSJ[layer])
     score_BTS = np.einsum("btis,bti->bts", np.maximum(dots_BTIS, 0), weights_BTI)
     for at in np.ndindex(*visible_BT.shape):
-        np.testing.assert_array_equal(got_BTk[at], oracle(score_BTS[at], int(visible_BT[at]), k))
+        np.testing.assert_array_equal(actual_BTk[at], oracle(score_BTS[at], int(visible_BT[at]), k))
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -77,27 +77,27 @@ def test_the_choice_is_exact_and_ascending(B: int, T: int, S: int, k: int, impl:
 @given(
     seed=st.integers(0, 2**32 - 1), visible=st.lists(st.integers(0, 600), min_size=6, max_size=6)
 )
-def test_any_data_of_one_shape(seed: int, visible: list[int]) -> None:
+def test_random_data_of_one_shape(seed: int, visible: list[int]) -> None:
     check(whole_numbers(seed, 2, 3, 2, 4, 600), np.array(visible).reshape(2, 3), 16, "xla", layer=1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_of_the_models_scaled_down(name: str) -> None:
+def test_model_shapes_scaled_down(name: str) -> None:
     shape = SHAPES[name].divided(8)
     case = whole_numbers(0, 1, 20, shape.heads, shape.head_dim, 600)
     check(case, np.arange(20)[None] * 30, shape.k, "xla")
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_edges_of_what_is_visible(impl: str) -> None:
-    """Each in a row, and so a block, of its own; the last visible entry is the best."""
+def test_visible_counts_around_block_edges(impl: str) -> None:
+    """Each count has a row, and so a block, of its own; the last visible entry is the best."""
     visible_B = np.array([0, 1, 127, 128, 129, 512, 513, 2048])
     check(case_of(np.tile(np.arange(2048), (8, 1))), visible_B[:, None], 128, impl)
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_visible_outside_of_what_there_is_is_none_or_all(impl: str) -> None:
-    """The best entry is the last; bounds that a sum could carry beyond an int32."""
+def test_visible_counts_out_of_range_mean_none_or_all(impl: str) -> None:
+    """The best entry is the last; in a sum, some of these counts would overflow an int32."""
     visible_B = np.array([-(2**31), -1, 301, 2**31 - 1])
     case = case_of(np.tile(np.arange(300), (4, 1)))
     arrays = [jnp.asarray(x) for x in (*case, np.int32(0), visible_B.astype(np.int32)[:, None])]
@@ -106,13 +106,13 @@ def test_visible_outside_of_what_there_is_is_none_or_all(impl: str) -> None:
 
 
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 1, 5), (1, 0, 5), (1, 1, 0)])
-def test_where_there_is_nothing_nothing_is_chosen(B: int, T: int, S: int) -> None:
+def test_nothing_is_chosen_from_empty_inputs(B: int, T: int, S: int) -> None:
     arrays = [jnp.asarray(x) for x in (*whole_numbers(0, B, T, 2, 4, S), np.int32(0))]
     chosen_BTk = SELECT(*arrays, jnp.full((B, T), S, jnp.int32), k=3)
     np.testing.assert_array_equal(chosen_BTk, np.full((B, T, 3), -1))
 
 
-def test_gradients_stop_at_the_choice() -> None:
+def test_no_gradient_passes_through_the_choice() -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = map(jnp.asarray, whole_numbers(0, 1, 2, 2, 4, 9))
 
     def loss(q_BTIJ: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def test_gradients_stop_at_the_choice() -> None:
         chosen_BTk = SELECT(q_BTIJ, weights_BTI, keys_LBSJ, jnp.int32(0), visible_BT, k=3)
         return jnp.sum(q_BTIJ) * jnp.sum(chosen_BTk).astype(jnp.float32)
 
-    # The number of the choice's indices stands for a constant.
+    # The sum of the chosen indices acts as a constant.
     grad_BTIJ = jax.grad(loss)(q_BTIJ)
     np.testing.assert_array_equal(grad_BTIJ, jnp.full_like(q_BTIJ, grad_BTIJ[0, 0, 0, 0]))
     assert float(grad_BTIJ[0, 0, 0, 0]) > 0
@@ -157,7 +157,7 @@ def test_hard_scores(visible: int, impl: str) -> None:
 
 
 def test_zeros_of_both_signs_are_equal() -> None:
-    """Asked of the choice itself: a sum of planes that starts at 0 never ends at -0."""
+    """Tests the choice alone: a score that is summed from 0 is never -0."""
     score_QS = jnp.asarray(np.where(np.arange(40) % 3 == 0, -0.0, 0.0), jnp.float32)[None]
     comparable_QS = reference.comparable(score_QS)
     chosen_Qk = reference.best(comparable_QS, jnp.full(1, 40, jnp.int32), 10)
@@ -165,7 +165,7 @@ def test_zeros_of_both_signs_are_equal() -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_what_is_invisible_may_be_garbage(impl: str) -> None:
+def test_invisible_entries_may_be_garbage(impl: str) -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(5, 2, 3, 2, 4, 600)
     visible_BT = np.array([[0, 17, 90], [300, 301, 302]], np.int32)
     poisoned_LBSJ = keys_LBSJ.copy()
@@ -183,14 +183,14 @@ def test_rows_of_a_batch_are_independent(impl: str) -> None:
     run = lambda b: SELECT(
         q_BTIJ[b], weights_BTI[b], keys_LBSJ[:, b], np.int32(1), visible_BT[b], k=8, impl=impl
     )
-    whole = run(slice(None))
+    batch = run(slice(None))
     for row in range(3):
-        np.testing.assert_array_equal(run(slice(row, row + 1))[0], whole[row])
+        np.testing.assert_array_equal(run(slice(row, row + 1))[0], batch[row])
 
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_bfloat16_products_are_summed_in_float32(impl: str) -> None:
-    """Whole numbers up to 3 are exact in bfloat16, their sums up to 8 * 9 * 3 are not."""
+    """Integers up to 3 are exact in bfloat16, their sums up to 8 * 9 * 3 are not."""
     case = whole_numbers(7, 1, 4, 4, 8, 300)
     arrays = [jnp.asarray(x) for x in (*case, np.int32(0), np.full((1, 4), 300, np.int32))]
     narrow = [x.astype(jnp.bfloat16) for x in arrays[:3]]
@@ -217,12 +217,12 @@ def test_random_scores_differ_only_where_rounding_decides() -> None:
     assert np.all(off <= 1e-5 * np.abs(score_BTS).max())
 
 
-def test_gradient_of_the_scores_is_the_formula() -> None:
+def test_gradient_of_the_scores_matches_the_formula() -> None:
     case = jax.tree.map(jnp.asarray, whole_numbers(8, 1, 2, 3, 4, 9))
     q_BTIJ, weights_BTI, keys_BSJ = case[0] + 0.5, case[1], case[2][0]
     grad_BTI = jax.grad(lambda w: jnp.sum(reference.scores(q_BTIJ, w, keys_BSJ)))(weights_BTI)
     dots = np.einsum("btij,bsj->btis", q_BTIJ, keys_BSJ)
-    # Exact: halves and whole numbers.
+    # Exact: halves and integers.
     np.testing.assert_array_equal(grad_BTI, np.maximum(dots, 0).sum(-1))
 
 
@@ -247,9 +247,9 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
     assert memory.temp_size_in_bytes <= 24 * 2**20
 
 
-def test_a_form_that_does_not_exist_is_refused_by_name() -> None:
+def test_an_unknown_form_is_refused_by_name() -> None:
     case = map(jnp.asarray, whole_numbers(0, 1, 1, 1, 1, 1))
     args = (*case, jnp.int32(0), jnp.ones((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match=r"no 'none' form"):
-        # Under the annotations' check, which would refuse it first.
+        # Bypasses the annotation checks, which would reject it first.
         inspect.unwrap(indexer_topk.select)(*args, k=1, impl="none")

@@ -1,4 +1,4 @@
-"""The indexer's choice on NVIDIA GPUs: equal to the reference where interpreted, compiled for H200.
+"""The indexer's choice on NVIDIA GPUs: equal to the reference when interpreted, compiled for H200.
 
 Axis letters: B batch, T queries, I index heads, J index head dim, S entries, k entries chosen.
 """
@@ -23,17 +23,17 @@ BF16, I32 = jnp.bfloat16, jnp.int32
 
 
 def whole_numbers(seed: int, *shape: int) -> jax.Array:
-    """Sums of their products are exact in float32 in any order, and full of ties."""
+    """Integers: sums of their products are exact in float32 in any order, and full of ties."""
     return jnp.asarray(np.random.default_rng(seed).integers(-3, 4, shape), BF16)
 
 
 def check(arrays: tuple[Any, ...], visible_BT: Any, k: int, run: Any = None) -> None:
-    """The reference's choice, of layer 1."""
+    """Assert that the choice in layer 1 is the reference's."""
     select = run or jax.jit(functools.partial(gpu.select, k=k))
     args: Any = (*arrays, jnp.int32(1), jnp.asarray(visible_BT, I32))
     with interpreted():
-        got_BTk = np.asarray(select(*args))
-    np.testing.assert_array_equal(got_BTk, reference.select(*args, k=k))
+        actual_BTk = np.asarray(select(*args))
+    np.testing.assert_array_equal(actual_BTk, reference.select(*args, k=k))
 
 
 def keys_of(kind: str, B: int, S: int, J: int) -> Keys:
@@ -59,8 +59,8 @@ def test_several_chunks_of_keys_of_every_format(kind: str) -> None:
     check(arrays, [[S], [1000]], 40)
 
 
-def test_queries_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three queries at a time, the last turn padded."""
+def test_queries_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three queries at a time, the last batch padded."""
     monkeypatch.setattr(gpu, "_LIST_BYTES", 2 * 8 * 128)
     arrays = (
         whole_numbers(0, 1, 3, 4, 64),
@@ -70,9 +70,9 @@ def test_queries_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     check(arrays, [[0, 70, 96]], 16)
 
 
-# The interpreter multiplies with NumPy, which warns of infinity times zero.
+# The interpreter multiplies with NumPy, which warns about infinity times zero.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_hard_scores_and_edges_of_what_is_visible() -> None:
+def test_hard_scores_and_visible_counts_around_block_edges() -> None:
     """Each row's scores are its keys, rounded to bfloat16; the other channels are 0."""
     rows = np.stack(list(hard_rows(320).values()))
     q_BTIJ, weights_BTI, keys_LBSJ = (jnp.asarray(x, BF16) for x in case_of(rows))
@@ -86,7 +86,7 @@ def test_hard_scores_and_edges_of_what_is_visible() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 700])
-def test_one_and_more_than_there_are(k: int) -> None:
+def test_k_of_one_and_k_above_the_number_of_entries(k: int) -> None:
     arrays = (
         whole_numbers(0, 1, 1, 4, 64),
         whole_numbers(1, 1, 1, 4),
@@ -96,23 +96,25 @@ def test_one_and_more_than_there_are(k: int) -> None:
 
 
 def test_merging_is_a_tournament_in_rounds() -> None:
-    """70 lists of 128 are two groups, and then one; ties keep the order of entries."""
+    """70 lists of 128 make two groups, then one; ties keep the order of entries."""
     rng = np.random.default_rng(0)
     key_HK = rng.integers(-9, 9, (70, 128)).astype(np.int32)
     entry_HK = np.arange(key_HK.size, dtype=np.int32).reshape(key_HK.shape)
-    gone_HK = rng.random(key_HK.shape) < 0.3
-    key_HK, entry_HK = np.where(gone_HK, -(2**31), key_HK), np.where(gone_HK, -1, entry_HK)
+    missing_HK = rng.random(key_HK.shape) < 0.3
+    key_HK, entry_HK = np.where(missing_HK, -(2**31), key_HK), np.where(missing_HK, -1, entry_HK)
     with interpreted():
-        got = jax.jit(functools.partial(gpu._merged, k=100))(entry_HK[None], key_HK[None])
+        merged = jax.jit(functools.partial(gpu._merged, k=100))(entry_HK[None], key_HK[None])
     best = np.argsort(-key_HK.ravel().astype(np.int64), kind="stable")[:100]
-    np.testing.assert_array_equal(got[0, :100], np.sort(entry_HK.ravel()[best]))
-    assert np.all(np.asarray(got)[0, 100:] == -1)
+    np.testing.assert_array_equal(merged[0, :100], np.sort(entry_HK.ravel()[best]))
+    assert np.all(np.asarray(merged)[0, 100:] == -1)
 
 
 def test_exponents_are_powers_of_two() -> None:
     codes = np.arange(255, dtype=np.uint8)  # 255 is NaN
-    want = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e8m0fnu).astype(jnp.float32)
-    np.testing.assert_array_equal(gpu_scores._power_of_two(jnp.asarray(codes)), want)
+    expected = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e8m0fnu).astype(
+        jnp.float32
+    )
+    np.testing.assert_array_equal(gpu_scores._power_of_two(jnp.asarray(codes)), expected)
 
 
 def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
@@ -138,7 +140,7 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("name", "kind", "B", "T", "S", "MiB"),
     [
-        # Lists of 32 chunks, candidates gathered, the next lists.
+        # Lists of 32 chunks, the gathered candidates, the lists of the next round.
         ("flash", "bfloat16", 8, 1, 2**18, 2),
         ("pro", "fp8", 8, 1, 2**18, 4),
         ("pro", "pages", 8, 1, 2**13, 1),
@@ -149,16 +151,16 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
 def test_full_size_compiles_for_h200(
     name: str, kind: str, B: int, T: int, S: int, MiB: int
 ) -> None:
-    """A million tokens, except for pages, whose lists are merged like the others'."""
+    """A million tokens, except for pages, whose lists are merged in the same way."""
     args = structs(name, kind, B, T, S)
     program = lowered("h200", functools.partial(gpu.select, k=SHAPES[name].k), *args)
     assert "mosaic_gpu" in program.as_text()
-    # One row of scores of the prompt's queries would be 4 GiB.
+    # The scores of all the prompt's queries would take 4 GiB.
     assert temporaries(program.compile()) <= MiB * 2**20
 
 
 @pytest.mark.parametrize(
-    ("dtype", "I", "J", "S", "k", "what"),
+    ("dtype", "I", "J", "S", "k", "match"),
     [
         (jnp.float32, 8, 64, 128, 1, "bfloat16"),
         (BF16, 129, 64, 128, 1, "up to 128 heads"),
@@ -168,10 +170,10 @@ def test_full_size_compiles_for_h200(
         (BF16, 8, 64, 128, 4097, "up to 4096"),
     ],
 )
-def test_what_it_does_not_take_is_refused(
-    dtype: Any, I: int, J: int, S: int, k: int, what: str
+def test_unsupported_arguments_are_refused(
+    dtype: Any, I: int, J: int, S: int, k: int, match: str
 ) -> None:
     arrays: Any = [jnp.zeros(dims, dtype) for dims in ((1, 1, I, J), (1, 1, I), (1, 1, S, J))]
     arrays += jnp.int32(0), jnp.zeros((1, 1), I32)
-    with pytest.raises(Unsupported, match=what):
+    with pytest.raises(Unsupported, match=match):
         gpu.select(*arrays, k=k)

@@ -24,7 +24,7 @@ TPUS = tuple(targets.TPU_TOPOLOGIES)
 SELECT = functools.partial(indexer_topk.select, impl="tpu")
 
 
-# An interpreter's program runs once or twice: most of its time goes into compiling it.
+# An interpreted program runs once or twice: most of its time goes into compiling it.
 QUICK = {"xla_backend_optimization_level": 0}
 INTERPRETED = jax.jit(SELECT, static_argnames="k", compiler_options=QUICK)
 
@@ -47,16 +47,16 @@ def test_hard_scores() -> None:
     args = arrays(*repeated, keys_LBSJ, visible=np.tile(visible, (len(rows), 1)), layer=0)
     chosen_BTk = np.asarray(select(*args, k=64))
     for row, chosen_Tk in zip(rows, chosen_BTk, strict=True):
-        want = [oracle(row.astype(np.float32), n, 64) for n in visible]
-        np.testing.assert_array_equal(chosen_Tk, want)
+        expected = [oracle(row.astype(np.float32), n, 64) for n in visible]
+        np.testing.assert_array_equal(chosen_Tk, expected)
 
 
-def test_edges_of_what_is_visible() -> None:
+def test_visible_counts_around_block_edges() -> None:
     visible = [0, 1, 127, 128, 129, 512, 513, 2048]
     case = case_of(np.tile(np.arange(2048), (8, 1)))
     chosen_BTk = np.asarray(select(*arrays(*case, visible=np.c_[visible], layer=0), k=128))
-    want = [oracle(np.arange(2048), n, 128) for n in visible]
-    np.testing.assert_array_equal(chosen_BTk[:, 0], want)
+    expected = [oracle(np.arange(2048), n, 128) for n in visible]
+    np.testing.assert_array_equal(chosen_BTk[:, 0], expected)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_edges_of_what_is_visible() -> None:
     [
         (1, 700, 1),
         (2, 100, 128),  # k > S
-        (10, 9000, 130),  # blocks of queries and of keys, the last of each in part
+        (10, 9000, 130),  # blocks of queries and of keys, the last of each partial
     ],
 )
 def test_the_choice_is_exact_and_ascending(T: int, S: int, k: int) -> None:
@@ -78,12 +78,12 @@ def test_the_choice_is_exact_and_ascending(T: int, S: int, k: int) -> None:
 @given(
     seed=st.integers(0, 2**32 - 1), visible=st.lists(st.integers(0, 700), min_size=2, max_size=2)
 )
-def test_any_data_of_one_shape(seed: int, visible: list[int]) -> None:
+def test_random_data_of_one_shape(seed: int, visible: list[int]) -> None:
     args = arrays(*whole_numbers(seed, 2, 1, 4, 8, 700), visible=np.c_[visible])
     np.testing.assert_array_equal(select(*args, k=1), reference.select(*args, k=1))
 
 
-def test_what_is_invisible_may_be_garbage() -> None:
+def test_invisible_entries_may_be_garbage() -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(5, 2, 10, 4, 8, 9000)
     visible_BT = np.tile([[90], [4200]], (1, 10)) - np.arange(10)
     poisoned_LBSJ = keys_LBSJ.copy()
@@ -98,7 +98,7 @@ def test_what_is_invisible_may_be_garbage() -> None:
 
 
 def narrow(name: str, keys_LBSJ: Any, per_page: int = 128) -> Any:
-    """Whole numbers up to 3 and powers of two are exact in every format."""
+    """Keys in a format; integers up to 3 and powers of two are exact in every one."""
     L, B, S, J = keys_LBSJ.shape
     rng = np.random.default_rng(0)
     codes_LBSJ = jnp.asarray(keys_LBSJ, jnp.float8_e4m3fn)
@@ -129,7 +129,7 @@ def narrow(name: str, keys_LBSJ: Any, per_page: int = 128) -> Any:
         ("fp4", jnp.bfloat16),
     ],
 )
-def test_formats_of_keys(name: str, q_dtype: Any) -> None:
+def test_key_formats(name: str, q_dtype: Any) -> None:
     shape = SHAPES["flash"].divided(8)
     dim = 64 if name == "fp4" else shape.head_dim
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(4, 2, 1, shape.heads, dim, 1100)
@@ -139,17 +139,17 @@ def test_formats_of_keys(name: str, q_dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("per_page", [128, 2048])
-def test_pages_hold_what_an_array_would(per_page: int) -> None:
+def test_paged_keys_equal_plain_ones(per_page: int) -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(4, 2, 2, 8, 16, 4096)
     args = arrays(q_BTIJ, weights_BTI, visible=[[4096, 3000], [7, 2050]])
     paged = narrow("pages", keys_LBSJ, per_page)
     chosen_BTk = select(args[0].astype(jnp.bfloat16), args[1], paged, *args[2:], k=64)
     args.insert(2, jnp.asarray(keys_LBSJ))
-    want = reference.select(*args, k=64)
-    np.testing.assert_array_equal(chosen_BTk, want)
+    expected = reference.select(*args, k=64)
+    np.testing.assert_array_equal(chosen_BTk, expected)
 
 
-def test_no_race_with_two_cores() -> None:
+def test_two_cores_do_not_race() -> None:
     args = arrays(*whole_numbers(3, 2, 1, 4, 8, 5000), visible=[[5000], [4500]])
     with interpreted(detect_races=True, num_cores_or_threads=2):
         program = jax.jit(SELECT, static_argnames="k", compiler_options=QUICK)
@@ -174,7 +174,7 @@ def full_size(
 
 
 def compiled(target: Any, k: int, structs: Any) -> jax.stages.Compiled:
-    """Through the door, whose choice it is."""
+    """The public function's program, which must have chosen the kernel."""
     program = targets.compiled(target, functools.partial(indexer_topk.select, k=k), *structs)
     text = program.as_text()
     assert text is not None
@@ -185,7 +185,7 @@ def compiled(target: Any, k: int, structs: Any) -> jax.stages.Compiled:
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("target", TPUS)
 @pytest.mark.parametrize("name", ["flash", "pro"])
-def test_a_million_tokens_of_context_take_no_temporaries(name: str, target: Any) -> None:
+def test_a_million_tokens_of_context_need_few_temporaries(name: str, target: Any) -> None:
     k = SHAPES[name].k
     assert targets.temporaries(compiled(target, k, full_size(name, 8, 1))) <= 4 * 2**20
     assert targets.temporaries(compiled(target, k, full_size(name, 1, 4096))) <= 80 * 2**20
@@ -213,7 +213,7 @@ def test_paged_keys_compile_without_copies(target: Any) -> None:
     assert targets.temporaries(compiled(target, 512, full_size("flash", 8, 2, keys))) <= 4 * 2**20
 
 
-def test_what_the_kernel_cannot_do_is_refused_or_left_to_xla() -> None:
+def test_unsupported_pages_are_refused_or_left_to_xla() -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(0, 1, 1, 1, 8, 96)
     args = arrays(q_BTIJ, weights_BTI, visible=[[96]])
     pages = jnp.asarray(keys_LBSJ).reshape(2, 2, 48, 8)
@@ -233,7 +233,9 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_xla() -> None:
         (jnp.bfloat16, 64, 5000, "k up to 4096"),
     ],
 )
-def test_what_would_not_compile_is_refused_first(dtype: Any, dim: int, k: int, match: str) -> None:
+def test_what_would_not_compile_is_refused_at_once(
+    dtype: Any, dim: int, k: int, match: str
+) -> None:
     struct = jax.ShapeDtypeStruct
     args = struct((1, 1, 4, dim), dtype), struct((1, 1, 4), jnp.float32)
     args += struct((1, 1, 8192, dim), dtype), struct((), jnp.int32), struct((1, 1), jnp.int32)

@@ -1,6 +1,6 @@
-"""Sharding: the same program gives the same logits on one device and on eight simulated ones.
+"""Sharding: one program computes the same logits on one device and on eight simulated ones.
 
-And no step moves pools, experts or logits.
+No step moves pools, experts or logits between devices.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ TOKENS = models.tokens(CFG, 8, 10)
 
 
 def place(mesh: Any) -> Any:
-    """The model's weights where the table puts them."""
+    """The model's weights, sharded by the table of axes."""
     model = models.weights(CFG)
     return jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
 
 
 def run(model: Any) -> tuple[list[np.ndarray], list[str]]:
-    """Logits of a prefill and of a decode step; what the two programs are."""
+    """Logits of a prefill and of a decode step, and the text of the two programs."""
     engine = Engine(model, CFG, HF, jnp.float32)
     cache = caches.make(CFG, 8, CAPACITY, jnp.float32, mesh=engine.mesh)
     on_rows = engine.by_row
@@ -58,8 +58,8 @@ def expected() -> list[np.ndarray]:
 def test_sharded_equals_one_device_and_moves_nothing_large(
     sizes: dict[str, int], expected: list[np.ndarray]
 ) -> None:
-    got, programs = run(place(sharding.make_mesh(**sizes)))
-    for ours, theirs in zip(got, expected, strict=True):
+    actual, programs = run(place(sharding.make_mesh(**sizes)))
+    for ours, theirs in zip(actual, expected, strict=True):
         # Sums over devices round in another order: 1e-5 of the largest logit.
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
     for text in programs:
@@ -76,7 +76,7 @@ def test_experts_are_never_gathered() -> None:
     F, D = CFG.moe_intermediate_size, CFG.hidden_size
     text = program.as_text() or ""
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
-    assert gathered, "the tokens are gathered"
+    assert gathered, "the tokens should be gathered"
     # Experts are stacked; the shared expert, which is split over hidden dims, is a plain matrix.
     assert not [dims for dims in gathered if re.fullmatch(rf"(\d+,)+({F},{D}|{D},{F})", dims)]
 
@@ -84,17 +84,17 @@ def test_experts_are_never_gathered() -> None:
 def test_each_device_holds_its_own_experts() -> None:
     mesh = sharding.make_mesh(fsdp=2, expert=4)
     experts = {name: x for name, x in params.leaves(place(mesh)) if ".experts." in name}
-    # Three matrices of each layer; no two layers are alike.
+    # Three matrices per layer; no two layers are of the same kind.
     assert len(experts) == 3 * len(CFG.layers)
     for name, value in experts.items():
         assert len(value.addressable_shards) == CFG.n_routed_experts, name
         assert {shard.data.shape[1] for shard in value.addressable_shards} == {1}, name
-        held = {shard.index[1].start for shard in value.addressable_shards}
-        assert held == set(range(CFG.n_routed_experts)), name
+        starts = {shard.index[1].start for shard in value.addressable_shards}
+        assert starts == set(range(CFG.n_routed_experts)), name
 
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
-def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_placed(
+def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_sharded(
     name: str,
 ) -> None:
     cfg = presets.preset(name)
@@ -102,13 +102,13 @@ def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_place
     declared = Model(cfg)
     abstract = params.abstract(declared, jnp.bfloat16, cfg.expert_dtype)
     placed = sharding.shardings(declared, mesh, abstract)
-    held = sum(
+    per_device = sum(
         np.prod(place.shard_shape(struct.shape)) * struct.dtype.itemsize
         for place, struct in zip(jax.tree.leaves(placed), jax.tree.leaves(abstract), strict=True)
     )
     total = sum(struct.size * struct.dtype.itemsize for struct in jax.tree.leaves(abstract))
     # Experts are nine tenths of the bytes and split four ways; the rest two ways or not at all.
-    assert held < 0.3 * total
+    assert per_device < 0.3 * total
 
 
 def test_an_unknown_axis_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Loading onto a mesh is all that a user does: generation there, and its programs for TPUs."""
+"""Generation on a mesh, for which a user only loads onto it, and its programs for TPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from v4jax.presets import preset
 # One layer of each kind.
 CFG = checkpoints.tiny(layers=preset("tiny").layers[:3], num_nextn_predict_layers=0)
 PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
-ASKED: dict[str, Any] = {"max_tokens": 6, "seed": 3}
+OPTIONS: dict[str, Any] = {"max_tokens": 6, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("mesh") / "model"
-    random_release.make_checkpoint(made, CFG, 0)
-    return made
+    path = tmp_path_factory.mktemp("mesh") / "model"
+    random_release.make_checkpoint(path, CFG, 0)
+    return path
 
 
 def load(directory: Path, mesh: Mesh | None = None) -> LanguageModel:
@@ -46,15 +46,17 @@ def alone(directory: Path) -> LanguageModel:
     return load(directory)
 
 
-# Alternatives make programs of their own.
+# Alternatives (`top_logprobs`) need programs of their own.
 @pytest.mark.parametrize(("text", "top"), [("tensor=8", 0), ("fsdp=2,expert=2,tensor=2", 2)])
 def test_a_model_on_a_mesh_is_used_like_any_other(
     text: str, top: int, directory: Path, alone: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spread = load(directory, sharding.read_mesh(text))
-    ours, theirs = (model.generate(PROMPT, **ASKED, top_logprobs=top) for model in (spread, alone))
+    ours, theirs = (
+        model.generate(PROMPT, **OPTIONS, top_logprobs=top) for model in (spread, alone)
+    )
     assert ours.tokens == theirs.tokens
-    ids = [[[id for id, _ in best] for best in one.top_logprobs] for one in (ours, theirs)]
+    ids = [[[id for id, _ in best] for best in output.top_logprobs] for output in (ours, theirs)]
     assert ids[0] == ids[1]
     assert {len(best) for best in ids[0]} == {top}
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
@@ -75,19 +77,19 @@ def test_rows_that_the_mesh_does_not_divide_are_generated_as_if_alone(
 ) -> None:
     spread = load(directory, sharding.make_mesh(data=4, tensor=2))
     prompts, params = [PROMPT, PROMPT[:5], PROMPT[2:]], [SamplingParams(seed=n) for n in range(3)]
-    found = []
+    outputs = []
     for model in (spread, alone):
         rows: list[list[int]] = [[], [], []]
         for block in model.engine.run(prompts, params, [4, 6, 5]):
             for row, tokens in zip(rows, block, strict=True):
                 row += [token.id for token in tokens]
-        found.append(rows)
-    assert found[0] == found[1]
-    assert [len(row) for row in found[0]] == [4, 6, 5]
+        outputs.append(rows)
+    assert outputs[0] == outputs[1]
+    assert [len(row) for row in outputs[0]] == [4, 6, 5]
 
 
 @pytest.mark.parametrize("words", ["tensor=3", "model=8", "tensor"])
-def test_a_wrong_mesh_is_one_sentence(
+def test_an_invalid_mesh_is_reported_in_one_line(
     words: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", str(directory), "-p", "x", "--mesh", words]) == 1
@@ -95,35 +97,35 @@ def test_a_wrong_mesh_is_one_sentence(
     assert "there are 8" in line or "data, fsdp, expert, tensor, that multiply to 8" in line
 
 
-def lies(tree: Any) -> list[tuple[Any, ...]]:
-    """Each array's shape, dtype and what of it is where."""
+def placements(tree: Any) -> list[tuple[Any, ...]]:
+    """Each array's shape, dtype and which part of it is on which device."""
     where = lambda x: getattr(x, "sharding", None)
     spread = lambda x: None if where(x) is None else x.sharding.devices_indices_map(x.shape)
     return [(x.shape, x.dtype, spread(x)) for x in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}])
-def test_what_is_compiled_ahead_is_what_generation_runs(
+def test_ahead_of_time_arguments_are_those_of_generation(
     sizes: dict[str, int], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = sharding.make_mesh(**sizes)
-    model, ran = load(directory, mesh), {}
+    model, calls = load(directory, mesh), {}
     call = Engine.call
 
     def recorded(self: Engine, step: Any, *args: Any, **static: Any) -> Any:
-        ran.setdefault(step, []).append(lies(args))
+        calls.setdefault(step, []).append(placements(args))
         return call(self, step, *args, **static)
 
     monkeypatch.setattr(Engine, "call", recorded)
-    model.generate(PROMPT, **ASKED)
-    assert len(ran[steps.advance]) > 1
+    model.generate(PROMPT, **OPTIONS)
+    assert len(calls[steps.advance]) > 1
     names: list[Step] = ["prefill", "begin", "advance"]
     for name in names:
         expected = aot.arguments(
             CFG, name, mesh, batch=1, capacity=128, tokens=64, dtype=jnp.float32
         )
-        for args in ran[getattr(steps, name)]:
-            for ours, theirs in zip(args, lies(expected), strict=True):
+        for args in calls[getattr(steps, name)]:
+            for ours, theirs in zip(args, placements(expected), strict=True):
                 assert ours[:2] == theirs[:2]
                 # The number of steps comes from the host.
                 assert ours[2] == theirs[2] or ours[0] == ()

@@ -1,4 +1,4 @@
-"""Muon against plain float64 maths; what it costs where experts are split over devices."""
+"""Muon against float64 NumPy, and its cost where experts are split over devices."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from v4jax_train import muon
 
 
 def newton_schulz(x: np.ndarray) -> np.ndarray:
-    """As published, one matrix at a time, in float64."""
+    """The published iteration, one matrix at a time, in float64."""
     if x.ndim > 2:
         return np.stack([newton_schulz(part) for part in x])
     x = x / np.linalg.norm(x)
@@ -37,25 +37,25 @@ def test_orthogonal_is_the_published_iteration(
     shape: tuple[int, ...], seed: int, exponent: int
 ) -> None:
     x = np.random.default_rng(seed).normal(size=shape)
-    got = jax.jit(muon.orthogonal)((x * 10.0**exponent).astype(np.float32))
-    # Thirty products of float32 and an iteration that triples what lies near zero.
-    np.testing.assert_allclose(got, newton_schulz(x), atol=2e-3)
+    actual = jax.jit(muon.orthogonal)((x * 10.0**exponent).astype(np.float32))
+    # Thirty float32 products, and an iteration that triples values near zero.
+    np.testing.assert_allclose(actual, newton_schulz(x), atol=2e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 128), (4, 128, 32)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_singular_values_are_one(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """Of matrices whose singular values differ by a factor of 100."""
+    """For matrices whose singular values span a factor of 100."""
     rng = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
     values = np.geomspace(1.0, 0.01, u.shape[-1])
-    got = muon.orthogonal(jnp.float32((u * values) @ vt), dtype=dtype)
-    found = np.linalg.svd(np.asarray(got), compute_uv=False)
+    actual = muon.orthogonal(jnp.float32((u * values) @ vt), dtype=dtype)
+    singular = np.linalg.svd(np.asarray(actual), compute_uv=False)
     # bfloat16 has 8 bits, of which the last iteration's rounding takes a few.
-    np.testing.assert_allclose(found, 1.0, atol=1e-3 if dtype == jnp.float32 else 2e-2)
+    np.testing.assert_allclose(singular, 1.0, atol=1e-3 if dtype == jnp.float32 else 2e-2)
 
 
-def test_few_ranks_stay_few_and_zeros_zeros() -> None:
+def test_a_low_rank_stays_low_and_zeros_stay_zero() -> None:
     rng = np.random.default_rng(1)
     low = jnp.float32(rng.normal(size=(32, 4)) @ rng.normal(size=(4, 48)))
     values = np.linalg.svd(np.asarray(muon.orthogonal(low)), compute_uv=False)
@@ -80,13 +80,13 @@ def test_updates_follow_nesterov_and_have_the_rms_of_adamw() -> None:
             ahead = 0.95 * total[name] + gradient
             matrices = ahead.reshape(2, 64, 64) if name == "cut" else ahead
             expected = newton_schulz(matrices) * 0.18 * np.sqrt(max(matrices.shape[-2:]))
-            got = np.asarray(updates[name])
-            np.testing.assert_allclose(got, expected.reshape(gradient.shape), atol=2e-3)
-            rms = np.sqrt(np.mean(np.square(got)))
+            actual = np.asarray(updates[name])
+            np.testing.assert_allclose(actual, expected.reshape(gradient.shape), atol=2e-3)
+            rms = np.sqrt(np.mean(np.square(actual)))
             np.testing.assert_allclose(rms, 0.18, rtol=2e-3)
 
 
-def test_what_is_no_matrix_is_refused_by_name() -> None:
+def test_what_is_not_a_matrix_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'norm' of shape \(8,\)"):
         muon.scale_by_muon().init({"norm": jnp.zeros(8)})
     with pytest.raises(ValueError, match="is not 3 of them"):

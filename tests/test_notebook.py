@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run, and are kept as they ran."""
+"""The notebooks in examples/ run, and are committed with their outputs."""
 
 import os
 import re
@@ -15,16 +15,18 @@ FILES = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
 name = lambda file: file.stem
 
 
-def executed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def executed(file: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     notebook = nbformat.read(file, as_version=4)
-    # What it makes goes where pytest cleans up.
-    monkeypatch.setenv("TMPDIR", str(place))
+    # Its files go where pytest cleans up.
+    monkeypatch.setenv("TMPDIR", str(directory))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if file.stem != "finetune":
-        # Training runs longer than it compiles.
+        # Its training takes longer to run than to compile.
         for name, value in quick.ENVIRONMENT.items():
             monkeypatch.setenv(name, value)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(directory)}}
+    ).execute()
     return notebook
 
 
@@ -32,21 +34,23 @@ def executed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_every_cell_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = executed(file, tmp_path, monkeypatch)
-    for cell, kept in zip(notebook.cells, nbformat.read(file, as_version=4).cells, strict=True):
+    for cell, committed in zip(
+        notebook.cells, nbformat.read(file, as_version=4).cells, strict=True
+    ):
         if cell.cell_type == "code":
-            # Text varies with the version of XLA; what kind of output there is does not.
+            # Text varies with XLA's version; the kinds of output do not.
             assert {output.output_type for output in cell.outputs} == {
-                output.output_type for output in kept.outputs
+                output.output_type for output in committed.outputs
             }
     if file.stem == "finetune":
-        said = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
-        before, after = re.findall(r"exact: (\d+)%", said)
+        text = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+        before, after = re.findall(r"exact: (\d+)%", text)
         assert int(before) == 0
         assert int(after) > 95
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
-def test_it_is_kept_small_executed_and_clean(file: Path) -> None:
+def test_notebooks_are_small_executed_and_clean(file: Path) -> None:
     assert os.path.getsize(file) < 160_000
     notebook = nbformat.read(file, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,4 +1,4 @@
-"""Official numerics and MTP against the NumPy oracle, written from the facts alone."""
+"""Official numerics and MTP against the independent NumPy oracle."""
 
 from typing import Any
 
@@ -43,17 +43,17 @@ def run(
     return np.asarray(logits), state
 
 
-def agreement(got_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:
+def agreement(actual_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:
     """The share of positions whose logits agree to float32 rounding.
 
-    One E4M3 or E2M1 rounding, or one choice of an entry, that float32 noise flips moves all logits
-    that depend on it; so positions agree or are far off.
+    If float32 noise flips one E4M3 or E2M1 rounding, or the choice of one entry, all logits that
+    depend on it move: positions either agree or are far off.
     """
-    off_BT = np.abs(got_BTV - expected_BTV).max(-1)
+    off_BT = np.abs(actual_BTV - expected_BTV).max(-1)
     return float((off_BT <= 1e-4 * np.abs(expected_BTV).max()).mean())
 
 
-# Two layers already agree in 0.95 of the positions only, in float32 against float64 of one code.
+# With two layers, even float32 and float64 runs of the same code agree at only 0.95 of positions.
 @pytest.mark.parametrize(
     ("ratios", "share"),
     [([0], 0.98), ([4], 0.98), ([128], 0.98), ([0, 4], 0.85), ([4, 128], 0.85)],
@@ -63,17 +63,17 @@ def test_official_numerics_equal_the_oracle(ratios: list[int], share: float) -> 
     raw, release, cfg, model = make(ratios, len(ratios), num_hash_layers=0)
     tokens_BT = models.tokens(cfg, 2, LENGTH)
     expected = oracle.forward(release, raw, tokens_BT, numerics="official").logits
-    got, _ = run(model, cfg, OFFICIAL, tokens_BT)
-    assert agreement(got, expected) >= share
+    actual, _ = run(model, cfg, OFFICIAL, tokens_BT)
+    assert agreement(actual, expected) >= share
 
 
 @pytest.mark.parametrize("ratios", [[0], [4], [128]], ids=str)
-def test_the_comparison_notices_a_missing_rounding(ratios: list[int]) -> None:
+def test_the_comparison_detects_a_missing_rounding(ratios: list[int]) -> None:
     raw, release, cfg, model = make(ratios, 1, num_hash_layers=0)
     tokens_BT = models.tokens(cfg, 2, LENGTH)
     expected = oracle.forward(release, raw, tokens_BT, numerics="official").logits
-    got, _ = run(model, cfg, HF, tokens_BT)
-    assert agreement(got, expected) < 0.1
+    actual, _ = run(model, cfg, HF, tokens_BT)
+    assert agreement(actual, expected) < 0.1
 
 
 @pytest.mark.parametrize("ratios", [[0, 4, 128], [4, 4]], ids=str)
@@ -81,8 +81,8 @@ def test_hf_numerics_equal_the_oracle(ratios: list[int]) -> None:
     raw, release, cfg, model = make(ratios, 3, num_hash_layers=1)
     tokens_BT = models.tokens(cfg, 2, LENGTH)
     expected = oracle.forward(release, raw, tokens_BT, numerics="hf").logits
-    got, _ = run(model, cfg, HF, tokens_BT)
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    actual, _ = run(model, cfg, HF, tokens_BT)
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def draft(
@@ -118,13 +118,13 @@ def draft(
 def test_mtp_equals_the_oracle(sizes: list[int]) -> None:
     raw, release, cfg, model = make([0, 4], 7)
     tokens_BT = models.tokens(cfg, 2, 41)
-    whole = oracle.forward(release, raw, tokens_BT[:, :40], numerics="hf")
+    backbone = oracle.forward(release, raw, tokens_BT[:, :40], numerics="hf")
     expected = oracle.mtp_forward(
-        release, raw, whole.streams, tokens_BT[:, 1:], numerics="hf"
+        release, raw, backbone.streams, tokens_BT[:, 1:], numerics="hf"
     ).logits
     _, state = run(model, cfg, HF, tokens_BT[:, :40])
-    got = draft(model, cfg, HF, state, tokens_BT[:, 1:], sizes)
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    actual = draft(model, cfg, HF, state, tokens_BT[:, 1:], sizes)
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_mtp_rounds_its_keys_in_official_numerics() -> None:
@@ -134,7 +134,7 @@ def test_mtp_rounds_its_keys_in_official_numerics() -> None:
     expected = oracle.mtp_forward(
         release, raw, streams, tokens_BT[:, 1:], numerics="official"
     ).logits
-    given = jnp.asarray(streams.reshape(2, 40, -1), jnp.float32)
+    flat = jnp.asarray(streams.reshape(2, 40, -1), jnp.float32)
     cache = caches.make(cfg, 2, 40, jnp.float32, mtp=True)
-    got = draft(model, cfg, OFFICIAL, (given, cache), tokens_BT[:, 1:], [40])
-    assert agreement(got, expected) >= 0.98
+    actual = draft(model, cfg, OFFICIAL, (flat, cache), tokens_BT[:, 1:], [40])
+    assert agreement(actual, expected) >= 0.98

@@ -1,7 +1,7 @@
-"""The oracle is right: its model against transformers, its roundings and MTP by what defines them.
+"""The oracle is right: its model against transformers, roundings and MTP against definitions.
 
-Where transformers casts to float32 by name, the name is made to mean float64, so that neither side
-rounds and no choice of experts or entries can flip.
+Where transformers casts to float32 by name, the name is patched to mean float64, so that neither
+side rounds and no choice of experts or entries can flip.
 """
 
 import ml_dtypes
@@ -13,7 +13,7 @@ from tests import oracle
 from tests.oracle import attention, formats, model, primitives
 from tests.oracle.transformers_twin import hf_model
 
-EXACT = 1e-11  # for logits of order 1; float64 noise through six layers was measured as 2e-14
+EXACT = 1e-11  # for logits of order 1; measured float64 noise through six layers is 2e-14
 
 CONFIGS = {
     "flash": {},
@@ -66,7 +66,7 @@ def hf_logits(hf, **inputs):
 def test_hf_numerics_equal_transformers_in_float64(name, float64_torch):
     config = oracle.tiny_config(**CONFIGS[name])
     weights = oracle.random_weights(config, seed=3)
-    if name == "other_ratios":  # transformers adds up an expert which a row repeats
+    if name == "other_ratios":  # transformers counts an expert as often as a row lists it
         weights["layers.0.ffn.gate.tid2eid"][::2, 1] = weights["layers.0.ffn.gate.tid2eid"][::2, 0]
     hf = hf_model(weights, config, torch.float64)
     for n_tokens in (1, 7, 130, 300):
@@ -96,10 +96,10 @@ def test_mtp_block_and_head_equal_a_one_layer_transformers_model(float64_torch):
     renamed = {}
     for name in weights:
         if name.startswith("mtp.0."):
-            own = name.removeprefix("mtp.0.")
-            top = own.startswith(("hc_head", "norm."))
-            if not own.startswith(("e_proj", "h_proj", "enorm", "hnorm")):
-                renamed[own if top else f"layers.0.{own}"] = weights[name]
+            short = name.removeprefix("mtp.0.")
+            top = short.startswith(("hc_head", "norm."))
+            if not short.startswith(("e_proj", "h_proj", "enorm", "hnorm")):
+                renamed[short if top else f"layers.0.{short}"] = weights[name]
     shared = {k: weights[k] for k in ("embed.weight", "head.weight")}
     hf = hf_model(renamed | shared, alone, torch.float64)
 
@@ -147,14 +147,14 @@ MODES = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_prefix_computes_what_the_whole_does(mode):
-    whole = run(SMALL_TOKENS, **mode)
+def test_a_prefix_equals_the_start_of_the_full_sequence(mode):
+    full = run(SMALL_TOKENS, **mode)
     next_tokens = np.roll(SMALL_TOKENS, -1, axis=1)
-    whole_mtp = run_mtp(whole.streams, next_tokens, **mode)
+    full_mtp = run_mtp(full.streams, next_tokens, **mode)
     for n in (1, 3, 4, 17, 49):
         part = run(SMALL_TOKENS[:, :n], **mode)
         part_mtp = run_mtp(part.streams, next_tokens[:, :n], **mode)
-        for ours, expected in ((part, whole), (part_mtp, whole_mtp)):
+        for ours, expected in ((part, full), (part_mtp, full_mtp)):
             np.testing.assert_allclose(ours.logits, expected.logits[:, :n], atol=EXACT)
             np.testing.assert_allclose(ours.streams, expected.streams[:, :n], atol=EXACT)
 
@@ -165,7 +165,7 @@ def test_rows_of_a_batch_are_independent(mode):
     np.testing.assert_allclose(run(SMALL_TOKENS[1:], **mode).logits, both[1:], atol=EXACT)
 
 
-def test_without_its_roundings_official_is_hf(monkeypatch):
+def test_without_its_roundings_official_equals_hf(monkeypatch):
     monkeypatch.setattr(formats, "fake_quant_fp8", lambda x, *_: x)
     monkeypatch.setattr(formats, "fake_quant_fp4", lambda x, *_: x)
     ours, hf = run(SMALL_TOKENS), run(SMALL_TOKENS, numerics="hf")
@@ -226,7 +226,7 @@ def test_float32_agrees_with_float64_where_nothing_is_rounded():
     np.testing.assert_allclose(single.logits, double.logits, atol=1e-4)
 
 
-def test_every_tensor_of_the_backbone_moves_its_logits():
+def test_every_tensor_of_the_backbone_affects_its_logits():
     tokens = SMALL_TOKENS[:1, :40]
     before = run(tokens, numerics="hf").logits
     fresh = oracle.random_weights(SMALL, seed=9)
@@ -250,8 +250,8 @@ def test_mtp_reads_its_own_tensors_and_the_shared_embedding_and_head():
 def test_mtp_uses_next_tokens_through_e_proj_only():
     streams = run(SMALL_TOKENS).streams
     other = random_tokens(SMALL, 50, seed=2)
-    deaf = SMALL_WEIGHTS | {"mtp.0.e_proj.weight": np.zeros((64, 64), np.float32)}
-    a, b = (run_mtp(streams, tokens, deaf).logits for tokens in (SMALL_TOKENS, other))
+    without_e_proj = SMALL_WEIGHTS | {"mtp.0.e_proj.weight": np.zeros((64, 64), np.float32)}
+    a, b = (run_mtp(streams, tokens, without_e_proj).logits for tokens in (SMALL_TOKENS, other))
     np.testing.assert_array_equal(a, b)
 
 
@@ -259,11 +259,11 @@ def test_mtp_uses_next_tokens_through_e_proj_only():
 def test_mtp_sees_its_window_and_only_relative_positions(mode):
     window, drop = SMALL["sliding_window"], 13
     streams = run(SMALL_TOKENS).streams
-    whole = run_mtp(streams, SMALL_TOKENS, **mode).streams[:, drop:]
+    full = run_mtp(streams, SMALL_TOKENS, **mode).streams[:, drop:]
     late = run_mtp(streams[:, drop:], SMALL_TOKENS[:, drop:], **mode).streams
-    np.testing.assert_allclose(late[:, window - 1 :], whole[:, window - 1 :], atol=EXACT)
+    np.testing.assert_allclose(late[:, window - 1 :], full[:, window - 1 :], atol=EXACT)
     for t in range(window - 1):  # a query short of its full window misses what was dropped
-        assert np.abs(late[:, t] - whole[:, t]).max() > 1e-3
+        assert np.abs(late[:, t] - full[:, t]).max() > 1e-3
 
 
 def test_an_expert_repeated_by_tid2eid_counts_once_officially_and_twice_in_transformers():

@@ -33,7 +33,7 @@ def test_every_code_decodes_as_in_ml_dtypes(decode, dtype, n_codes):
         (formats.encode_e2m1, formats.E2M1_VALUES, ml_dtypes.float4_e2m1fn),
     ],
 )
-def test_encoders_round_as_ml_dtypes_after_a_clamp(encode, values, dtype):
+def test_encoders_clamp_and_round_like_ml_dtypes(encode, values, dtype):
     rng = np.random.default_rng(0)
     known = np.unique(values[~np.isnan(values)])
     ties = (known[1:] + known[:-1]) / 2
@@ -43,11 +43,11 @@ def test_encoders_round_as_ml_dtypes_after_a_clamp(encode, values, dtype):
     infinite = np.array([np.inf, -np.inf])
     np.testing.assert_array_equal(values[encode(infinite)], [known[-1], known[0]])
     positive = known[known >= 0]
-    above = (positive[1:] + positive[:-1]) / 2 * (1 + 1e-15)  # float32 on the way would see a tie
+    above = (positive[1:] + positive[:-1]) / 2 * (1 + 1e-15)  # in float32 this would be a tie
     np.testing.assert_array_equal(values[encode(above)], positive[1:])
 
 
-def test_nan_is_a_code_of_e4m3_and_an_error_in_e2m1():
+def test_nan_has_a_code_in_e4m3_and_is_an_error_in_e2m1():
     assert formats.encode_e4m3(np.array([np.nan]))[0] == 0x7F
     with pytest.raises(ValueError, match="NaN has no E2M1 code"):
         formats.encode_e2m1(np.array([1.0, np.nan]))

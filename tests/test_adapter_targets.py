@@ -1,4 +1,4 @@
-"""Adapters of modules named as in PEFT: trained by a recipe, exported, loaded."""
+"""Adapters on modules named as in PEFT: trained from a recipe, exported and loaded."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from v4jax.adapters import peft, updates
 from v4jax.checkpoints import random_release
 from v4jax_train import loop, recipe
 
-# A vocabulary with room for the special tokens, and rows that a window of 128 does not hold.
+# The vocabulary has room for the special tokens; rows of 128 tokens are longer than the window.
 CFG = dataclasses.replace(models.config(models.CSA), vocab_size=300)
 TARGETS = ["q_b_proj", "kv_proj", "weights_proj", "experts.down_proj"]
 
@@ -61,15 +61,17 @@ def test_a_run_trains_the_named_modules(run: Path) -> None:
     }
 
 
-def test_what_it_learned_is_exported_and_loaded(run: Path, release: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_gives_the_logits_of_the_run(
+    run: Path, release: Path, tmp_path: Path
+) -> None:
     updates.export_adapter(run, tmp_path / "adapter")
-    told = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
-    assert set(told["target_modules"]) == {
+    config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    assert set(config["target_modules"]) == {
         *("self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.compressor.kv_proj"),
         *(f"self_attn.compressor.indexer.{m}" for m in ("q_b_proj", "kv_proj")),
         "self_attn.compressor.indexer.scorer.weights_proj",
     }
-    assert told["target_parameters"] == ["mlp.experts.down_proj"]
+    assert config["target_parameters"] == ["mlp.experts.down_proj"]
     tokens_BT = models.tokens(CFG, 1, 40)
     logits: list[Any] = [
         v4jax.load(release, dtype="float32", adapter=path).logits(tokens_BT)

@@ -1,7 +1,7 @@
-"""Every op on shapes drawn at random: the values and the gradients of the plain maths.
+"""Every op on random shapes: values and gradients equal those of the plain maths.
 
-The form is XLA's. Where that is the reference itself, float64 in NumPy stands against it, and its
-gradients are automatic.
+The implementation is XLA's. Where that is the reference itself, it is compared with float64 NumPy,
+and its gradients are JAX's.
 
 Axis letters: as in the packages.
 """
@@ -34,12 +34,12 @@ from tests import (
 )
 from tests.kernels import by_name
 
-FEW = settings(deadline=None, max_examples=3)  # each is compiled anew
+FEW = settings(deadline=None, max_examples=3)  # each shape compiles a program
 MANY = settings(deadline=None, max_examples=6)
 SEED = st.integers(0, 2**32 - 1)
 UP_TO = functools.partial(st.integers, 1)
 STARTS = st.lists(st.integers(0, 300), min_size=1, max_size=3).map(tuple)
-# A few dozen float32 roundings, one after the other.
+# A few dozen successive float32 roundings.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -50,21 +50,21 @@ def normal(seed: int, *dims: int) -> Any:
 def assert_attention(case: Any, **static: Any) -> None:
     name, record = ("prefill", PrefillInputs) if static else ("decode", DecodeInputs)
     np.testing.assert_allclose(case.run("xla"), case.expected(), **test_dense_attention.CLOSE)
-    of, static = test_dense_attention_gradients, static | {"scale": test_dense_attention.SCALE}
+    dense, static = test_dense_attention_gradients, static | {"scale": test_dense_attention.SCALE}
     got, want = (
-        of.gradients(functools.partial(run, **static), case)
+        dense.gradients(functools.partial(run, **static), case)
         for run in (
             functools.partial(getattr(dense_attention, name), impl="xla"),
             by_name(getattr(plain_attention, name), record),
         )
     )
     for array, x in want.items():
-        np.testing.assert_allclose(got[array], x, **of.CLOSE, err_msg=array)
+        np.testing.assert_allclose(got[array], x, **dense.CLOSE, err_msg=array)
 
 
 @FEW
 @given(B=UP_TO(3), T=UP_TO(4), R=UP_TO(20), S=st.integers(0, 40), H=UP_TO(5), K=UP_TO(9), seed=SEED)
-def test_dense_attention_of_a_step(**sizes: int) -> None:
+def test_dense_attention_decode(**sizes: int) -> None:
     assert_attention(test_dense_attention.decode_case(**sizes))
 
 
@@ -78,14 +78,14 @@ def test_dense_attention_of_a_step(**sizes: int) -> None:
     K=UP_TO(9),
     seed=SEED,
 )
-def test_dense_attention_of_a_chunk(starts: tuple[int, ...], window: int, **sizes: int) -> None:
+def test_dense_attention_prefill(starts: tuple[int, ...], window: int, **sizes: int) -> None:
     case = test_dense_attention.prefill_case(starts, window=window, **sizes)
     assert_attention(case, window=window)
 
 
 @FEW
 @given(B=UP_TO(3), T=UP_TO(4), R=UP_TO(20), S=UP_TO(40), k=UP_TO(50), seed=SEED)
-def test_sparse_attention_of_a_step(**sizes: int) -> None:
+def test_sparse_attention_decode(**sizes: int) -> None:
     inputs = test_sparse_attention.decode_inputs(**sizes)
     test_sparse_attention.check_decode(inputs, "xla")
     test_sparse_attention_gradients.check(inputs, "xla")
@@ -102,7 +102,7 @@ def test_sparse_attention_of_a_step(**sizes: int) -> None:
     K=UP_TO(9),
     seed=SEED,
 )
-def test_sparse_attention_of_a_chunk(starts: tuple[int, ...], **sizes: int) -> None:
+def test_sparse_attention_prefill(starts: tuple[int, ...], **sizes: int) -> None:
     inputs = test_sparse_attention.prefill_inputs(starts, **sizes)
     test_sparse_attention.check_prefill(inputs, "xla")
     test_sparse_attention_gradients.check(inputs, "xla")
@@ -110,7 +110,7 @@ def test_sparse_attention_of_a_chunk(starts: tuple[int, ...], **sizes: int) -> N
 
 @MANY
 @given(data=st.data(), B=UP_TO(3), T=UP_TO(5), I=UP_TO(4), J=UP_TO(9), S=UP_TO(700), k=UP_TO(90))
-def test_the_indexers_choice(data: st.DataObject, k: int, **sizes: int) -> None:
+def test_indexer_selection(data: st.DataObject, k: int, **sizes: int) -> None:
     case = test_indexer_topk.whole_numbers(data.draw(SEED), **sizes)
     rng = np.random.default_rng(data.draw(SEED))
     visible_BT = rng.integers(0, sizes["S"] + 1, (sizes["B"], sizes["T"]))
@@ -119,22 +119,22 @@ def test_the_indexers_choice(data: st.DataObject, k: int, **sizes: int) -> None:
 
 @FEW
 @given(B=UP_TO(3), T=UP_TO(5), I=UP_TO(4), J=UP_TO(9), S=UP_TO(70), seed=SEED)
-def test_the_indexers_scores(B: int, T: int, I: int, J: int, S: int, seed: int) -> None:
+def test_indexer_scores(B: int, T: int, I: int, J: int, S: int, seed: int) -> None:
     args = normal(seed, B, T, I, J), normal(seed + 1, B, T, I), normal(seed + 2, B, S, J)
     grad_BTS = normal(seed + 3, B, T, S)
 
-    def found(impl: Any) -> Any:
+    def scores_and_gradients(impl: Any) -> Any:
         score_BTS, pull = jax.vjp(functools.partial(indexer_topk.scores, impl=impl), *args)
         return score_BTS, pull(grad_BTS)
 
-    # Sums of up to 70 float32 products of size 1 to 10, in another order.
+    # Float32 sums of up to 70 products of size 1 to 10, in another order.
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5)
-    jax.tree.map(compare, found("xla"), found("reference"))
+    jax.tree.map(compare, scores_and_gradients("xla"), scores_and_gradients("reference"))
 
 
 @FEW
 @given(data=st.data(), E=UP_TO(6), F=UP_TO(4), D=UP_TO(4), tokens=UP_TO(60))
-def test_the_experts(data: st.DataObject, E: int, F: int, D: int, tokens: int) -> None:
+def test_routed_experts(data: st.DataObject, E: int, F: int, D: int, tokens: int) -> None:
     A = data.draw(UP_TO(E))
     shape = Experts(experts=E, choices=A, hidden=32 * D, expert_hidden=32 * F)
     form = data.draw(st.sampled_from(["float32", "fp8", "fp4"]))
@@ -153,7 +153,7 @@ def test_the_experts(data: st.DataObject, E: int, F: int, D: int, tokens: int) -
     K=UP_TO(9),
     rows=UP_TO(90),
 )
-def test_a_matmul_with_a_quantised_weight(form: str, G: int, D: int, K: int, rows: int) -> None:
+def test_matmul_with_a_quantised_weight(form: str, G: int, D: int, K: int, rows: int) -> None:
     stack, w_NK, x = test_quantize.stack_and_rows(form, G, G * D, 32 * K, rows, jnp.float32)
     y, pull = jax.vjp(
         lambda x: quantize.linear(x, stack, layer=jnp.int32(2), groups=G, impl="xla"), x
@@ -170,7 +170,7 @@ def test_a_matmul_with_a_quantised_weight(form: str, G: int, D: int, K: int, row
 
 @MANY
 @given(st.sampled_from(["fp8", "fp4"]), UP_TO(9), UP_TO(150), UP_TO(70), SEED)
-def test_roundings(form: str, rows: int, channels: int, block: int, seed: int) -> None:
+def test_rounding(form: str, rows: int, channels: int, block: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     size = np.exp2(rng.integers(-30, 30, (rows, channels)))
     x = (rng.standard_normal(size.shape) * size).astype(np.float32)
@@ -192,15 +192,15 @@ def test_compression(
 ) -> None:
     rotated = 2 * data.draw(UP_TO(half))
     shape = Compressor(ratio, dim=2 * half, overlap=overlap, rotated=rotated, rounding="none")
-    of, static = test_compress.text(shape, 2, T, seed=seed), test_compress.settings(shape)
-    want_BnK, start = test_compress.plain(shape, of), data.draw(st.integers(0, T - 1))
-    args = test_compress.chunk(shape, of, [start, start], T - start, poison=np.nan)
+    text, static = test_compress.text(shape, 2, T, seed=seed), test_compress.settings(shape)
+    want_BnK, start = test_compress.plain(shape, text), data.draw(st.integers(0, T - 1))
+    args = test_compress.chunk(shape, text, [start, start], T - start, poison=np.nan)
     got_BnK = compress.prefill(*args, **static, impl="xla")
     want = want_BnK[:, start // ratio :]
     np.testing.assert_allclose(got_BnK[:, : want.shape[1]], want, **CLOSE)
     if len(want_BnK[0]):
         window_B = [data.draw(st.integers(0, T // ratio - 1)) for _ in range(2)]
-        got_B1K = compress.decode(*test_compress.steps(shape, of, window_B), **static, impl="xla")
+        got_B1K = compress.decode(*test_compress.steps(shape, text, window_B), **static, impl="xla")
         np.testing.assert_allclose(got_B1K[:, 0], want_BnK[[0, 1], window_B], **CLOSE)
 
 
@@ -215,9 +215,9 @@ def test_rotation(B: int, T: int, H: int, straight: int, Q: int, seed: int) -> N
     wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
     pairs = wide[..., straight:].reshape(B, T, H, Q, 2) @ [1, 1j]
     pairs = pairs * np.exp(1j * angle_BTQ.astype(np.float64))[:, :, None]
-    turned = np.stack([pairs.real, pairs.imag], -1).reshape(B, T, H, 2 * Q)
+    rotated = np.stack([pairs.real, pairs.imag], -1).reshape(B, T, H, 2 * Q)
     np.testing.assert_allclose(got_BTHK[..., :straight], wide[..., :straight], **CLOSE)
-    np.testing.assert_allclose(got_BTHK[..., straight:], turned, **CLOSE)
+    np.testing.assert_allclose(got_BTHK[..., straight:], rotated, **CLOSE)
 
 
 @FEW

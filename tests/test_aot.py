@@ -1,6 +1,6 @@
-"""Full-size steps traced and lowered for TPU topologies, with abstract weights and no TPU.
+"""Full-size steps traced and lowered for TPU topologies, with abstract weights and without a TPU.
 
-All in one process: two that load libtpu exclude each other.
+All run in one process, because two processes cannot load libtpu at the same time.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from v4jax_train import optimizer, step, trainable
 from v4jax_train.trainable import Full
 
 pytestmark = pytest.mark.full_compilation
-# As `tiny`, wide enough for every kernel.
+# `tiny`, made wide enough for every kernel.
 WIDE = dataclasses.replace(
     presets.preset("tiny"),
     hidden_size=256,
@@ -34,17 +34,17 @@ WIDE = dataclasses.replace(
 
 
 def four_devices(chip: targets.Target) -> Mesh:
-    """The compiler's time goes with their number, which is eight of a tpu7x:2x2x1."""
+    """Compile time grows with the number of devices, and a tpu7x:2x2x1 has eight."""
     return sharding.make_mesh(expert=4, devices=targets.devices(chip)[:4])
 
 
 def lower_seconds(cfg: ModelConfig, step: Step) -> float:
-    """Of processor time: the machine is shared."""
+    """CPU seconds: on a shared machine wall-clock time varies."""
     mesh = aot.topology_mesh("v5p:2x2x1")
-    began = time.process_time()
+    start = time.process_time()
     lowered = aot.lower(cfg, step, mesh, batch=8, capacity=8192)
     assert "stablehlo" in lowered.as_text()[:10_000]
-    return time.process_time() - began
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])
@@ -65,7 +65,7 @@ def test_43_layers_lower_in_the_time_of_5() -> None:
 @pytest.mark.parametrize("chip", list(targets.TPU_TOPOLOGIES))
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 def test_steps_compile_for_every_chip(chip: targets.Target, step: Step) -> None:
-    """A small model's programs, its weights quantised as in the release."""
+    """Programs of a small model, with weights quantised as in the release."""
     mesh = four_devices(chip)
     lowered = aot.lower(
         WIDE, step, mesh, batch=mesh.size, capacity=512, tokens=32, expert_format="fp4"
@@ -88,7 +88,7 @@ def test_the_tiny_model_compiles_where_experts_have_no_kernel() -> None:
 
 
 def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any) -> Any:
-    """A step of LoRA on every matrix over FP8 and FP4, or of Muon with pre-training's losses."""
+    """A step of LoRA on every matrix over FP8 and FP4, or of Muon with all pre-training losses."""
     what = Lora(targets="all") if adapts else Full(dtype="bfloat16")
     mtp = 0.3 if cfg.num_nextn_predict_layers else 0.0
     losses: dict[str, Any] = (
@@ -97,7 +97,7 @@ def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any)
     settings = step.Settings(cfg=cfg, numerics=numerics.OFFICIAL, what=what, **losses)
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, 1e-4, rule="adamw" if adapts else "muon")
-    # optax mixes dtypes.
+    # Optax mixes dtypes.
     with jax.numpy_dtype_promotion("standard"):
         return train_aot.lower(settings, rule, mesh, **sizes)
 
@@ -115,7 +115,7 @@ def test_full_size_training_lowers_for_a_pod(adapts: bool) -> None:
 @pytest.mark.parametrize("adapts", [True, False], ids=["lora", "muon"])
 @pytest.mark.parametrize("chip", list(targets.TPU_TOPOLOGIES))
 def test_training_compiles_for_every_chip(chip: targets.Target, adapts: bool) -> None:
-    """Over one layer: sparse attention under an adapter, compressed attention under Muon."""
+    """One layer: sparse attention with an adapter, compressed attention with Muon."""
     layers = WIDE.layers[1:2] if adapts else WIDE.layers[2:3]
     cfg = dataclasses.replace(WIDE, layers=layers, num_nextn_predict_layers=0)
     mesh = four_devices(chip)
@@ -127,16 +127,16 @@ def test_training_compiles_for_every_chip(chip: targets.Target, adapts: bool) ->
 
 
 def lowered_for_v6e(cfg: ModelConfig, step: Step, **sizes: Any) -> jax.stages.Lowered:
-    """For one chip, the weights in the release's bytes."""
+    """A step lowered for one chip, with weights in the release's formats."""
     mesh = sharding.make_mesh(devices=targets.devices("v6e")[:1])
     return aot.lower(cfg, step, mesh, batch=1, expert_format="fp4", **sizes)
 
 
 @pytest.mark.slow
 def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
-    """Flash's first 7 layers, of every kind, the last four scanned.
+    """Flash's first 7 layers: every kind, the last four in a scan.
 
-    No scores, no copied pool, and no weight that is dequantised, or copied out of its stack.
+    No scores, no copy of a pool, and no weight dequantised or copied out of its stack.
     """
     flash = presets.preset("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
@@ -147,28 +147,28 @@ def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
 
 @pytest.mark.slow
 def test_64_chips_at_a_million_tokens_move_only_activations() -> None:
-    """The same layers: of all 43, `benchmarks.meshes` shows less than 12 MB a step."""
+    """With the same layers. For all 43, `benchmarks.meshes` reports less than 12 MB per step."""
     flash = presets.preset("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
     mesh = aot.topology_mesh("v6e:8x8", expert=8, tensor=8)
     program = aot.lower(few, "decode", mesh, batch=8, capacity=2**20, expert_format="fp4").compile()
-    found = audit.collectives(str(program.as_text()))
-    assert max(one.times for one in found) > 1, "layers are scanned"
-    assert audit.moved(found) < 12e6 * 7 / 43
+    collectives = audit.collectives(str(program.as_text()))
+    assert max(collective.times for collective in collectives) > 1, "layers are not scanned"
+    assert audit.moved(collectives) < 12e6 * 7 / 43
     assert targets.temporaries(program) < 64e6
 
 
 @pytest.mark.slow
-def test_a_prompt_needs_a_third_of_the_references_memory() -> None:
-    """A Flash-sized CSA layer over 8192 tokens, beside its attention alone in the plain form."""
+def test_a_prompt_needs_less_than_a_third_of_the_references_memory() -> None:
+    """A Flash-sized CSA layer over 8192 tokens, against only the logits of plain attention."""
     flash, tokens = presets.preset("flash"), 8192
     kind = next(layer for layer in flash.layers if layer.attention == "csa")
-    one = dataclasses.replace(flash, layers=(kind,), num_nextn_predict_layers=0)
-    program = lowered_for_v6e(one, "prefill", capacity=tokens, tokens=tokens).compile()
+    cfg = dataclasses.replace(flash, layers=(kind,), num_nextn_predict_layers=0)
+    program = lowered_for_v6e(cfg, "prefill", capacity=tokens, tokens=tokens).compile()
     analysis = program.memory_analysis()
     assert analysis is not None
     weights = analysis.argument_size_in_bytes
-    # The plain form's logits alone: a float32 per query, head and key.
+    # Plain attention has a float32 logit per query, head and key.
     keys = tokens // kind.ratio + flash.sliding_window + tokens
     logits = 4 * tokens * flash.num_attention_heads * keys
     assert targets.temporaries(program) < logits / 3

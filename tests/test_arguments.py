@@ -1,4 +1,4 @@
-"""Public calls say in a sentence what they take, and take what they document."""
+"""Public calls accept what they document and reject everything else in one clear sentence."""
 
 import inspect
 from pathlib import Path
@@ -19,8 +19,8 @@ from v4jax.model import sharding
 
 
 @pytest.fixture(autouse=True)
-def users_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users have these checks alone, not the tests' of types."""
+def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for users: annotations are checked only in tests."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -34,11 +34,11 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return stub(monkeypatch)
 
 
-# What is refused, and how
+# Rejected arguments and their messages
 
 
 @pytest.mark.parametrize(
-    ("prompt", "settings", "says"),
+    ("prompt", "settings", "message"),
     [
         ([USER], {}, "prompt is a list of dictionaries; it must be text or token ids. Of a chat"),
         (USER, {}, "prompt is a dictionary; .* v4jax.encode_chat makes the text"),
@@ -77,21 +77,23 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("a", {"seed": 10**5000}, "seed is a very large number; it must be None or a whole number"),
     ],
 )
-def test_of_a_prompt(model: Any, passed: Any, prompt: Any, settings: Any, says: str) -> None:
+def test_bad_prompts_and_settings_are_rejected(
+    model: Any, passed: Any, prompt: Any, settings: Any, message: str
+) -> None:
     for call in (model.generate, model.stream):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             call(prompt, **settings)
     assert not passed
 
 
-def test_of_alternatives_to_report(model: Any, passed: Any) -> None:
-    for value, says in (
+def test_bad_top_logprobs_are_rejected(model: Any, passed: Any) -> None:
+    for value, message in (
         ("3", "top_logprobs is '3'; it must be a whole number, 0 or more"),
         (None, "top_logprobs is None"),
         (VOCAB + 1, "top_logprobs is 301; it must be 0 to the vocabulary's size"),
         (10**5000, "top_logprobs is a very large number"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             model.generate("a", top_logprobs=value)
     with pytest.raises(ArgumentError, match="stream has no argument 'top_logprobs'; it takes"):
         model.stream("a", top_logprobs=3)
@@ -99,7 +101,7 @@ def test_of_alternatives_to_report(model: Any, passed: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "says"),
+    ("tokens", "message"),
     [
         (
             [[1, 2, 3], [4, 5]],
@@ -120,13 +122,13 @@ def test_of_alternatives_to_report(model: Any, passed: Any) -> None:
         ([[1], [VOCAB]], f"Token {VOCAB} at position 0 is outside the vocabulary"),
     ],
 )
-def test_of_tokens(model: Any, tokens: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_tokens_are_rejected(model: Any, tokens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         model.logits(tokens)
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"path": 5}, "path is 5; it must be a path"),
         ({"path": ""}, "path is ''; it must be"),
@@ -156,17 +158,17 @@ def test_of_tokens(model: Any, tokens: Any, says: str) -> None:
         ({"torch_dtype": "bfloat16"}, "no argument 'torch_dtype'; did you mean 'dtype'"),
     ],
 )
-def test_of_loading(passed: Any, settings: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_load_arguments_are_rejected(passed: Any, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         v4jax.load(**{"path": "tiny"} | settings)
     assert not passed
 
 
-def test_of_how_a_call_is_written(model: Any) -> None:
+def test_malformed_calls_are_rejected(model: Any) -> None:
     load, make_mesh, params = (
         cast(Any, x) for x in (v4jax.load, sharding.make_mesh, SamplingParams)
     )
-    for call, says in (
+    for call, message in (
         (lambda: load(), "load: missing a required argument: 'path'; it takes path, dtype"),
         (lambda: load("tiny", "float32"), "load: too many positional arguments; it takes path"),
         (lambda: model.generate(), "generate: missing a required argument: 'prompt'"),
@@ -177,12 +179,12 @@ def test_of_how_a_call_is_written(model: Any) -> None:
         (lambda: params(0.5), "SamplingParams: too many positional arguments"),
         (lambda: make_mesh(model=8), "make_mesh has no argument 'model'; it takes data, fsdp"),
     ):
-        with pytest.raises(ArgumentError, match=says):
+        with pytest.raises(ArgumentError, match=message):
             call()
 
 
 @pytest.mark.parametrize(
-    ("messages", "settings", "says"),
+    ("messages", "settings", "message"),
     [
         ([], {}, r"messages is \[\]; it must be a list of one or more messages"),
         ((), {}, r"messages is \(\); it must be"),
@@ -213,30 +215,30 @@ def test_of_how_a_call_is_written(model: Any) -> None:
         ([USER], {"thinking": True}, "no argument 'thinking'; did you mean 'thinking_mode'"),
     ],
 )
-def test_of_a_chat(messages: Any, settings: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_chat_arguments_are_rejected(messages: Any, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         v4jax.encode_chat(messages, **settings)
 
 
-# What is welcome
+# Accepted arguments
 
 
-WHOLE = [5, np.int8(5), np.uint64(5), np.array(5), jnp.int32(5)]
+FIVES = [5, np.int8(5), np.uint64(5), np.array(5), jnp.int32(5)]
 
 
-@pytest.mark.parametrize("five", WHOLE, ids=lambda five: type(five).__name__)
-def test_whole_numbers_of_any_library_are_taken(model: Any, passed: Any, five: Any) -> None:
+@pytest.mark.parametrize("five", FIVES, ids=lambda five: type(five).__name__)
+def test_integers_of_any_library_are_accepted(model: Any, passed: Any, five: Any) -> None:
     model.generate([five], max_tokens=five, top_logprobs=five, top_k=five, seed=five)
     assert passed["prompt"] == [5]
-    given = [passed["max_tokens"], passed["top_logprobs"], passed["params"].seed]
-    assert given == [5, 5, 5]
-    assert {type(value) for value in (*given, *passed["prompt"], passed["params"].top_k)} == {int}
+    numbers = [passed["max_tokens"], passed["top_logprobs"], passed["params"].seed]
+    assert numbers == [5, 5, 5]
+    assert {type(value) for value in (*numbers, *passed["prompt"], passed["params"].top_k)} == {int}
     assert model.tokenizer.decode([five]) == model.tokenizer.decode([5])
     assert model.tokenizer.token_bytes(five) == model.tokenizer.token_bytes(5)
 
 
 @pytest.mark.parametrize("half", [0.5, np.float32(0.5), np.array(0.5), jnp.bfloat16(0.5)], ids=repr)
-def test_numbers_of_any_library_are_taken(half: Any) -> None:
+def test_floats_of_any_library_are_accepted(half: Any) -> None:
     params = SamplingParams(temperature=half, top_p=half)
     assert params == SamplingParams(temperature=0.5, top_p=0.5)
     assert type(params.top_p) is float
@@ -247,7 +249,7 @@ def test_numbers_of_any_library_are_taken(half: Any) -> None:
     [(1, 2), range(1, 3), np.array([1, 2], np.uint8), jnp.array([1, 2]), list(jnp.array([1, 2]))],
     ids=lambda tokens: type(tokens).__name__,
 )
-def test_token_ids_of_any_library_are_taken(model: Any, passed: Any, tokens: Any) -> None:
+def test_token_ids_of_any_library_are_accepted(model: Any, passed: Any, tokens: Any) -> None:
     model.generate(tokens)
     assert passed["prompt"] == [1, 2]
     assert model.tokenizer.decode(tokens) == model.tokenizer.decode([1, 2])
@@ -258,7 +260,7 @@ def test_token_ids_of_any_library_are_taken(model: Any, passed: Any, tokens: Any
 @pytest.mark.parametrize(
     "dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), jnp.zeros(1, jnp.bfloat16).dtype]
 )
-def test_dtypes_of_any_library_are_taken(passed: Any, dtype: Any) -> None:
+def test_dtypes_of_any_library_are_accepted(passed: Any, dtype: Any) -> None:
     v4jax.load("tiny", dtype=dtype)
     assert passed["dtype"] == "bfloat16"
     v4jax.load("tiny", dtype=np.float32, keep_quantised=cast(Any, np.bool_(True)))
@@ -266,7 +268,7 @@ def test_dtypes_of_any_library_are_taken(passed: Any, dtype: Any) -> None:
     assert passed["keep_quantised"] is True
 
 
-def test_paths_and_stop_strings_come_in_every_form(model: Any, passed: Any) -> None:
+def test_every_form_of_paths_and_stop_strings_is_accepted(model: Any, passed: Any) -> None:
     for path in ("tiny", Path("tiny")):
         v4jax.load(path, adapter=path)
         assert passed["path"] == passed["adapter"] == path

@@ -1,4 +1,4 @@
-"""Anything at all in every place of every public call: it works as documented or is refused."""
+"""Any value for any argument of any public call works as documented or is rejected."""
 
 import traceback
 from pathlib import Path
@@ -90,15 +90,15 @@ LOAD = {
     "progress": {"None", "function", "class"},
 }
 CHECKPOINT = {"directory": PATHS, "cfg": set(), "seed": {"5", "huge"}, "tokenizer": {"None"}}
-# There is nothing to convert: whatever is right ends with that.
+# The source does not exist, so calls with valid arguments fail with that.
 FILES = {"source": "absent", "target": "new"}
 
 
-def nothing(*arguments: str) -> dict[str, set[str]]:
+def rejects_all(*arguments: str) -> dict[str, set[str]]:
     return {argument: set() for argument in arguments}
 
 
-# The call, arguments that are right, and for each argument which of the values it takes.
+# The call, valid arguments, and for each tested argument the values that it accepts.
 Call = tuple[Any, dict[str, Any], dict[str, set[str]]]
 
 
@@ -106,7 +106,7 @@ def calls(model: LanguageModel) -> dict[str, Call]:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     cfg = {"cfg": CFG}
-    made = {"directory": "x", "cfg": CFG, "seed": 0}
+    checkpoint = {"directory": "x", "cfg": CFG, "seed": 0}
     return {
         "load": (v4jax.load, {"path": "tiny"}, LOAD),
         "generate": (model.generate, {"prompt": [1]}, PROMPT | {"top_logprobs": {"5"}}),
@@ -114,7 +114,11 @@ def calls(model: LanguageModel) -> dict[str, Call]:
         "logits": (model.logits, {}, {"tokens": {"ints"}}),
         "with_adapter": (model.with_adapter, {}, {"path": {"None"}}),
         "LanguageModel": (LanguageModel, {"engine": model.engine}, {"engine": set()}),
-        "tokenizer of": (LanguageModel, {"engine": model.engine}, {"tokenizer": {"None"}}),
+        "LanguageModel with a tokenizer": (
+            LanguageModel,
+            {"engine": model.engine},
+            {"tokenizer": {"None"}},
+        ),
         "encode_chat": (v4jax.encode_chat, {"messages": [USER]}, CHAT),
         "parse_chat": (v4jax.parse_chat, {"text": ""}, {"text": TEXT, "thinking_mode": set()}),
         "ChatParser": (ChatParser, {}, {"thinking_mode": set()}),
@@ -129,22 +133,22 @@ def calls(model: LanguageModel) -> dict[str, Call]:
         "token_bytes": (tokenizer.token_bytes, {}, {"token_id": {"5"}}),
         "StreamDecoder": (StreamDecoder, {}, {"tokenizer": set()}),
         "demo tokenizer": (build_demo_tokenizer, {}, {"vocab_size": set()}),
-        "make_checkpoint": (random_release.make_checkpoint, made, CHECKPOINT),
-        "convert": (convert.convert, FILES, nothing("source", "target", "weights", "progress")),
-        "export": (export.export, FILES, nothing("source", "target", "progress")),
+        "make_checkpoint": (random_release.make_checkpoint, checkpoint, CHECKPOINT),
+        "convert": (convert.convert, FILES, rejects_all("source", "target", "weights", "progress")),
+        "export": (export.export, FILES, rejects_all("source", "target", "progress")),
         "merge": (
             merge.merge,
             FILES | {"update": "absent", "weights": "keep"},
-            nothing("source", "update", "target", "weights", "best", "progress"),
+            rejects_all("source", "update", "target", "weights", "best", "progress"),
         ),
         "export_adapter": (
             updates.export_adapter,
             {"run": "absent", "target": "new"},
-            nothing("run", "target", "model", "best"),
+            rejects_all("run", "target", "model", "best"),
         ),
         "preset": (presets.preset, {}, {"name": set()}),
         "preset_json": (presets.preset_json, {}, {"name": set()}),
-        "make_mesh": (sharding.make_mesh, {}, nothing(*sharding.AXES, "devices")),
+        "make_mesh": (sharding.make_mesh, {}, rejects_all(*sharding.AXES, "devices")),
         "report": (facts.report, {}, {"cfg": set()}),
         "devices": (facts.devices, {}, {"nbytes": {"5"}}),
         "release_bytes": (facts.release_bytes, {}, {"cfg": set()}),
@@ -163,12 +167,12 @@ def model() -> LanguageModel:
 @pytest.fixture
 def nothing_runs(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stub(monkeypatch)
-    # As for users: only in tests is an annotation checked.
+    # As for users: annotations are checked only in tests.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.chdir(tmp_path)
 
 
-def refusal(call: Any) -> ValueError | None:
+def error_of(call: Any) -> ValueError | None:
     try:
         call()
     except ValueError as error:
@@ -176,33 +180,36 @@ def refusal(call: Any) -> ValueError | None:
     return None
 
 
-def fault(argument: str, takes: bool, error: ValueError | None) -> str:
-    """What is wrong with an outcome: an error is a sentence of the package, about the argument."""
-    if error is None or takes:
-        return "" if takes == (error is None) else f"takes it: {takes}; {error}"
-    told, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
+def fault(argument: str, accepts: bool, error: ValueError | None) -> str:
+    """What is wrong with an outcome, if anything.
+
+    An error must be raised by the package, name the argument and end with a full stop.
+    """
+    if error is None or accepts:
+        return "" if accepts == (error is None) else f"should be accepted: {accepts}; {error}"
+    message, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
     places = ("The prompt", "Token", "No preset", "x", "absent", str(Path("absent").absolute()))
-    named = argument in told or told.startswith(places)
+    named = argument in message or message.startswith(places)
     ours = Path(where).is_relative_to(PACKAGE)
-    return "" if named and ours and told.endswith(".") else f"{error!r} of {where}"
+    return "" if named and ours and message.endswith(".") else f"{error!r} in {where}"
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_a_value_works_or_is_refused_by_name(model: LanguageModel) -> None:
+def test_every_value_works_or_is_rejected_by_name(model: LanguageModel) -> None:
     faults = [
-        f"{name}({argument}={what}): {wrong}"
-        for name, (call, right, places) in calls(model).items()
-        for argument, takes in places.items()
-        for what, value in VALUES.items()
-        for error in [refusal(lambda: call(**right | {argument: value}))]  # noqa: B023
-        if (wrong := fault(argument, what in takes, error))
+        f"{name}({argument}={label}): {problem}"
+        for name, (call, valid, arguments) in calls(model).items()
+        for argument, accepted in arguments.items()
+        for label, value in VALUES.items()
+        for error in [error_of(lambda: call(**valid | {argument: value}))]  # noqa: B023
+        if (problem := fault(argument, label in accepted, error))
     ]
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_an_unknown_name_is_refused_with_those_there_are(model: LanguageModel) -> None:
-    for call, right, places in calls(model).values():
-        with pytest.raises(ArgumentError, match="has no argument 'zzz'; it takes") as told:
-            call(**right, zzz=1)
-        assert all(argument in str(told.value) for argument in places)
+def test_an_unknown_argument_is_rejected_with_the_known_ones(model: LanguageModel) -> None:
+    for call, valid, arguments in calls(model).values():
+        with pytest.raises(ArgumentError, match="has no argument 'zzz'; it takes") as caught:
+            call(**valid, zzz=1)
+        assert all(argument in str(caught.value) for argument in arguments)

@@ -1,4 +1,4 @@
-"""What is read from a program's text: kinds, bytes, loops, and exchanges that move nothing."""
+"""Collectives parsed from a program's text: kinds, bytes, loops, and those that move nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -44,40 +44,42 @@ ENTRY %main (a: bf16[4,8], b: f32[8,4]) -> f32[2,4] {
 KNOWN = 'backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step":"1"}}'
 
 
-def found(backend: str = KNOWN) -> dict[str, audit.Collective]:
-    return {one.kind: one for one in audit.collectives(TEXT.replace("BACKEND", backend))}
+def by_kind(backend: str = KNOWN) -> dict[str, audit.Collective]:
+    return {c.kind: c for c in audit.collectives(TEXT.replace("BACKEND", backend))}
 
 
 def test_bytes_are_counted_as_often_as_loops_run() -> None:
-    gathered = found()["all-gather"]
+    gathered = by_kind()["all-gather"]
     assert gathered.times == 5
     assert gathered.bytes == 5 * 16 * 8 * 2
     assert gathered.operands == (audit.Array("bf16", (4, 8)),)
-    # As TPU's compiler says it.
-    assert found("sharding={replicated}")["all-gather"].times == 9
+    # The TPU compiler's way of stating trip counts.
+    assert by_kind("sharding={replicated}")["all-gather"].times == 9
 
 
-def test_a_loop_that_the_data_end_counts_once() -> None:
+def test_a_loop_with_a_data_dependent_end_counts_once() -> None:
     text = TEXT.replace("constant(9)", "add(%i, %i)").replace("BACKEND", "sharding={replicated}")
-    assert {one.times for one in audit.collectives(text)} == {1}
+    assert {c.times for c in audit.collectives(text)} == {1}
 
 
-def test_a_group_of_one_device_moves_nothing() -> None:
-    assert "all-reduce" not in found()
+def test_groups_of_one_device_move_nothing() -> None:
+    assert "all-reduce" not in by_kind()
 
 
-def test_collectives_in_fusions_and_started_ones_are_seen_once() -> None:
-    assert found().keys() == {"all-gather", "reduce-scatter", "collective-permute"}
-    # What a device puts in, which is more than what it gets.
-    assert found()["reduce-scatter"].bytes == 8 * 4 * 4
-    permuted = found()["collective-permute"]
+def test_fused_and_asynchronous_collectives_are_counted_once() -> None:
+    assert by_kind().keys() == {"all-gather", "reduce-scatter", "collective-permute"}
+    # The operand of a device, which is larger than its result.
+    assert by_kind()["reduce-scatter"].bytes == 8 * 4 * 4
+    permuted = by_kind()["collective-permute"]
     assert permuted.results == permuted.operands == (audit.Array("u8", (4,)),)
     total = 5 * 256 + 128 + 4
-    assert audit.moved(found().values()) == total == sum(audit.by_kind(found().values()).values())
+    assert (
+        audit.moved(by_kind().values()) == total == sum(audit.by_kind(by_kind().values()).values())
+    )
 
 
-def test_moves_asks_for_all_dims_of_one_array() -> None:
-    gathered = found()["all-gather"]
+def test_moves_requires_all_dims_in_one_array() -> None:
+    gathered = by_kind()["all-gather"]
     assert gathered.moves(16, 8)
     assert gathered.moves(4)
     assert not gathered.moves(16, 4)
@@ -101,12 +103,12 @@ MESH = "mesh['a'=1,'b'=8,'c'=1]"
         (MESH + " {'b':(8)1}", False),
     ],
 )
-def test_every_spelling_of_groups_of_one(groups: str, moves: bool) -> None:
+def test_every_notation_of_groups_of_one_is_recognised(groups: str, moves: bool) -> None:
     text = TEXT.replace("[2,4]<=[8], dimensions", f"{groups}, x, dimensions")
-    assert ("all-gather" in {one.kind for one in audit.collectives(text)}) == moves
+    assert ("all-gather" in {c.kind for c in audit.collectives(text)}) == moves
 
 
-def test_a_programs_own_text() -> None:
+def test_a_compiled_program() -> None:
     mesh = sharding.make_mesh(data=8)
     total = jax.shard_map(
         lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P()
@@ -118,6 +120,6 @@ def test_a_programs_own_text() -> None:
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((16, 3)), jax.NamedSharding(mesh, P("data")))
         text = jax.jit(loop).lower(x).compile().as_text()
-    (one,) = audit.collectives(text or "")
-    assert (one.kind, one.times) == ("all-reduce", 7)
-    assert one.bytes == 7 * 2 * 3 * 4
+    (collective,) = audit.collectives(text or "")
+    assert (collective.kind, collective.times) == ("all-reduce", 7)
+    assert collective.bytes == 7 * 2 * 3 * 4

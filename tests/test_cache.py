@@ -1,4 +1,4 @@
-"""The cache's rings and pools: addressed by position, nothing erased."""
+"""Rings and pools of the cache are addressed by position and never erased."""
 
 import functools
 
@@ -17,7 +17,7 @@ ROWS = 13
 
 
 def ring_after(chunks: list[int], rejected: list[int]) -> tuple[np.ndarray, int]:
-    """A ring written chunk by chunk, each followed by a rewind; token p has value p."""
+    """A ring written in chunks, each followed by a rewind; the token at position p has value p."""
     ring = jnp.full((2, 1, ROWS, 1), -1.0)
     length = 0
     for tokens, back in zip(chunks, rejected, strict=True):
@@ -34,7 +34,7 @@ def ring_after(chunks: list[int], rejected: list[int]) -> tuple[np.ndarray, int]
         st.tuples(st.sampled_from([1, 3, 8, 9, 20]), st.integers(0, 8)), min_size=1, max_size=6
     )
 )
-def test_a_ring_holds_the_window_before_its_end_whatever_was_rejected(
+def test_a_ring_holds_the_last_window_after_any_rewinds(
     steps: list[tuple[int, int]],
 ) -> None:
     ring, length = ring_after([tokens for tokens, _ in steps], [back for _, back in steps])
@@ -53,11 +53,11 @@ def test_padding_is_not_written() -> None:
         assert np.all(np.asarray(ring[1, 1]) == -1)
 
 
-def test_ring_mask_shows_the_window_that_ends_with_the_query() -> None:
+def test_ring_mask_shows_the_window_up_to_the_query() -> None:
     query_BT = jnp.array([[20, 21]], jnp.int32)
     mask = caches.ring_mask(jnp.array([22], jnp.int32), ROWS, query_BT, 5)
-    seen = lambda t: {int(p) % ROWS for p in range(t - 4, t + 1)}
-    assert [set(np.flatnonzero(row).tolist()) for row in mask[0]] == [seen(20), seen(21)]
+    visible = lambda t: {int(p) % ROWS for p in range(t - 4, t + 1)}
+    assert [set(np.flatnonzero(row).tolist()) for row in mask[0]] == [visible(20), visible(21)]
 
 
 def test_ring_mask_shows_nothing_before_the_text() -> None:
@@ -66,7 +66,7 @@ def test_ring_mask_shows_nothing_before_the_text() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 3, 5, 6])
-def test_pool_write_touches_only_the_entries_it_completes(first: int) -> None:
+def test_pool_write_changes_only_completed_entries(first: int) -> None:
     pool = jnp.full((2, 2, 6, 1), -1.0)
     new = jnp.arange(6.0).reshape(2, 3, 1)
     count = min(2, 6 - first)
@@ -80,14 +80,14 @@ def test_pool_write_touches_only_the_entries_it_completes(first: int) -> None:
     assert np.all(np.asarray(got[0]) == -1)
 
 
-def test_capacities_are_few_and_hold_the_text() -> None:
-    found = {caches.bucket(tokens, 1_048_576) for tokens in range(1, 5000)}
-    assert found == {128 * 2**n for n in range(7)}
+def test_buckets_are_few_and_hold_the_text() -> None:
+    buckets = {caches.bucket(tokens, 1_048_576) for tokens in range(1, 5000)}
+    assert buckets == {128 * 2**n for n in range(7)}
     assert all(caches.bucket(n, 10_000) >= n for n in (1, 128, 129, 9999))
     assert caches.bucket(9999, 10_000) == 10_112
 
 
-def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
+def test_only_the_pools_of_a_cache_grow_with_capacity() -> None:
     cfg = presets.preset("flash")
     kinds = [kind.attention for kind in cfg.layers]
     names = ("window_LBRK", "tail_LBRK", "index_tail_LBRK", "pool_LBSK", "index_LBSK")
@@ -100,7 +100,7 @@ def test_the_cache_of_flash_grows_only_in_its_pools() -> None:
     for name in names[:3]:
         assert sizes[0][name] == sizes[1][name] > 0
     for capacity, size in zip(capacities, sizes, strict=True):
-        # Room for an entry more than the text has, in whole tiles of 32.
+        # One entry more than the text has, rounded up to tiles of 32.
         rows = {ratio: -(-(capacity // ratio + 1) // 32) * 32 for ratio in (4, 128)}
         entries = kinds.count("csa") * rows[4]
         assert size["index_LBSK"] == entries * cfg.index_head_dim

@@ -1,4 +1,4 @@
-"""The chat encoding against vectors of the reference encoder, and rule by rule."""
+"""The chat encoding against vectors from the reference encoder, and rule by rule."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def result(text):
 
 
 def calls_block(*parameters):
-    """One call of f per argument, each the DSML of its parameters."""
+    """One call of f for each argument, which is the DSML of its parameters."""
     invokes = "\n".join(f'<{DSML}invoke name="f">\n{p}\n</{DSML}invoke>' for p in parameters)
     return f"\n\n<{DSML}tool_calls>\n{invokes}\n</{DSML}tool_calls>"
 
@@ -57,7 +57,7 @@ def vector_name(vector):
 
 
 @pytest.mark.parametrize("vector", VECTORS["encode"], ids=vector_name)
-def test_vectors_of_the_reference_are_met_byte_for_byte(vector):
+def test_reference_vectors_are_encoded_byte_for_byte(vector):
     text = encode(
         vector["messages"],
         vector["thinking_mode"],
@@ -92,32 +92,32 @@ def test_the_answer_to_a_task_shows_no_thinking():
     assert encode(messages, "thinking", drop_thinking=False) == expected
 
 
-def test_a_user_after_a_task_stays_apart_and_the_task_token_is_left_out():
+def test_a_user_after_a_task_is_not_merged_and_the_task_token_is_dropped():
     text = encode([user("q", task="title"), user("u")])
     assert text == f"{BOS}{USER}q{USER}u{ASSISTANT}{END_THINK}"
 
 
-def test_a_task_is_lost_when_its_message_joins_the_one_before():
+def test_a_task_is_lost_when_its_message_merges_into_the_previous_one():
     text = encode([user("u"), user("q", task="title")])
     assert text == f"{BOS}{USER}u\n\nq{ASSISTANT}{END_THINK}"
 
 
-def test_a_tool_result_joins_a_user_that_carries_a_task():
+def test_a_tool_result_merges_into_a_user_with_a_task():
     text = encode([user("q", task="title"), tool("r")])
     assert text == f"{BOS}{USER}q\n\n{result('r')}{chat.TASKS['title']}"
 
 
-def test_an_assistant_may_carry_a_task():
+def test_an_assistant_may_have_a_task():
     text = encode([user("u"), assistant("a", task="domain")])
     assert text == f"{BOS}{USER}u{ASSISTANT}{END_THINK}a{EOS}{chat.TASKS['domain']}"
 
 
-def test_wo_eos_leaves_the_end_off_and_mask_changes_nothing():
+def test_wo_eos_omits_the_end_token_and_mask_changes_nothing():
     messages = [user("u", mask=1), assistant("par", wo_eos=True), assistant("tial", mask=0)]
     assert encode(messages) == f"{BOS}{USER}u{ASSISTANT}{END_THINK}partial{EOS}"
 
 
-def test_tool_results_are_sorted_by_the_calls_and_texts_keep_their_places():
+def test_tool_results_are_sorted_by_call_and_texts_keep_their_places():
     calls = [call(call_id="a"), call(call_id="b"), call(call_id="c")]
     messages = [
         *(user("u"), assistant(None, tool_calls=calls)),
@@ -127,7 +127,7 @@ def test_tool_results_are_sorted_by_the_calls_and_texts_keep_their_places():
     assert encode(messages).endswith(f"{USER}{ordered}{ASSISTANT}{END_THINK}")
 
 
-def test_results_of_unknown_calls_sort_first_in_their_own_order():
+def test_results_of_unknown_calls_come_first_in_their_original_order():
     messages = [
         assistant("", tool_calls=[call(call_id="a"), call(call_id="b")]),
         *(tool("B", "b"), tool("X", "x"), {"role": "tool", "content": "none"}, tool("A", "a")),
@@ -136,7 +136,7 @@ def test_results_of_unknown_calls_sort_first_in_their_own_order():
     assert f"{USER}{ordered}{ASSISTANT}" in encode(messages)
 
 
-def test_calls_without_ids_leave_the_results_as_they_came():
+def test_calls_without_ids_keep_the_order_of_results():
     earlier = [call(call_id="a"), call(call_id="b")]
     nameless = [call(call_id=None), call(call_id="")]
     messages = [
@@ -147,7 +147,7 @@ def test_calls_without_ids_leave_the_results_as_they_came():
 
 
 @pytest.mark.parametrize("role", ["user", "tool"])
-def test_parts_of_a_list_are_joined_and_others_than_text_are_marked(role):
+def test_content_parts_are_joined_and_unsupported_ones_are_marked(role):
     parts = [{"type": "text", "text": "one"}, {"type": "image_url"}, {"type": "text"}, {}]
     joined = "one\n\n[Unsupported image_url]\n\n\n\n[Unsupported None]"
     expected = joined if role == "user" else result(joined)
@@ -157,13 +157,13 @@ def test_parts_of_a_list_are_joined_and_others_than_text_are_marked(role):
 
 
 @pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
-def test_texts_of_three_apis_are_texts(kind):
+def test_text_parts_of_three_apis_are_equivalent(kind):
     content = [{"type": kind, "text": "one"}, {"type": kind, "text": "two"}]
     texts = [encode([user(content), assistant(content)]) for content in (content, "one\n\ntwo")]
     assert texts[0] == texts[1]
 
 
-def test_a_reminder_does_not_part_the_user_from_the_answer():
+def test_a_reminder_does_not_separate_the_user_from_the_answer():
     messages = [user("u"), {"role": "latest_reminder", "content": "now"}, assistant("a")]
     opened = f"{BOS}{USER}u{ASSISTANT}{THINK}{LATEST_REMINDER}now"
     assert encode(messages, "thinking") == f"{opened}{END_THINK}a{EOS}"
@@ -187,7 +187,7 @@ def test_tools_and_format_follow_the_content_of_system_and_developer(message, le
     assert text.endswith(f'schema to reply:\n{{"type": "object"}}{USER}u{ASSISTANT}{THINK}')
 
 
-def test_empty_tools_and_formats_write_nothing_and_keep_dropping():
+def test_empty_tools_and_formats_write_nothing_and_thinking_is_still_dropped():
     system = {"role": "system", "content": "S", "tools": [], "response_format": {}}
     messages = [system, user("u"), assistant("a", reasoning_content="r"), user("v")]
     assert encode(messages, "thinking").startswith(f"{BOS}S{USER}u{ASSISTANT}{END_THINK}a{EOS}")
@@ -201,14 +201,14 @@ def test_tools_of_a_user_are_ignored_and_those_of_an_assistant_keep_the_thinking
     assert "## Tools" not in encode(messages, "thinking")
 
 
-def test_developers_before_the_last_user_are_dropped_with_the_thinking_only():
+def test_developers_before_the_last_user_are_dropped_only_with_the_thinking():
     messages = [{"role": "developer", "content": "D"}, assistant("a", reasoning_content="r")]
     messages += [{"role": "developer", "content": "E"}, assistant("b", reasoning_content="s")]
     last = f"{USER}E{ASSISTANT}{THINK}s{END_THINK}b{EOS}"
     assert encode(messages, "thinking", "max").startswith(f"{BOS}Reasoning Effort: Absolute")
     assert encode(messages, "thinking") == f"{BOS}a{EOS}{last}"
-    kept = f"{BOS}{USER}D{ASSISTANT}{THINK}r{END_THINK}a{EOS}{last}"
-    assert encode(messages, "thinking", drop_thinking=False) == kept
+    full = f"{BOS}{USER}D{ASSISTANT}{THINK}r{END_THINK}a{EOS}{last}"
+    assert encode(messages, "thinking", drop_thinking=False) == full
     assert encode(messages).startswith(f"{BOS}{USER}D{ASSISTANT}{END_THINK}a{EOS}{USER}E")
 
 
@@ -255,25 +255,25 @@ def test_effort_writes_nothing_in_chat_mode(revision, effort):
     assert encode([user("u")], "chat", effort, revision=revision) == encode([user("u")])
 
 
-def test_effort_of_0731_is_low_unless_given():
+def test_the_default_effort_of_0731_is_low():
     low = encode([user("u")], "thinking", "low", revision="0731")
     assert (
         encode([user("u")], "thinking", revision="0731") == low == encode([user("u")], "thinking")
     )
 
 
-def test_no_messages_are_refused_and_of_segments_the_beginning_alone():
+def test_encoding_no_messages_is_an_error_and_their_only_segment_is_bos():
     with pytest.raises(ValueError, match="it must be a list of one or more messages"):
         encode([], "thinking", "max")
     assert [part.text for part in chat.chat_segments([], "thinking", "max")] == [BOS]
     assert chat.chat_segments([], add_bos=False) == []
 
 
-def test_add_bos_false_leaves_the_beginning_off():
+def test_add_bos_false_omits_bos():
     assert encode([user("u")], add_bos=False) == f"{USER}u{ASSISTANT}{END_THINK}"
 
 
-def test_a_context_is_taken_into_account_and_not_written():
+def test_a_context_affects_the_text_but_is_not_part_of_it():
     context = [{"role": "system", "content": "S"}, user("u")]
     context += [assistant("", tool_calls=[call(call_id="a"), call(call_id="b")])]
     text = encode([tool("B", "b"), tool("A", "a")], "thinking", "max", context=context)
@@ -330,7 +330,7 @@ BAD = [
 
 @pytest.mark.parametrize("where", ["messages", "context"])
 @pytest.mark.parametrize(("message", "problem"), BAD, ids=[problem[:60] for _, problem in BAD])
-def test_bad_messages_are_refused_by_index_and_field(message, problem, where):
+def test_bad_messages_are_rejected_by_index_and_field(message, problem, where):
     conversation = [user("u"), message, user("v")]
     arguments = {"messages": [user("w")], where: conversation}
     with pytest.raises(ValueError, match=re.escape(problem.replace("messages[", f"{where}["))):
@@ -349,7 +349,7 @@ def test_bad_messages_are_refused_by_index_and_field(message, problem, where):
         ),
     ],
 )
-def test_unknown_settings_are_refused_in_any_mode(arguments, problem):
+def test_unknown_settings_are_rejected_in_any_mode(arguments, problem):
     with pytest.raises(ValueError, match=problem):
         encode([user("u")], **arguments)
 
@@ -401,7 +401,7 @@ SETTINGS = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=150)
 @given(MESSAGES, SETTINGS)
-def test_messages_are_never_changed(messages, arguments):
+def test_messages_are_never_mutated(messages, arguments):
     before = copy.deepcopy(messages)
     encode(messages, **arguments, context=messages)
     assert messages == before
@@ -409,7 +409,7 @@ def test_messages_are_never_changed(messages, arguments):
 
 @settings(deadline=None, max_examples=300)
 @given(st.just([]) | MESSAGES, MESSAGES, SETTINGS)
-def test_with_a_context_the_rest_of_the_whole_text_is_written(context, messages, arguments):
+def test_with_a_context_the_rest_of_the_text_is_encoded(context, messages, arguments):
     if messages[0]["role"] in ("user", "tool"):
         messages = [{"role": "latest_reminder", "content": "apart"}, *messages]
     whole = encode([*context, *messages], **arguments)
@@ -421,7 +421,7 @@ def test_with_a_context_the_rest_of_the_whole_text_is_written(context, messages,
 
 @settings(deadline=None, max_examples=300)
 @given(MESSAGES, MESSAGES, SETTINGS)
-def test_segments_are_the_text_and_tell_who_writes_it(context, messages, arguments):
+def test_segments_join_to_the_text_and_identify_their_author(context, messages, arguments):
     segments = chat.chat_segments(messages, **arguments, context=context)
     assert "".join(s.text for s in segments) == encode(messages, **arguments, context=context)
     written = [(s.message, s.reasoning, s.text) for s in segments if s.message is not None]
@@ -435,5 +435,5 @@ def test_segments_are_the_text_and_tell_who_writes_it(context, messages, argumen
             assert text.endswith(EOS) != message["wo_eos"]
     answers = [index for index, reasoning, _ in written if not reasoning]
     assert answers == [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    given_text = "".join(s.text for s in segments if s.message is None)
-    assert EOS not in given_text
+    prompt = "".join(s.text for s in segments if s.message is None)
+    assert EOS not in prompt

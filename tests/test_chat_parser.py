@@ -1,4 +1,4 @@
-"""Reading model output: the reference's vectors, any cutting of the text, and malformed output."""
+"""Parsing model output: reference vectors, arbitrary chunks and malformed text."""
 
 import itertools
 import json
@@ -41,24 +41,24 @@ def called(name: str, arguments: str, **extra: bool) -> dict:
 
 
 def events(pieces, mode: str = "chat") -> list[Event]:
-    """All events of a text in pieces; neighbouring deltas of one kind are put together."""
+    """All events of a text fed in pieces; adjacent deltas of the same kind are merged."""
     parser = ChatParser(mode, new_id=map(str, itertools.count()).__next__)
-    joined: list[Event] = []
+    merged: list[Event] = []
     for event in [*itertools.chain(*map(parser.feed, pieces)), *parser.finish()]:
-        match joined[-1:], event:
+        match merged[-1:], event:
             case [ContentDelta(a)], ContentDelta(b):
-                joined[-1] = ContentDelta(a + b)
+                merged[-1] = ContentDelta(a + b)
             case [ReasoningDelta(a)], ReasoningDelta(b):
-                joined[-1] = ReasoningDelta(a + b)
+                merged[-1] = ReasoningDelta(a + b)
             case [ArgumentsDelta(i, a)], ArgumentsDelta(j, b) if i == j:
-                joined[-1] = ArgumentsDelta(i, a + b)
+                merged[-1] = ArgumentsDelta(i, a + b)
             case _:
-                joined.append(event)
-    return joined
+                merged.append(event)
+    return merged
 
 
 @pytest.mark.parametrize("vector", VECTORS["parse"], ids=lambda v: v["name"])
-def test_vectors_of_the_reference_are_read_and_its_errors_are_not_ours(vector):
+def test_reference_vectors_are_parsed_and_its_errors_become_incomplete_calls(vector):
     message = parse_chat(vector["text"], vector["thinking_mode"])
     if vector["reference_error"] is None:
         assert message == vector["message"]
@@ -87,7 +87,7 @@ def test_ids_differ_from_call_to_call_and_from_parser_to_parser():
     assert len({event.id for event in starts}) == 4
 
 
-def test_text_is_passed_on_at_once_and_string_values_as_they_come():
+def test_text_and_string_values_are_streamed_without_delay():
     parser = ChatParser("thinking")
     assert parser.feed("Let") == [ReasoningDelta("Let")]
     assert parser.feed(" me</th") == [ReasoningDelta(" me")]
@@ -107,12 +107,12 @@ def test_nothing_comes_after_done():
     assert parser.feed("more") == parser.finish() == []
 
 
-def test_an_unknown_mode_is_refused():
+def test_an_unknown_mode_is_rejected():
     with pytest.raises(ValueError, match="thinking_mode is 'both'; use one of chat, thinking"):
         ChatParser("both")
 
 
-READ = {
+CASES = {
     "less-than signs are text": ("chat", "a < b </b> <thin", ("a < b </b> <thin", "", [])),
     "line ends are text": ("chat", "a\n\nb\n\n\n", ("a\n\nb\n\n\n", "", [])),
     "only the empty line before a call belongs to it": (
@@ -247,8 +247,8 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "text", "expected"), READ.values(), ids=READ.keys())
-def test_what_is_read(mode, text, expected):
+@pytest.mark.parametrize(("mode", "text", "expected"), CASES.values(), ids=CASES.keys())
+def test_parsed_messages(mode, text, expected):
     message = parse_chat(text, mode)
     got = (message["content"], message["reasoning_content"], message["tool_calls"])
     assert got == expected
@@ -275,7 +275,7 @@ CALL = f"Hm.{OPEN}{invoke('f', parameter('s', 'ab'), parameter('j', '[10]', Fals
         ("invoke>", '{"s": "ab", "j": [10]}'),
     ],
 )  # fmt: skip
-def test_output_cut_off_in_a_call_leaks_no_tag_and_keeps_the_arguments_json(cut_before, arguments):
+def test_truncation_in_a_call_leaks_no_tag_and_leaves_valid_arguments(cut_before, arguments):
     text = CALL[: CALL.index(cut_before)]
     *before, done = events([text])
     assert done == Done(truncated=True)
@@ -286,7 +286,7 @@ def test_output_cut_off_in_a_call_leaks_no_tag_and_keeps_the_arguments_json(cut_
 
 
 @pytest.mark.parametrize("cut_before", ["tool_calls>", ">"])
-def test_output_cut_off_after_the_calls_loses_nothing_and_leaks_no_tag(cut_before):
+def test_truncation_after_the_calls_loses_nothing_and_leaks_no_tag(cut_before):
     text = CALL[: CALL.rindex(cut_before)]
     message = parse_chat(text)
     assert message == parse_chat(CALL)
@@ -333,7 +333,7 @@ MODES = st.sampled_from(["chat", "thinking"])
 
 @settings(deadline=None, max_examples=500)
 @given(OUTPUTS, MODES, st.lists(st.integers(0, 300), max_size=6))
-def test_how_the_text_is_cut_never_changes_what_is_reported(text, mode, cuts):
+def test_chunking_never_changes_the_events(text, mode, cuts):
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
     assert events(pieces, mode) == events([text], mode) == events(text, mode)
@@ -363,11 +363,11 @@ def test_events_of_any_text_are_in_order(text, mode):
 
 
 def strict(constant: str) -> None:
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def arguments(text: str, mode: str = "chat") -> list[Any]:
-    """Of all calls, complete or not."""
+    """Arguments of all calls, complete or not."""
     calls = parse_chat(text, mode)["tool_calls"]
     return [json.loads(c["function"]["arguments"], parse_constant=strict) for c in calls]
 
@@ -380,14 +380,14 @@ CALLS = st.builds(lambda name, parts: invoke(name, *parts), st.text(), st.lists(
 
 @settings(deadline=None, max_examples=500)
 @given(st.one_of(OUTPUTS, st.lists(CALLS | SNIPPETS, max_size=4).map("".join)), MODES)
-def test_complete_calls_are_written_and_read_again(text, mode):
+def test_complete_calls_survive_encoding_and_parsing(text, mode):
     calls = parse_chat(text, mode)["tool_calls"]
-    whole = [call for call in calls if not call.get("incomplete")]
-    turn = {"role": "assistant", "content": "", "tool_calls": whole}
-    again = parse_chat(encode_chat([turn], add_bos=False))["tool_calls"]
+    complete = [call for call in calls if not call.get("incomplete")]
+    turn = {"role": "assistant", "content": "", "tool_calls": complete}
+    parsed = parse_chat(encode_chat([turn], add_bos=False))["tool_calls"]
     value = lambda c: (c["function"]["name"], json.loads(c["function"]["arguments"]))
-    assert [value(call) for call in again] == [value(call) for call in whole]
-    assert not any(call.get("incomplete") for call in again)
+    assert [value(call) for call in parsed] == [value(call) for call in complete]
+    assert not any(call.get("incomplete") for call in parsed)
     assert all(isinstance(members, dict) for members in arguments(text, mode))
 
 
@@ -402,7 +402,7 @@ ARGUMENTS = st.dictionaries(PLAIN, JSONS, max_size=4)
 
 @settings(deadline=None, max_examples=200)
 @given(PLAIN, PLAIN, st.lists(st.tuples(st.sampled_from("fg"), ARGUMENTS), max_size=3))
-def test_what_is_encoded_is_read_back(reasoning, content, calls):
+def test_encoding_and_parsing_round_trip(reasoning, content, calls):
     turn = {
         "role": "assistant",
         "content": content,
@@ -416,8 +416,8 @@ def test_what_is_encoded_is_read_back(reasoning, content, calls):
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(0, len(CALL)), MODES)
-def test_every_beginning_of_an_output_reads_as_a_beginning_of_it(cut, mode):
-    """Up to the marks that begin in ordinary text: line ends and the first character of a tag."""
+def test_a_prefix_of_an_output_parses_to_a_prefix_of_its_message(cut, mode):
+    """Except for line ends and '<', which may belong to a tag."""
     whole, part = parse_chat(CALL, mode), parse_chat(CALL[:cut], mode)
     for field in ("content", "reasoning_content"):
         text = part[field].split("<")[0].rstrip("\n")

@@ -49,7 +49,7 @@ def edit_index(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None
     (directory / INDEX).write_text(json.dumps(index))
 
 
-def test_what_is_written_is_read_back_in_shard_order(directory: Path):
+def test_tensors_round_trip_in_shard_order(directory: Path):
     with Checkpoint.open(directory) as files:
         assert files.names == ("z", "a", "m", "s")
         assert files.config == CONFIG
@@ -66,7 +66,7 @@ def test_what_is_written_is_read_back_in_shard_order(directory: Path):
         np.testing.assert_array_equal(files.read("z", slice(1, 2)), arrays()["z"][1:2])
 
 
-def test_shards_are_given_in_order_and_one_is_mapped_at_a_time(directory: Path):
+def test_shards_are_iterated_in_order_and_mapped_one_at_a_time(directory: Path):
     files = Checkpoint.open(directory)
     shards = [(shard, shard.read(shard.names[0]))[0] for shard in files.shards()]
     assert [shard.path.name for shard in shards] == [FIRST, SECOND]
@@ -75,7 +75,7 @@ def test_shards_are_given_in_order_and_one_is_mapped_at_a_time(directory: Path):
     assert shards[1]._map is None
 
 
-def test_the_directory_has_the_layout_that_others_read(directory: Path):
+def test_the_directory_has_the_standard_layout(directory: Path):
     assert sorted(os.listdir(directory)) == ["config.json", FIRST, SECOND, INDEX]
     index = json.loads((directory / INDEX).read_text())
     assert index["metadata"] == {"total_size": 38}
@@ -85,7 +85,7 @@ def test_the_directory_has_the_layout_that_others_read(directory: Path):
         assert shard.metadata() == {"format": "pt"}
 
 
-def single(directory: Path, value: float = 7.0) -> None:
+def write_single_file(directory: Path, value: float = 7.0) -> None:
     array = np.full((3,), value, np.float32)
     write_safetensors(
         directory / "model.safetensors", {"w": TensorInfo("F32", (3,))}, lambda _: array
@@ -93,23 +93,23 @@ def single(directory: Path, value: float = 7.0) -> None:
 
 
 def test_a_single_file_is_read(tmp_path: Path):
-    single(tmp_path)
+    write_single_file(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert Checkpoint.open(tmp_path).read("w").tolist() == [7, 7, 7]
 
 
-def test_the_single_file_wins_over_an_index(directory: Path):
-    single(directory)
+def test_the_single_file_takes_precedence_over_an_index(directory: Path):
+    write_single_file(directory)
     assert Checkpoint.open(directory).names == ("w",)
 
 
-def test_an_unknown_name_gets_the_nearest(directory: Path):
+def test_an_unknown_name_raises_with_the_nearest(directory: Path):
     with pytest.raises(CheckpointError, match="ckpt: has no tensor 'zz'; the nearest is 'z'"):
         Checkpoint.open(directory).read("zz")
 
 
-def move_tensors(directory: Path, shard: str, infos: dict[str, TensorInfo]) -> None:
-    """Replace a shard by one with these tensors."""
+def write_shard(directory: Path, shard: str, infos: dict[str, TensorInfo]) -> None:
+    """Rewrite a shard with these tensors."""
     write_safetensors(directory / shard, infos, arrays().__getitem__)
 
 
@@ -177,14 +177,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"index.json: does not list tensor 'a', which {FIRST} holds",
     ),
     "tensor in two shards": (
-        lambda d: move_tensors(d, SECOND, {**SHARDS[1], "a": SHARDS[0]["a"]}),
+        lambda d: write_shard(d, SECOND, {**SHARDS[1], "a": SHARDS[0]["a"]}),
         f"index.json: tensor 'a' is both in {FIRST} and in {SECOND}",
     ),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_refused_with_file_and_remedy(directory: Path, case: str):
+def test_damage_is_reported_with_file_and_remedy(directory: Path, case: str):
     damage, message = DAMAGE[case]
     damage(directory)
     with pytest.raises(CheckpointError, match=message):
@@ -192,12 +192,12 @@ def test_damage_is_refused_with_file_and_remedy(directory: Path, case: str):
 
 
 @pytest.mark.parametrize("name", ["nothing", "ckpt/config.json"])
-def test_what_is_no_directory_is_refused(directory: Path, name: str):
+def test_a_path_that_is_not_a_directory_is_rejected(directory: Path, name: str):
     with pytest.raises(CheckpointError, match=f"{name}: is not a directory"):
         Checkpoint.open(directory.parent / name)
 
 
-def test_links_of_the_directory_are_followed_wherever_they_lead(directory: Path):
+def test_links_out_of_the_directory_are_followed(directory: Path):
     disk = directory.parent / "disk"
     disk.mkdir()
     for file in sorted(directory.iterdir()):
@@ -206,12 +206,12 @@ def test_links_of_the_directory_are_followed_wherever_they_lead(directory: Path)
     with Checkpoint.open(directory) as files:
         assert files.read("z")[1, 2] == 5
         assert files.info("m").file == directory / SECOND
-    through = directory.parent / "link"
-    through.symlink_to(directory)
-    assert Checkpoint.open(through).names == ("z", "a", "m", "s")
+    link = directory.parent / "link"
+    link.symlink_to(directory)
+    assert Checkpoint.open(link).names == ("z", "a", "m", "s")
 
 
-def test_a_folder_of_shards_may_be_a_link(directory: Path):
+def test_a_subdirectory_of_shards_may_be_a_link(directory: Path):
     disk = directory.parent / "disk"
     disk.mkdir()
     (directory / SECOND).rename(disk / SECOND)
@@ -224,15 +224,15 @@ def test_a_folder_of_shards_may_be_a_link(directory: Path):
 
 
 @pytest.mark.parametrize("name", ["config.json", FIRST, INDEX])
-def test_a_link_that_leads_nowhere_is_named_with_its_target(directory: Path, name: str):
+def test_a_dangling_link_is_reported_with_its_target(directory: Path, name: str):
     (directory / name).unlink()
     (directory / name).symlink_to("gone")
-    with pytest.raises(CheckpointError, match=f"{name}: is a link to gone, and there is no file"):
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to gone, which does not exist"):
         Checkpoint.open(directory)
 
 
 @pytest.mark.parametrize("store", ["models--o--n/blobs", "blobs/ab"])
-def test_the_hubs_cache_is_read_through_its_links(directory: Path, store: str):
+def test_a_hub_snapshot_is_read_through_its_links(directory: Path, store: str):
     cache = directory.parent / "hub"
     blobs, snapshot = cache / store, cache / "models--o--n" / "snapshots" / "c0ffee"
     blobs.mkdir(parents=True)
@@ -243,7 +243,7 @@ def test_the_hubs_cache_is_read_through_its_links(directory: Path, store: str):
     assert Checkpoint.open(snapshot).names == ("z", "a", "m", "s")
 
 
-def test_an_exception_while_writing_leaves_nothing(tmp_path: Path):
+def test_an_exception_while_writing_leaves_no_files(tmp_path: Path):
     def read(name: str) -> np.ndarray:
         if name == "s":
             raise RuntimeError("lost")
@@ -267,7 +267,7 @@ def test_an_unfinished_directory_does_not_look_like_a_checkpoint_and_is_replaced
 
     work.mkdir(parents=True)
     (work / "left over").touch()
-    # As a process that was killed leaves it.
+    # As left by a killed process.
     (work.parent / "journal.jsonl").write_text('{"v4jax": "write", "identity": ""}\n')
     write_checkpoint(tmp_path / "new", CONFIG, SHARDS, read)
     assert Checkpoint.open(tmp_path / "new").total_bytes == 38
@@ -275,7 +275,7 @@ def test_an_unfinished_directory_does_not_look_like_a_checkpoint_and_is_replaced
     assert not (tmp_path / "new" / "left over").exists()
 
 
-def test_an_empty_target_is_used_and_a_full_one_is_refused(directory: Path, tmp_path: Path):
+def test_an_empty_target_is_used_and_a_nonempty_one_is_rejected(directory: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     write_checkpoint(tmp_path / "empty", CONFIG, SHARDS, arrays().__getitem__)
     before = sorted(os.listdir(tmp_path))
@@ -285,7 +285,7 @@ def test_an_empty_target_is_used_and_a_full_one_is_refused(directory: Path, tmp_
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_full_disk_is_found_before_any_work(tmp_path: Path, monkeypatch: Any):
+def test_a_full_disk_is_reported_before_any_work(tmp_path: Path, monkeypatch: Any):
     usage = type("Usage", (), {"free": 37})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="38 bytes are needed and 37 are free"):
@@ -293,7 +293,7 @@ def test_a_full_disk_is_found_before_any_work(tmp_path: Path, monkeypatch: Any):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tensor_declared_in_two_shards_is_refused(tmp_path: Path):
+def test_a_tensor_declared_in_two_shards_is_rejected(tmp_path: Path):
     with pytest.raises(CheckpointError, match="'a' is declared in two shards"):
         write_checkpoint(tmp_path / "new", CONFIG, [SHARDS[0]] * 2, arrays().__getitem__)
 

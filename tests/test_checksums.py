@@ -1,4 +1,4 @@
-"""Digests beside files: any bit that flips is noticed, in the files and in the digests."""
+"""Digests stored next to files detect every flipped bit, in the files and in themselves."""
 
 import shutil
 import subprocess
@@ -27,16 +27,16 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-def test_what_is_as_it_was_is_whole(folder: Path) -> None:
+def test_unchanged_files_are_undamaged(folder: Path) -> None:
     assert checksums.damage(folder) is None
-    # Written anew it is the same, without itself.
+    # Writing again does not include the digests themselves.
     before = (folder / checksums.FILE).read_bytes()
     checksums.write(folder)
     assert (folder / checksums.FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["state/d/0a1b", "notes"])
-def test_a_bit_that_flips_in_a_file_is_noticed(name: str, folder: Path) -> None:
+def test_a_flipped_bit_in_a_file_is_detected(name: str, folder: Path) -> None:
     bits = (folder / name).stat().st_size * 8
     for bit in (0, bits // 2, bits - 1):
         flip(folder / name, bit)
@@ -45,7 +45,7 @@ def test_a_bit_that_flips_in_a_file_is_noticed(name: str, folder: Path) -> None:
     assert checksums.damage(folder) is None
 
 
-def test_every_bit_of_the_digests_is_noticed(folder: Path) -> None:
+def test_any_flipped_bit_in_the_digests_is_detected(folder: Path) -> None:
     file = folder / checksums.FILE
     for bit in range(file.stat().st_size * 8):
         flip(file, bit)
@@ -63,15 +63,15 @@ def test_every_bit_of_the_digests_is_noticed(folder: Path) -> None:
         (lambda folder: (folder / "state" / "empty").write_text("x"), "state/empty"),
     ],
 )
-def test_files_that_come_go_or_grow_are_noticed(
+def test_added_removed_and_changed_files_are_detected(
     change: Callable[[Path], object], name: str, folder: Path
 ) -> None:
     change(folder)
     assert checksums.damage(folder) == name
 
 
-@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum")
-def test_the_systems_own_command_reads_them(folder: Path) -> None:
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
+def test_sha256sum_accepts_the_digests(folder: Path) -> None:
     command = ["sha256sum", "--check", "--strict", "--quiet", checksums.FILE]
     assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
     flip(folder / "notes", 7)

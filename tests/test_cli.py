@@ -1,4 +1,4 @@
-"""The command: what it prints, its exit status, and its answers to mistakes."""
+"""The command line: output, exit status and error messages."""
 
 import io
 import os
@@ -36,13 +36,13 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def run(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in its own process."""
     command = [sys.executable, "-m", "v4jax", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
 
 
 def fails(capsys: Capsys, *args: str) -> str:
-    """The one line on standard error of a command that fails with status 1."""
+    """The single line that a command which fails with status 1 writes to standard error."""
     assert main(args) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -54,7 +54,7 @@ def fails(capsys: Capsys, *args: str) -> str:
 
 
 def misused(capsys: Capsys, *args: str) -> str:
-    """Standard error of a command that is misused: status 2."""
+    """Standard error of a misused command, which exits with status 2."""
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
@@ -71,15 +71,15 @@ def misused(capsys: Capsys, *args: str) -> str:
         "from v4jax.__main__ import main; main(['generate', '--help'])",
     ],
 )
-def test_what_answers_at_once_imports_nothing_that_takes_long(code: str) -> None:
-    check = "import sys, atexit; atexit.register(lambda: print('\\nbrings', *sys.modules))"
-    done = subprocess.run(
+def test_instant_commands_import_nothing_slow(code: str) -> None:
+    check = "import sys, atexit; atexit.register(lambda: print('\\nimported', *sys.modules))"
+    result = subprocess.run(
         [sys.executable, "-c", f"{check}; {code}"], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    brought = set(done.stdout.rpartition("brings")[2].split())
-    assert "v4jax" in brought
-    assert not {"jax", "flax", "orbax", "ml_dtypes", "tokenizers", "huggingface_hub"} & brought
+    assert result.returncode == 0, result.stderr
+    imported = set(result.stdout.rpartition("imported")[2].split())
+    assert "v4jax" in imported
+    assert not {"jax", "flax", "orbax", "ml_dtypes", "tokenizers", "huggingface_hub"} & imported
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -108,7 +108,7 @@ def test_version_is_printed(capsys: Capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ((), "COMMAND"),
         (("run",), "invalid choice"),
@@ -128,8 +128,8 @@ def test_version_is_printed(capsys: Capsys) -> None:
         (("generate", "a", "-p", "b", "--thinking", "hard"), "hard"),
     ],
 )
-def test_misuse_says_what_is_wrong(args: tuple[str, ...], says: str, capsys: Capsys) -> None:
-    assert says in misused(capsys, *args)
+def test_misuse_is_explained(args: tuple[str, ...], message: str, capsys: Capsys) -> None:
+    assert message in misused(capsys, *args)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_a_wrong_path_is_named(args: tuple[str, ...], tmp_path: Path, capsys: Ca
         ("generate", "{}", "-p", "x"),
     ],
 )
-def test_a_directory_that_is_no_checkpoint_is_refused(
+def test_a_directory_without_a_checkpoint_is_rejected(
     args: tuple[str, ...], tmp_path: Path, capsys: Capsys
 ) -> None:
     directory = tmp_path / "letters"
     directory.mkdir()
-    says = fails(capsys, *(arg.format(directory) for arg in args))
-    assert f"{directory}: is not a" in says
+    error = fails(capsys, *(arg.format(directory) for arg in args))
+    assert f"{directory}: is not a" in error
     assert list(tmp_path.iterdir()) == [directory]
 
 
@@ -181,7 +181,7 @@ def test_a_broken_configuration_is_named(copy: Path, capsys: Capsys) -> None:
     assert f"{copy / 'config.json'}: line 1" in fails(capsys, "inspect", str(copy))
 
 
-def test_a_missing_tokenizer_is_told_before_loading(
+def test_a_missing_tokenizer_is_reported_before_loading(
     copy: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (copy / "tokenizer.json").unlink()
@@ -189,16 +189,16 @@ def test_a_missing_tokenizer_is_told_before_loading(
     assert "has no tokenizer.json" in fails(capsys, "generate", str(copy), "-p", "x")
 
 
-def test_an_empty_prompt_is_refused(checkpoint: Path, capsys: Capsys) -> None:
+def test_an_empty_prompt_is_rejected(checkpoint: Path, capsys: Capsys) -> None:
     assert "the prompt is empty" in fails(capsys, "generate", str(checkpoint), "-p", "")
 
 
 @pytest.mark.parametrize("command", ["convert", "demo"])
-def test_an_output_that_cannot_be_made_is_named(
+def test_an_output_that_cannot_be_created_is_named(
     command: str, checkpoint: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    target = str(tmp_path / "file" / "made")
+    target = str(tmp_path / "file" / "output")
     args = (
         ("demo", "--directory", target)
         if command == "demo"
@@ -207,19 +207,17 @@ def test_an_output_that_cannot_be_made_is_named(
     assert str(tmp_path / "file") in fails(capsys, *args)
 
 
-def test_an_output_that_exists_is_left_alone(
-    checkpoint: Path, tmp_path: Path, capsys: Capsys
-) -> None:
+def test_an_existing_output_is_left_alone(checkpoint: Path, tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "letter").write_text("Dear all")
     assert "exists" in fails(capsys, "convert", str(checkpoint), str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["letter"]
 
 
-def test_an_unknown_name_gets_one_line(capsys: Capsys) -> None:
+def test_an_unknown_name_prints_one_line(capsys: Capsys) -> None:
     assert "Did you mean 'flash'?" in fails(capsys, "inspect", "flahs")
 
 
-def test_an_interruption_is_one_line(
+def test_an_interruption_prints_one_line(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
@@ -229,30 +227,28 @@ def test_an_interruption_is_one_line(
     assert "interrupted" in fails(capsys, "generate", str(checkpoint), "-p", "x")
 
 
-def test_out_of_memory_is_one_line(
+def test_out_of_memory_prints_one_line(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
 
-    monkeypatch.setattr(v4jax, "load", full)
+    monkeypatch.setattr(v4jax, "load", out_of_memory)
     assert "out of memory" in fails(capsys, "generate", str(checkpoint), "-p", "x")
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(
+def test_an_internal_error_keeps_its_traceback(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*_: Any, **__: Any) -> None:
-        raise RuntimeError("ours")
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("internal")
 
-    monkeypatch.setattr(v4jax, "load", wrong)
-    with pytest.raises(RuntimeError, match="ours"):
+    monkeypatch.setattr(v4jax, "load", broken)
+    with pytest.raises(RuntimeError, match="internal"):
         main(["generate", str(checkpoint), "-p", "x"])
 
 
-def test_convert_and_export_go_there_and_back(
-    checkpoint: Path, tmp_path: Path, capsys: Capsys
-) -> None:
+def test_convert_and_export_round_trip(checkpoint: Path, tmp_path: Path, capsys: Capsys) -> None:
     to, back = tmp_path / "native", tmp_path / "hf"
     assert main(["convert", str(checkpoint), str(to)]) == 0
     assert main(["export", str(to), str(back)]) == 0
@@ -269,7 +265,7 @@ def generated(capsys: Capsys, checkpoint: Path, *args: str) -> str:
     return out
 
 
-def test_generated_text_is_that_of_the_library(checkpoint: Path, capsys: Capsys) -> None:
+def test_generated_text_equals_the_librarys(checkpoint: Path, capsys: Capsys) -> None:
     expected = v4jax.load(checkpoint).generate("Once upon a time", max_tokens=16, seed=0).text
     assert generated(capsys, checkpoint, "-p", "Once upon a time") == expected + "\n"
     assert generated(capsys, checkpoint, "-p", "Once upon a time", "--stream") == expected + "\n"
@@ -283,7 +279,7 @@ def test_a_dash_reads_the_prompt_from_standard_input(
     assert piped == generated(capsys, checkpoint, "-p", "Once upon a time")
 
 
-def test_standard_input_that_is_no_text_is_refused(
+def test_standard_input_that_is_not_text_is_rejected(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
@@ -291,7 +287,7 @@ def test_standard_input_that_is_no_text_is_refused(
 
 
 class _Recorder:
-    """Stands in for a loaded model: remembers what it was asked."""
+    """Stands in for a loaded model and records its prompt."""
 
     def __init__(self, cfg: Any) -> None:
         self.config = cfg
@@ -329,41 +325,43 @@ def test_chat_options_choose_the_encoding(
 ) -> None:
     model = _Recorder(cfg)
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
-    opened = "v4jax.checkpoints.open_checkpoint.open_checkpoint"
-    monkeypatch.setattr(opened, lambda directory: OpenCheckpoint(directory, cfg))
+    function = "v4jax.checkpoints.open_checkpoint.open_checkpoint"
+    monkeypatch.setattr(function, lambda directory: OpenCheckpoint(directory, cfg))
     assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
     assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
 
 
-def test_an_effort_that_the_checkpoint_does_not_know_is_told_before_loading(
+def test_an_unsupported_effort_is_reported_before_loading(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    told = fails(capsys, "generate", str(checkpoint), "-p", "x", "--thinking", "low")
-    assert "--thinking low: this checkpoint, of revision april, knows no such effort" in told
-    assert "use one of high, max." in told
+    error = fails(capsys, "generate", str(checkpoint), "-p", "x", "--thinking", "low")
+    assert "--thinking low: this checkpoint, of revision april, knows no such effort" in error
+    assert "use one of high, max." in error
 
 
-def test_an_adapter_is_given_to_the_loader(
+def test_an_adapter_is_passed_to_the_loader(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(v4jax, "load", lambda *_, **how: asked.update(how) or _Recorder(tiny()))
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(
+        v4jax, "load", lambda *_, **options: passed.update(options) or _Recorder(tiny())
+    )
     generated(capsys, checkpoint, "-p", "Why?", "--adapter", "runs/a")
-    assert asked["adapter"] == "runs/a"
+    assert passed["adapter"] == "runs/a"
 
 
-def test_what_is_no_adapter_is_told_before_the_model_is_loaded(
+def test_a_path_without_an_adapter_is_reported_before_loading(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "v4jax.checkpoints.release_weights.load", lambda *_, **__: pytest.fail("loaded")
     )
-    told = fails(capsys, "generate", str(checkpoint), "-p", "Why?", "--adapter", str(checkpoint))
-    assert "is neither an adapter (adapter_config.json) nor the directory of a run" in told
+    error = fails(capsys, "generate", str(checkpoint), "-p", "Why?", "--adapter", str(checkpoint))
+    assert "is neither an adapter (adapter_config.json) nor the directory of a run" in error
 
 
-def test_a_system_message_goes_before_the_prompt(
+def test_a_system_message_precedes_the_prompt(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = _Recorder(tiny())
@@ -374,23 +372,23 @@ def test_a_system_message_goes_before_the_prompt(
 
 
 def test_output_to_a_pipe_is_plain_and_errors_go_elsewhere() -> None:
-    done = run("inspect", "flash")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "159,609,485,896" in done.stdout
-    assert "\x1b" not in done.stdout
+    result = run("inspect", "flash")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "159,609,485,896" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
+def test_a_broken_pipe_prints_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "v4jax", "inspect", "flash"]
-    with os.fdopen(write) as gone:
-        done = subprocess.run(
-            command, stdout=gone, stderr=subprocess.PIPE, timeout=120, check=False
+    with os.fdopen(write) as broken_pipe:
+        result = subprocess.run(
+            command, stdout=broken_pipe, stderr=subprocess.PIPE, timeout=120, check=False
         )
-    assert done.returncode == 1
-    assert done.stderr == b""
+    assert result.returncode == 1
+    assert result.stderr == b""
 
 
 def test_control_c_ends_the_process_with_one_line(checkpoint: Path) -> None:
@@ -399,7 +397,7 @@ def test_control_c_ends_the_process_with_one_line(checkpoint: Path) -> None:
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin
-        # More than a pipe holds: this returns when the command is reading its prompt.
+        # More than a pipe buffers: this returns once the command is reading its prompt.
         process.stdin.write("word " * 100_000)
         process.stdin.flush()
         process.send_signal(signal.SIGINT)

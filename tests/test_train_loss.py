@@ -1,4 +1,4 @@
-"""The training forward and its losses: equal to the decode steps' and to plain maths."""
+"""The training forward and its losses, against decode steps and documents on their own."""
 
 import dataclasses
 from typing import Any
@@ -27,24 +27,24 @@ def batch(document_BT: Any, seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
-def test_rows_without_a_cache_have_the_logits_of_the_decode_steps() -> None:
+def test_rows_without_a_cache_have_the_logits_of_decode_steps() -> None:
     @jax.jit
     def logits(model: Any) -> Any:
         streams_BTM, *_ = transformer.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
         return transformer.head(model, transformer.hidden(model, CFG, streams_BTM))
 
     expected = models.whole(CFG, TOKENS)
-    got = logits(models.weights(CFG))
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    actual = logits(models.weights(CFG))
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-# Two fill their blocks, and what follows begins beside their last token.
+# Two fill their blocks, so that the next document begins right after their last token.
 LENGTHS = ((128, 200, 70), (256, 5, 130))
 LONG = dataclasses.replace(CFG, max_position_embeddings=512)
 
 
 def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
-    """Two rows of 640 tokens with several documents each, and the documents alone."""
+    """Two rows of 640 tokens with several documents each, and each document alone."""
     rng = np.random.default_rng(3)
     arrays = {name: np.zeros((2, 640), np.int32) for name in ("tokens", "document", "trained")}
     alone = []
@@ -64,19 +64,19 @@ def packed() -> tuple[dict[str, jax.Array], list[np.ndarray]]:
 def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss, "_LOGITS", 1)  # in two parts, which rows as short seldom are
+    monkeypatch.setattr(loss, "_LOGITS", 1)  # in two parts; rows this short would be in one
 
     @jax.jit
     def total(model: Any, batch: Any) -> Any:
-        found, loads = loss.sums(model, LONG, HF, batch, mtp=True, agreement=True, indexer=True)
+        losses, loads = loss.sums(model, LONG, HF, batch, mtp=True, agreement=True, indexer=True)
         weights = {"loss": 1.0, "mtp_loss": 0.3, "balance_loss": 0.1, "indexer_loss": 0.2}
-        return sum(weight * found[name] for name, weight in weights.items()), found | loads
+        return sum(weight * losses[name] for name, weight in weights.items()), losses | loads
 
     differentiated = jax.jit(jax.value_and_grad(total, has_aux=True, allow_int=True))
     model, (batch, alone) = models.weights(LONG), packed()
-    (_, got), gradient = differentiated(model, batch)
-    # One program for all: each document at the front of rows that are padding else.
-    expected, summed = dict.fromkeys(got, 0.0), None
+    (_, actual), gradient = differentiated(model, batch)
+    # One program for all: each document at the front of rows that are otherwise padding.
+    expected, summed = dict.fromkeys(actual, 0.0), None
     for text, trained in alone:
         pad = lambda x: np.pad(x, (0, 640 - len(x)))[None].repeat(2, 0)
         single = {
@@ -84,13 +84,13 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
             "document": jnp.asarray(pad(np.ones_like(text)) * np.array([[1], [0]], np.int32)),
             "trained": jnp.asarray(pad(trained) == 1),
         }
-        (_, found), part = differentiated(model, single)
-        expected = {name: expected[name] + found[name] for name in expected}
+        (_, values), part = differentiated(model, single)
+        expected = {name: expected[name] + values[name] for name in expected}
         add = lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b
         summed = part if summed is None else jax.tree.map(add, summed, part)
     assert any(name.startswith("mtp.0.") for name in expected)
     for name in expected:
-        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=name)
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(summed), strict=True
     ):
@@ -99,7 +99,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
             assert jnp.abs(a - b).max() <= bar, jax.tree_util.keystr(path)
 
 
-def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> None:
+def test_unrolled_layers_have_the_loss_and_gradients_of_a_loop() -> None:
     cfg = models.config(*(SLIDING, HCA) * 2, hashed=0)
     model, rows = models.weights(cfg), batch(np.ones_like(TOKENS))
 
@@ -107,17 +107,19 @@ def test_layers_one_by_one_have_the_loss_and_gradients_of_a_loop_over_them() -> 
         return loss.sums(model, cfg, HF, rows, unroll=unroll)[0]["loss"]
 
     program = jax.jit(jax.value_and_grad(total, allow_int=True), static_argnums=1)
-    written = [str(jax.make_jaxpr(total, static_argnums=1)(model, how)) for how in (False, True)]
-    assert ["unroll=2" in jaxpr for jaxpr in written] == [False, True]
-    (expected, one), (got, other) = program(model, False), program(model, True)
-    assert abs(got - expected) <= 1e-6 * abs(expected)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    jaxprs = [
+        str(jax.make_jaxpr(total, static_argnums=1)(model, unroll)) for unroll in (False, True)
+    ]
+    assert ["unroll=2" in jaxpr for jaxpr in jaxprs] == [False, True]
+    (expected, looped), (actual, unrolled) = program(model, False), program(model, True)
+    assert abs(actual - expected) <= 1e-6 * abs(expected)
+    for a, b in zip(jax.tree.leaves(looped), jax.tree.leaves(unrolled), strict=True):
         if a.dtype == jnp.float32:
             assert jnp.abs(a - b).max() <= 1e-4 * jnp.abs(a).max() + 1e-9
 
 
 @pytest.mark.parametrize("ratio", [3, 24, 100, 256])
-def test_packed_documents_are_refused_where_an_entry_would_mix_them(ratio: int) -> None:
+def test_packed_documents_are_rejected_if_an_entry_would_mix_them(ratio: int) -> None:
     cfg = models.config(SLIDING, CSA, ("csa" if ratio == 3 else "hca", ratio))
 
     def forward(model: Any, rows: dict[str, jax.Array], document_BT: Any) -> Any:

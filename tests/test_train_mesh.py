@@ -1,4 +1,4 @@
-"""A step of training on meshes: the gradients of one device, and nothing large moves."""
+"""A training step on meshes: the gradients of one device, and nothing large moves."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from v4jax.model.transformer import Model
 from v4jax_train import preparation, step, trainable
 from v4jax_train.trainable import Parts
 
-# CSA by token id, HCA of a ratio that gives its pool a size of its own.
+# CSA routed by token id, and HCA with a ratio that makes the size of its pool unique.
 CFG = dataclasses.replace(
     exchanges.CFG, layers=(LayerKind("csa", 4, "hash"), LayerKind("hca", 2, "routed"))
 )
@@ -28,7 +28,7 @@ LENGTH = 256
 
 
 def batch(mesh: Mesh | None) -> dict[str, Any]:
-    """Eight rows of two documents each, what this process has of them."""
+    """Eight rows with two documents each: the share of this process."""
     rows = np.array(preparation.packs_here(8, 1, mesh))
     document = np.where(np.arange(LENGTH) < 128, 1, 2)
     local = {
@@ -40,7 +40,7 @@ def batch(mesh: Mesh | None) -> dict[str, Any]:
 
 
 def parts_of(mesh: Mesh | None) -> Parts:
-    """A model with an adapter that has learned something."""
+    """A model with an adapter that is not at its initial values."""
     model, factors = models.weights(CFG), training_runs.learned(CFG, ADAPTER)
     factors = jax.tree.map(jnp.asarray, factors)
     if mesh is not None:
@@ -51,14 +51,14 @@ def parts_of(mesh: Mesh | None) -> Parts:
 
 
 def updated(mesh: Mesh | None) -> tuple[Any, float, str]:
-    """What is trained, less its gradient; the loss; the program."""
+    """The trained weights minus their gradient, the loss and the program."""
     rule = optax.sgd(1.0)
     parts = parts_of(mesh)
     state = step.begin(parts, rule, 0)
     if mesh is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(mesh, PartitionSpec())
         on_mesh = lambda x: isinstance(x.sharding, NamedSharding)
-        state = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), state)
+        state = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, replicated), state)
     settings = step.Settings(cfg=CFG, numerics=HF, what=ADAPTER, clip=1e9)
     args = (state, parts.frozen, batch(mesh), np.float32(np.inf))
     with sharding.on(mesh), jax.numpy_dtype_promotion("standard"):
@@ -74,10 +74,10 @@ def alone() -> tuple[Any, float, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", exchanges.MESHES.values(), ids=exchanges.MESHES.keys())
-def test_the_gradients_of_one_device_and_nothing_large_moves(
+def test_gradients_equal_those_of_one_device_and_nothing_large_moves(
     sizes: dict[str, int], alone: tuple[Any, float, str]
 ) -> None:
-    trained, loss, text = updated(sharding.make_mesh(**sizes))
+    trained, loss, program = updated(sharding.make_mesh(**sizes))
     expected, expected_loss, _ = alone
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     before = training_runs.learned(CFG, ADAPTER)
@@ -86,10 +86,10 @@ def test_the_gradients_of_one_device_and_nothing_large_moves(
             gradient = np.asarray(theirs) - before[name][part]
             ours = np.asarray(trained[name][part]) - before[name][part]
             np.testing.assert_allclose(ours, gradient, atol=2e-5 * np.abs(gradient).max() + 1e-7)
-    moved = exchanges.large(text)
+    moved = exchanges.large(program)
     if "tensor" in sizes:
-        # All heads read an entry, and each has a part of its gradient: a sum for each layer.
+        # All heads read an entry, and each has a part of its gradient: one sum per layer.
         sums = moved.pop("pools")
-        assert sum(one.times for one in sums) <= len(CFG.layers)
-        assert {one.kind for one in sums} == {"all-reduce"}
+        assert sum(exchange.times for exchange in sums) <= len(CFG.layers)
+        assert {exchange.kind for exchange in sums} == {"all-reduce"}
     assert not moved

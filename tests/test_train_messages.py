@@ -1,4 +1,4 @@
-"""What users' rows say in other spellings is read; what is not understood is refused by name."""
+"""Users' rows are read in many spellings; what is not understood is rejected by name."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def parse(row: dict[str, Any], **fields: Any) -> Any:
 
 
 def answered(**fields: Any) -> dict[str, Any]:
-    """A row whose answer has these fields too."""
+    """A row whose answer has these additional fields."""
     return {"messages": [USER, {"role": "assistant", "content": "a", **fields}]}
 
 
@@ -45,25 +45,25 @@ def test_reasoning_has_many_spellings(fields: dict[str, Any]) -> None:
 def test_reasoning_may_be_a_part_before_the_text(kind: str) -> None:
     key = "thinking" if kind == "thinking" else "text"
     parts = [{"type": kind, key: "r", "signature": "s"}, {"type": "text", "text": "a"}]
-    read = answer(content=parts)
-    assert read["reasoning_content"] == "r"
-    assert read["content"] == parts[1:]
+    message = answer(content=parts)
+    assert message["reasoning_content"] == "r"
+    assert message["content"] == parts[1:]
 
 
 @pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
-def test_texts_of_three_apis_are_read(kind: str) -> None:
+def test_text_parts_of_three_apis_are_read(kind: str) -> None:
     part = {"type": kind, "text": "a", "annotations": [], "cache_control": {"type": "ephemeral"}}
     assert answer(content=[part])["content"] == [{"type": "text", "text": "a"}]
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "loss_mask", "trainable", "loss"])
 @pytest.mark.parametrize("value", [0, 1, 0.0, False, True])
-def test_flags_of_training_have_many_spellings(key: str, value: Any) -> None:
+def test_training_flags_have_many_spellings(key: str, value: Any) -> None:
     assert answer(**{key: value})["train"] is bool(value)
     assert "train" not in answer(**{key: None})
 
 
-def test_a_user_may_say_that_it_is_not_trained() -> None:
+def test_a_user_message_may_say_that_it_is_not_trained() -> None:
     assert parse({"messages": [{**USER, "loss_mask": 0}]}).messages[0]["train"] is False
 
 
@@ -111,7 +111,7 @@ def test_a_user_may_say_that_it_is_not_trained() -> None:
         ),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], problem: str) -> None:
+def test_what_is_not_understood_is_rejected_by_name(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
         answer(**fields)
 
@@ -126,12 +126,12 @@ def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], probl
         {"role": "tool", "content": "t", "task": "title"},
     ],
 )
-def test_what_a_role_does_not_have_is_refused(message: dict[str, Any]) -> None:
+def test_fields_that_a_role_does_not_have_are_rejected(message: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^messages\[0\]\.\w+ is (no field of a message|1 in)"):
         parse({"messages": [message, *answered()["messages"]]})
 
 
-def test_null_and_where_a_row_is_from_say_nothing() -> None:
+def test_null_and_provenance_are_ignored() -> None:
     fields = {"tool_calls": None, "refusal": None, "annotations": [], "id": "x", "model": "m"}
     assert answer(**fields, weight=None, audio=None) == {"role": "assistant", "content": "a"}
     row = answered() | {"text": None, "conversations": None, "url": "x", "images": [], "row_id": 3}
@@ -140,12 +140,12 @@ def test_null_and_where_a_row_is_from_say_nothing() -> None:
     assert "name" not in parse({"messages": [USER, tool]}).messages[1]
 
 
-def test_fields_to_ignore_are_taken_away_first() -> None:
+def test_ignored_fields_are_removed_first() -> None:
     row = answered(score=3, reasoning="r") | {"quality": 0.5}
     with pytest.raises(ValueError, match=r"^quality is no field of a row of messages; remove it"):
         parse(row)
-    found = parse(row, ignore=("quality", "score", "reasoning"))
-    assert found == ChatRow(messages=answered()["messages"])
+    parsed = parse(row, ignore=("quality", "score", "reasoning"))
+    assert parsed == ChatRow(messages=answered()["messages"])
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_fields_to_ignore_are_taken_away_first() -> None:
         ({"chat_template_kwargs": None}, None),
     ],
 )
-def test_the_thinking_mode_is_read_where_apis_and_servers_have_it(fields, mode) -> None:
+def test_the_thinking_mode_is_read_where_apis_and_servers_put_it(fields, mode) -> None:
     assert parse(answered() | fields).thinking_mode == mode
 
 
-def test_other_settings_of_templates_are_read() -> None:
-    given = {"reasoning_effort": "max", "truncate_history_thinking": False}
-    row = parse(answered() | {"chat_template_kwargs": given})
+def test_other_template_settings_are_read() -> None:
+    options = {"reasoning_effort": "max", "truncate_history_thinking": False}
+    row = parse(answered() | {"chat_template_kwargs": options})
     assert (row.reasoning_effort, row.drop_thinking) == ("max", False)
 
 
@@ -187,7 +187,7 @@ def test_other_settings_of_templates_are_read() -> None:
         ({"parallel_tool_calls": False}, "parallel_tool_calls is no field"),
     ],
 )
-def test_settings_of_a_row_that_are_not_understood_are_refused(fields, problem) -> None:
+def test_row_settings_that_are_not_understood_are_rejected(fields, problem) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
         parse(answered() | fields)
 
@@ -205,11 +205,11 @@ def test_settings_of_a_row_that_are_not_understood_are_refused(fields, problem) 
         ({"text": None, "messages": None}, "The row has none of messages, prompt and completion"),
     ],
 )
-def test_other_rows_are_refused(row: dict[str, Any], problem: str) -> None:
+def test_other_rows_are_rejected(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
         parse(row)
 
 
-def test_a_key_that_occurs_twice_is_refused() -> None:
+def test_a_duplicate_key_is_rejected() -> None:
     with pytest.raises(ValueError, match="the key 'text' occurs twice"):
         rows.parse(b'{"text": "a", "text": "b"}')

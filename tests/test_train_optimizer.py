@@ -1,4 +1,4 @@
-"""The lengths of AdamW's steps, and what a step leaves as it is."""
+"""The size of AdamW's steps, and what a step leaves unchanged."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from v4jax_train.trainable import Full
 
 CFG = models.config(SLIDING, CSA, HCA, num_nextn_predict_layers=1)
 RATE = 1e-3
-# From below what float32 keeps to where its squares overflow.
+# From float32 subnormals to values whose squares overflow.
 SIZES = np.geomspace(1e-42, 1e18, 6001).astype(np.float32)
 HISTORIES = {
     "the same": np.ones(12),
@@ -32,16 +32,16 @@ HISTORIES = {
 def steps(
     rule: optax.GradientTransformation, gradients: np.ndarray, dtype: Any = jnp.float32
 ) -> np.ndarray:
-    """The steps of one vector, over the rate."""
+    """The steps of one vector, divided by the rate."""
     weight = {"norm_D": jnp.zeros(gradients.shape[1], dtype)}
-    state, update, made = rule.init(weight), jax.jit(rule.update), []
+    state, update, updates = rule.init(weight), jax.jit(rule.update), []
     for gradient in gradients:
         changes: Any
         # optax mixes dtypes.
         with jax.numpy_dtype_promotion("standard"):
             changes, state = update({"norm_D": jnp.asarray(gradient, dtype)}, state, weight)
-        made.append(np.asarray(changes["norm_D"], np.float32) / RATE)
-    return np.array(made)
+        updates.append(np.asarray(changes["norm_D"], np.float32) / RATE)
+    return np.array(updates)
 
 
 def adamw(kind: Literal["adamw", "muon"]) -> optax.GradientTransformation:
@@ -55,18 +55,18 @@ def adamw(kind: Literal["adamw", "muon"]) -> optax.GradientTransformation:
 def test_no_step_is_longer_than_the_rate_allows(history: str, dtype: Any, kind: Any) -> None:
     with np.errstate(under="ignore", over="ignore"):
         gradients = HISTORIES[history][:, None].astype(np.float32) * SIZES
-    made = np.abs(steps(adamw(kind), gradients, dtype))
-    assert np.isfinite(made).all()
-    assert made[0].max() <= 1 + 1e-5
-    # A mean over few gradients beside that over more: Adam's own bound, by Cauchy's inequality.
-    assert made.max() <= 0.1 / np.sqrt(0.05 * (1 - 0.81 / 0.95))
+    lengths = np.abs(steps(adamw(kind), gradients, dtype))
+    assert np.isfinite(lengths).all()
+    assert lengths[0].max() <= 1 + 1e-5
+    # A mean over few gradients against one over more: Adam's own bound, by Cauchy-Schwarz.
+    assert lengths.max() <= 0.1 / np.sqrt(0.05 * (1 - 0.81 / 0.95))
     if history == "the same":
         np.testing.assert_allclose(
-            made[:, SIZES > 1e-12], 1.0, rtol=1e-2 if dtype != jnp.float32 else 1e-5
+            lengths[:, SIZES > 1e-12], 1.0, rtol=1e-2 if dtype != jnp.float32 else 1e-5
         )
 
 
-def test_steps_of_ordinary_gradients_are_those_of_an_epsilon_of_1e_20() -> None:
+def test_steps_of_ordinary_gradients_equal_those_with_an_epsilon_of_1e_20() -> None:
     rng = np.random.default_rng(0)
     noise = np.where(rng.random((20, len(SIZES))) < 0.5, 1, -1) * rng.uniform(0.5, 2.0, (20, 1))
     gradients = (noise * np.geomspace(1e-10, 1e4, len(SIZES))).astype(np.float32)
@@ -76,10 +76,10 @@ def test_steps_of_ordinary_gradients_are_those_of_an_epsilon_of_1e_20() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """All weights as Muon's run without losses of MTP and indexers trains them.
+    """All weights in a run with Muon, without MTP and indexer losses.
 
-    Before, after a step of documents shorter than HCA's windows, and after one of longer ones; and
-    the routers' biases after both.
+    Before it, after a step on documents shorter than HCA's windows, and after one on longer ones;
+    then the router biases after both.
     """
     what = Full(indexers=True)
     parts = trainable.split(models.weights(CFG), CFG, what, jax.random.key(0))
@@ -87,7 +87,7 @@ def trained() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     settings = step.Settings(cfg=CFG, numerics=HF, what=what, bias_speed=0.1, remat=False)
     run = step.make(settings, rule)
     tokens = jnp.asarray(models.tokens(CFG, 2, 128))[None]
-    state, kept = step.begin(jax.tree.map(jnp.copy, parts), rule, 0), []
+    state, weights = step.begin(jax.tree.map(jnp.copy, parts), rule, 0), []
     for length in (12, 128):
         document = jnp.zeros(tokens.shape, jnp.int32).at[..., :length].set(1)
         batch = {"tokens": tokens, "trained": document > 0, "document": document}
@@ -95,20 +95,20 @@ def trained() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
         with jax.numpy_dtype_promotion("standard"):
             state, metrics = run(state, parts.frozen, batch, np.float32(np.inf))
         assert not metrics["skipped"]
-        kept.append(jax.device_get(state.trained))
-    return jax.device_get(parts.trained), *kept, jax.device_get(state.balanced)
+        weights.append(jax.device_get(state.trained))
+    return jax.device_get(parts.trained), *weights, jax.device_get(state.balanced)
 
 
 def unchanged(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {name for name in before if np.array_equal(before[name], after[name])}
 
 
-def test_what_gets_no_gradient_is_neither_decayed_nor_moved(trained: Any) -> None:
+def test_weights_without_a_gradient_are_neither_decayed_nor_moved(trained: Any) -> None:
     before, short, long, _ = trained
     untrained = {name for name in before if name.startswith("mtp.") or ".indexer." in name}
     assert any(name.startswith("mtp.") for name in untrained)
     assert any(".indexer." in name for name in untrained)
-    # A document of twelve tokens has no whole window of sixteen.
+    # A document of twelve tokens has no complete window of sixteen.
     compressors = {name for name in before if ".compressor." in name} - untrained
     ratio = lambda name: before[f"{name.rpartition('.')[0]}.bias_MC"].shape[-2]
     hca = {name for name in compressors if ratio(name) == 16}
@@ -117,7 +117,7 @@ def test_what_gets_no_gradient_is_neither_decayed_nor_moved(trained: Any) -> Non
     assert unchanged(before, long) == untrained
 
 
-def test_biases_of_routers_that_did_not_run_stay(trained: Any) -> None:
+def test_biases_of_routers_that_did_not_run_are_unchanged(trained: Any) -> None:
     balanced = trained[-1]
     assert len(balanced) == 3
     for name, bias in balanced.items():

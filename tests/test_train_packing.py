@@ -1,4 +1,4 @@
-"""Plans of packs: every token once, documents on multiples of 128, the same on any machine."""
+"""Packing plans: every token once, documents at multiples of 128, the same on any machine."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SETTINGS = st.builds(
 
 
 def pieces(plan: Packing) -> list[list[tuple[int, int, int, int]]]:
-    """Of each pack, its pieces as (start, length, document, begin), from left to right."""
+    """The pieces of each pack as (start, length, document, begin), from left to right."""
     fields = (plan.start_P, plan.length_P, plan.document_P, plan.begin_P)
     rows = np.stack(fields, axis=1).tolist()
     ends = zip(plan.first_K1[:-1], plan.first_K1[1:], strict=True)
@@ -28,9 +28,9 @@ def pieces(plan: Packing) -> list[list[tuple[int, int, int, int]]]:
 
 @settings(deadline=None, max_examples=200)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
-def test_no_token_is_lost_repeated_or_laid_over_another(lengths_D, how, epoch) -> None:
+def test_no_token_is_lost_repeated_or_overlapped(lengths_D, how, epoch) -> None:
     plan = packing.pack(lengths_D, how, epoch=epoch)
-    seen = [np.zeros(length, int) for length in lengths_D]
+    counts_D = [np.zeros(length, int) for length in lengths_D]
     assert len(pieces(plan)) == len(plan)
     for pack in pieces(plan):
         assert pack
@@ -41,10 +41,10 @@ def test_no_token_is_lost_repeated_or_laid_over_another(lengths_D, how, epoch) -
             free = start + length
             assert length > 0
             assert free <= how.seq_len
-            seen[document][begin : begin + length] += 1
-    kept = how.seq_len if how.too_long == "truncate" else 10**6
-    assert all((counts[:kept] == 1).all() and not counts[kept:].any() for counts in seen)
-    assert plan.dropped == sum(len(counts[kept:]) for counts in seen)
+            counts_D[document][begin : begin + length] += 1
+    limit = how.seq_len if how.too_long == "truncate" else 10**6
+    assert all((counts[:limit] == 1).all() and not counts[limit:].any() for counts in counts_D)
+    assert plan.dropped == sum(len(counts[limit:]) for counts in counts_D)
     assert plan.too_long == sum(lengths_D > how.seq_len)
     assert plan.tokens == sum(lengths_D) - plan.dropped
     assert plan.efficiency == plan.tokens / (len(plan) * how.seq_len)
@@ -52,7 +52,7 @@ def test_no_token_is_lost_repeated_or_laid_over_another(lengths_D, how, epoch) -
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 12), max_size=40))
-def test_best_fit_places_all_and_leaves_no_two_packs_that_would_fit_in_one(sizes) -> None:
+def test_best_fit_places_everything_and_leaves_no_two_packs_that_fit_in_one(sizes) -> None:
     placed = packing.best_fit(sizes, 12)
     full = sorted(np.bincount(placed, weights=sizes)) if sizes else []
     assert len(placed) == len(sizes)
@@ -60,12 +60,12 @@ def test_best_fit_places_all_and_leaves_no_two_packs_that_would_fit_in_one(sizes
     assert len(full) < 2 or full[0] + full[1] > 12
 
 
-def test_best_fit_takes_the_fullest_pack_that_has_room() -> None:
+def test_best_fit_uses_the_fullest_pack_with_room() -> None:
     assert packing.best_fit([6, 2, 7, 3, 1, 1], 10) == [1, 1, 0, 0, 1, 1]
 
 
 def test_the_plan_is_pinned() -> None:
-    """Another order after an update would break the resuming of runs."""
+    """A different order after an update would break resuming."""
     lengths_D = np.array([100, 300, 128, 129, 512, 40, 260])
     plan = packing.pack(lengths_D, PackSettings(seq_len=512, seed=7), epoch=2)
     assert plan.document_P.tolist() == [0, 1, 5, 6, 4, 2, 3]
@@ -73,7 +73,7 @@ def test_the_plan_is_pinned() -> None:
     assert plan.start_P.tolist() == [0, 128, 0, 128, 0, 0, 128]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_each_epoch_and_seed_has_its_own_order() -> None:
     lengths_D = np.random.default_rng(0).integers(1, 400, 200)
     orders = [
         packing.pack(lengths_D, PackSettings(seq_len=512, seed=seed), epoch=epoch).document_P
@@ -83,11 +83,11 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({order.tobytes() for order in orders}) == 4
 
 
-def test_a_document_too_long_is_an_error_unless_the_settings_say_what_to_do() -> None:
-    told = (
+def test_a_document_that_is_too_long_is_an_error_by_default() -> None:
+    message = (
         "b has 1,281 tokens and seq_len is 1,280 \\(so have 2 of 3 documents\\); raise it, or set"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         packing.pack(
             np.array([1280, 1281, 5000]), PackSettings(seq_len=1280), where="abc".__getitem__
         )
@@ -103,6 +103,6 @@ def test_a_document_too_long_is_an_error_unless_the_settings_say_what_to_do() ->
         ({"seq_len": 128, "seed": -1}, "seed is -1; use 0 or more"),
     ],
 )
-def test_wrong_settings_are_refused(fields, problem) -> None:
+def test_invalid_settings_are_rejected(fields, problem) -> None:
     with pytest.raises(ValueError, match=problem):
         PackSettings(**fields)

@@ -50,28 +50,28 @@ def their_loss(model: Any, batch: dict[str, np.ndarray]) -> Any:
 
 
 def by_release_name(values: dict[str, Any], cfg: Any) -> dict[str, np.ndarray]:
-    """Each tensor of the release, from stacked leaves."""
+    """Tensors of the release by name, from stacked leaves."""
     specs = dict(params.leaves(Model(cfg)))
-    found = {}
+    tensors = {}
     for leaf, value in values.items():
         names = list(tensor_names.flatten(tensor_names.release_names(leaf, cfg)))
         shape = specs[leaf].shape[specs[leaf].stack_dims :]
-        found |= dict(zip(names, np.asarray(value).reshape(len(names), *shape), strict=True))
-    return found
+        tensors |= dict(zip(names, np.asarray(value).reshape(len(names), *shape), strict=True))
+    return tensors
 
 
 def their_tensors(named: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Torch's tensors by the release's names, experts apart."""
+    """Tensors of torch by their release names, with experts separated."""
     rename = tensor_names.to_release(named)
-    found = {}
+    tensors = {}
     for name, tensor in named.items():
         array, ours = tensor.detach().numpy(), rename(name)
         if tensor_names.is_fused(ours):
             places = tensor_names.of_fused(ours, array.shape)
-            found |= {matrix: array[e, rows] for matrix, e, rows in places}
+            tensors |= {matrix: array[e, rows] for matrix, e, rows in places}
         else:
-            found[ours] = array
-    return found
+            tensors[ours] = array
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def gradients(theirs: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 @pytest.fixture(scope="module")
 def stepped(ours: Any, batch: dict[str, np.ndarray]) -> Any:
-    """Trained weights before a step of AdamW, the model and the state after it, and its metrics."""
+    """Trained weights before an AdamW step, the model and state after it, and its metrics."""
     cfg, what = ours.config, Full()
     parts = trainable.split(ours.engine.model, cfg, what, jax.random.key(0))
     rule = optimizer.make(trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY)
@@ -101,45 +101,45 @@ def stepped(ours: Any, batch: dict[str, np.ndarray]) -> Any:
 
 
 @pytest.mark.slow
-def test_loss_and_every_gradient_are_those_of_torch(
+def test_loss_and_every_gradient_match_torch(
     theirs: Any, ours: Any, batch: Any, stepped: Any, gradients: dict[str, np.ndarray]
 ) -> None:
     _, _, state, metrics = stepped
     expected = their_loss(theirs, batch).item()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
-    # After a first step AdamW's mean of gradients is a tenth of that step's.
+    # After the first step AdamW's mean of gradients is a tenth of that step's gradient.
     mean = optax.tree.get(state.optimizer, "mu")
-    found = {name: x / (1 - 0.9) for name, x in by_release_name(mean, ours.config).items()}
-    # torch has none where nothing depends on a weight; ours are zeros there.
-    for name in found.keys() - gradients.keys():
-        assert not np.any(found[name]), name
-    for name, of_torch in gradients.items():
-        if name not in found:
+    ours_by_name = {name: x / (1 - 0.9) for name, x in by_release_name(mean, ours.config).items()}
+    # torch has no gradient where nothing depends on a weight; ours is zero there.
+    for name in ours_by_name.keys() - gradients.keys():
+        assert not np.any(ours_by_name[name]), name
+    for name, their_gradient in gradients.items():
+        if name not in ours_by_name:
             assert ".indexer." in name or name.endswith("gate.bias")
             continue
-        bar = 1e-4 * np.abs(of_torch).max() + 1e-8
-        assert np.abs(found[name] - of_torch).max() <= bar, name
+        bar = 1e-4 * np.abs(their_gradient).max() + 1e-8
+        assert np.abs(ours_by_name[name] - their_gradient).max() <= bar, name
 
 
 @pytest.mark.slow
-def test_one_step_of_adamw_is_that_of_torch(
+def test_one_adamw_step_matches_torch(
     ours: Any, stepped: Any, gradients: dict[str, np.ndarray]
 ) -> None:
     trained, moved, state, metrics = stepped
     before, after = (by_release_name(x, ours.config) for x in (trained, state.trained))
     assert metrics["skipped"] == 0
-    for name, of_torch in gradients.items():
+    for name, their_gradient in gradients.items():
         if name not in after:
             continue
         weight = torch.nn.Parameter(torch.tensor(before[name].copy()))
-        weight.grad = torch.tensor(of_torch)
+        weight.grad = torch.tensor(their_gradient)
         adamw = torch.optim.AdamW([weight], RATE, betas=(0.9, 0.95), eps=1e-20, weight_decay=DECAY)
         adamw.step()
-        # A first step is as long as the rate whatever the gradient, so its sign must be sure.
-        sure = np.abs(of_torch) > 1e-3 * np.abs(of_torch).max()
-        difference = np.abs(after[name] - weight.detach().numpy())[sure]
+        # The first step is as long as the rate for any gradient, so the sign has to be certain.
+        clear = np.abs(their_gradient) > 1e-3 * np.abs(their_gradient).max()
+        difference = np.abs(after[name] - weight.detach().numpy())[clear]
         assert difference.max() <= 1e-3 * RATE, name
-    # Neither a gradient nor decay reaches anything else.
+    # Nothing else is reached by gradients or decay.
     old, new = (dict(params.leaves(model)) for model in (ours.engine.model, moved))
     frozen = old.keys() - state.trained.keys()
     for name in frozen:

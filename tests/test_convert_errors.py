@@ -67,7 +67,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(released
     refused("no such file", tmp_path / "nothing", tmp_path / "new")
     refused("is not a checkpoint", tmp_path / "full", tmp_path / "new")
     convert.convert(released, tmp_path / "native")
-    refused("is a native checkpoint already", tmp_path / "native", tmp_path / "new")
+    refused("is already a native checkpoint", tmp_path / "native", tmp_path / "new")
     asked = run("convert", released, tmp_path / "new", 0, "int4")
     assert "ValueError: weights is 'int4'; it must be one of" in asked.stderr
     with pytest.raises(CheckpointError, match="is not a native checkpoint"):
@@ -88,12 +88,12 @@ def test_a_full_disk_is_told_with_both_numbers_of_bytes(released, tmp_path, monk
 def test_unfinished_work_is_not_taken_up_for_another_source_or_other_weights(tmp_path):
     source, target = write_release(tmp_path / "source"), tmp_path / "target"
     assert run("convert", source, target, 150).returncode == -signal.SIGKILL
-    refused("begun from other files or with other settings", source, target, "float32")
+    refused("started from other files or with other settings", source, target, "float32")
     shard = next(source.glob("*.safetensors"))
     os.utime(shard, ns=(1, 1))
-    refused("begun from other files or with other settings", source, target)
+    refused("started from other files or with other settings", source, target)
     convert.convert(source, tmp_path / "native")
-    with pytest.raises(CheckpointError, match="begun from other files"):
+    with pytest.raises(CheckpointError, match="started from other files"):
         convert.export(tmp_path / "native", target)
 
 

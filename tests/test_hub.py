@@ -1,6 +1,6 @@
-"""The Hub source against a stand-in server that speaks what huggingface_hub asks for.
+"""The Hub source against a fake server that answers the requests of huggingface_hub.
 
-The library reads its settings at import, so every client is a process of its own.
+huggingface_hub reads its settings at import, so every client is a process of its own.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ SHARD_NAMES = [f"model-{i + 1:05d}-of-00003.safetensors" for i in range(3)]
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, `org/name`; 'org/gated' asks for a login, and there is nothing else.
+    """One repository, 'org/name'; 'org/gated' requires a login, and nothing else exists.
 
     Attributes:
-      files: path to content.
+      files: content of each file by path.
       log: (method, file, Range header) of each request for a file.
-      break_once: a file whose first transfer stops one MiB early.
+      break_once: the file whose first transfer stops one MiB early.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -49,12 +49,12 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def gets(self) -> list[str]:
-        """Files sent whole, by name."""
+        """Names of the files sent in full."""
         return [file for method, file, span in self.log if method == "GET" and span is None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The endpoints: model info, the tree of files, and files with ranges."""
+    """The endpoints: model info, the file tree, and files with ranges."""
 
     protocol_version = "HTTP/1.1"
 
@@ -146,8 +146,8 @@ def server(tmp_path: Path) -> Iterator[Hub]:
 
 
 def client(home: Path, url: str, script: str, **env: str) -> Any:
-    """Run `script` in a new process; what it binds to `out`, or its CheckpointError's text."""
-    whole = (
+    """Run `script` in a new process; return its `out`, or its CheckpointError's text."""
+    program = (
         "import json, sys\n"
         "from pathlib import Path\n"
         "from v4jax.checkpoints import hub\n"
@@ -161,16 +161,16 @@ def client(home: Path, url: str, script: str, **env: str) -> Any:
     settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     inherited |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, "-c", whole],
+    process = subprocess.run(
+        [sys.executable, "-c", program],
         env=inherited | settings | env,
         capture_output=True,
         check=False,
         text=True,
         timeout=100,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 OPEN = "path = hub.resolve('org/name')\nout = [str(path), Checkpoint.open(path).total_bytes]"
@@ -205,10 +205,10 @@ def test_a_broken_transfer_is_resumed(server: Hub, tmp_path: Path):
     script = "out = str(hub.resolve('org/name', allow_patterns=['big*']))"
     path = client(tmp_path / "home", server.url, script)
     assert Path(path, "big.safetensors").read_bytes() == content
-    whole, rest = (span for method, _, span in server.log if method == "GET")
-    assert whole is None
-    # The library keeps what it has by steps of 10 MiB.
-    assert rest == f"bytes={10 * 2**20}-"
+    first, second = (span for method, _, span in server.log if method == "GET")
+    assert first is None
+    # huggingface_hub keeps what it has received in steps of 10 MiB.
+    assert second == f"bytes={10 * 2**20}-"
 
 
 def test_an_interrupted_download_keeps_the_files_it_has(server: Hub, tmp_path: Path):
@@ -229,42 +229,48 @@ def test_offline_mode_uses_the_cache(server: Hub, tmp_path: Path):
 
 def test_offline_mode_with_nothing_cached_says_so(server: Hub, tmp_path: Path):
     error = client(tmp_path / "home", server.url, OPEN, HF_HUB_OFFLINE="1")
-    assert "org/name: no such directory here, and the Hub's cache does not hold all" in error
-    assert "HF_HUB_OFFLINE is set. Unset it to download." in error
+    assert "org/name: no such directory here, and the Hub's cache lacks some or all" in error
+    assert "HF_HUB_OFFLINE is set; unset it to download." in error
     assert not server.log
 
 
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        ("'org/mispelt'", ("no such directory here", "no such repository", "'hf auth login'")),
-        ("'org/gated'", ("org/gated: the Hub asks who you are", "'hf auth login' or set HF_TOKEN")),
+        (
+            "'org/mispelt'",
+            ("no such directory here", "no such public repository", "'hf auth login'"),
+        ),
+        (
+            "'org/gated'",
+            ("org/gated: the Hub's repository is gated", "'hf auth login' or set HF_TOKEN"),
+        ),
         (
             "'org/name', revision='nosuch'",
             ("org/name: the Hub's repository has no revision 'nosuch'",),
         ),
     ],
 )
-def test_what_the_hub_refuses_is_explained(
+def test_a_refusal_of_the_hub_is_explained(
     server: Hub, tmp_path: Path, call: str, parts: tuple[str, ...]
 ):
     error = client(tmp_path / "home", server.url, f"out = str(hub.resolve({call}))")
     assert all(part in error for part in parts), error
     scratch = str(tmp_path / "scratch")
     name, _, revision = call.partition(", ")
-    again = f"out = hub.HubCheckpoint.open({name}, {scratch!r}, {revision}).names"
-    assert client(tmp_path / "home", server.url, again) == error
+    script = f"out = hub.HubCheckpoint.open({name}, {scratch!r}, {revision}).names"
+    assert client(tmp_path / "home", server.url, script) == error
 
 
-def test_no_network_is_explained(tmp_path: Path):
-    # Port 9 of this machine: nothing listens there.
+def test_a_missing_network_is_explained(tmp_path: Path):
+    # Nothing listens on port 9.
     error = client(tmp_path / "home", "http://127.0.0.1:9", OPEN)
     assert "org/name: no such directory here, and the Hub could not be used: " in error
     assert "refused" in error
     assert "Check network" in error
 
 
-def test_what_exists_here_is_returned_as_it_is(tmp_path: Path, monkeypatch: Any):
+def test_an_existing_path_is_returned_unchanged(tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     Path("org/name").mkdir(parents=True)
     assert hub.resolve("org/name") == Path("org/name")
@@ -276,51 +282,51 @@ def test_what_exists_here_is_returned_as_it_is(tmp_path: Path, monkeypatch: Any)
 @pytest.mark.parametrize(
     "path", ["./org/name", "/org", "a/b/c", "flash", "../x", "~/x", "org/na me"]
 )
-def test_what_cannot_be_an_id_is_not_looked_up(
+def test_what_cannot_be_a_hub_id_is_not_looked_up(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Nothing of these names is beside or within the directory.
+    # Neither the directory nor its parent contains any of these names.
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match="no such file or directory, and no Hub id either"):
+    with pytest.raises(CheckpointError, match="no such file or directory, and not a Hub id either"):
         hub.resolve(path)
 
 
 STREAM = """
 import os
 scratch = Path({scratch!r})
-seen, most = [], 0
+per_shard = []
 with hub.HubCheckpoint.open('org/name', scratch) as ckpt:
     before = [ckpt.names, ckpt.info('t1').shape, ckpt.total_bytes, ckpt.config, scratch.exists()]
     for shard in ckpt.shards():
         on_disk = [p.name for p in scratch.rglob('*.safetensors')]
-        seen.append([shard.path.name, on_disk, float(shard.read(shard.names[0]).mean())])
+        per_shard.append([shard.path.name, on_disk, float(shard.read(shard.names[0]).mean())])
     rows = ckpt.read('t0', slice(1, 3))
-    again = [p.name for p in scratch.rglob('*.safetensors')]
+    after_read = [p.name for p in scratch.rglob('*.safetensors')]
     last = [rows.shape, float(rows.sum()), str(ckpt.info('t1').file)]
 cached = [p.name for p in Path({home!r}).rglob('*.safetensors')]
-out = [before, seen, again, last, os.listdir(scratch), cached]
+out = [before, per_shard, after_read, last, os.listdir(scratch), cached]
 """
 
 
-def test_one_shard_at_a_time_is_on_the_disk(server: Hub, tmp_path: Path):
+def test_one_shard_at_a_time_is_on_disk(server: Hub, tmp_path: Path):
     home, scratch = tmp_path / "home", tmp_path / "scratch"
-    left_over = scratch / "org--name.v4jax-shard" / SHARD_NAMES[2]
-    left_over.parent.mkdir(parents=True)
-    left_over.touch()
+    leftover = scratch / "org--name.v4jax-shard" / SHARD_NAMES[2]
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     script = STREAM.format(scratch=str(scratch), home=str(home))
-    before, seen, again, last, after, cached = client(home, server.url, script)
+    before, per_shard, after_read, last, after, cached = client(home, server.url, script)
     assert before == [["t0", "t1", "t2"], [ROWS, 4], BYTES, {"model_type": "deepseek_v4"}, True]
-    assert seen == [[name, [name], i] for i, name in enumerate(SHARD_NAMES)]
-    assert again == [SHARD_NAMES[0]]
+    assert per_shard == [[name, [name], i] for i, name in enumerate(SHARD_NAMES)]
+    assert after_read == [SHARD_NAMES[0]]
     assert last == [[2, 4], 0, f"org/name/{SHARD_NAMES[1]}"]
     assert after == cached == []
-    whole = [name for name in server.gets() if name in SHARD_NAMES]
-    assert whole == [*SHARD_NAMES, SHARD_NAMES[0]]
+    downloaded = [name for name in server.gets() if name in SHARD_NAMES]
+    assert downloaded == [*SHARD_NAMES, SHARD_NAMES[0]]
 
 
-def test_cached_shards_are_read_in_place_and_stay(server: Hub, tmp_path: Path):
+def test_cached_shards_are_read_in_place_and_kept(server: Hub, tmp_path: Path):
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     path, _ = client(home, server.url, OPEN)
     server.log.clear()
@@ -339,13 +345,13 @@ def test_cached_shards_are_read_in_place_and_stay(server: Hub, tmp_path: Path):
 FETCH = "out = hub.HubCheckpoint.open('org/name', {!r}).read('t1').shape"
 
 
-def test_a_shard_needs_room(server: Hub, tmp_path: Path):
-    full = (
+def test_a_shard_needs_disk_space(server: Hub, tmp_path: Path):
+    script = (
         "import shutil\n"
         "shutil.disk_usage = lambda _: type('Usage', (), {'free': 5})\n"
         + FETCH.format(str(tmp_path / "scratch"))
     )
-    error = client(tmp_path / "home", server.url, full)
+    error = client(tmp_path / "home", server.url, script)
     assert "80,000 bytes are needed and 5 are free" in error
 
 
@@ -356,7 +362,7 @@ def test_a_damaged_shard_is_refused(server: Hub, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["no index", "bad header", "unlisted tensor"])
-def test_a_repository_that_is_no_checkpoint_is_refused_before_any_shard(
+def test_an_invalid_repository_is_refused_before_any_shard_is_downloaded(
     server: Hub, tmp_path: Path, kind: str
 ):
     if kind == "no index":

@@ -1,4 +1,4 @@
-"""What commands make: from which names, where, of what is whole, and in one way."""
+"""What commands write: how sources are named, where targets may be, what is checked first."""
 
 import contextlib
 import json
@@ -41,11 +41,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def places(home: Path, tmp_path: Path) -> Path:
-    """A copy of all of them that a test may spoil."""
+    """A copy of `home` that a test may damage."""
     return shutil.copytree(home, tmp_path / "home")
 
 
-def fails(capsys: Capsys, *args: Any) -> str:
+def error_message(capsys: Capsys, *args: Any) -> str:
     assert main([str(arg) for arg in args]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -61,7 +61,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-# Of each command its words, without the target, and the sources among them.
+# The sources of each command, by their names in `home`.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "convert": ("release",),
     "export": ("native",),
@@ -80,7 +80,7 @@ def words(command: str, places: Path, target: Path) -> list[Any]:
     ("command", "source"), [(name, each) for name, sources in COMMANDS.items() for each in sources]
 )
 @pytest.mark.parametrize("way", ["inside", "deep inside", "by a link", "beside a link", "the same"])
-def test_nothing_is_made_inside_what_it_is_made_of(
+def test_nothing_is_written_into_its_own_source(
     command: str, source: str, way: str, places: Path, capsys: Capsys
 ) -> None:
     (places / "link").symlink_to(places / source)
@@ -94,28 +94,30 @@ def test_nothing_is_made_inside_what_it_is_made_of(
         "the same": places / "link",
     }[way]
     before = contents(places)
-    says = "exists; choose another place" if way == "the same" else f"lies in {places / source}"
-    assert says in fails(capsys, *words(command, places, target))
+    message = (
+        "exists; choose another place" if way == "the same" else f"is inside {places / source}"
+    )
+    assert message in error_message(capsys, *words(command, places, target))
     assert contents(places) == before
 
 
-def test_a_source_that_is_given_by_a_link_is_the_same_source(places: Path, capsys: Capsys) -> None:
+def test_a_source_named_by_a_link_is_the_same_source(places: Path, capsys: Capsys) -> None:
     (places / "link").symlink_to(places / "release")
-    told = fails(capsys, "convert", places / "link", places / "release" / "new")
-    assert f"lies in {places / 'link'}; choose a place outside of it" in told
+    error = error_message(capsys, "convert", places / "link", places / "release" / "new")
+    assert f"is inside {places / 'link'}; choose a place outside of it" in error
 
 
-def test_an_adapter_does_not_lie_in_its_model(places: Path, capsys: Capsys) -> None:
+def test_an_adapter_is_not_written_into_its_model(places: Path, capsys: Capsys) -> None:
     model, target = places / "release", places / "release" / "adapter"
-    told = fails(capsys, "export-adapter", places / "run", target, "--model", model)
-    assert f"lies in {model}" in told
+    error = error_message(capsys, "export-adapter", places / "run", target, "--model", model)
+    assert f"is inside {model}" in error
 
 
-def test_the_demo_and_a_run_do_not_lie_in_their_model(
+def test_the_demo_and_a_run_are_not_written_into_their_model(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "TINY", places / "release")
-    with pytest.raises(CheckpointError, match="lies in"):
+    with pytest.raises(CheckpointError, match="is inside"):
         demo.copy(places / "release" / "copy")
     settings = recipe.from_table(
         {
@@ -125,20 +127,20 @@ def test_the_demo_and_a_run_do_not_lie_in_their_model(
             "steps": {"steps": 1},
         }
     )
-    with pytest.raises(CheckpointError, match="lies in"):
+    with pytest.raises(CheckpointError, match="is inside"):
         loop.begin(settings, show=lambda _: None)
 
 
 @pytest.fixture
-def hub_of_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """The Hub with these repositories, already downloaded."""
+def fake_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A Hub whose repositories are downloaded already."""
     repositories = {f"org/{name}": home / name for name in ("release", "native", "adapter")}
     download = lambda repo_id, **_: str(repositories[repo_id])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return repositories
 
 
-@pytest.mark.usefixtures("hub_of_one")
+@pytest.mark.usefixtures("fake_hub")
 def test_every_command_takes_every_kind_of_name(
     home: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,22 +165,22 @@ def test_every_command_takes_every_kind_of_name(
     assert contents(tmp_path / "5") == contents(home / "native")
     assert contents(tmp_path / "6") == contents(tmp_path / "7")
     for name in "89":
-        told = json.loads((tmp_path / name / peft.CONFIG).read_text())
-        assert told.pop("base_model_name_or_path") in ("tiny", "org/native")
-        assert told.items() <= json.loads((home / "adapter" / peft.CONFIG).read_text()).items()
-    assert "is already a native checkpoint" in fails(
+        config = json.loads((tmp_path / name / peft.CONFIG).read_text())
+        assert config.pop("base_model_name_or_path") in ("tiny", "org/native")
+        assert config.items() <= json.loads((home / "adapter" / peft.CONFIG).read_text()).items()
+    assert "is already a native checkpoint" in error_message(
         capsys, "convert", "org/native", tmp_path / "x"
     )
-    assert "is not a native checkpoint" in fails(capsys, "export", "tiny", tmp_path / "x")
-    assert "no such file" in fails(capsys, "merge", "tiny", "flsh", tmp_path / "x", *keep)
+    assert "is not a native checkpoint" in error_message(capsys, "export", "tiny", tmp_path / "x")
+    assert "no such file" in error_message(capsys, "merge", "tiny", "flsh", tmp_path / "x", *keep)
 
 
-def test_what_converts_and_comes_back_is_the_same(home: Path, tmp_path: Path) -> None:
+def test_export_undoes_convert(home: Path, tmp_path: Path) -> None:
     convert.export(home / "native", tmp_path / "exported")
-    found = contents(tmp_path / "exported")
-    left = (".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    assert found == {
-        name: value for name, value in contents(home / "release").items() if name not in left
+    exported = contents(tmp_path / "exported")
+    dropped = (".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    assert exported == {
+        name: value for name, value in contents(home / "release").items() if name not in dropped
     }
 
 
@@ -195,47 +197,49 @@ def too_many_tokens(folder: Path) -> None:
 
 GARBLED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer": (garbled("tokenizer.json", b'{"a": 1}'), "tokenizer.json: not a tokenizer"),
-    "half a tokenizer": (garbled("tokenizer.json", b'{"model": '), "tokenizer.json: is no JSON"),
+    "half a tokenizer": (garbled("tokenizer.json", b'{"model": '), "tokenizer.json: is not JSON"),
     "another's tokenizer": (too_many_tokens, "but the model's vocabulary has"),
     "settings": (garbled("generation_config.json", b'{"top_p": '), "generation_config.json: line"),
     "a list": (garbled("tokenizer_config.json", b"[]"), "tokenizer_config.json: not a JSON obj"),
-    "other JSON": (garbled("more.json", b"{,}"), "more.json: is no JSON"),
-    "template": (garbled("chat_template.jinja", b"\xff\xfe"), "jinja: is no text in UTF-8"),
+    "other JSON": (garbled("more.json", b"{,}"), "more.json: is not JSON"),
+    "template": (garbled("chat_template.jinja", b"\xff\xfe"), "jinja: is not UTF-8 text"),
     "a link to nothing": (
         lambda folder: (folder / "LICENCE").symlink_to(folder / "gone"),
-        "LICENCE: is a link to nothing",
+        "LICENCE: is a broken link",
     ),
 }
 
 
 @pytest.mark.parametrize("command", ["convert", "export", "merge"])
 @pytest.mark.parametrize("what", GARBLED)
-def test_what_is_copied_is_checked_first(
+def test_files_are_checked_before_they_are_copied(
     command: str, what: str, places: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
-    spoil, says = GARBLED[what]
-    spoil(places / COMMANDS[command][0])
-    assert says in fails(capsys, *words(command, places, tmp_path / "new"))
+    damage, message = GARBLED[what]
+    damage(places / COMMANDS[command][0])
+    assert message in error_message(capsys, *words(command, places, tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_names_that_native_checkpoints_use_are_refused(places: Path, capsys: Capsys) -> None:
+def test_names_reserved_by_native_checkpoints_are_refused(places: Path, capsys: Capsys) -> None:
     (places / "release" / "extras").mkdir()
     (places / "release" / "extras" / "notes.txt").write_text("")
-    told = fails(capsys, "convert", places / "release", places / "new")
-    assert "extras/notes.txt: native checkpoints reserve the name extras" in told
+    error = error_message(capsys, "convert", places / "release", places / "new")
+    assert "extras/notes.txt: native checkpoints reserve the name extras" in error
 
 
-def test_an_index_that_is_another_checkpoints_is_refused(places: Path, capsys: Capsys) -> None:
+def test_the_index_of_another_checkpoint_is_refused(places: Path, capsys: Capsys) -> None:
     index = places / "native" / native.EXTRAS / "model.safetensors.index.json"
     assert contents(index.parent)[index.name] == (places / "release" / index.name).read_bytes()
     index.write_text('{"weight_map": {"norm.weight": "model-00001-of-00002.safetensors"}}')
-    assert "does not list the tensors" in fails(capsys, "export", places / "native", places / "new")
+    assert "does not list the tensors" in error_message(
+        capsys, "export", places / "native", places / "new"
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("command", ["export-adapter", "merge"])
-def test_a_state_with_values_that_are_no_numbers_is_refused(
+def test_a_state_with_non_finite_values_is_refused(
     command: str, value: float, home: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     factors = training_runs.learned(CFG, SETTINGS)
@@ -246,17 +250,17 @@ def test_a_state_with_values_that_are_no_numbers_is_refused(
         "merge": ("merge", home / "release", run, tmp_path / "new", "--weights", "keep"),
         "export-adapter": ("export-adapter", run, tmp_path / "new"),
     }[command]
-    told = fails(capsys, *line)
-    assert f"'{name}.b' has values that are no finite numbers" in told
+    error = error_message(capsys, *line)
+    assert f"'{name}.b' has values that are no finite numbers" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 class Killed(BaseException):
-    """Stands for a signal that nothing survives."""
+    """Stands for a signal that kills the process."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_a_kill_after_the_last_rename_leaves_is_cleared_away(
+def test_leftovers_of_a_kill_after_the_last_rename_are_removed(
     command: str, home: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "new"
@@ -268,24 +272,24 @@ def test_what_a_kill_after_the_last_rename_leaves_is_cleared_away(
         patch.setattr(unfinished, "_remove", killed)
         with pytest.raises(Killed):
             main([str(word) for word in words(command, home, target)])
-    left = unfinished.scratch(target)
-    assert left.exists()
-    whole = contents(target)
-    assert "exists; choose another place" in fails(capsys, *words(command, home, target))
-    assert not left.exists()
-    assert contents(target) == whole
+    leftovers = unfinished.scratch(target)
+    assert leftovers.exists()
+    finished = contents(target)
+    assert "exists; choose another place" in error_message(capsys, *words(command, home, target))
+    assert not leftovers.exists()
+    assert contents(target) == finished
 
 
-def test_who_reads_clears_away_too(home: Path, tmp_path: Path) -> None:
-    target, left = tmp_path / "adapter", tmp_path / "adapter.unfinished"
+def test_readers_remove_leftovers_too(home: Path, tmp_path: Path) -> None:
+    target, leftovers = tmp_path / "adapter", tmp_path / "adapter.unfinished"
     shutil.copytree(home / "adapter", target)
-    left.mkdir()
-    (left / "journal.jsonl").write_text('{"v4jax": "export-adapter", "identity": ""}\n')
+    leftovers.mkdir()
+    (leftovers / "journal.jsonl").write_text('{"v4jax": "export-adapter", "identity": ""}\n')
     updates.read(target, CFG)
-    assert not left.exists()
+    assert not leftovers.exists()
 
 
-def test_work_that_has_not_appeared_is_not_cleared_away(home: Path, tmp_path: Path) -> None:
+def test_unfinished_work_is_not_removed(home: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     with contextlib.suppress(Killed), unfinished.begin(target, "export-adapter", "") as work:
         work.add("a part")
@@ -298,7 +302,9 @@ def test_work_that_has_not_appeared_is_not_cleared_away(home: Path, tmp_path: Pa
         updates.read(unfinished.scratch(target) / "result", CFG)
 
 
-def test_what_was_begun_and_has_no_part_is_begun_anew_by_anyone(home: Path, tmp_path: Path) -> None:
+def test_work_without_a_finished_part_is_restarted_by_any_command(
+    home: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "new"
     scratch = unfinished.scratch(target)
     (scratch / "result").mkdir(parents=True)

@@ -239,15 +239,15 @@ MALFORMED = {
     "offset not an int": (container({"w": entry(offsets=[0, "4"])}, b"1234"), "'w' has offsets"),
     "size against shape": (
         container({"w": entry(shape=[3])}, b"1234"),
-        r"'w' \(U8 \[3\]\) takes 3 bytes, but its offsets span 4",
+        r"'w' \(U8 \[3\]\) needs 3 bytes, but its offsets span 4",
     ),
     "overlap": (
         container({"v": entry(), "w": entry(offsets=[2, 6])}, b"123456"),
-        "'w' begins at byte 2 where 4 was due: it overlaps",
+        "'w' begins at byte 2, not 4: it overlaps",
     ),
     "hole": (
         container({"v": entry(), "w": entry(offsets=[5, 9])}, b"123456789"),
-        "'w' begins at byte 5 where 4 was due: it has a hole",
+        "'w' begins at byte 5, not 4: it has a gap",
     ),
     "hole at the start": (
         container({"w": entry(offsets=[1, 5])}, b"12345"),

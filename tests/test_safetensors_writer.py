@@ -86,8 +86,8 @@ def test_a_full_disk_is_detected_before_any_work(tmp_path: Path, monkeypatch: An
 @pytest.mark.parametrize(
     ("array", "received"),
     [
-        (np.zeros(4), r"float64 \[4\] came"),
-        (np.zeros((2, 2), np.float32), r"float32 \[2, 2\] came"),
+        (np.zeros(4), r"read as float64 \[4\]"),
+        (np.zeros((2, 2), np.float32), r"read as float32 \[2, 2\]"),
     ],
 )
 def test_an_array_that_differs_from_its_declaration_is_rejected(
@@ -101,7 +101,7 @@ def test_an_array_that_differs_from_its_declaration_is_rejected(
 @pytest.mark.parametrize(
     ("name", "info", "reason"),
     [
-        ("__metadata__", TensorInfo("U8", (1,)), "can be called __metadata__"),
+        ("__metadata__", TensorInfo("U8", (1,)), "can be named __metadata__"),
         ("w", TensorInfo("F6", (1,)), "'w' has dtype 'F6'"),
         ("w", TensorInfo("F4", (3,)), "last dim must be even"),
     ],

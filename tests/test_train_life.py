@@ -275,7 +275,7 @@ def test_a_full_disk_is_a_one_line_error_and_the_old_state_survives(run: Path, p
     # Step 6 has the best evaluation, and the best state is written first.
     assert lines == [
         f"v4jax-train resume: {run / BEST}: the state of step 6 cannot be saved: File too large."
-        " The one of step 4 is whole. Make room; then 'v4jax-train resume' goes on."
+        " The one of step 4 is intact. Free some space; 'v4jax-train resume' then continues."
     ]
     assert sorted(file.name for file in (run / STATES).iterdir()) == ["2", "4"]
     assert loop.resume(run, show=silent).step == 6

@@ -1,4 +1,4 @@
-"""Digests of a directory's files, beside them in the form that `sha256sum --check` reads."""
+"""SHA-256 digests of a directory's files, stored next to them as `sha256sum --check` reads them."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -8,24 +8,24 @@ from v4jax.checkpoints import disk
 from v4jax.checkpoints.disk import sync_directory
 
 FILE = "SHA256SUMS"
-_THREADS = 4  # OpenSSL lets other threads run
+_THREADS = 4  # hashing releases the GIL
 
 
 def write(folder: Path) -> None:
-    """Write down the digest of every file, for `damage` to compare."""
+    """Write the digest of every file, for `damage` to compare with."""
     lines = (f"{digest}  {name}\n" for name, digest in sorted(_digests(folder).items()))
     disk.write_file(folder / FILE, "".join(lines).encode())
     sync_directory(folder)
 
 
 def damage(folder: Path) -> str | None:
-    """The name of a file that is not as it was when digests were written; None: there is none."""
+    """The name of a file that has changed since the digests were written, or None."""
     text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
     lines = [line.partition("  ") for line in text.split("\n")[:-1]]
     written = {name: digest for digest, _, name in lines}
-    found = _digests(folder)
-    names = sorted(written.keys() | found)
-    return next((name for name in names if written.get(name) != found.get(name)), None)
+    current = _digests(folder)
+    names = sorted(written.keys() | current)
+    return next((name for name in names if written.get(name) != current.get(name)), None)
 
 
 def _digests(folder: Path) -> dict[str, str]:

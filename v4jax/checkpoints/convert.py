@@ -1,7 +1,7 @@
 """`v4jax convert`: a Hugging Face checkpoint to a native one, a tensor at a time.
 
-Tensors are taken in the order of the files, so that shards on the Hub can come and go one by one.
-What is done is noted in a journal, and an interrupted run goes on there. `export` is the way back.
+Tensors are read in file order, so that Hub shards can be downloaded and deleted one by one. A
+journal records finished tensors, and an interrupted run resumes from it. `export` is the inverse.
 """
 
 import collections
@@ -38,6 +38,7 @@ from v4jax.checkpoints.export import export
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Manifest, Weights
 from v4jax.checkpoints.release import Release
+from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo, write_safetensors
 from v4jax.checkpoints.tensor_names import Slot
 from v4jax.checkpoints.zarr_arrays import Arrays
@@ -49,8 +50,8 @@ from v4jax.model.transformer import Model
 __all__ = ["convert", "export"]
 
 _IN_FLIGHT_BYTES = 128 * 2**20
-_FILE_BYTES = 4096  # what a file takes on a disk beyond its bytes, at most
-_GO_ON = "Make room or mend the disk, then run the command again: it goes on where it stopped."
+_FILE_BYTES = 4096  # most that a file occupies on a disk beyond its contents
+_RESUME = "Free space or repair the disk, then run the command again: it resumes where it stopped."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,13 @@ class _Source:
     """A checkpoint to convert.
 
     Attributes:
-      files: a `Checkpoint` or a `HubCheckpoint`.
-      folder: has the small files: configuration, index, tokenizer.
-      root: what the paths of the tensors' files begin with.
+      files: the tensors.
+      folder: directory of the small files: configuration, index, tokenizer.
+      root: common prefix of the paths in `files`.
       version: changes when the files do.
     """
 
-    files: Any
+    files: TensorFiles
     folder: Path
     root: Path
     version: Any
@@ -72,14 +73,16 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Conversion:
-    """All that is to be written.
+    """Everything that will be written.
 
     Attributes:
-      source, tensors, config: what is converted.
-      manifest: of the native checkpoint.
-      formats: how each leaf is stored in the source.
-      structs: each array to be written, by name, and how many of its dims are stacks.
-      slots: where each release tensor goes.
+      source: the checkpoint.
+      tensors: its tensors by release name.
+      config: its configuration.
+      manifest: manifest of the native checkpoint.
+      formats: how the source stores each leaf.
+      structs: each array to write, by name, and the number of its leading stack dims.
+      slots: destination of each release tensor.
     """
 
     source: _Source
@@ -97,23 +100,25 @@ def convert(
     target: str | Path,
     *,
     weights: Weights = "keep",
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Make a native checkpoint; it appears under its name when it is complete.
+    """Write a native checkpoint; it appears under its name when it is complete.
 
-    Everything is checked from the files' headers before anything is written. Until it is complete
-    all lies in `target` + '.unfinished'; the same call goes on there after an interruption.
+    The files' headers are checked before anything is written. Until it is complete, the checkpoint
+    is in `target` + '.unfinished'; after an interruption the same call resumes from there.
 
     Args:
-      source: a Hugging Face directory, or an id on the Hub, whose shards are downloaded one by one.
-      target: a directory to be made.
-      weights: 'keep' leaves every tensor as the source has it, FP8 and FP4 included; else all is
-        decoded to that dtype, but for tensors that the model needs in float32.
-      progress: told what is being done, bytes done, and bytes in all.
+      source: a Hugging Face directory, or a Hub id, whose shards are downloaded one by one.
+      target: directory to create.
+      weights: 'keep' stores every tensor as the source does, FP8 and FP4 included; a dtype decodes
+        everything to it, except tensors that the model needs in float32.
+      revision: branch, tag or commit of a Hub id; the main branch by default.
+      progress: called with the current activity, bytes done and total bytes.
 
     Raises:
       CheckpointError: the source is not a DeepSeek-V4 checkpoint or is damaged; the target exists;
-        the disk is too full; what an earlier run left belongs to another source or other weights.
+        the disk is too full; an unfinished run there had another source or other weights.
     """
     if not arguments.one_of(weights, get_args(Weights)):
         raise ValueError(
@@ -121,7 +126,7 @@ def convert(
         )
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
-    with _open(source, unfinished.scratch(target)) as opened:
+    with _open(source, revision, unfinished.scratch(target)) as opened:
         unfinished.check_target(target, opened.folder)
         conversion = _check(opened, weights)
         files = _passengers(opened.folder, conversion.config)
@@ -137,13 +142,14 @@ def convert(
 
 
 @contextlib.contextmanager
-def _open(source: str | Path, scratch: Path) -> Iterator[_Source]:
-    path = hub.local(source)
+def _open(source: str | Path, revision: str | None, scratch: Path) -> Iterator[_Source]:
+    path = hub.local(source, revision)
     if path is None:
-        _refuse_native(hub.resolve(source, allow_patterns=[native.MANIFEST]), str(source))
+        manifest = hub.resolve(source, revision=revision, allow_patterns=[native.MANIFEST])
+        _refuse_native(manifest, str(source))
         later = (*passengers.FOREIGN, "*.safetensors")
-        folder = hub.resolve(source, allow_patterns=["*"], ignore_patterns=later)
-        # The snapshot's name is the commit: the shards come from the same one.
+        folder = hub.resolve(source, revision=revision, allow_patterns=["*"], ignore_patterns=later)
+        # The snapshot's name is its commit: take the shards from the same one.
         with hub.HubCheckpoint.open(str(source), scratch, revision=folder.name) as files:
             yield _Source(files, folder, Path(files.repo_id), folder.name)
         return
@@ -157,7 +163,7 @@ def _open(source: str | Path, scratch: Path) -> Iterator[_Source]:
 
 def _refuse_native(folder: Path, name: str) -> None:
     if native.is_native(folder):
-        raise CheckpointError(f"{name}: is a native checkpoint already.")
+        raise CheckpointError(f"{name}: is already a native checkpoint.")
 
 
 def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
@@ -166,8 +172,8 @@ def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
     for inside in files:
         if inside.parts[0] in native.OWN:
             raise CheckpointError(
-                f"{folder / inside}: {inside.parts[0]} is a name that native checkpoints have "
-                "another use for; move it elsewhere."
+                f"{folder / inside}: native checkpoints reserve the name {inside.parts[0]}; move "
+                "the file elsewhere."
             )
     passengers.check(folder, files, cfg.vocab_size)
     return files
@@ -198,7 +204,7 @@ def _struct(
         return release_weights.leaf_struct(leaf, spec, held, tensors, cfg, jnp.bfloat16)
     names = tensor_names.flatten(tensor_names.release_names(leaf, cfg))
     dtypes = {tensors[name].dtype for name in names}
-    # Float32 holds every number of the others.
+    # Float32 represents every value of the other dtypes.
     dtype = DTYPES[dtypes.pop() if len(dtypes) == 1 else "F32"]
     return jax.ShapeDtypeStruct(spec.shape, dtype)
 
@@ -220,18 +226,18 @@ def _index(source: _Source) -> dict[str, Any] | None:
 
 
 def _identity(source: _Source, weights: Weights) -> str:
-    """A digest of the source, as far as headers tell, and of the settings."""
+    """A digest of the settings and of the source: its headers, configuration and version."""
     infos = [
         (name, info.dtype, info.shape, str(info.file)) for name, info in _sources(source).items()
     ]
-    told = [native.VERSION, weights, source.files.config, source.version, infos]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    parts = [native.VERSION, weights, source.files.config, source.version, infos]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _units(conversion: _Conversion) -> dict[str, int]:
-    """What is written in one go, in the order of the source's files, and its bytes there.
+    """The units of work in the order of the source's files, with their bytes there.
 
-    A unit is a release tensor with its scales, or all extras of one file.
+    A unit is a release tensor, written with its scales, or all extras of one file.
     """
     units: dict[str, int] = {}
     extras = set(release.extras(conversion.tensors, conversion.config))
@@ -287,16 +293,16 @@ def _require_space(conversion: _Conversion, work: unfinished.Work, share: float)
 def _parts(
     conversion: _Conversion, stores: dict[str, Any], name: str
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Parts of arrays and what to write there, for one release tensor."""
+    """Slices of arrays and the values to write there, for one release tensor."""
     leaf, index, _ = conversion.slots[name]
     stored, held = conversion.formats[leaf], conversion.manifest.leaves[leaf]
-    where = [stores[array][index] for array in native.array_names(leaf, held)]
+    places = [stores[array][index] for array in native.array_names(leaf, held)]
     if held is not None:
         yield from zip(
-            where, release_weights.quantized(conversion.tensors, name, held), strict=True
+            places, release_weights.quantized(conversion.tensors, name, held), strict=True
         )
         return
-    [store], [array] = where, native.array_names(leaf, held)
+    [store], [array] = places, native.array_names(leaf, held)
     dtype = store.dtype.numpy_dtype
     if stored is not None:
         yield store, release_weights.dense(conversion.tensors, name, stored, dtype)
@@ -323,7 +329,7 @@ def _write_extras(conversion: _Conversion, work: unfinished.Work, unit: str) -> 
 
 
 class _Writer:
-    """Writes parts of arrays while the next are read; the journal learns of what has landed."""
+    """Writes slices of arrays while the next are read; journals a unit once it is on disk."""
 
     def __init__(self, work: unfinished.Work) -> None:
         self._work = work
@@ -332,34 +338,34 @@ class _Writer:
 
     def write(self, unit: str, parts: Iterator[tuple[Any, np.ndarray]]) -> None:
         for store, values in parts:
-            landed = store.write(values).commit
-            landed.force()
-            self._queue.append((landed, values.nbytes, None))
+            commit = store.write(values).commit
+            commit.force()
+            self._queue.append((commit, values.nbytes, None))
             self._bytes += values.nbytes
             while self._bytes > _IN_FLIGHT_BYTES:
-                self._land()
+                self._complete_oldest()
         self._queue.append((None, 0, unit))
         while self._queue and (self._queue[0][0] is None or self._queue[0][0].done()):
-            self._land()
+            self._complete_oldest()
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
+        """Wait until everything is on disk."""
         while self._queue:
-            self._land()
+            self._complete_oldest()
 
     def close(self) -> None:
-        """Wait for what has not landed, after an error: nothing is written from here on."""
+        """Wait for pending writes, ignoring their errors: nothing is written afterwards."""
         for future, _, _ in self._queue:
             if future is not None:
                 with contextlib.suppress(Exception):
                     future.result()
         self._queue.clear()
 
-    def _land(self) -> None:
+    def _complete_oldest(self) -> None:
         future, nbytes, unit = self._queue.popleft()
         self._bytes -= nbytes
         if future is not None:
-            with zarr_arrays.explained(self._work.directory, _GO_ON):
+            with zarr_arrays.explained(self._work.directory, _RESUME):
                 future.result()
         if unit is not None:
             self._work.add(unit)

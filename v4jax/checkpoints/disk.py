@@ -1,4 +1,4 @@
-"""The error of all that reads and writes checkpoints, small files, and the disk itself."""
+"""The error of everything that reads or writes checkpoints, and helpers for small files."""
 
 import json
 import os
@@ -9,23 +9,23 @@ from typing import Any
 
 from v4jax.text.files import parse_json, read_text
 
-# Told what is being done, how much of it is done, and of how much.
+# Called with the current activity, how much of it is done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's files cannot be used; the message says which, why, and what to do."""
+    """A checkpoint's files cannot be used; the message says which file, why, and what to do."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; a CheckpointError names the place of a mistake."""
+    """Read a JSON object from a file; a CheckpointError gives the position of a syntax error."""
     try:
         return parse_json(read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(
-            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}. Mend it, or download "
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}. Fix it, or download "
             "the file again."
         ) from error
     except (ValueError, RecursionError) as error:
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write a small file and see it onto the disk; without an indent, in one line."""
+    """Write a small file and flush it to disk; without an indent, on one line."""
     separators = (",", ":") if indent is None else None
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=indent, separators=separators)
@@ -43,10 +43,10 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = Non
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, or as it was before.
+    """Write a file atomically: after an error or a crash it is as it was before.
 
     Raises:
-      OSError: it cannot be written; names it.
+      OSError: the file, which the error names, cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -65,13 +65,13 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CheckpointError(
-            f"{folder}: {nbytes:,} bytes are needed and {free:,} are free; make room, or choose "
+            f"{folder}: {nbytes:,} bytes are needed and {free:,} are free; free some, or choose "
             "another disk."
         )
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames in a folder last through a power failure."""
+    """Flush a folder's entries to disk, so that renames survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""`v4jax export`: a native checkpoint to the files that it was made of."""
+"""`v4jax export`: a native checkpoint back to the files that it was converted from."""
 
 import hashlib
 import os
@@ -29,24 +29,31 @@ from v4jax.checkpoints.safetensors_file import (
 )
 from v4jax.checkpoints.zarr_arrays import DAMAGED
 
-_NAMED = {"bfloat16": "BF16", "float32": "F32"}
+_DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
 
 
 @arguments.checked(**arguments.FILES)
-def export(source: str | Path, target: str | Path, *, progress: Progress | None = None) -> None:
-    """Make a Hugging Face checkpoint; it appears under its name when it is complete.
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint; it appears under its name when it is complete.
 
-    Names, shapes and files are those of the source that was converted. With weights 'keep', so are
-    dtypes and every byte of the tensors and of the files beside them; only the headers of the
-    tensors' files are written anew. Otherwise tensors are dense, without scales, and the
-    configuration names no quantisation; DSpark's tensors stay as they were. An interrupted run
-    leaves `target` + '.unfinished', and the same call goes on there, file by file.
+    Names, shapes and files are those of the source that was converted. If it was converted with
+    weights 'keep', so are dtypes and every byte of the tensors and of the other files; only the
+    headers of the tensors' files are rewritten. Otherwise tensors are dense, without scales, and
+    the configuration has no quantisation; DSpark's tensors stay as they were. An interrupted run
+    leaves `target` + '.unfinished', and the same call resumes from it, file by file.
 
     Args:
-      source: a native checkpoint, or an id on the Hub.
-      target: a directory to be made.
-      progress: told what is being done, bytes done, and bytes in all.
+      source: a native checkpoint, or a Hub id.
+      target: directory to create.
+      revision: branch, tag or commit of a Hub id; the main branch by default.
+      progress: called with the current activity, bytes done and total bytes.
 
     Raises:
       CheckpointError: the source is not a native checkpoint or is damaged; the target exists; the
@@ -54,12 +61,12 @@ def export(source: str | Path, target: str | Path, *, progress: Progress | None 
     """
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
-    opened = Native(_resolve(source))
+    opened = Native(_resolve(source, revision))
     unfinished.check_target(target, opened.path)
     files = passengers.find(opened.path, besides=native.OWN)
     passengers.check(opened.path, files, opened.config.vocab_size)
     identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
-    tensors, index = _Tensors(opened), _kept_index(opened)
+    tensors, index = _Tensors(opened), _source_index(opened)
     weights = opened.manifest.weights
     with unfinished.begin(target, "export", identity) as work:
         write_shards(tensors.files, tensors.read, work, progress, what="exporting")
@@ -72,20 +79,22 @@ def export(source: str | Path, target: str | Path, *, progress: Progress | None 
         work.finish()
 
 
-def _resolve(source: str | Path) -> Path:
-    """The directory; of the Hub's other checkpoints the weights are not downloaded."""
+def _resolve(source: str | Path, revision: str | None) -> Path:
+    """The local directory; weights are downloaded only if it is a native checkpoint."""
     small = [native.MANIFEST, safetensors_directory.CONFIG]
-    directory = hub.resolve(source, allow_patterns=small)
+    directory = hub.resolve(source, revision=revision, allow_patterns=small)
     if not native.is_native(directory):
         return directory
-    return hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+    return hub.resolve(
+        source, revision=revision, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN
+    )
 
 
-def _kept_index(opened: Native) -> Path | None:
-    """The folder of the source's own index, where it was kept.
+def _source_index(opened: Native) -> Path | None:
+    """The folder that holds a copy of the source's own index, or None.
 
     Raises:
-      CheckpointError: it is damaged, or another checkpoint's.
+      CheckpointError: the index is damaged, or another checkpoint's.
     """
     file = opened.path / native.EXTRAS / safetensors_directory.INDEX
     if opened.manifest.index is None or not file.is_file():
@@ -97,10 +106,10 @@ def _kept_index(opened: Native) -> Path | None:
 
 
 class _Tensors:
-    """A native checkpoint as the tensors of its source, by their names there.
+    """A native checkpoint as the tensors of its source, by the source's names.
 
     Attributes:
-      files: each file's tensors in order.
+      files: tensors of each file, in order.
     """
 
     def __init__(self, opened: Native) -> None:
@@ -125,14 +134,14 @@ class _Tensors:
         return self._native.manifest.leaves[slot.leaf] is None
 
     def _declared(self, theirs: str, source: TensorInfo) -> TensorInfo | None:
-        """How a tensor is exported; None: it is not, being the scales of what is now dense."""
+        """How a tensor is exported; None for the scales of a weight that is now dense."""
         name, weights = self._ours[theirs], self._native.manifest.weights
         if name in self._extras:
             return TensorInfo(source.dtype, source.shape)
         return stored_as(name, source, self._slots, weights)
 
     def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
-        """A tensor's values, as declared."""
+        """A tensor's values, in the declared dtype and shape."""
         name, dtype = self._ours[theirs], DTYPES[declared.dtype]
         if name in self._extras:
             return self._extras[name].read(name)
@@ -157,24 +166,24 @@ class _Tensors:
 def stored_as(
     name: str, source: TensorInfo, slots: Mapping[str, tensor_names.Slot], weights: native.Weights
 ) -> TensorInfo | None:
-    """How a tensor of the model is written; None: it is not, being the scales of what is now dense.
+    """How a tensor of the model is written; None for the scales of a weight that is now dense.
 
     Args:
       name: its release name.
-      source: what it was.
-      slots: the weights' tensors.
-      weights: 'keep', or the dtype of all that need not be float32.
+      source: its declaration in the source.
+      slots: where each release tensor is stored.
+      weights: 'keep', or the dtype of everything that need not be float32.
     """
     if weights == "keep":
         return TensorInfo(source.dtype, source.shape)
     if tensor_names.is_fused(name):
-        return TensorInfo(_NAMED[weights], source.shape)
+        return TensorInfo(_DTYPE_NAMES[weights], source.shape)
     if name not in slots:
         return None
     spec = slots[name].spec
     if spec.stored == "i64":
         return TensorInfo(source.dtype, source.shape)
-    dtype = "F32" if spec.stored == "f32" else _NAMED[weights]
+    dtype = "F32" if spec.stored == "f32" else _DTYPE_NAMES[weights]
     return TensorInfo(dtype, spec.shape[spec.stack_dims :])
 
 
@@ -190,11 +199,11 @@ def write_shards(
     """Write each file that is not done yet, one tensor at a time.
 
     Args:
-      files: each file's tensors in order.
+      files: tensors of each file, in order.
       read: called once for each tensor, in order.
-      work: where, and what is done.
-      progress: told bytes done, and bytes in all.
-      what: is being done, for `progress`.
+      work: the directory to write to, and what is done.
+      progress: called with `what`, bytes done and total bytes.
+      what: current activity, for `progress`.
       written: called with each file before it counts as done.
     """
     sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in files.items()}
@@ -226,7 +235,7 @@ def write_index(
     *,
     same: bool,
 ) -> None:
-    """Write the index; `same`: sizes have not changed since `metadata` was written."""
+    """Write the index; `same` says that sizes have not changed since `metadata` was written."""
     total = sum(info.nbytes for infos in files.values() for info in infos.values())
     weight_map = {theirs: file for file, infos in files.items() for theirs in infos}
     disk.write_json(
@@ -239,7 +248,7 @@ def write_index(
 
 
 def write_config(source: Path, directory: Path, weights: native.Weights) -> None:
-    """Copy a directory's configuration; where weights become dense, it says so."""
+    """Copy a directory's configuration, without its quantisation if weights become dense."""
     file = source / safetensors_directory.CONFIG
     if weights == "keep":
         shutil.copyfile(file, directory / safetensors_directory.CONFIG)

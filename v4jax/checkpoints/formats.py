@@ -1,4 +1,4 @@
-"""How checkpoints store a quantised matrix: codes, and a scale for each block of them.
+"""How checkpoints store a quantised matrix: codes, and one scale per block of them.
 
 Axis letters: N rows, K columns of a matrix; n, k of its blocks; J bytes of a row of FP4 codes.
 """
@@ -15,24 +15,25 @@ from jaxtyping import Float32, Shaped
 from pallas_kernels import quantize
 from v4jax.model.config import ExpertDtype
 
-# Codes and scales, as one of the two layouts has them.
+# Codes and scales, in a file's layout or in the kernels'.
 Stored = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockFormat:
-    """A format of matrices whose blocks have scales.
+    """A block-quantised matrix format.
 
     Attributes:
-      name: in messages and manifests.
-      dtypes: those that files may give the codes, the usual one first.
-      codes_dtype: NumPy's, of codes in a file.
+      name: name in messages and manifests.
+      dtypes: dtypes that codes may have in a file, the usual one first.
+      codes_dtype: NumPy dtype of codes in a file.
       block: rows and columns that share a scale.
-      packed: codes in a byte.
-      decode: the values [N, K] of codes and scales, float32.
-      scales: those [n, k] that fit a matrix best.
-      codes: those of a matrix with given scales.
-      to_kernels, from_kernels: codes and scales from a file's layout to the kernels', and back.
+      packed: codes per byte.
+      decode: codes and scales to float32 values [N, K].
+      scales: a matrix to the scales [n, k] that fit it best.
+      codes: a matrix and its scales to codes.
+      to_kernels: codes and scales from a file's layout to the kernels'.
+      from_kernels: the inverse of `to_kernels`.
     """
 
     name: ExpertDtype
@@ -49,7 +50,7 @@ class BlockFormat:
     def encode(
         self, w_NK: Float32[np.ndarray, "N K"]
     ) -> tuple[Shaped[np.ndarray, "N J"], Shaped[np.ndarray, "n k"]]:
-        """A matrix in this format."""
+        """Quantise a matrix: its codes and scales."""
         scale_nk = self.scales(w_NK)
         return self.codes(w_NK, scale_nk), scale_nk
 
@@ -91,7 +92,7 @@ QUANTISED = {form.name: form for form in (FP8, FP4)}
 # None: dense, a tensor of its values.
 Format = BlockFormat | None
 BY_NAME: dict[str, Format] = {"dense": None, **QUANTISED}
-# Of each way in which the release stores a weight (`params.Stored`), what else a file may have.
+# For each quantised `params.Stored`, the formats that a file may use; dense is always allowed.
 ALLOWED: dict[str, tuple[BlockFormat, ...]] = {"fp8": (FP8,), "expert": (FP8, FP4)}
 
 

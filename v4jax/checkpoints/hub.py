@@ -1,6 +1,6 @@
-"""Checkpoints from the Hugging Face Hub: the whole of one, or one shard at a time.
+"""Checkpoints from the Hugging Face Hub: entire ones, or one shard at a time.
 
-Cache, tokens, resuming and offline mode are huggingface_hub's; it is imported at the first use.
+Cache, tokens, resuming and offline mode are huggingface_hub's, which is imported on first use.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from v4jax.checkpoints.safetensors_file import (
 # A small trained model, in the release format.
 TINY = Path(str(resources.files("v4jax") / "data" / "tiny"))
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# Weights, configuration and tokenizer: not the code or the papers beside them.
-# A native checkpoint has its weights in a folder of that name.
+# Weights, configuration and tokenizer, but not code or papers.
+# Native checkpoints keep their weights in weights/.
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "weights/*")
 _LOG_IN = "log in with 'hf auth login' or set HF_TOKEN"
 
@@ -40,23 +40,23 @@ def resolve(
     allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The directory of a checkpoint or an adapter, downloaded if it is not here.
+    """The local directory of a checkpoint or an adapter, downloaded if needed.
 
     Args:
-      path_or_id: see `local`; else `organisation/name`, a Hub id.
-      revision: branch, tag or commit on the Hub; its main branch without.
-      allow_patterns: files to download; weights, configuration and tokenizer without.
-      ignore_patterns: of these, files not to download.
+      path_or_id: anything that `local` finds; else a Hub id, `organisation/name`.
+      revision: branch, tag or commit on the Hub; by default the main branch.
+      allow_patterns: files to download; by default weights, configuration and tokenizer.
+      ignore_patterns: files to leave out of these.
 
     Raises:
-      CheckpointError: it is neither here nor to be had, and why.
+      CheckpointError: it is not here and cannot be downloaded; the message says why.
     """
-    if (path := local(path_or_id)) is not None:
+    if (path := local(path_or_id, revision)) is not None:
         return path
     repo_id = str(path_or_id)
     if not _ID.fullmatch(repo_id):
         raise CheckpointError(
-            f"{repo_id}: no such file or directory, and no Hub id either: those look like "
+            f"{repo_id}: no such file or directory, and not a Hub id either; those look like "
             "deepseek-ai/DeepSeek-V4-Flash."
         )
     import huggingface_hub
@@ -73,17 +73,28 @@ def resolve(
         )
 
 
-def local(path_or_id: str | Path) -> Path | None:
-    """What exists as a path is that path; else 'tiny' is the model that the package brings."""
+def local(path_or_id: str | Path, revision: str | None = None) -> Path | None:
+    """The path if it exists; else for 'tiny' the package's own checkpoint, or None.
+
+    Raises:
+      CheckpointError: there is a revision, which only the Hub's repositories have.
+    """
     path = Path(os.path.expanduser(path_or_id))
-    if os.path.exists(path):  # `Path.exists` raises where a name is too long
-        return path
-    return TINY if str(path_or_id) == "tiny" else None
+    if not os.path.exists(path):  # `Path.exists` raises if a name is too long
+        if str(path_or_id) != "tiny":
+            return None
+        path = TINY
+    if revision is not None:
+        raise CheckpointError(
+            f"{path_or_id}: is on this machine and has no revisions; leave revision "
+            f"{revision!r} out, or give a Hub id."
+        )
+    return path
 
 
 @contextlib.contextmanager
 def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of huggingface_hub, and of the libraries under it, into a sentence."""
+    """Turn errors of huggingface_hub, and of its dependencies, into a CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -95,39 +106,41 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     match error:
         case errors.GatedRepoError():
-            return f"the Hub asks who you are: accept the terms on its page there, then {_LOG_IN}."
+            return f"the Hub's repository is gated: accept the terms on its page, then {_LOG_IN}."
         case errors.RepositoryNotFoundError():
             return (
-                "no such directory here, and the Hub has no such repository or keeps it private. "
-                f"Check the spelling; for a private one, {_LOG_IN}."
+                "no such directory here, and no such public repository on the Hub. "
+                f"Check the spelling; for a private repository, {_LOG_IN}."
             )
         case errors.RevisionNotFoundError():
             return f"the Hub's repository has no revision {revision!r}; its page there lists them."
         case errors.RemoteEntryNotFoundError():
-            return "the Hub's repository lacks a file that a checkpoint has; see its page there."
+            return (
+                "the Hub's repository lacks a file that a checkpoint must have; see its page there."
+            )
         case _ if constants.HF_HUB_OFFLINE:
             return (
-                "no such directory here, and the Hub's cache does not hold all of it while "
-                "HF_HUB_OFFLINE is set. Unset it to download."
+                "no such directory here, and the Hub's cache lacks some or all of it. "
+                "HF_HUB_OFFLINE is set; unset it to download."
             )
     detail = " ".join(str(error.__cause__ or error).split())
     return (
         f"no such directory here, and the Hub could not be used: {detail:.200}. Check network, "
-        "proxy, disk and HF_ENDPOINT, then try again: finished files are kept."
+        "proxy, disk and HF_ENDPOINT, then try again: finished downloads are kept."
     )
 
 
 class HubCheckpoint:
     """A checkpoint on the Hub with the interface of `safetensors_directory.Checkpoint`.
 
-    Only the headers are fetched at `open`. A shard is downloaded when it is read from, and the one
-    before it is deleted: read in the order of `names`, or every change of shard is a download.
-    Shards that the Hub's cache holds already are read there and stay.
+    `open` fetches headers only. Reading from a shard downloads it and deletes the one before it:
+    read in the order of `names`, as every change of shard is a download. Shards that the Hub's
+    cache already holds are read from there and kept.
 
     Attributes:
       repo_id: the repository.
-      config: `config.json`.
-      names: all tensors, shard by shard, in the order of their bytes.
+      config: contents of `config.json`.
+      names: all tensors, shard by shard, in byte order.
     """
 
     def __init__(
@@ -157,17 +170,17 @@ class HubCheckpoint:
         Args:
           repo_id: `organisation/name`.
           scratch: a directory with room for the largest shard.
-          revision: branch, tag or commit; fixed to a commit here. The main branch without.
+          revision: branch, tag or commit, resolved to a commit here; by default the main branch.
 
         Raises:
-          CheckpointError: there is no such checkpoint to be had, or it is not as it should be.
+          CheckpointError: the checkpoint cannot be fetched, or is malformed.
         """
         import huggingface_hub
 
         api = huggingface_hub.HfApi()
         with _explained(repo_id, revision):
-            found = api.model_info(repo_id, revision=revision)
-        commit = str(found.sha)
+            repo = api.model_info(repo_id, revision=revision)
+        commit = str(repo.sha)
 
         def get(name: str) -> Path:
             with _explained(repo_id, commit):
@@ -180,7 +193,7 @@ class HubCheckpoint:
             return check_entries(Path(repo_id, name), entries)
 
         config = disk.read_json(get(safetensors_directory.CONFIG))
-        files = {sibling.rfilename for sibling in found.siblings or ()}
+        files = {sibling.rfilename for sibling in repo.siblings or ()}
         if safetensors_directory.SINGLE in files:
             shards = {safetensors_directory.SINGLE: header(safetensors_directory.SINGLE)}
         else:
@@ -193,7 +206,7 @@ class HubCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total bytes of all tensors."""
         return sum(info.nbytes for info in self._infos.values())
 
     def info(self, name: str) -> TensorInfo:
@@ -201,11 +214,11 @@ class HubCheckpoint:
         return lookup(self._infos, name, self.repo_id)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A view as `SafetensorsFile.read` gives it; its shard takes disk while the view lives."""
+        """A view as from `SafetensorsFile.read`; its shard occupies disk space while it lives."""
         return self._hold(lookup(self._shard_of, name, self.repo_id)).read(name, rows)
 
     def shards(self) -> Iterator[SafetensorsFile]:
-        """The files in order, each deleted when the next is taken."""
+        """Yield the files in order; each is deleted when the next is requested."""
         for shard in self._shards:
             yield self._hold(shard)
 
@@ -231,7 +244,7 @@ class HubCheckpoint:
             )
 
     def close(self) -> None:
-        """Delete the shard at hand, and what an interrupted run left."""
+        """Delete the current shard, and what an interrupted run left."""
         if self._held is not None:
             self._held[1].close()
             self._held = None

@@ -1,12 +1,12 @@
-"""Native checkpoints: the model's own arrays, stacked as it holds them, in Orbax's layout.
+"""Native checkpoints: the model's own arrays, stacked as in the model, in Orbax's layout.
 
 ```
-config.json, tokenizer.json, ...   the source's, all but weights and hidden files
+config.json, tokenizer.json, ...   copied from the source: all but weights and hidden files
 v4jax.json                         `Manifest`
-weights/                           an Orbax checkpoint: {leaf: array}, {leaf}.codes and {leaf}.scale
-                                   where it is quantised
+weights/                           an Orbax checkpoint: an array for each leaf, or {leaf}.codes and
+                                   {leaf}.scale if it is quantised
 extras/                            tensors that the model does not run, as safetensors; and the
-                                   source's index, where the tensors are as it has them
+                                   source's index, if weights were kept as they were
 ```
 
 Axis letters: N rows, K columns of a stored matrix.
@@ -40,18 +40,18 @@ from v4jax.model.transformer import Model
 Weights = Literal["keep", "bfloat16", "float32"]
 MANIFEST, WEIGHTS, EXTRAS = "v4jax.json", "weights", "extras"
 VERSION = 1
-OWN = (MANIFEST, WEIGHTS, EXTRAS)  # beside what is the source's
+OWN = (MANIFEST, WEIGHTS, EXTRAS)  # names that are not copied from the source
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What v4jax.json says.
+    """The contents of v4jax.json.
 
     Attributes:
-      weights: what conversion was asked for.
-      leaves: how each leaf is held.
-      sources: the tensors of the files that this was made of, in their order and names.
-      index: the metadata of their index; None where there was a single file without one.
+      weights: the `weights` argument of the conversion.
+      leaves: how each leaf is stored.
+      sources: tensors of the source's files, in their order and under their names.
+      index: metadata of the source's index; None if it had a single file without one.
     """
 
     weights: Weights
@@ -73,16 +73,16 @@ class Manifest:
 
 
 def is_native(path: Path) -> bool:
-    """Whether this is a finished native checkpoint."""
+    """Whether a path is a finished native checkpoint."""
     return (path / MANIFEST).is_file()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a native checkpoint; a CheckpointError says why there is none."""
+    """Read a native checkpoint's manifest; a CheckpointError says why there is none."""
     unfinished.refuse_unfinished(path)
     if not is_native(path):
         raise CheckpointError(
-            f"{path}: is not a native checkpoint: it has no {MANIFEST}. Make one with "
+            f"{path}: is not a native checkpoint: it has no {MANIFEST}. Create one with "
             "'v4jax convert'."
         )
     file = path / MANIFEST
@@ -90,12 +90,12 @@ def read_manifest(path: Path) -> Manifest:
     if raw.get("version") != VERSION:
         raise CheckpointError(
             f"{file}: has format version {raw.get('version')!r}; this v4jax reads {VERSION}. "
-            "Use the v4jax that made it, or convert the checkpoint again."
+            "Use the v4jax that wrote it, or convert the checkpoint again."
         )
     try:
         sources = {
-            name: TensorInfo(dtype, tuple(shape), Path(_inside(where)))
-            for name, (dtype, shape, where) in raw["sources"].items()
+            name: TensorInfo(dtype, tuple(shape), Path(_inside(file_name)))
+            for name, (dtype, shape, file_name) in raw["sources"].items()
         }
         leaves = {leaf: BY_NAME[name] for leaf, name in raw["leaves"].items()}
         return Manifest(raw["weights"], leaves, sources, raw["index"])
@@ -106,12 +106,12 @@ def read_manifest(path: Path) -> Manifest:
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"file {name!r} lies outside the directory")
+        raise ValueError(f"file {name!r} is outside the directory")
     return name
 
 
 def read_config(path: Path, manifest: Manifest) -> ModelConfig:
-    """The configuration of what the checkpoint holds."""
+    """The configuration of the weights that the checkpoint holds."""
     cfg = config_file.read(path / safetensors_directory.CONFIG)
     if not any(leaf.startswith("mtp.") for leaf in manifest.leaves):
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
@@ -135,11 +135,11 @@ class Native:
         self.arrays = Arrays(path / WEIGHTS)
 
     def dense(self, leaf: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A part of a leaf that is held dense."""
+        """A slice of a leaf that is stored dense."""
         return self.read(leaf, index)
 
     def read(self, array: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A part of an array, whose values are checked."""
+        """A slice of an array, its values checked."""
         values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
         leaf = array.removesuffix(".scale")
         if leaf != array and self.manifest.leaves.get(leaf) is not None:
@@ -151,13 +151,13 @@ class Native:
         return values
 
     def stored(self, leaf: str, index: tuple[int, ...]) -> Stored:
-        """Codes [N, K] and scales of one quantised matrix, as in the files they came from."""
+        """Codes [N, K] and scales of one quantised matrix, in a file's layout."""
         stored = self._quantised(leaf)
         codes, scale = (self.read(name, index) for name in array_names(leaf, stored))
         return stored.from_kernels(codes, scale)
 
     def matrix(self, leaf: str, index: tuple[int, ...]) -> np.ndarray:
-        """One quantised matrix [N, K], decoded, in float32."""
+        """One quantised matrix [N, K], decoded to float32."""
         return self._quantised(leaf).decode(*self.stored(leaf, index))
 
     def _quantised(self, leaf: str) -> BlockFormat:
@@ -174,14 +174,14 @@ def load(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
-    """The model's weights in `dtype`, each host reading what its devices hold.
+    """Load the model's weights in `dtype`; each host reads only what its devices hold.
 
     Args:
       path: a native checkpoint.
-      dtype: of everything that need not be float32 or integer.
-      keep_quantised: hold FP8 and FP4 as they are, where the checkpoint has them.
-      mesh: where to put the weights; the first device without.
-      progress: told what is being done, leaves done, and leaves in all.
+      dtype: dtype of everything that need not be float32 or integer.
+      keep_quantised: keep the checkpoint's FP8 and FP4 weights quantised.
+      mesh: mesh to put the weights on; by default they go to the first device.
+      progress: called with the current activity, leaves done and total leaves.
 
     Raises:
       CheckpointError: it is not a native checkpoint, is unfinished, or is damaged.
@@ -206,7 +206,7 @@ def load(
 
 
 def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantised: bool) -> Any:
-    """The leaf as it will be held; what is on the disk must fit it."""
+    """The leaf as it will be in memory; raises unless the arrays on disk fit it."""
     stored = native.manifest.leaves[name]
     on_disk = params.leaf_struct(spec, dtype, stored and stored.name)
     if stored is not None:
@@ -214,19 +214,19 @@ def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantis
         scale = jax.ShapeDtypeStruct(on_disk.scale.shape, scale)
         on_disk = dataclasses.replace(on_disk, scale=scale)
     for array, struct in zip(array_names(name, stored), jax.tree.leaves(on_disk), strict=True):
-        found = native.arrays[array].shape
-        if tuple(found) != struct.shape:
+        shape = native.arrays[array].shape
+        if tuple(shape) != struct.shape:
             raise CheckpointError(
-                f"{native.path / WEIGHTS / array}: has shape {list(found)}; the configuration "
+                f"{native.path / WEIGHTS / array}: has shape {list(shape)}; the configuration "
                 f"needs {list(struct.shape)}. {DAMAGED}"
             )
     return on_disk if keep_quantised else params.leaf_struct(spec, dtype)
 
 
 def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
-    def make(array: str, part: Any, lies: Any) -> jax.Array:
+    def make(array: str, part: Any, placement: Any) -> jax.Array:
         fill = lambda index: native.read(array, index).astype(part.dtype, copy=False)
-        return jax.make_array_from_callback(part.shape, lies, fill)
+        return jax.make_array_from_callback(part.shape, placement, fill)
 
     if native.manifest.leaves[name] is None:
         return make(name, struct, place)
@@ -241,11 +241,11 @@ def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
 
 
 def _decoded(native: Native, name: str, index: tuple[slice, ...], struct: Any) -> np.ndarray:
-    """The part `index` of a quantised leaf, decoded matrix by matrix."""
+    """The slice `index` of a quantised leaf, decoded matrix by matrix."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, struct.shape, strict=True)]
     out = np.empty([len(part) for part in ranges], struct.dtype)
     *stack, _, _ = ranges
-    for place in np.ndindex(*(len(part) for part in stack)):
-        at = tuple(part[i] for part, i in zip(stack, place, strict=True))
-        out[place] = native.matrix(name, at)[index[-2:]].astype(struct.dtype)
+    for position in np.ndindex(*(len(part) for part in stack)):
+        at = tuple(part[i] for part, i in zip(stack, position, strict=True))
+        out[position] = native.matrix(name, at)[index[-2:]].astype(struct.dtype)
     return out

@@ -1,4 +1,4 @@
-"""A checkpoint's directory, native or Hugging Face's, before its weights are read."""
+"""A checkpoint directory, native or Hugging Face, before its weights are read."""
 
 import dataclasses
 import os
@@ -26,21 +26,21 @@ class OpenCheckpoint:
     """A directory whose configuration has been read.
 
     Attributes:
-      directory: of either kind.
-      config: what it says; weights that it promises may turn out to be missing.
+      directory: a native or a Hugging Face checkpoint.
+      config: its configuration; weights that it defines may turn out to be missing.
     """
 
     directory: Path
     config: ModelConfig
 
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, if it has one; see `passengers.tokenizer`."""
+        """The checkpoint's tokenizer, if it has one; see `passengers.tokenizer`."""
         return passengers.tokenizer(self.directory, self.config.vocab_size)
 
     def load(
         self, dtype: Any, *, keep_quantised: bool, mesh: Mesh | None, progress: Progress | None
     ) -> tuple[Model, ModelConfig]:
-        """Its weights, and the configuration of just these; see `native.load`."""
+        """Load the weights, and the configuration that matches them; see `native.load`."""
         read: Any = native.load if native.is_native(self.directory) else release_weights.load
         model, cfg = read(
             self.directory, dtype=dtype, keep_quantised=keep_quantised, mesh=mesh, progress=progress
@@ -53,7 +53,7 @@ def open_checkpoint(directory: Path) -> OpenCheckpoint:
     """Read a directory's configuration.
 
     Raises:
-      CheckpointError: it is neither kind of checkpoint, or what says so is damaged.
+      CheckpointError: it is neither kind of checkpoint, or its configuration is damaged.
     """
     if native.is_native(directory):
         cfg = native.read_config(directory, native.read_manifest(directory))

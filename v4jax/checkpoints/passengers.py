@@ -1,8 +1,8 @@
-"""The files beside a checkpoint's weights: which they are, that they are whole, and their copies.
+"""The files next to a checkpoint's weights: finding, checking and copying them.
 
-Whatever makes a checkpoint out of another takes them along: licence, model card, encoding,
-tokenizer, settings of generation. Left out are hidden files, and weights in other formats, which
-may not be those of the checkpoint that is made.
+Whatever creates a checkpoint from another copies them: licence, model card, encoding, tokenizer,
+generation settings. Hidden files are left out, and so are weights in other formats, which may not
+match the new checkpoint's.
 """
 
 import json
@@ -16,9 +16,9 @@ from v4jax.checkpoints.disk import CheckpointError, sync_directory
 from v4jax.text.tokenizer import Tokenizer
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-# As patterns for the Hub: weights in other formats.
+# Weights in other formats, as patterns for the Hub.
 FOREIGN = tuple(f"*{suffix}" for suffix in _SUFFIXES if suffix != ".safetensors")
-# Written by whoever makes a checkpoint.
+# Written, not copied, by whatever creates a checkpoint.
 _WRITTEN = (safetensors_directory.CONFIG, safetensors_directory.INDEX)
 _OBJECTS = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -36,17 +36,17 @@ def tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     file = directory / TOKENIZER
     if not file.exists():
         return None
-    text = Tokenizer.load(file)
-    if text.vocab_size > vocab_size:
+    loaded = Tokenizer.load(file)
+    if loaded.vocab_size > vocab_size:
         raise CheckpointError(
-            f"{file}: {text.vocab_size} tokens, but the model's vocabulary has {vocab_size}. Take "
-            "the tokenizer of this checkpoint."
+            f"{file}: has {loaded.vocab_size} tokens, but the model's vocabulary has {vocab_size}. "
+            "Use this checkpoint's own tokenizer."
         )
-    return text
+    return loaded
 
 
 def find(directory: Path, *, besides: Collection[str] = ()) -> list[PurePath]:
-    """The passengers, relative to the directory; not those below the names `besides`."""
+    """The files to copy, relative to the directory; top-level names in `besides` are skipped."""
     return [
         inside
         for inside in _files(directory)
@@ -57,7 +57,7 @@ def find(directory: Path, *, besides: Collection[str] = ()) -> list[PurePath]:
 
 
 def _files(directory: Path) -> Iterator[PurePath]:
-    """All files that are not hidden. Links are followed, but to no folder twice."""
+    """All files that are not hidden. Links are followed, but no folder is visited twice."""
     visited = set()
     for folder, folders, names in os.walk(directory, followlinks=True):
         visited.add(os.path.realpath(folder))
@@ -73,20 +73,20 @@ def _files(directory: Path) -> Iterator[PurePath]:
 
 
 def check(directory: Path, files: Collection[PurePath], vocab_size: int) -> None:
-    """Refuse damaged files before anything is made of them.
+    """Reject damaged files before anything is created from them.
 
     Args:
-      directory: of the checkpoint.
-      files: as `find` gives them.
-      vocab_size: of the model.
+      directory: the checkpoint's directory.
+      files: files from `find`.
+      vocab_size: vocabulary size of the model.
 
     Raises:
-      ValueError: naming the file.
+      ValueError: a file is damaged or missing; the message names it.
     """
     for inside in files:
         file = directory / inside
         if not file.is_file():
-            raise CheckpointError(f"{file}: is a link to nothing; mend or remove it.")
+            raise CheckpointError(f"{file}: is a broken link; fix or remove it.")
         if len(inside.parts) == 1:
             _check_format(file)
     tokenizer(directory, vocab_size)
@@ -103,17 +103,17 @@ def _check_format(file: Path) -> None:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        kind = "JSON" if file.suffix == ".json" else "text in UTF-8"
+        kind = "JSON" if file.suffix == ".json" else "UTF-8 text"
         raise CheckpointError(
-            f"{file}: is no {kind} ({error!s:.100}); mend it, or download the file again."
+            f"{file}: is not {kind} ({error!s:.100}); fix it, or download the file again."
         ) from error
 
 
 def copy(directory: Path, files: Collection[PurePath], target: Path) -> None:
-    """Copy them to the same places below the target, and see them onto the disk."""
+    """Copy files to the same relative paths below the target, and flush them to disk."""
     for inside in files:
-        place = target / inside
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(safetensors_directory.locate(directory, str(inside)), place)
-        for path in (place, place.parent):
+        copied = target / inside
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(safetensors_directory.locate(directory, str(inside)), copied)
+        for path in (copied, copied.parent):
             sync_directory(path)

@@ -1,4 +1,4 @@
-"""Checkpoints in the release format with random weights, of any configuration.
+"""Checkpoints in the release format with random weights, for any configuration.
 
 Axis letters: V vocabulary, D hidden.
 """
@@ -27,7 +27,7 @@ from v4jax.text.demo_tokenizer import build_demo_tokenizer
 from v4jax.text.tokenizer import Tokenizer
 
 _SHARDS = 2
-# Wide enough that nearly all draws are words, and narrow enough that they vary.
+# Large enough that nearly all sampled tokens are words, small enough that they vary.
 _HEAD_STD = 0.35
 
 
@@ -47,18 +47,19 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint in the release format with random weights; all of it is held in memory.
 
-    Without a tokenizer it gets one, and the head's rows are 0 but for those of whole words, so that
-    the model writes words. The directory appears when it is complete.
+    Without a tokenizer, a demo one is written, and the head's rows are 0 except for entire words,
+    so that the model writes words. The directory appears when it is complete.
 
     Args:
-      directory: to be made; may exist if empty.
-      cfg: `quantized` and `expert_dtype` say what is FP8 and FP4; 270 tokens or more.
-      seed: equal seeds make equal bytes.
-      tokenizer: the model's.
+      directory: directory to create; may exist if empty.
+      cfg: configuration; `quantized` and `expert_dtype` select FP8 and FP4. A demo tokenizer needs
+        a vocabulary of 270 or more.
+      seed: equal seeds give equal bytes.
+      tokenizer: tokenizer to write; by default a demo one.
 
     Raises:
-      ValueError: the directory has something in it, the vocabulary is too small, or the experts
-        cannot be FP4.
+      ValueError: the directory is not empty, the vocabulary is too small, or the experts cannot be
+        FP4.
     """
     words = None
     if tokenizer is None:
@@ -86,14 +87,16 @@ def _generation_config(cfg: ModelConfig) -> dict[str, object]:
 
 
 def _words(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are a space and a word, and the beginning of no other token."""
+    """Tokens that are a space and a word, and not a prefix of another such token."""
     texts = {
         i: tokenizer.token_bytes(i).decode(errors="replace") for i in range(tokenizer.vocab_size)
     }
     words = sorted((text, i) for i, text in texts.items() if text[:1] == " " and text[1:].isalpha())
-    # Sorted, a word is followed by those that it begins.
-    nexts = [text for text, _ in words[1:]] + [""]
-    return [i for (text, i), after in zip(words, nexts, strict=True) if not after.startswith(text)]
+    # In sorted order, a prefix is followed directly by a word that it begins.
+    following = [text for text, _ in words[1:]] + [""]
+    return [
+        i for (text, i), after in zip(words, following, strict=True) if not after.startswith(text)
+    ]
 
 
 def _arrays(
@@ -124,7 +127,7 @@ def _values(spec: ParamSpec, rng: np.random.Generator) -> np.ndarray:
 def _stored(
     name: str, values: np.ndarray, spec: ParamSpec, cfg: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that hold a weight in the release: itself, or its codes and scales."""
+    """The tensors that store a weight in the release: itself, or its codes and scales."""
     match cfg.expert_dtype if spec.stored == "expert" else spec.stored:
         case "fp8" | "fp4" as stored if cfg.quantized:
             codes, scale = QUANTISED[stored].encode(values)

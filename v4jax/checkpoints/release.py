@@ -1,4 +1,4 @@
-"""A checkpoint, however its files spell things, as the release's tensors; and what must be in it.
+"""A checkpoint in any spelling as the release's tensors, and checks of what it must contain.
 
 Axis letters: E experts, F expert hidden, N rows, K columns.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from v4jax.checkpoints import tensor_names, tensor_values
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import ALLOWED, Format, name_of
+from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
@@ -25,7 +26,7 @@ _INTEGERS = ("I64", "I32")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A release tensor: where it lies, its dtype and shape, how to read it or some of its rows."""
+    """A release tensor: its file, dtype and shape, and how to read it or some of its rows."""
 
     name: str
     dtype: str
@@ -35,9 +36,9 @@ class Tensor:
 
 
 class Release:
-    """Tensors of a checkpoint by release name, whose values are checked when they are read."""
+    """Tensors of a checkpoint by release name; values are checked as they are read."""
 
-    def __init__(self, files: Any, cfg: ModelConfig) -> None:
+    def __init__(self, files: TensorFiles, cfg: ModelConfig) -> None:
         self._experts = cfg.n_routed_experts
         self._sound: set[str] = set()
         translate = tensor_names.to_release(files.names)
@@ -52,7 +53,7 @@ class Release:
                 self.tensors[tensor.name] = self._checked(tensor)
 
     def _checked(self, tensor: Tensor) -> Tensor:
-        """The tensor with a `read` that refuses bad values, until all have been read once."""
+        """The tensor with a `read` that rejects bad values, until all have been read once."""
 
         def read(rows: slice | None = None) -> np.ndarray:
             values = tensor.read(rows)
@@ -80,30 +81,30 @@ class Release:
         return name in self.tensors
 
 
-def _views(files: Any, theirs: str, name: str) -> Iterator[Tensor]:
+def _views(files: TensorFiles, theirs: str, name: str) -> Iterator[Tensor]:
     """The release tensors inside one stored tensor: itself, or the matrices of fused experts."""
     info = files.info(theirs)
     if not tensor_names.is_fused(name):
-        whole = lambda rows=None: files.read(theirs, rows)
-        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), whole)
+        read_all = lambda rows=None: files.read(theirs, rows)
+        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read_all)
         return
     if len(info.shape) != 3:
         raise CheckpointError(
-            f"{info.file}: '{theirs}' has shape {list(info.shape)}; fused experts have 3 dims."
+            f"{info.file}: '{theirs}' has shape {list(info.shape)}; fused experts need 3 dims."
         )
-    for matrix, e, own in tensor_names.of_fused(name, info.shape):
+    for matrix, e, part in tensor_names.of_fused(name, info.shape):
 
-        def read(rows: slice | None = None, e: int = e, own: slice = own) -> np.ndarray:
-            return files.read(theirs, slice(e, e + 1))[0, own][rows or slice(None)]
+        def read(rows: slice | None = None, e: int = e, part: slice = part) -> np.ndarray:
+            return files.read(theirs, slice(e, e + 1))[0, part][rows or slice(None)]
 
-        shape = (own.stop - own.start, info.shape[2])
+        shape = (part.stop - part.start, info.shape[2])
         yield Tensor(matrix, info.dtype, shape, str(info.file), read)
 
 
 def fit_config(release: Release, cfg: ModelConfig) -> ModelConfig:
-    """The configuration of what the files hold.
+    """The configuration, without MTP layers if the files hold none.
 
-    transformers writes `num_nextn_predict_layers` and drops the MTP tensors themselves.
+    transformers keeps `num_nextn_predict_layers` but drops the MTP tensors.
     """
     if cfg.num_nextn_predict_layers and not any(n.startswith("mtp.") for n in release.tensors):
         return dataclasses.replace(cfg, num_nextn_predict_layers=0)
@@ -111,17 +112,19 @@ def fit_config(release: Release, cfg: ModelConfig) -> ModelConfig:
 
 
 def extras(release: Release, cfg: ModelConfig) -> list[str]:
-    """Tensors that the model does not run but conversion keeps: DSpark's."""
+    """Tensors that the model does not use but conversion keeps: DSpark's."""
     if cfg.dspark is None:
         return []
     return sorted(name for name in release.tensors if name.startswith("mtp."))
 
 
 def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
-    """Check every tensor's presence, dtype and shape; say how each leaf is stored.
+    """Check every tensor's presence, dtype and shape; return how each leaf is stored.
+
+    Only declarations are checked; no values are read.
 
     Raises:
-      CheckpointError: naming file, tensor and remedy; nothing has been read by then.
+      CheckpointError: the message says which file and tensor, and what to do.
     """
     formats: dict[str, Format] = {}
     known = set(extras(release, cfg))
@@ -129,9 +132,9 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
         names = list(tensor_names.flatten(tensor_names.release_names(leaf, cfg)))
         if missing := [name for name in names if name not in release]:
             raise CheckpointError(_missing(missing, release))
-        found: set[Format] = {_check_one(release, name, spec) for name in names}
-        _check_alike(release, names[0], map(name_of, found))
-        formats[leaf] = found.pop()
+        stored: set[Format] = {_check_one(release, name, spec) for name in names}
+        _check_alike(release, names[0], map(name_of, stored))
+        formats[leaf] = stored.pop()
         known.update(names)
         if formats[leaf] is not None:
             scales = [tensor_names.scale_name(name) for name in names]
@@ -146,20 +149,20 @@ def check(release: Release, cfg: ModelConfig) -> dict[str, Format]:
     return formats
 
 
-def _check_alike(release: Release, name: str, found: Iterable[str]) -> None:
-    if len(different := sorted(set(found))) > 1:
+def _check_alike(release: Release, name: str, formats: Iterable[str]) -> None:
+    if len(different := sorted(set(formats))) > 1:
         raise CheckpointError(
-            f"{release[name].file}: '{name}' and its like in other layers are stored in different "
-            f"formats ({', '.join(different)}); convert them to one first."
+            f"{release[name].file}: '{name}' and its counterparts are stored in different formats "
+            f"({', '.join(different)}); convert them to the same one first."
         )
 
 
 def _missing(missing: list[str], release: Release) -> str:
     near = difflib.get_close_matches(missing[0], release.tensors, n=1)
-    hint = f"the nearest there is '{near[0]}'" if near else "nothing like it is there"
+    hint = f"the nearest name is '{near[0]}'" if near else "there is no similar name"
     return (
         f"Tensor '{missing[0]}' is missing ({len(missing)} of its kind); {hint}. "
-        "Check that config.json belongs to these files and that every shard is there."
+        "Check that config.json belongs to these files and that no shard is missing."
     )
 
 
@@ -209,7 +212,7 @@ def _check_scale(
     if scale not in release:
         raise CheckpointError(
             f"{release[name].file}: '{name}' is quantised, but its scales '{scale}' are missing. "
-            "Get the whole checkpoint."
+            "Get the complete checkpoint."
         )
     tensor = release[scale]
     if tensor.dtype not in _SCALES:
@@ -217,5 +220,5 @@ def _check_scale(
     if tensor.shape != expected:
         raise CheckpointError(
             f"{tensor.file}: '{scale}' has shape {list(tensor.shape)}; a weight of "
-            f"{list(shape)} has scales {list(expected)}."
+            f"{list(shape)} needs scales {list(expected)}."
         )

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face checkpoint onto devices, reading only what each device holds.
+"""Load weights from a Hugging Face checkpoint, reading only what each device holds.
 
 Axis letters: N rows, K columns of a stored matrix.
 """
@@ -22,12 +22,12 @@ from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
 from v4jax.model.transformer import Model
 
-# Reads one stored tensor, by release name, into the form that an array of a leaf holds.
+# Reads a tensor, by release name, in the layout of the leaf's arrays.
 _Read = Callable[[str], np.ndarray]
 
 
 def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
-    """A Hugging Face directory, checked: its tensors, its configuration, how leaves are stored.
+    """Open and check a Hugging Face directory: tensors, configuration, and formats of leaves.
 
     Raises:
       CheckpointError: the directory is not a DeepSeek-V4 checkpoint, or is damaged.
@@ -48,7 +48,7 @@ def load(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
-    """The model's weights in `dtype`; with `keep_quantised`, FP8 and FP4 stay as they are."""
+    """Load the model's weights in `dtype`; `keep_quantised` leaves FP8 and FP4 quantised."""
     tensors, cfg, formats = open_release(path)
     declared = Model(cfg)
     held: dict[str, Format] = formats if keep_quantised else dict.fromkeys(formats)
@@ -72,7 +72,7 @@ def load(
 def leaf_struct(
     name: str, spec: ParamSpec, held: Format, tensors: Release, cfg: ModelConfig, dtype: Any
 ) -> Any:
-    """The leaf as ShapeDtypeStructs, held dense in `dtype` or quantised as stored."""
+    """The leaf as ShapeDtypeStructs, dense in `dtype` or quantised as `held` says."""
     if held is None:
         return params.leaf_struct(spec, dtype)
     struct = params.leaf_struct(spec, dtype, held.name)
@@ -84,22 +84,22 @@ def leaf_struct(
 
 
 def placements(declared: Model, structs: Any, mesh: Mesh | None) -> Any:
-    """Where each array of the model goes: as `sharding.RULES` say, or onto the first device."""
+    """The sharding of each array of the model: by `sharding.RULES`, or on the first device."""
     if mesh is not None:
         return sharding.shardings(declared, mesh, structs)
-    here = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda _: here, structs)
+    first = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: first, structs)
 
 
 def _make_leaf(
     name: str, struct: Any, place: Any, stored: Format, tensors: Release, cfg: ModelConfig
 ) -> Any:
-    """One leaf on its devices; each device's part is read when it is asked for."""
+    """One leaf on its devices; each device's slice is read when JAX requests it."""
     names = tensor_names.release_names(name, cfg)
 
-    def make(part: Any, lies: Any, read: _Read) -> jax.Array:
+    def make(part: Any, placement: Any, read: _Read) -> jax.Array:
         fill = lambda index: _gather(names, index, part, read)
-        return jax.make_array_from_callback(part.shape, lies, fill)
+        return jax.make_array_from_callback(part.shape, placement, fill)
 
     if stored is not None and not isinstance(struct, jax.ShapeDtypeStruct):
         return dataclasses.replace(
@@ -111,7 +111,7 @@ def _make_leaf(
 
 
 def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> np.ndarray:
-    """The part `index` of an array stacked from many tensors."""
+    """The slice `index` of an array stacked from many tensors."""
     lengths = [
         len(range(*part.indices(size))) for part, size in zip(index, struct.shape, strict=True)
     ]
@@ -129,12 +129,12 @@ def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> n
 
 
 def quantized(tensors: Release, name: str, stored: BlockFormat) -> Stored:
-    """A matrix's codes and scales in the layout of the kernels."""
+    """A matrix's codes and scales in the kernels' layout."""
     return stored.to_kernels(*_stored(tensors, name, stored))
 
 
 def dense(tensors: Release, name: str, stored: Format, dtype: Any) -> np.ndarray:
-    """A tensor dequantised, in `dtype`."""
+    """A tensor in `dtype`, dequantised if needed."""
     if stored is None:
         return tensors[name].read().astype(dtype)
     return stored.decode(*_stored(tensors, name, stored)).astype(dtype)

@@ -1,14 +1,14 @@
 """Checkpoint directories in Hugging Face's layout.
 
-That is `config.json`, and either `model.safetensors` or an index with shards. Where both are there,
-the single file is read and the index is not, as in transformers.
+That is `config.json`, and either `model.safetensors` or an index with shards. If both exist, the
+single file is read and the index ignored, as in transformers.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,16 +27,39 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+class TensorFiles(Protocol):
+    """A checkpoint's tensors, on this machine (`Checkpoint`) or on the Hub (`HubCheckpoint`).
+
+    Attributes:
+      config: contents of `config.json`.
+      names: all tensors, shard by shard, in byte order.
+    """
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's dtype, shape and file."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A read-only view of a tensor, or of some of its rows."""
+        ...
+
+
 class Checkpoint:
     """The tensors of a checkpoint directory.
 
-    Every header is read and checked at `open`. One shard at a time is mapped into memory; what
-    `SafetensorsFile.read` says of views holds here too.
+    `open` reads and checks every header. One shard at a time is mapped into memory; views are as
+    from `SafetensorsFile.read`.
 
     Attributes:
       path: the directory.
-      config: `config.json`.
-      names: all tensors, shard by shard, in the order of their bytes.
+      config: contents of `config.json`.
+      names: all tensors, shard by shard, in byte order.
     """
 
     def __init__(
@@ -54,7 +77,7 @@ class Checkpoint:
         """Open a directory.
 
         Raises:
-          CheckpointError: it is not a checkpoint, lacks a file, or has a damaged or a strange one.
+          CheckpointError: it is not a checkpoint, or a file is missing, damaged or unexpected.
         """
         path = Path(path)
         if not path.is_dir():
@@ -79,7 +102,7 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total bytes of all tensors."""
         return sum(self.info(name).nbytes for name in self.names)
 
     def info(self, name: str) -> TensorInfo:
@@ -91,7 +114,7 @@ class Checkpoint:
         return self._map(self._shard(name)).read(name, rows)
 
     def shards(self) -> Iterator[SafetensorsFile]:
-        """The files in order, each closed when the next is taken."""
+        """Yield the files in order; each is closed when the next is requested."""
         for shard in self._shards:
             yield self._map(shard)
 
@@ -105,7 +128,7 @@ class Checkpoint:
         return shard
 
     def close(self) -> None:
-        """Give up the memory map; a later read makes a new one."""
+        """Release the memory map; a later read creates a new one."""
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
@@ -118,7 +141,7 @@ class Checkpoint:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The index's map of tensor names to file names, all of them inside the directory."""
+    """The index's map of tensor names to file names, none of them outside the directory."""
     file_of = read_json(path).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
         raise CheckpointError(
@@ -138,7 +161,7 @@ def shard_names(file_of: Mapping[str, str]) -> list[str]:
 def check_index(
     path: Path, file_of: Mapping[str, str], names_in: Mapping[str, Collection[str]]
 ) -> None:
-    """Raise unless every shard holds just the tensors that the index says it does."""
+    """Raise unless every shard holds exactly the tensors that the index assigns to it."""
     belong = "The index and the shards do not belong together; download them again."
     for name, file in file_of.items():
         if name not in names_in[file]:
@@ -161,7 +184,7 @@ def _check_inside(referrer: Path, name: str) -> None:
     path = PureWindowsPath(name)  # knows both separators
     if path.anchor or ".." in path.parts or not path.parts:
         raise CheckpointError(
-            f"{referrer}: names the file {name!r}, which would lie outside the checkpoint's "
+            f"{referrer}: names the file {name!r}, which would be outside the checkpoint's "
             "directory; do not trust this checkpoint."
         )
 
@@ -169,15 +192,15 @@ def _check_inside(referrer: Path, name: str) -> None:
 def locate(directory: Path, name: str) -> Path:
     """The path of one of a checkpoint's files.
 
-    A link is followed wherever it leads, as it is its owner's: to another disk, or in the Hub's
-    cache from `snapshots` to `blobs`. Names in an index may not lead out; see `read_index`.
+    Links may lead anywhere, as their owner set them: to another disk, or from `snapshots` to
+    `blobs` in the Hub's cache. Names in an index may not lead out; see `read_index`.
     """
     path = directory / name
     if os.path.isfile(path):
         return path
     if "\0" not in name and os.path.islink(path):
         raise CheckpointError(
-            f"{path}: is a link to {os.readlink(path)}, and there is no file; mend the link, or "
+            f"{path}: is a link to {os.readlink(path)}, which does not exist; fix the link, or "
             "mount the disk."
         )
     raise CheckpointError(f"{path}: does not exist, but {INDEX} names it; download this file too.")
@@ -196,15 +219,15 @@ def write_checkpoint(
     What an interrupted run left is replaced; after an exception nothing is left.
 
     Args:
-      directory: to be made; may exist if empty.
-      config: for `config.json`.
-      shards: each file's tensors in order.
+      directory: directory to create; may exist if empty.
+      config: contents of `config.json`.
+      shards: tensors of each file, in order.
       read: called once for each tensor, in order; see `write_safetensors`.
       extras: files to copy, such as the tokenizer's.
 
     Raises:
-      CheckpointError: the directory exists and is not empty, the disk has not enough space, or a
-        tensor is not as declared or is declared twice.
+      CheckpointError: the directory exists and is not empty, the disk is too full, or a tensor
+        differs from its declaration or is declared twice.
     """
     directory = Path(directory).resolve()
     unfinished.check_target(directory)
@@ -226,8 +249,8 @@ def write_checkpoint(
 def _weight_map(shards: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        if twice := weight_map.keys() & shard.keys():
-            raise CheckpointError(f"Tensor {min(twice)!r} is declared in two shards.")
+        if repeated := weight_map.keys() & shard.keys():
+            raise CheckpointError(f"Tensor {min(repeated)!r} is declared in two shards.")
         weight_map |= dict.fromkeys(shard, _shard_name(i, len(shards)))
     return dict(sorted(weight_map.items()))
 

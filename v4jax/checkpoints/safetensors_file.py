@@ -1,8 +1,8 @@
 """safetensors files: a reader that maps them into memory and a writer that streams.
 
-The format: eight bytes with the header's length (little-endian), the header (JSON: tensor name to
-dtype, shape and offsets), then the tensors' bytes, without holes. The safetensors package reads
-neither F8_E4M3 nor F8_E8M0 nor F4 into numpy arrays; V4's weights are just those.
+The format: the header's length in eight bytes (little-endian), the header (JSON: tensor name to
+dtype, shape and offsets), then the tensors' bytes without gaps. The safetensors package does not
+read F8_E4M3, F8_E8M0 or F4 into NumPy arrays, and V4's weights are in these.
 """
 
 import dataclasses
@@ -38,25 +38,25 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "F4": np.dtype("u1"),  # two elements a byte
+    "F4": np.dtype("u1"),  # two elements per byte
 }
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors package's limit
 _MAX_RANK = 32
 _MAX_BYTES = 2**62
-# A map's pages stay resident until dropped: so often, in bytes of views handed out, they are.
+# Mapped pages stay resident until dropped, which happens every so many bytes of views returned.
 _DROP_AFTER_BYTES = 256 * 2**20
 _DAMAGED = "The file is damaged; download it again."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's declaration, and where it lies once it is in a file.
+    """A tensor's declaration, and its place in a file.
 
     Attributes:
-      dtype: the format's name for it, a key of `DTYPES`.
-      shape: in elements, also for F4.
-      file: the file that holds it; None for a tensor yet to be written.
-      start: of its first byte, counted from the end of the file's header.
+      dtype: dtype name in the format, a key of `DTYPES`.
+      shape: shape in elements, also for F4.
+      file: file that holds it; None for a tensor that is not written yet.
+      start: offset of its first byte from the end of the file's header.
     """
 
     dtype: str
@@ -66,19 +66,19 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in a file."""
+        """Bytes it occupies in a file."""
         return math.prod(self.array_shape) * DTYPES[self.dtype].itemsize
 
     @property
     def array_shape(self) -> tuple[int, ...]:
-        """The shape it is read in: the last dim of F4 is halved, two elements being one uint8."""
+        """The shape it is read in: F4's last dim is halved, as one uint8 holds two elements."""
         if self.dtype == "F4":
             return (*self.shape[:-1], self.shape[-1] // 2)
         return self.shape
 
 
 class SafetensorsFile:
-    """One file's tensors as views on a memory map; `names` are in the order of the bytes."""
+    """One file's tensors as views of a memory map; `names` are in byte order."""
 
     def __init__(
         self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str], data_start: int
@@ -90,21 +90,21 @@ class SafetensorsFile:
         self._data_start = data_start
         self._size = data_start + sum(info.nbytes for info in tensors.values())
         self._map: mmap.mmap | None = None
-        self._handed_out = 0
+        self._viewed_bytes = 0
 
     def info(self, name: str) -> TensorInfo:
-        """The tensor's dtype, shape and place."""
+        """The tensor's dtype, shape and place in the file."""
         return lookup(self._tensors, name, self.path)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A read-only view of a tensor, or of some of its rows; nothing is copied.
 
-        The view stays valid after `close`. Later reads may drop its pages, which come back from the
-        file when touched: so resident memory stays bounded while streaming.
+        The view stays valid after `close`. Later reads may drop its pages, which are reloaded from
+        the file when touched, so resident memory stays bounded while streaming.
 
         Args:
           name: one of `names`.
-          rows: a slice of the first dim.
+          rows: slice of the first dim.
 
         Returns:
           An array of the dtype in `DTYPES`; F4 is uint8, its last dim halved.
@@ -122,7 +122,7 @@ class SafetensorsFile:
             try:
                 with self.path.open("rb") as file:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: the file is now empty
+            except (OSError, ValueError) as error:  # ValueError: the file has become empty
                 raise CheckpointError(f"{self.path}: cannot be mapped ({error}).") from error
             if len(self._map) != self._size:
                 self._map = None
@@ -130,15 +130,15 @@ class SafetensorsFile:
         return self._map
 
     def _count(self, nbytes: int) -> None:
-        self._handed_out += nbytes
-        if self._handed_out > _DROP_AFTER_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+        self._viewed_bytes += nbytes
+        if self._viewed_bytes > _DROP_AFTER_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped().madvise(mmap.MADV_DONTNEED)
-            self._handed_out = nbytes
+            self._viewed_bytes = nbytes
 
     def close(self) -> None:
-        """Give up the map; the next read makes a new one, and views keep theirs."""
+        """Release the map; the next read creates a new one, and views keep theirs."""
         self._map = None
-        self._handed_out = 0
+        self._viewed_bytes = 0
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -164,7 +164,7 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
 
 
 def lookup(tensors: Mapping[str, Any], name: str, where: Path | str) -> Any:
-    """`tensors[name]`, or a CheckpointError with the nearest name there is."""
+    """`tensors[name]`, or a CheckpointError with the nearest name."""
     if name in tensors:
         return tensors[name]
     near = difflib.get_close_matches(name, tensors, n=1)
@@ -176,17 +176,17 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise CheckpointError(
-            f"{path}: has {size} bytes; a safetensors file has 8 or more. {_DAMAGED}"
+            f"{path}: has {size} bytes; a safetensors file has at least 8. {_DAMAGED}"
         )
     if prefix == b"version ":
         raise CheckpointError(
-            f"{path}: looks like a Git LFS pointer, not the file it stands for; run 'git lfs pull'."
+            f"{path}: looks like a Git LFS pointer, not the file itself; run 'git lfs pull'."
         )
     length = int.from_bytes(prefix, "little")
     if length > _MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path}: declares a header of {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}. "
-            "It is damaged or no safetensors file; download it again."
+            "Damaged, or not a safetensors file; download it again."
         )
     if 8 + length > size:
         raise CheckpointError(
@@ -213,12 +213,12 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
 def check_entries(
     file: Path, entries: Mapping[str, Any], data_bytes: int | None = None
 ) -> dict[str, TensorInfo]:
-    """A header's entries, checked, in the order of their bytes.
+    """Check a header's entries and return them in byte order.
 
     Args:
-      file: named in errors and in the result.
+      file: file to name in errors and in the result.
       entries: tensor name to a mapping with dtype, shape and data_offsets.
-      data_bytes: what the file has after its header, if known.
+      data_bytes: bytes in the file after its header, if known.
     """
     infos = sorted(
         ((name, _tensor_info(file, name, entry)) for name, entry in entries.items()),
@@ -227,10 +227,10 @@ def check_entries(
     end = 0
     for name, info in infos:
         if info.start != end:
-            fault = "overlaps the tensor before it" if info.start < end else "has a hole before it"
+            fault = "overlaps the tensor before it" if info.start < end else "has a gap before it"
             raise CheckpointError(
-                f"{file}: tensor {name!r} begins at byte {info.start:,} where {end:,} was due: "
-                f"it {fault}. {_DAMAGED}"
+                f"{file}: tensor {name!r} begins at byte {info.start:,}, not {end:,}: it {fault}. "
+                f"{_DAMAGED}"
             )
         end += info.nbytes
     if data_bytes is not None and end > data_bytes:
@@ -258,30 +258,33 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     info = TensorInfo(dtype, tuple(shape), file, offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
         raise CheckpointError(
-            f"{file}: tensor {name!r} ({dtype} {list(shape)}) takes {info.nbytes:,} bytes, but its "
+            f"{file}: tensor {name!r} ({dtype} {list(shape)}) needs {info.nbytes:,} bytes, but its "
             f"offsets span {offsets[1] - offsets[0]:,}. {_DAMAGED}"
         )
     return info
 
 
 def _fault(dtype: Any, shape: Any) -> str | None:
-    """What is wrong with a declaration, as the end of a sentence."""
+    """What is wrong with a declaration, to follow 'has' in a message; None if nothing is."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"dtype {dtype!r:.100}; convert it to one of {', '.join(DTYPES)}."
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
         return (
-            f"shape {shape!r:.100}; a shape is up to {_MAX_RANK} sizes, none negative. {_DAMAGED}"
+            f"shape {shape!r:.100}; a shape is a list of at most {_MAX_RANK} sizes, none negative. "
+            f"{_DAMAGED}"
         )
     if dtype == "F4" and (not shape or shape[-1] % 2):
-        return f"shape {list(shape)} in F4; two elements make a byte, so the last dim must be even."
-    # A dim of 0 does not excuse the others: numpy refuses such arrays too.
+        return (
+            f"shape {list(shape)} in F4; a byte holds two elements, so the last dim must be even."
+        )
+    # Ignore dims of 0: NumPy rejects the other dims of an empty array too.
     if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize > _MAX_BYTES:
         return f"shape {list(shape)!r:.100}, which is too large to be real. {_DAMAGED}"
     return None
 
 
 def _are_sizes(values: Any) -> bool:
-    # Not isinstance: JSON's true is an int to Python.
+    # Not isinstance: JSON's true is an int in Python.
     return isinstance(values, list | tuple) and all(type(v) is int and v >= 0 for v in values)
 
 
@@ -294,24 +297,23 @@ def write_safetensors(
 ) -> None:
     """Write a file of declared tensors, holding one of them at a time.
 
-    The file appears under its name when it is complete and on the disk; until then it is called
-    `path` + '.part'. After an exception neither is there, unless `path` was before.
+    The file appears under its name when it is complete and on disk; until then it is `path` +
+    '.part'. An exception removes that file, and leaves `path` as it was.
 
     Args:
-      path: the file to make or replace.
-      tensors: declarations, in the order of the file. As in the safetensors package, larger
-        dtypes first keep every tensor aligned.
-      read: called once for each name, in order; returns an array just as
-        `SafetensorsFile.read` would return it.
-      metadata: free strings for the header.
+      path: file to create or replace.
+      tensors: declarations in file order. As in the safetensors package, larger dtypes first keep
+        every tensor aligned.
+      read: called once for each name, in order; returns an array as `SafetensorsFile.read` would.
+      metadata: any strings for the header.
 
     Raises:
       CheckpointError: a declaration is invalid, an array differs from its declaration, or the disk
-        is too full; the last is checked before any work is done.
+        is too full, which is checked before any work is done.
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a directory; give the name of a file.")
+        raise CheckpointError(f"{path}: is a directory; give a file name.")
     header = _encode_header(path, tensors, metadata or {})
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
@@ -337,7 +339,7 @@ def _encode_header(
     end = 0
     for name, info in tensors.items():
         if name == "__metadata__":
-            raise CheckpointError(f"{path}: no tensor can be called __metadata__; rename it.")
+            raise CheckpointError(f"{path}: no tensor can be named __metadata__; rename it.")
         if fault := _fault(info.dtype, info.shape):
             raise CheckpointError(f"{path}: tensor {name!r} has {fault}")
         start, end = end, end + info.nbytes
@@ -352,6 +354,6 @@ def _array_bytes(path: Path, name: str, info: TensorInfo, value: Any) -> memoryv
     if (array.dtype, array.shape) != (DTYPES[info.dtype], info.array_shape):
         raise CheckpointError(
             f"{path}: tensor {name!r} was declared {info.dtype} {list(info.shape)}, but "
-            f"{array.dtype} {list(array.shape)} came."
+            f"read as {array.dtype} {list(array.shape)}."
         )
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

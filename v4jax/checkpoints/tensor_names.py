@@ -1,7 +1,7 @@
 """The name table: our weights, the release's tensors, and transformers' two spellings of them.
 
-Everything else in the package speaks release names (`layers.0.attn.wq_a.weight`). This file says
-which of our leaves holds each, and how other files spell it. It is total in both directions.
+The rest of the package uses release names (`layers.0.attn.wq_a.weight`). This file maps each to
+the leaf that holds it, and to other files' spellings. The map is total in both directions.
 """
 
 import re
@@ -90,7 +90,7 @@ def are_scales(name: str) -> bool:
 
 
 def are_ids(name: str) -> bool:
-    """Whether a release tensor holds the experts of each token."""
+    """Whether a release tensor holds each token's expert ids."""
     return name.endswith(".tid2eid")
 
 
@@ -98,11 +98,11 @@ def release_names(leaf: str, cfg: ModelConfig) -> list[str] | list[list[str]] | 
     """The release tensors that make up one leaf of the model.
 
     Args:
-      leaf: a name as `params.leaves` gives it, 'stacks.2.blocks.0.attention.q_a_RD'.
+      leaf: a name from `params.leaves`, such as 'stacks.2.blocks.0.attention.q_a_RD'.
       cfg: the configuration.
 
     Returns:
-      One name; or one per layer of the stack; or, for experts, one per layer and expert.
+      One name; one name per layer of the stack; or, for experts, one per layer and expert.
     """
     match leaf.split("."):
         case ["stacks", segment, *rest]:
@@ -129,7 +129,7 @@ def _stacked(rest: list[str], prefixes: list[str], cfg: ModelConfig) -> list[str
 
 
 def flatten(names: list[str] | list[list[str]] | str) -> Iterator[str]:
-    """All names in `release_names`' answer, in the leaf's order."""
+    """All names in the result of `release_names`, in the leaf's order."""
     if isinstance(names, str):
         yield names
         return
@@ -138,7 +138,7 @@ def flatten(names: list[str] | list[list[str]] | str) -> Iterator[str]:
 
 
 class Slot(NamedTuple):
-    """Where a release tensor lies: a leaf, its place in the leaf's stack, its declaration."""
+    """Where a release tensor is held: leaf, index in the leaf's stack, and declaration."""
 
     leaf: str
     at: tuple[int, ...]
@@ -146,13 +146,13 @@ class Slot(NamedTuple):
 
 
 def slots(cfg: ModelConfig) -> dict[str, Slot]:
-    """The place of every release tensor but scales and extras."""
-    found = {}
+    """The slot of every release tensor except scales and extras."""
+    slot_of = {}
     for leaf, spec in params.leaves(Model(cfg)):
         names = flatten(release_names(leaf, cfg))
         for index, name in zip(np.ndindex(*spec.shape[: spec.stack_dims]), names, strict=True):
-            found[name] = Slot(leaf, index, spec)
-    return found
+            slot_of[name] = Slot(leaf, index, spec)
+    return slot_of
 
 
 _MODULES = (
@@ -183,7 +183,7 @@ _MODULES = (
     (r"(experts\.(?:\d+\.)?)down_proj\.", r"\1w2."),
     (r"\.weight_scale_inv$", ".scale"),
 )
-# What transformers 5.23 writes on save: release names under `model.`, with these exceptions.
+# What transformers 5.23 saves: release names under `model.`, with these exceptions.
 _SAVED = (
     (r"^model\.embed_tokens\.", "embed."),
     (r"^model\.hc_head\.hc_(\w+)$", r"hc_head_\1"),
@@ -195,7 +195,7 @@ _FUSED = re.compile(r"^(layers\.\d+\.ffn\.experts\.)(gate_up_proj|down_proj)$")
 
 
 def to_release(names: Collection[str]) -> Callable[[str], str]:
-    """How to translate the names of one file set, told by the names themselves.
+    """A translation of a checkpoint's names to release names; the names show the spelling.
 
     Fused experts keep their last part: `layers.0.ffn.experts.gate_up_proj` (see `of_fused`).
     """
@@ -213,12 +213,12 @@ def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def is_fused(name: str) -> bool:
-    """Whether a tensor, by what `to_release` calls it, holds the matrices of all experts."""
+    """Whether a tensor, under its name from `to_release`, holds the matrices of all experts."""
     return _FUSED.match(name) is not None
 
 
 def of_fused(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]:
-    """The release tensors inside fused experts: name, expert and rows; `w1` lies above `w3`."""
+    """The release tensors inside fused experts: name, expert and rows; `w1` comes before `w3`."""
     fused = _FUSED.match(name)
     assert fused is not None
     matrices = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)

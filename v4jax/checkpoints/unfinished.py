@@ -1,7 +1,7 @@
-"""Directories and files that appear when complete; directories resume where a run stopped.
+"""Directories that appear when complete, and resume where an interrupted run stopped.
 
-`target` is made as `target.unfinished/result`, beside a journal of the parts that are done. Nothing
-that looks finished exists before the last step, which is a rename.
+`target` is built as `target.unfinished/result`, next to a journal of the parts that are done.
+Nothing looks finished before the last step, which is a rename.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from v4jax.checkpoints.disk import CheckpointError, sync_directory
 
 _SUFFIX = ".unfinished"
 _JOURNAL, _RESULT = "journal.jsonl", "result"
-# A part is on the disk before its line is written, so a lost line costs only doing it again.
+# A part is on disk before its line is written, so a lost line only means doing it again.
 _SYNC_EVERY = 64
 
 
 class Work:
-    """A directory in the making.
+    """An unfinished directory.
 
     Attributes:
-      directory: write here; `finish` renames it to the target.
-      done: the names given to `add`, by this run or those before it.
+      directory: the directory to write in; `finish` renames it to the target.
+      done: names passed to `add`, in this run or earlier ones.
     """
 
     def __init__(self, target: Path, journal: IO[bytes], done: set[str]) -> None:
@@ -34,7 +34,7 @@ class Work:
         self._target, self._journal = target, journal
 
     def add(self, name: str) -> None:
-        """Note that a part is finished and on the disk."""
+        """Record that a part is finished and on disk."""
         self._journal.write(json.dumps(name).encode() + b"\n")
         self._journal.flush()
         self.done.add(name)
@@ -43,7 +43,7 @@ class Work:
 
     def finish(self) -> None:
         """Make the directory appear under its name."""
-        # It takes files as well.
+        # sync_directory takes files as well.
         for path in (self.directory, *self.directory.iterdir()):
             sync_directory(path)
         self.directory.replace(self._target)
@@ -52,44 +52,44 @@ class Work:
 
 
 def scratch(target: Path) -> Path:
-    """Where all that belongs to an unfinished `target` lies."""
+    """The directory of everything that belongs to an unfinished `target`."""
     return target.with_name(target.name + _SUFFIX)
 
 
 def check_target(target: Path, *sources: Path) -> None:
-    """Raise unless a directory can be made under the name, outside of all that it is made from.
+    """Raise unless `target` can be created, outside of all its sources.
 
     Raises:
-      CheckpointError: there is something under the name already, or it would lie in a source.
+      CheckpointError: the target exists and is not an empty directory, or it is inside a source.
     """
     _clear(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists; choose another place, or remove it first.")
     real = Path(os.path.realpath(target))
     for source in sources:
-        # The same folder may have several names, by links and by mounts.
+        # Links and mounts can give the same folder several names.
         if any(folder.exists() and folder.samefile(source) for folder in (real, *real.parents)):
-            raise CheckpointError(f"{target}: lies in {source}; choose a place outside of it.")
+            raise CheckpointError(f"{target}: is inside {source}; choose a place outside of it.")
 
 
 def refuse_unfinished(directory: Path) -> None:
-    """Raise if the directory is what an interrupted run left."""
+    """Raise if an interrupted run left this directory."""
     _clear(directory)
     for folder in (directory, directory.parent):
         if folder.name.endswith(_SUFFIX) and (folder / _JOURNAL).is_file():
             raise CheckpointError(
-                f"{directory}: is unfinished; run the command that was making "
-                f"{folder.name.removesuffix(_SUFFIX)} again to complete it."
+                f"{directory}: is unfinished; to complete it, rerun the command that was "
+                f"writing {folder.name.removesuffix(_SUFFIX)}."
             )
 
 
 def _clear(target: Path) -> None:
-    """Remove what is left of a run that was killed when the directory had appeared already."""
+    """Remove what is left of a run that was killed after its directory had appeared."""
     folder = scratch(Path(os.path.abspath(target)))
     journal = folder / _JOURNAL
     if not journal.is_file() or (folder / _RESULT).exists() or not target.is_dir():
         return
-    # It may be someone else's to remove, or not be in our power.
+    # Another process may be removing it, or we may lack permission.
     with contextlib.suppress(CheckpointError, OSError), journal.open("a+b") as file:
         lock(file, folder)
         if any(target.iterdir()):
@@ -97,7 +97,7 @@ def _clear(target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a scratch directory; its journal last, which tells whose it is."""
+    """Remove a scratch directory; last its journal, which identifies it."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -108,24 +108,26 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
-    """Start making `target`, or go on where an interrupted run of the same kind stopped.
+    """Start writing `target`, or resume where an interrupted run of the same kind stopped.
 
-    Where such a run had no part done, all is begun anew.
+    If that run had finished no part, everything starts again.
 
     Args:
-      target: an absolute path, to be made; an empty directory may be there.
-      what: the command, for messages and so that commands do not take up each other's work.
-      identity: a digest of everything that the result depends on.
+      target: absolute path of the directory to create; may exist if empty.
+      what: the command, for messages and so that commands do not resume each other's work.
+      identity: digest of everything that the result depends on.
 
     Raises:
-      CheckpointError: the target exists, another process is at work on it, or what is there was
-        begun from other files or with other settings.
+      CheckpointError: the target exists, another process is working on it, or the unfinished run
+        had other files or settings.
     """
     check_target(target)
     folder = scratch(target)
     journal = folder / _JOURNAL
     if folder.exists() and not journal.is_file() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is in the way and not from {what}; move it elsewhere.")
+        raise CheckpointError(
+            f"{folder}: is in the way, and {what} did not create it; move it elsewhere."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with journal.open("a+b") as file:
         lock(file, folder)
@@ -143,10 +145,10 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
 
 
 def lock(file: IO[bytes], folder: Path) -> None:
-    """Refuse to work in a folder where another process has locked the file; it ends with that.
+    """Lock a file in a folder until it is closed, so that only one process works there.
 
     Raises:
-      CheckpointError: another process is at work.
+      CheckpointError: another process holds the lock.
     """
     try:
         import fcntl
@@ -156,13 +158,13 @@ def lock(file: IO[bytes], folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(
-            f"{folder}: another process is at work there; wait for it."
+            f"{folder}: another process is working there; wait for it to finish."
         ) from error
 
 
 def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
     file.seek(0)
-    # A line that was cut off has no end; what it was about is done again.
+    # A truncated last line has no newline; its part is done again.
     lines = [line for line in file if line.endswith(b"\n")]
     if len(lines) < 2:
         file.truncate(0)
@@ -173,12 +175,12 @@ def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
         return set()
     file.truncate(sum(map(len, lines)))
     try:
-        found, *done = map(json.loads, lines)
+        journaled, *done = map(json.loads, lines)
     except ValueError as error:
         raise CheckpointError(f"{folder / _JOURNAL}: is damaged; remove {folder}.") from error
-    if found != header:
+    if journaled != header:
         raise CheckpointError(
-            f"{folder}: was begun from other files or with other settings. Give the same source "
-            "and options to go on there, or remove it to start anew."
+            f"{folder}: was started from other files or with other settings. Use the same source "
+            "and options to resume, or remove it to start again."
         )
     return set(done)

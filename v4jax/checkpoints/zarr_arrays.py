@@ -1,8 +1,8 @@
-"""The arrays of a native checkpoint: an Orbax checkpoint that is written part by part.
+"""The arrays of a native checkpoint: an Orbax checkpoint that is written slice by slice.
 
-Orbax writes whole arrays, and a stack of experts is larger than many machines' memory. So the
-arrays are written here, matrix by matrix, by TensorStore, which Orbax stands on: one folder an
-array, one file a chunk (zarr 2, not compressed), and Orbax's own two files of metadata.
+Orbax writes entire arrays, and a stack of experts exceeds many machines' memory. So arrays are
+written here, matrix by matrix, with TensorStore, which Orbax builds on: a folder per array, a file
+per chunk (zarr 2, uncompressed), and Orbax's two metadata files.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ import tensorstore as ts
 
 from v4jax.checkpoints.disk import CheckpointError, write_json
 
-# A matrix is cut into chunks of about this size: hosts that need a part of it read little more.
+# Approximate chunk size: a host that needs part of a matrix reads little more than that part.
 _CHUNK_BYTES = 32 * 2**20
 DAMAGED = "The checkpoint is damaged; convert it again."
 
 
 @contextlib.contextmanager
 def explained(what: Path, remedy: str) -> Iterator[None]:
-    """Turn TensorStore's errors into a sentence."""
+    """Turn TensorStore's errors into a CheckpointError."""
     try:
         yield
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
@@ -32,7 +32,7 @@ def explained(what: Path, remedy: str) -> Iterator[None]:
 
 
 def chunk_shape(shape: tuple[int, ...], stack_dims: int, itemsize: int) -> tuple[int, ...]:
-    """One tensor of the stack, cut along its first dim into equal chunks of limited size."""
+    """The chunk shape: a tensor of the stack, cut along its first dim to limit the size."""
     rows, *rest = shape[stack_dims:]
     cuts = math.ceil(rows * math.prod(rest) * itemsize / _CHUNK_BYTES)
     return (*(1 for _ in range(stack_dims)), math.ceil(rows / max(cuts, 1)), *rest)
@@ -47,19 +47,19 @@ class Arrays:
         """Open a folder.
 
         Args:
-          folder: to read or write in.
-          database: all arrays are in one OCDBT database, as Orbax itself writes them.
-          zarr3: they are of zarr's third version.
-          remedy: what to do where an array cannot be read, the end of an error's message.
+          folder: folder to read or write in.
+          database: whether all arrays are in one OCDBT database, as Orbax itself writes them.
+          zarr3: whether they use zarr 3 instead of zarr 2.
+          remedy: what to do if an array cannot be read, to end the error message.
         """
         self._folder, self._database, self._remedy = folder, database, remedy
         self._driver = "zarr3" if zarr3 else "zarr"
-        # Without a cache: every chunk is read, and written, once.
+        # No cache: every chunk is read or written once.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._open: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """An array, opened for reading; see `read`."""
+        """An array opened for reading; see `read`."""
         if name not in self._open:
             spec = {**self._spec(name), "fill_missing_data_reads": False}
             with explained(self._folder / name, self._remedy):
@@ -67,18 +67,18 @@ class Arrays:
         return self._open[name]
 
     def read(self, name: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A part of an array."""
+        """Read a slice of an array."""
         store = self[name]
         with explained(self._folder / name, self._remedy):
             return store[index].read().result()
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, stack_dims: int) -> Any:
-        """An array to be written, in chunks of `chunk_shape`; if it is there, as it is."""
+        """Create an array in chunks of `chunk_shape`, or open it as it is if it exists."""
         dtype = np.dtype(dtype)
         metadata = {
             "shape": shape,
             "chunks": chunk_shape(shape, stack_dims, dtype.itemsize),
-            # zarr has no name for the small floats; this is TensorStore's.
+            # zarr has no names for small floats; these are TensorStore's.
             "dtype": ts.dtype(dtype).name if dtype.kind == "V" else dtype.str,
             "compressor": None,
             "fill_value": None,
@@ -95,7 +95,7 @@ class Arrays:
         return {"driver": self._driver, "kvstore": store}
 
     def write_metadata(self, names: Sequence[str]) -> None:
-        """What Orbax keeps beside the arrays, which by itself restores them as NumPy arrays."""
+        """Write Orbax's metadata files, with which it restores the arrays as NumPy arrays."""
         tree = {
             str((name,)): {
                 "key_metadata": [{"key": name, "key_type": 2}],

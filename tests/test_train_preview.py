@@ -1,5 +1,5 @@
-"""A preview refuses what training refuses, and shows rows that a terminal can bear; a run's record
-is read the same from any folder.
+"""A preview rejects what training rejects and shows rows safely on a terminal; a run's record reads
+the same from any directory.
 """
 
 import io
@@ -19,7 +19,7 @@ TEXT = "word " * 150
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that has a recipe, a file to train on and one to measure on, and is the current."""
+    """The current directory, with a recipe, a training file and an evaluation file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(
         '[model]\npath = "tiny"\n[data]\nfiles = ["rows.jsonl"]\nseq_len = 128\n'
@@ -33,38 +33,41 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--data", "rows.jsonl:-2"], "files has rows.jsonl:-2; a weight is a number above 0."),
+        (
+            ["--data", "rows.jsonl:-2"],
+            "files has rows.jsonl:-2; a weight must be a number above 0.",
+        ),
         (["--data", "rows.jsonl:nan"], "files has rows.jsonl:nan; a weight"),
         (["--data", "rows.jsonl:0"], "files has rows.jsonl:0; a weight"),
         (["--data", ":-2"], "files has :-2; a weight"),
         (["--evaluation.files", "gone.jsonl"], "gone.jsonl: there is no such file"),
-        (["--evaluation.files", "other.jsonl:2"], "files of an evaluation have no weights"),
-        (["--samples", "-1"], "samples is -1; it is at least 0."),
-        (["--adapter.alpha", "nan"], "adapter.alpha is nan; it is a finite number."),
-        (["--adapter.alpha", "0.0"], "alpha is 0.0; it is a finite number other than 0."),
-        (["--guard.spike", "inf"], "guard.spike is inf; it is a finite number."),
+        (["--evaluation.files", "other.jsonl:2"], "evaluation files take no weights"),
+        (["--samples", "-1"], "samples is -1; it must be at least 0."),
+        (["--adapter.alpha", "nan"], "adapter.alpha is nan; it must be a finite number."),
+        (["--adapter.alpha", "0.0"], "alpha is 0.0; it must be a finite number other than 0."),
+        (["--guard.spike", "inf"], "guard.spike is inf; it must be a finite number."),
         (["--optimizer.rate", "nan"], "optimizer.rate is nan"),
-        (["--optimizer.rule", "muon"], "Muon trains weights in full; for an adapter"),
-        (["--data.format", "csv"], "data: format is 'csv'; it is one of auto, messages"),
+        (["--optimizer.rule", "muon"], "Muon only trains in full; for an adapter"),
+        (["--data.format", "csv"], "data: format is 'csv'; it must be one of auto, messages"),
         (["--data.untrained", "keep"], "data: untrained is 'keep'; use drop or error."),
         (["--data", "rows.jsonl", "--data", "gone.jsonl"], "gone.jsonl: there is no such file"),
         (["--data.too_long", "error"], "rows.jsonl:1 has"),
     ],
 )
-def test_a_preview_refuses_what_training_refuses(
+def test_a_preview_rejects_what_training_rejects(
     words: list[str], problem: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preview", "recipe.toml", *words]) == 1
-    said = capsys.readouterr().err
-    assert problem in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
     if "--samples" not in words:
         assert main(["recipe.toml", *words, "--out", "run"]) == 1
         assert problem in capsys.readouterr().err
         assert not (folder / "run").exists()
 
 
-def test_a_preview_tells_of_the_model_what_loading_would(folder: Path, tmp_path: Path) -> None:
+def test_a_preview_reports_what_loading_the_model_would(folder: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "tokenizer.json").write_bytes((hub.TINY / "tokenizer.json").read_bytes())
@@ -77,25 +80,25 @@ def test_a_preview_tells_of_the_model_what_loading_would(folder: Path, tmp_path:
         preview.show(chosen, Console(file=io.StringIO()))
 
 
-def test_a_preview_says_what_files_are_and_shows_both_kinds(
+def test_a_preview_describes_files_and_shows_both_kinds(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preview", "recipe.toml", "--evaluation.files", "other.jsonl"]) == 0
-    said = capsys.readouterr().out
-    assert "rows.jsonl: JSON lines, 1 of text." in said
-    assert "other.jsonl: JSON lines, 1 of text." in said
-    assert "(1 of 3)" in said
+    output = capsys.readouterr().out
+    assert "rows.jsonl: JSON lines, 1 of text." in output
+    assert "other.jsonl: JSON lines, 1 of text." in output
+    assert "(1 of 3)" in output
 
 
 @pytest.mark.parametrize(
     "text", ["\x1b[2Jgone", "bell\x07", "back\x08\x08", "c1 \x9b31m", "\x7f\r"]
 )
-def test_rows_cannot_speak_to_the_terminal(text: str, folder: Path) -> None:
+def test_rows_cannot_control_the_terminal(text: str, folder: Path) -> None:
     file = folder / "rows.jsonl"
     file.write_text(json.dumps({"text": f"{text}\n\tmore"}))
     out = io.StringIO()
-    wide = Console(file=out, width=200, force_terminal=True, color_system=None)
-    preview.show(recipe.read("recipe.toml"), wide)
+    console = Console(file=out, width=200, force_terminal=True, color_system=None)
+    preview.show(recipe.read("recipe.toml"), console)
     shown = out.getvalue()
     assert not any((ord(c) < 32 and c not in "\n\x1b") or 126 < ord(c) < 160 for c in shown)
     assert text not in shown
@@ -105,25 +108,31 @@ def test_rows_cannot_speak_to_the_terminal(text: str, folder: Path) -> None:
 
 def test_a_runs_record_has_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "model").symlink_to(hub.TINY)
-    words = {"model.path": "model", "out": "run", "data.files": '["rows.jsonl:2", "other.jsonl"]'}
-    chosen = recipe.read("recipe.toml", words | {"evaluation.files": '["other.jsonl"]'})
-    runs.write_recipe(Path("run"), chosen)
+    overrides = {
+        "model.path": "model",
+        "out": "run",
+        "data.files": '["rows.jsonl:2", "other.jsonl"]',
+    }
+    settings = recipe.read("recipe.toml", overrides | {"evaluation.files": '["other.jsonl"]'})
+    runs.write_recipe(Path("run"), settings)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "rows.jsonl").write_text(json.dumps({"text": "not the same"}))
     monkeypatch.chdir(elsewhere)
-    kept = runs.read_recipe(folder / "run")
-    assert kept.data.files == (f"{folder / 'rows.jsonl'}:2", str(folder / "other.jsonl"))
-    assert kept.evaluation.files == (str(folder / "other.jsonl"),)
-    assert (kept.out, kept.model.path) == (str(folder / "run"), str(folder / "model"))
-    tokenizer = preparation.text_tokenizer(kept)
-    read: list[documents.Documents] = preparation.read_data(kept, tokenizer, kept.data.files)
+    recorded = runs.read_recipe(folder / "run")
+    assert recorded.data.files == (f"{folder / 'rows.jsonl'}:2", str(folder / "other.jsonl"))
+    assert recorded.evaluation.files == (str(folder / "other.jsonl"),)
+    assert (recorded.out, recorded.model.path) == (str(folder / "run"), str(folder / "model"))
+    tokenizer = preparation.text_tokenizer(recorded)
+    read: list[documents.Documents] = preparation.read_data(
+        recorded, tokenizer, recorded.data.files
+    )
     assert tokenizer.decode(read[0].ids_S.tolist()).count("word") == 150
 
 
 @pytest.mark.parametrize("name", ["tiny", "deepseek-ai/DeepSeek-V4-Flash"])
-def test_names_that_are_no_paths_stay(name: str, folder: Path) -> None:
+def test_names_that_are_not_paths_are_kept(name: str, folder: Path) -> None:
     runs.write_recipe(Path("run"), recipe.read("recipe.toml", {"model.path": name}))
-    kept = runs.read_recipe(Path("run"))
-    assert kept.model.path == name
-    assert kept.out == ""
+    recorded = runs.read_recipe(Path("run"))
+    assert recorded.model.path == name
+    assert recorded.out == ""

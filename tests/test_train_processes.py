@@ -46,20 +46,20 @@ expert = 4
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The command's words but for the run's directory; there is one for compiled programs."""
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The command's arguments except the run's directory; compiled programs are cached."""
     place = tmp_path_factory.mktemp("inputs")
     random_release.make_checkpoint(place / "model", SMALL, 0)
     rows = [{"text": "the cat sat on the mat " * (1 + i % 9)} for i in range(40)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.toml").write_text(RECIPE)
-    named = {"--model": place / "model", "--data": place / "data.jsonl"}
+    options = {"--model": place / "model", "--data": place / "data.jsonl"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
-        yield [str(place / "recipe.toml"), *(str(x) for pair in named.items() for x in pair)]
+        yield [str(place / "recipe.toml"), *(str(x) for pair in options.items() for x in pair)]
 
 
-def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
+def start(processes: int, *arguments: Any) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,7 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
     flags = f"{quick.FLAGS} {each}"
     environment = os.environ | quick.ENVIRONMENT | {"XLA_FLAGS": flags}
     where = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
-    command = [sys.executable, "-m", "v4jax_train", *map(str, words)]
+    command = [sys.executable, "-m", "v4jax_train", *map(str, arguments)]
     return [
         subprocess.Popen(
             [*command, *where, "--process", str(number)],
@@ -82,10 +82,10 @@ def start(processes: int, *words: Any) -> list[subprocess.Popen[str]]:
 def finish(processes: list[subprocess.Popen[str]]) -> None:
     warned = []
     for process in processes:
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
-        warned.append("is not used: several processes on CPUs" in said)
-    # Several neither keep a program nor run what another run has kept: they would die of it.
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr[-3000:]
+        warned.append("is not used: several processes on CPUs" in stderr)
+    # Several processes neither store a program nor run a stored one: that would crash them.
     assert sum(warned) == (len(processes) > 1)
     if len(processes) > 1:
         assert not list(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*step*"))
@@ -98,12 +98,12 @@ def losses(directory: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_two_processes_train_are_killed_and_go_on_as_one_does(
-    words: list[str], tmp_path: Path
+def test_two_killed_processes_resume_and_match_one_process(
+    arguments: list[str], tmp_path: Path
 ) -> None:
     out, wider, alone = (tmp_path / name for name in ("two", "four", "one"))
-    processes = start(2, *words, "--out", out)
-    # After a state is saved.
+    processes = start(2, *arguments, "--out", out)
+    # Kill them after a state is saved.
     while all(p.poll() is None for p in processes) and not (out / "states" / "2").is_dir():
         time.sleep(0.01)
     for process in processes:
@@ -113,16 +113,16 @@ def test_two_processes_train_are_killed_and_go_on_as_one_does(
     assert 0 < len(before) < STEPS
     shutil.copytree(out, wider)
     finish(start(2, "resume", out))
-    found = losses(out)
-    assert len(found) == STEPS
-    assert found[-1, 0] < found[0, 0]
-    kept = json.loads((out / "recipe.json").read_text())["checkpoints"]["every"]
-    np.testing.assert_array_equal(found[:kept], before[:kept])
+    resumed = losses(out)
+    assert len(resumed) == STEPS
+    assert resumed[-1, 0] < resumed[0, 0]
+    every = json.loads((out / "recipe.json").read_text())["checkpoints"]["every"]
+    np.testing.assert_array_equal(resumed[:every], before[:every])
 
     finish(start(4, "resume", wider))
-    finish(start(1, *words, "--out", alone))
-    # Others add up in another order: rounding in a step from the same state. Muon's steps, of one
-    # length whatever the gradient's, make it grow.
-    for other, same in ((losses(wider), kept + 1), (losses(alone), kept)):
-        np.testing.assert_allclose(other[:same], found[:same], rtol=1e-5)
-        np.testing.assert_allclose(other, found, rtol=1e-3)
+    finish(start(1, *arguments, "--out", alone))
+    # Others add up in a different order: rounding differs in a step from the same state. It grows
+    # because Muon's steps have the same length for any gradient.
+    for other, steps in ((losses(wider), every + 1), (losses(alone), every)):
+        np.testing.assert_allclose(other[:steps], resumed[:steps], rtol=1e-5)
+        np.testing.assert_allclose(other, resumed, rtol=1e-3)

@@ -56,26 +56,26 @@ def marked(messages: list[dict]) -> list[dict]:
 @pytest.mark.parametrize(
     "vector", VECTORS["encode"], ids=lambda v: f"{v['name']}-{v['thinking_mode']}"
 )
-def test_the_vectors_have_the_prompts_tokens_and_train_what_assistants_say(
+def test_vectors_render_to_their_prompts_and_train_what_assistants_say(
     vector: dict[str, Any], reasoning: bool
 ) -> None:
-    """What assistants say is found here by marks put into their messages."""
+    """What assistants say is located by marks inserted into their messages."""
     fields = {name: vector[name] for name in ("thinking_mode", "reasoning_effort", "drop_thinking")}
     revision = vector["revision"]
     text = chat.encode_chat(marked(vector["messages"]), **fields, revision=revision)
-    said = re.findall(rf"{'{[RA]}' if reasoning else '{A}'}.*?{EOS}", text, re.DOTALL)
-    said = [span.replace("{R}", "").replace("{A}", "") for span in said]
+    expected = re.findall(rf"{'{[RA]}' if reasoning else '{A}'}.*?{EOS}", text, re.DOTALL)
+    expected = [span.replace("{R}", "").replace("{A}", "") for span in expected]
     row = ChatRow(messages=vector["messages"], **fields)
-    if not said:
+    if not expected:
         with pytest.raises(ValueError, match="messages have no assistant's token to train"):
             render(row, revision=revision, reasoning=reasoning)
         return
     document = render(row, revision=revision, reasoning=reasoning)
     assert document.ids_N.tolist() == DEMO.encode(vector["prompt"])
-    assert spans(document) == said
+    assert spans(document) == expected
 
 
-def test_turns_and_reasoning_are_trained_as_the_settings_say() -> None:
+def test_turns_and_reasoning_are_trained_as_configured() -> None:
     row = ChatRow(messages=TALK, thinking_mode="thinking")
     answers = [f"a{EOS}", f"s{END_THINK}b{EOS}"]
     assert spans(render(row)) == answers
@@ -87,7 +87,7 @@ def test_turns_and_reasoning_are_trained_as_the_settings_say() -> None:
     assert spans(render(unanswered, turns="last")) == answers[:1]
 
 
-def test_a_row_comes_before_the_settings() -> None:
+def test_a_row_overrides_the_settings() -> None:
     row = ChatRow(messages=TALK, thinking_mode="chat", reasoning_effort="max")
     assert spans(render(row, thinking_mode="thinking")) == [f"a{EOS}", f"b{EOS}"]
     row = ChatRow(messages=TALK, **THINKING)
@@ -97,7 +97,7 @@ def test_a_row_comes_before_the_settings() -> None:
     assert spans(document)[0] == f"r{END_THINK}a{EOS}"
 
 
-def test_an_empty_reasoning_is_trained_as_such() -> None:
+def test_empty_reasoning_is_trained() -> None:
     row = ChatRow(messages=[TALK[0], {"role": "assistant", "content": "a"}], **THINKING)
     assert spans(render(row)) == [f"{END_THINK}a{EOS}"]
     assert spans(render(row, reasoning=False)) == [f"a{EOS}"]
@@ -113,14 +113,14 @@ def test_an_empty_reasoning_is_trained_as_such() -> None:
         ((True, False), "last", ["a"]),
     ],
 )
-def test_a_messages_own_flag_comes_before_the_settings(flags, turns, expected) -> None:
+def test_a_messages_flag_overrides_the_settings(flags, turns, expected) -> None:
     messages = [dict(message) for message in TALK]
     messages[1]["train"], messages[3]["train"] = flags
     document = render(ChatRow(messages=messages, thinking_mode="chat"), turns=turns)
     assert spans(document) == [text + EOS for text in expected]
 
 
-def test_flags_stay_with_their_messages_where_others_are_merged_dropped_and_added() -> None:
+def test_flags_stay_with_their_messages_when_others_are_merged_dropped_or_added() -> None:
     messages = [
         {"role": "developer", "content": "D"},
         {"role": "user", "content": "u"},
@@ -137,7 +137,7 @@ def test_flags_stay_with_their_messages_where_others_are_merged_dropped_and_adde
         assert spans(render(row)) == [f"{END_THINK}two{EOS}" if tools else f"two{EOS}"]
 
 
-def test_tools_of_a_row_are_those_of_its_system_message() -> None:
+def test_tools_of_a_row_belong_to_its_system_message() -> None:
     system = {"role": "system", "content": "S"}
     for messages, whole in (
         (TALK, [{"role": "system", "tools": [TOOL]}, *TALK]),
@@ -185,14 +185,14 @@ def test_tools_of_a_row_are_those_of_its_system_message() -> None:
         ),
     ],
 )
-def test_rows_that_cannot_be_written_are_refused(messages, fields, problem) -> None:
+def test_rows_that_cannot_be_rendered_are_rejected(messages, fields, problem) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
         render(ChatRow(messages=messages, **fields))
 
 
-def test_a_prompt_is_given_and_its_completion_trained_with_the_end() -> None:
+def test_only_a_completion_and_its_end_are_trained() -> None:
     document = render(CompletionRow(prompt="a t", completion="he"))
-    # As the model meets them: " the" would be one token, had they been joined first.
+    # Encoded separately, as in generation: joined first, " the" would be one token.
     assert document.ids_N.tolist() == [0, *DEMO.encode("a t"), *DEMO.encode("he"), 1]
     assert spans(document) == [f"he{EOS}"]
     marked_up = CompletionRow(prompt=f"{BOS}a t", completion=f"he{EOS}")
@@ -200,13 +200,13 @@ def test_a_prompt_is_given_and_its_completion_trained_with_the_end() -> None:
 
 
 @pytest.mark.parametrize("text", ["a document", f"{BOS}a document", f"a document{EOS}"])
-def test_text_is_trained_whole(text: str) -> None:
+def test_all_of_a_text_is_trained(text: str) -> None:
     document = render(TextRow(text=text))
     assert document.ids_N.tolist() == [0, *DEMO.encode("a document"), 1]
     assert document.trained_N.all()
 
 
-def test_a_token_that_is_not_trained_whole_is_not_trained() -> None:
+def test_a_partly_trained_token_is_not_trained() -> None:
     first = {"role": "assistant", "content": "say t", "wo_eos": True}
     messages = [first, {"role": "assistant", "content": "he end", "train": False}]
     document = render(ChatRow(messages=messages, thinking_mode="chat"))
@@ -229,14 +229,14 @@ def test_trained_tokens_are_those_with_all_bytes_in_trained_messages(parts) -> N
     ]
     messages.append({"role": "assistant", "content": "", "train": True})
     document = RENDERER.render(ChatRow(messages=messages))
-    of_bytes = [False] * len(BOS.encode())
-    of_bytes += [flag for text, flag in parts for _ in text.encode()]
-    of_bytes += [True] * len(EOS.encode())
+    trained_bytes = [False] * len(BOS.encode())
+    trained_bytes += [flag for text, flag in parts for _ in text.encode()]
+    trained_bytes += [True] * len(EOS.encode())
     for token, trained in zip(document.ids_N, document.trained_N, strict=True):
         size = len(DEMO.token_bytes(int(token)))
-        assert trained == all(of_bytes[:size])
-        of_bytes = of_bytes[size:]
-    assert not of_bytes
+        assert trained == all(trained_bytes[:size])
+        trained_bytes = trained_bytes[size:]
+    assert not trained_bytes
     assert document.ids_N.dtype == np.int32
 
 
@@ -249,18 +249,18 @@ def test_trained_tokens_are_those_with_all_bytes_in_trained_messages(parts) -> N
         ({"turns": "first"}, "turns is 'first'; use 'all' or 'last'"),
     ],
 )
-def test_wrong_settings_are_refused(fields: dict[str, Any], problem: str) -> None:
+def test_invalid_settings_are_rejected(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         RenderSettings(**fields)
 
 
-def test_tokenizers_that_do_not_fit_are_refused() -> None:
+def test_unsuitable_tokenizers_are_rejected() -> None:
     bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     bare.decoder = tokenizers.decoders.ByteLevel()
     with pytest.raises(ValueError, match="The tokenizer has no"):
         Renderer(Tokenizer(bare), RenderSettings())
-    lower = build_demo_tokenizer(300)
-    lower.normalizer = tokenizers.normalizers.Replace("a", "")
-    renderer = Renderer(Tokenizer(lower), RenderSettings(thinking_mode="chat"))
+    altering = build_demo_tokenizer(300)
+    altering.normalizer = tokenizers.normalizers.Replace("a", "")
+    renderer = Renderer(Tokenizer(altering), RenderSettings(thinking_mode="chat"))
     with pytest.raises(ValueError, match="The tokenizer changes the text"):
         renderer.render(ChatRow(messages=TALK))

@@ -1,4 +1,4 @@
-"""Files as users have them: ShareGPT, Alpaca, JSON lists, gzip; the others are told how."""
+"""Users' files: ShareGPT, Alpaca, JSON lists, gzip; errors say how to convert others."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def load(file: Path, content: bytes, **fields: Any) -> Documents:
     return documents.load(file, RENDERER, **fields)
 
 
-def test_conversations_of_sharegpt_are_read() -> None:
+def test_sharegpt_conversations_are_read() -> None:
     turns = [
         {"from": "system", "value": "s"},
         {"from": "human", "value": "u"},
@@ -51,16 +51,16 @@ def test_conversations_of_sharegpt_are_read() -> None:
     assert parse({"conversations": TALK, "system": "s"}) == ChatRow(messages=TALK, system="s")
 
 
-def test_instructions_of_alpaca_are_read() -> None:
+def test_alpaca_instructions_are_read() -> None:
     row = {"instruction": "do", "input": "this", "output": "a"}
-    asked = {"role": "user", "content": "do\n\nthis"}
-    assert parse(row) == ChatRow(messages=[asked, TALK[1]])
-    for nothing in ("", None):
-        assert parse(row | {"input": nothing}).messages[0]["content"] == "do"
+    question = {"role": "user", "content": "do\n\nthis"}
+    assert parse(row) == ChatRow(messages=[question, TALK[1]])
+    for empty in ("", None):
+        assert parse(row | {"input": empty}).messages[0]["content"] == "do"
     # Alpaca's own file repeats the row as a text.
     with pytest.raises(ValueError, match=r"The row has text, instruction and output.*'alpaca'"):
         parse(row | {"text": "t"})
-    assert parse(row | {"text": "t"}, format="alpaca") == ChatRow(messages=[asked, TALK[1]])
+    assert parse(row | {"text": "t"}, format="alpaca") == ChatRow(messages=[question, TALK[1]])
     assert parse(row | {"text": "t"}, format="text") == rows.TextRow(text="t")
 
 
@@ -103,7 +103,7 @@ def test_instructions_of_alpaca_are_read() -> None:
         ({"messages": TALK, "system": "s", "tools": "[1"}, "tools is str; give a list"),
     ],
 )
-def test_what_is_ambiguous_or_unknown_is_refused(row: dict[str, Any], problem: str) -> None:
+def test_ambiguous_and_unknown_fields_are_rejected(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
         parse(row)
 
@@ -112,15 +112,15 @@ def test_a_row_has_one_system_text() -> None:
     row = parse({"messages": [{"role": "system", "content": "s"}, *TALK], "system": "t"})
     with pytest.raises(ValueError, match=r"system is given by the row and by messages\[0\]"):
         RENDERER.render(row)
-    said = RENDERER.render(parse({"messages": TALK, "system": "t"})).ids_N.tolist()
-    head = {"role": "system", "content": "t"}
-    assert said == RENDERER.render(ChatRow(messages=[head, *TALK])).ids_N.tolist()
+    ids = RENDERER.render(parse({"messages": TALK, "system": "t"})).ids_N.tolist()
+    system = {"role": "system", "content": "t"}
+    assert ids == RENDERER.render(ChatRow(messages=[system, *TALK])).ids_N.tolist()
 
 
-def test_a_format_must_be_that_of_every_row() -> None:
+def test_every_row_must_have_the_format() -> None:
     with pytest.raises(ValueError, match="The row has no conversations, which format 'sharegpt'"):
         parse({"messages": TALK}, format="sharegpt")
-    with pytest.raises(ValueError, match="format is 'csv'; it is one of auto, messages, comp"):
+    with pytest.raises(ValueError, match="format is 'csv'; it must be one of auto, messages, comp"):
         RowSettings(format="csv")
 
 
@@ -142,22 +142,22 @@ MARK = b"\xef\xbb\xbf"
         (gzip.compress(json.dumps(ROWS).encode()), "a JSON list, gzip"),
     ],
 )
-def test_any_container_gives_the_same_documents(
+def test_every_container_yields_the_same_documents(
     content: bytes, container: str, tmp_path: Path
 ) -> None:
-    found = load(tmp_path / "rows", content)
+    loaded = load(tmp_path / "rows", content)
     plain = load(tmp_path / "rows.jsonl", LINES)
-    assert found.ids_S.tolist() == plain.ids_S.tolist()
-    assert found.report.form == f"{container}, 2 of text, 1 of sharegpt"
+    assert loaded.ids_S.tolist() == plain.ids_S.tolist()
+    assert loaded.report.form == f"{container}, 2 of text, 1 of sharegpt"
 
 
-def test_a_wrong_entry_of_a_list_is_named_by_its_number(tmp_path: Path) -> None:
+def test_an_invalid_list_entry_is_named_by_its_index(tmp_path: Path) -> None:
     content = json.dumps([*ROWS, {"text": 3}]).encode()
-    told = r"rows\.json\[3\]: text is int; give a string\. \(Wrong: 1 of 4 rows\.\)"
-    with pytest.raises(ValueError, match=told):
+    message = r"rows\.json\[3\]: text is int; give a string\. \(Wrong: 1 of 4 rows\.\)"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "rows.json", content)
-    found = load(tmp_path / "rows.json", content, skip_wrong=True)
-    assert found.where(1) == f"{tmp_path / 'rows.json'}[1]"
+    loaded = load(tmp_path / "rows.json", content, skip_wrong=True)
+    assert loaded.where(1) == f"{tmp_path / 'rows.json'}[1]"
 
 
 @pytest.mark.parametrize(
@@ -178,16 +178,16 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "it is in UTF-16; save it in UTF-8"),
     ],
 )
-def test_other_files_are_told_how_to_convert(
+def test_errors_for_other_files_say_how_to_convert_them(
     name: str, content: bytes, problem: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+    with pytest.raises(ValueError, match=re.escape(problem)) as error:
         load(tmp_path / name, content)
-    assert str(caught.value).startswith(str(tmp_path / name))
+    assert str(error.value).startswith(str(tmp_path / name))
 
 
-def test_what_a_terminal_would_obey_is_escaped_in_errors(tmp_path: Path) -> None:
+def test_terminal_control_characters_are_escaped_in_errors(tmp_path: Path) -> None:
     for row in ({"text": "t", "\x1b[31mred": 1}, {"messages": [{"role": "\x9b2J\x07\x7f"}]}):
-        with pytest.raises(ValueError, match=r"rows\.jsonl:1: ") as caught:
+        with pytest.raises(ValueError, match=r"rows\.jsonl:1: ") as error:
             load(tmp_path / "rows.jsonl", json.dumps(row).encode())
-        assert str(caught.value).isprintable()
+        assert str(error.value).isprintable()

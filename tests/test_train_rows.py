@@ -1,4 +1,4 @@
-"""Rows of training data and files of them: what is read, and what is refused by line and field."""
+"""Rows of training data and files of them: what is read, and errors that name line and field."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_fields_that_no_kind_defines_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "problem"),
+    ("content", "problem"),
     [
         (b"{", "The line is not JSON in UTF-8 (Expecting property name"),
         (b'{"text": "\xff"}', "The line is not JSON in UTF-8 ('utf-8' codec"),
@@ -83,30 +83,32 @@ def test_fields_that_no_kind_defines_are_ignored() -> None:
         (line(messages=[{**TALK[0], "train": True}]), "messages[0].train is true in a message"),
     ],
 )
-def test_wrong_rows_are_refused_by_field(written: bytes, problem: str) -> None:
+def test_invalid_rows_are_rejected_by_field(content: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
-        rows.parse(written)
+        rows.parse(content)
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Three good rows and seven wrong ones, with blank lines between them."""
+    """Three valid and seven invalid rows, with blank lines between them."""
     file = tmp_path / "rows.jsonl"
-    wrong = line(messages=[TALK[0], {"role": "assistant", "content": 3}])
-    good = [line(text="t"), line(messages=TALK), line(prompt="p", completion="c")]
-    file.write_bytes(b"\n".join([good[0], b"", wrong, good[1], b"  ", good[2], *[wrong] * 6]))
+    invalid = line(messages=[TALK[0], {"role": "assistant", "content": 3}])
+    valid = [line(text="t"), line(messages=TALK), line(prompt="p", completion="c")]
+    file.write_bytes(
+        b"\n".join([valid[0], b"", invalid, valid[1], b"  ", valid[2], *[invalid] * 6])
+    )
     return file
 
 
-def test_a_wrong_row_is_named_by_file_line_and_field_and_the_others_counted(
+def test_an_invalid_row_is_named_by_file_line_and_field_and_the_others_counted(
     mixed: Path, renderer: Renderer
 ) -> None:
-    told = f"{mixed}:3: messages[1].content is int; give a string or a list of text parts."
-    with pytest.raises(ValueError, match=re.escape(f"{told} (Wrong: 7 of 10 rows.)")):
+    message = f"{mixed}:3: messages[1].content is int; give a string or a list of text parts."
+    with pytest.raises(ValueError, match=re.escape(f"{message} (Wrong: 7 of 10 rows.)")):
         documents.load(mixed, renderer)
 
 
-def test_wrong_rows_are_skipped_if_asked_and_reported(mixed: Path, renderer: Renderer) -> None:
+def test_invalid_rows_are_skipped_on_request_and_reported(mixed: Path, renderer: Renderer) -> None:
     loaded = documents.load(mixed, renderer, skip_wrong=True)
     assert len(loaded) == 3
     assert [loaded.where(i) for i in range(3)] == [f"{mixed}:{i}" for i in (1, 4, 6)]
@@ -119,17 +121,17 @@ def test_wrong_rows_are_skipped_if_asked_and_reported(mixed: Path, renderer: Ren
     assert report.trained == loaded.trained_S.sum()
 
 
-def test_documents_come_back_as_they_were_rendered(mixed: Path, renderer: Renderer) -> None:
+def test_documents_are_stored_as_rendered(mixed: Path, renderer: Renderer) -> None:
     loaded = documents.load(mixed, renderer, skip_wrong=True)
-    given = [rows.TextRow(text="t"), rows.ChatRow(messages=TALK)]
-    given.append(rows.CompletionRow(prompt="p", completion="c"))
-    for i, row in enumerate(given):
+    parsed = [rows.TextRow(text="t"), rows.ChatRow(messages=TALK)]
+    parsed.append(rows.CompletionRow(prompt="p", completion="c"))
+    for i, row in enumerate(parsed):
         expected = renderer.render(row)
         assert loaded[i].ids_N.tolist() == expected.ids_N.tolist()
         assert loaded[i].trained_N.tolist() == expected.trained_N.tolist()
 
 
-def test_a_file_without_a_good_row_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+def test_a_file_without_a_valid_row_is_rejected(tmp_path: Path, renderer: Renderer) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match=r"rows\.jsonl: there is no such file"):
         documents.load(file, renderer)

@@ -1,6 +1,6 @@
-"""The GPU kernels make the reference's entries where interpreted, and compile for H200.
+"""Interpreted GPU kernels compute the reference's entries; full-size ones compile for H200.
 
-As in test_compress_tpu, what follows a sum that needs no rounding is compared bit for bit.
+As in test_compress_tpu, what follows an exact sum is compared bit for bit.
 
 Axis letters: as in the package.
 """
@@ -19,11 +19,11 @@ from pallas_kernels.compress.shapes import SHAPES, Shape
 from pallas_kernels.implementations import Unsupported
 from tests.gpu_kernels import interpreted
 from tests.test_compress import CLOSE, chunk, complete, settings, steps, text
-from tests.test_compress_tpu import full_size, one_outweighs
+from tests.test_compress_tpu import full_size, one_dominates
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-# Four pieces of a window, of which three are under way; blocks of two windows, with two warpgroups
-# and with one.
+# Windows in four pieces, three of them in flight; blocks of two windows, with two warpgroups and
+# with one.
 HCA = Shape(ratio=64, dim=128, overlap=1, rotated=64, rounding="fp8")
 CSA = Shape(ratio=4, dim=256, overlap=2, rotated=64, rounding="fp8")
 INDEX = Shape(ratio=4, dim=128, overlap=2, rotated=32, rounding="fp4")
@@ -37,14 +37,14 @@ def run(name: str, args: Any, static: dict[str, Any], *, races: bool = False) ->
 
 
 @pytest.mark.parametrize(("name", "start_B"), [("hca", [3]), ("csa", [7]), ("index", [0, 7])])
-def test_rounded_entries_of_a_chunk_are_the_references(name: str, start_B: list[int]) -> None:
-    """From the text's start or amid a window, which the chunk does not complete."""
+def test_rounded_entries_of_a_chunk_equal_the_references(name: str, start_B: list[int]) -> None:
+    """The chunk starts with the text or within a window, and ends within one."""
     shape, static = SMALL[name], settings(SMALL[name], BF16)
     T = (2 if name == "hca" else 4) * shape.ratio - 1
-    of = one_outweighs(text(shape, len(start_B), T + max(start_B), BF16))
-    args = chunk(shape, of, start_B, T, poison=np.nan)
+    inputs = one_dominates(text(shape, len(start_B), T + max(start_B), BF16))
+    args = chunk(shape, inputs, start_B, T, poison=np.nan)
     got_BnK = run("prefill", args, static)
-    # Op by op: compiled as one, XLA leaves out roundings to bfloat16 between.
+    # Not jitted: in one program XLA omits intermediate roundings to bfloat16.
     expected_BnK = np.asarray(reference.prefill(*args, **static), np.float32)
     for b, start in enumerate(start_B):
         n = complete(shape, start, T)
@@ -54,8 +54,8 @@ def test_rounded_entries_of_a_chunk_are_the_references(name: str, start_B: list[
 @pytest.mark.parametrize("name", ["hca", "index"])
 def test_steps_from_a_ring_that_wraps(name: str) -> None:
     shape, window_B = SMALL[name], [0, -1, 7]
-    of = text(shape, len(window_B), 8 * shape.ratio, BF16)
-    args, static = steps(shape, one_outweighs(of), window_B), settings(shape, BF16)
+    inputs = text(shape, len(window_B), 8 * shape.ratio, BF16)
+    args, static = steps(shape, one_dominates(inputs), window_B), settings(shape, BF16)
     expected_B1K = np.asarray(reference.decode(*args, **static), np.float32)
     np.testing.assert_array_equal(run("decode", args, static), expected_B1K)
 
@@ -63,8 +63,8 @@ def test_steps_from_a_ring_that_wraps(name: str) -> None:
 @pytest.mark.parametrize(
     ("M", "n", "overlap", "dtype"), [(96, 2, 1, BF16), (4, 3, 2, F32), (6, 1, 2, BF16)]
 )
-def test_all_of_a_windows_tokens_are_pooled(M: int, n: int, overlap: int, dtype: Any) -> None:
-    """Of three windows in blocks of two, the second is pooled and written twice."""
+def test_all_tokens_of_a_window_are_pooled(M: int, n: int, overlap: int, dtype: Any) -> None:
+    """With three windows in blocks of two, the second is computed and written twice."""
     draw = np.random.default_rng(M).standard_normal
     tokens = (2, (n + overlap - 1) * M, overlap * 128)
     kv_BXC, gate_BXC = (jnp.asarray(x, dtype) for x in (draw(tokens), 4 * draw(tokens)))
@@ -85,7 +85,7 @@ def test_a_chunk_shorter_than_a_window() -> None:
 @pytest.mark.parametrize("name", ["flash hca", "flash csa", "flash index"])
 @pytest.mark.parametrize("step", [False, True])
 def test_full_size_compiles_for_h200(name: str, step: bool) -> None:
-    """Temporaries: the first windows' tokens and the rotary table in lanes; no sums."""
+    """Temporaries are the first windows' tokens and the rotary table in lanes; no sums."""
     shape = SHAPES[name]
     assert shape == SHAPES[name.replace("flash", "pro")]
     B, T = (8, 1) if step else (1, 8192)
@@ -99,7 +99,7 @@ def test_full_size_compiles_for_h200(name: str, step: bool) -> None:
 
 @pytest.mark.full_compilation
 @pytest.mark.parametrize(("M", "B", "n", "overlap"), [(128, 1, 64, 1), (4, 8, 1, 2)])
-def test_the_first_step_alone_compiles_for_h200(M: int, B: int, n: int, overlap: int) -> None:
+def test_pooling_alone_compiles_for_h200(M: int, B: int, n: int, overlap: int) -> None:
     struct = jax.ShapeDtypeStruct
     tokens = struct((B, (n + overlap - 1) * M, overlap * 512), BF16)
     rest = struct((M, overlap * 512), F32), struct((B,), jnp.int32)
@@ -108,15 +108,15 @@ def test_the_first_step_alone_compiles_for_h200(M: int, B: int, n: int, overlap:
     assert targets.temporaries(program) == 0
 
 
-def test_what_it_does_not_take_is_refused() -> None:
-    refusals = [
+def test_unsupported_shapes_and_dtypes_are_rejected() -> None:
+    cases = [
         (Shape(4, 64, 1, 32, "none"), F32, "multiple of 128"),
         (Shape(4, 128, 1, 32, "none"), jnp.float16, "float16"),
         (Shape(4, 256, 1, 32, "fp4"), F32, "FP4, not 32 of 256"),
         (Shape(4, 256, 1, 192, "none"), F32, "turns up to 128"),
     ]
-    for shape, dtype, what in refusals:
+    for shape, dtype, message in cases:
         args = chunk(shape, text(shape, 1, 4), [0], 4)
         args[0] = args[0].astype(dtype)
-        with pytest.raises(Unsupported, match=what):
+        with pytest.raises(Unsupported, match=message):
             gpu.prefill(*args, **settings(shape))

@@ -1,4 +1,4 @@
-"""Gradients of compression: the doors' equal those of the reference, straight through rounding."""
+"""Gradients of compression equal those of the reference, straight through rounding."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ def gradients(run: Any, args: list[Any], floats: tuple[int, ...]) -> Any:
 
 
 def close(got: Any, expected: Any) -> None:
-    """Both are the same sums; compiled apart they round apart."""
+    """Equal but for rounding: the same sums in separately compiled programs."""
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.abs(theirs).max() > 0
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
@@ -33,10 +33,14 @@ def close(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ["hca", "index"])
 def test_gradients_of_a_chunk_and_of_a_step(name: str) -> None:
     shape = SHAPES[f"bench {name}"]
-    of, static = text(shape, 2, 3 * shape.ratio), settings(shape)
+    inputs, static = text(shape, 2, 3 * shape.ratio), settings(shape)
     cases = (
-        ("prefill", chunk(shape, of, [0, shape.ratio + 1], 2 * shape.ratio - 1), (0, 1, 3, 4, 5)),
-        ("decode", steps(shape, of, [-1, 2]), (0, 3, 4, 5)),
+        (
+            "prefill",
+            chunk(shape, inputs, [0, shape.ratio + 1], 2 * shape.ratio - 1),
+            (0, 1, 3, 4, 5),
+        ),
+        ("decode", steps(shape, inputs, [-1, 2]), (0, 3, 4, 5)),
     )
     for op, args, floats in cases:
         args = jax.tree.map(lambda x: jnp.nan_to_num(x), args)
@@ -52,9 +56,9 @@ def test_gradients_pass_straight_through_the_rounding() -> None:
     args = chunk(shape, text(shape, 1, 12), [0], 12)
     rounded, plain = (
         gradients(
-            functools.partial(compress.prefill, **settings(shape, rounding=how)), args, (0, 3)
+            functools.partial(compress.prefill, **settings(shape, rounding=rounding)), args, (0, 3)
         )
-        for how in ("fp8", "none")
+        for rounding in ("fp8", "none")
     )
     close(rounded, plain)
 
@@ -71,10 +75,10 @@ def test_gradients_of_pooling() -> None:
 
 
 @pytest.mark.full_compilation
-def test_gradients_beside_the_kernel_compile() -> None:
+def test_gradients_compile_with_the_forward_kernel() -> None:
     shape = SHAPES["flash index"]
     run = functools.partial(compress.prefill, **settings(shape, jnp.bfloat16))
     loss = lambda *args: jnp.sum(run(*args).astype(jnp.float32))
-    args = jax.eval_shape(lambda of: of, chunk(shape, text(shape, 1, 64), [0], 64))
+    args = jax.eval_shape(lambda args: args, chunk(shape, text(shape, 1, 64), [0], 64))
     program = targets.compiled("v6e", jax.value_and_grad(loss, (0, 3, 4)), *args)
     assert (program.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1

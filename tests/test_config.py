@@ -1,4 +1,4 @@
-"""Configurations: both spellings, presets, refusals; and the plan of segments."""
+"""Configurations: both formats, presets and errors; and the division of layers into segments."""
 
 import dataclasses
 
@@ -59,11 +59,11 @@ def test_flash_and_pro_have_the_released_schedules() -> None:
     assert flash.yarn == Yarn(16.0, 65536)
 
 
-def test_both_spellings_say_the_same() -> None:
+def test_both_formats_give_the_same_configuration() -> None:
     assert config_json.from_json(TRANSFORMERS) == presets.preset("flash")
 
 
-def test_any_ratio_can_be_given_to_csa_by_layer_types() -> None:
+def test_layer_types_allow_any_ratio_for_csa() -> None:
     rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 32}
     cfg = config_json.from_json(TRANSFORMERS | {"compress_rates": rates})
     assert cfg.layers[2] == LayerKind("csa", 8, "hash")
@@ -78,7 +78,7 @@ def test_a_ratio_other_than_4_in_compress_ratios_is_hca() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "key"),
     [
         ({"kv_source_layer_ids": [2, 8]}, "kv_source_layer_ids"),
         ({"index_topkk": 3}, "index_topk"),
@@ -107,12 +107,10 @@ def test_a_ratio_other_than_4_in_compress_ratios_is_hca() -> None:
         ({"mlp_layer_types": ["moe"] * 42}, "mlp_layer_types"),
     ],
 )
-def test_what_the_model_does_not_define_is_refused_by_name(
-    changes: dict[str, object], named: str
-) -> None:
-    with pytest.raises(ValueError, match=named) as raised:
+def test_unsupported_values_are_rejected_by_name(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
         read(**changes)
-    assert "config.json" in str(raised.value)
+    assert "config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["head_dim", "compress_ratios", "num_hidden_layers", "rope_theta"])
@@ -121,11 +119,11 @@ def test_a_missing_key_is_named(key: str) -> None:
         config_json.from_json({k: v for k, v in FLASH.items() if k != key})
 
 
-def test_keys_without_a_value_and_bookkeeping_do_not_matter() -> None:
+def test_null_values_and_bookkeeping_keys_do_not_matter() -> None:
     assert read(pad_token_id=None, some_new_key=None, use_cache=False) == presets.preset("flash")
 
 
-def test_an_unknown_preset_names_those_there_are() -> None:
+def test_an_unknown_preset_raises_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"flash.*pro"):
         presets.preset("mini")
 
@@ -139,10 +137,10 @@ KINDS = [
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=24))
-def test_segments_in_order_are_the_layers(layers: list[LayerKind]) -> None:
+def test_segments_concatenate_to_the_layers(layers: list[LayerKind]) -> None:
     parts = segments(tuple(layers))
-    joined = [kind for part in parts for kind in part.pattern * part.repeats]
-    assert joined == layers
+    concatenated = [kind for part in parts for kind in part.pattern * part.repeats]
+    assert concatenated == layers
     assert [part.first for part in parts] == [
         sum(earlier.length for earlier in parts[:i]) for i in range(len(parts))
     ]

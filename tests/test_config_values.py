@@ -1,4 +1,4 @@
-"""Every number of config.json has a range; which keys are ignored, and which are refused."""
+"""Every number in config.json has a range, and unknown keys are ignored only if harmless."""
 
 import dataclasses
 import json
@@ -21,39 +21,39 @@ LISTS = sorted(config_keys.LISTS - {"dspark_target_layer_ids"})
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, -1, "1", True, [1], {"a": 1}, 10**400, 1e39, 1.5e-46]
 
 
-def refused(raw: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=key) as raised:
+def assert_rejected(raw: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
         config_json.from_json(raw)
-    assert str(raised.value).startswith("config.json: ")
-    assert len(str(raised.value)) < 400
+    assert str(caught.value).startswith("config.json: ")
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_every_number_is_in_its_range(key: str) -> None:
+def test_every_number_must_be_in_its_range(key: str) -> None:
     for value in NOT_NUMBERS:
         if (key, value) not in (("eos_token_id", [1]), ("initializer_range", 1.5e-46)):
-            refused(FLASH | {key: value}, key)
+            assert_rejected(FLASH | {key: value}, key)
 
 
 @pytest.mark.parametrize("key", sorted({*LISTS, *config_keys.OBJECTS}))
-def test_every_list_and_object_has_its_type(key: str) -> None:
+def test_every_list_and_object_must_have_its_type(key: str) -> None:
     for value in (7, "yarn", True, 1.5, [[]], ["a"], [math.nan], {"a": 1}):
-        refused(FLASH | {key: value}, f"{key}|RoPE")
+        assert_rejected(FLASH | {key: value}, f"{key}|RoPE")
 
 
 @pytest.mark.parametrize(
     "key", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"]
 )
-def test_numbers_of_the_scaling_are_in_their_range(key: str) -> None:
+def test_numbers_of_rope_scaling_must_be_in_their_range(key: str) -> None:
     for value in (math.nan, math.inf, -1, 0, "16", True, [], 10**400):
-        refused(FLASH | {"rope_scaling": FLASH["rope_scaling"] | {key: value}}, key)
+        assert_rejected(FLASH | {"rope_scaling": FLASH["rope_scaling"] | {key: value}}, key)
 
 
-def test_a_rotary_factor_is_a_fraction() -> None:
+def test_a_partial_rotary_factor_must_be_a_fraction() -> None:
     for value in (math.nan, 0, -0.5, 1.5, "half", True, [0.5]):
-        refused(FLASH | {"partial_rotary_factor": value}, "partial_rotary_factor")
+        assert_rejected(FLASH | {"partial_rotary_factor": value}, "partial_rotary_factor")
         nested = {"main": {"partial_rotary_factor": value}}
-        refused(FLASH | {"rope_parameters": nested}, "partial_rotary_factor")
+        assert_rejected(FLASH | {"rope_parameters": nested}, "partial_rotary_factor")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_rotary_factor_is_a_fraction() -> None:
         ("n_mtp_layers", math.nan),
     ],
 )
-def test_numbers_of_the_drafter_are_in_their_range(key: str, value: Any) -> None:
+def test_numbers_of_the_drafter_must_be_in_their_range(key: str, value: Any) -> None:
     with pytest.raises(
         ValueError, match=key.removeprefix("dspark_").replace("n_mtp_layers", "stages")
     ):
@@ -77,7 +77,7 @@ def test_numbers_of_the_drafter_are_in_their_range(key: str, value: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 10**9, "num_hash_layers": 10**9}, "num_hidden_layers"),
         ({"num_hash_layers": -1}, "num_hash_layers"),
@@ -106,18 +106,18 @@ def test_numbers_of_the_drafter_are_in_their_range(key: str, value: Any) -> None
         ({"quantization_config": {"bits": 4}}, "bits"),
     ],
 )
-def test_what_is_told_wrongly_is_refused(changes: dict[str, Any], named: str) -> None:
-    refused(FLASH | changes, named)
+def test_wrong_and_contradictory_values_are_rejected(changes: dict[str, Any], message: str) -> None:
+    assert_rejected(FLASH | changes, message)
 
 
-def test_the_table_has_every_number_of_a_configuration() -> None:
-    for owner in (ModelConfig, LayerKind, Yarn, DSpark):
-        numbers = {f.name for f in dataclasses.fields(owner) if f.type in (int, float)}
+def test_every_number_of_a_configuration_has_a_range() -> None:
+    for record in (ModelConfig, LayerKind, Yarn, DSpark):
+        numbers = {f.name for f in dataclasses.fields(record) if f.type in (int, float)}
         assert numbers
         assert numbers <= config_ranges.RANGES.keys()
 
 
-def test_a_configuration_made_in_python_is_checked_too() -> None:
+def test_a_configuration_created_in_python_is_checked_too() -> None:
     flash = presets.preset("flash")
     for changes in ({"rms_norm_eps": math.nan}, {"rope_theta": -1.0}, {"bos_token_id": 129280}):
         with pytest.raises(ValueError, match=next(iter(changes))):
@@ -148,13 +148,13 @@ HARMLESS = {
 }
 
 
-def test_keys_that_cannot_change_the_mathematics_are_ignored() -> None:
+def test_keys_that_cannot_change_the_model_are_ignored() -> None:
     assert config_json.from_json(FLASH | HARMLESS) == presets.preset("flash")
     quantization = FLASH["quantization_config"] | {"modules_to_not_convert": None, "_note": 1}
     assert config_json.from_json(FLASH | {"quantization_config": quantization})
 
 
-def test_all_that_transformers_writes_is_known() -> None:
+def test_every_key_that_transformers_writes_is_known() -> None:
     import transformers
 
     written = transformers.AutoConfig.for_model("deepseek_v4").to_dict()
@@ -164,39 +164,39 @@ def test_all_that_transformers_writes_is_known() -> None:
 
 
 @pytest.mark.parametrize("key", ["sliding_windows", "mscale", "rope_interleaved", "logit_softcap"])
-def test_a_key_that_might_change_the_mathematics_is_refused(key: str) -> None:
-    refused(FLASH | {key: 1.0}, f"unknown key '{key}'.*'_'")
+def test_an_unknown_key_that_might_change_the_model_is_rejected(key: str) -> None:
+    assert_rejected(FLASH | {key: 1.0}, f"unknown key '{key}'.*'_'")
 
 
-def test_a_wrong_end_token_is_refused() -> None:
+def test_a_wrong_end_token_is_rejected() -> None:
     assert config_json.from_json(FLASH | {"eos_token_id": [7, 1]}).eos_token_ids == (7, 1)
     for value in (-1, 129280, True, "1", 1.0, [1, -1], [1, True], [[1]], [None], {"a": 1}):
-        refused(FLASH | {"eos_token_id": value}, "eos_token_id")
+        assert_rejected(FLASH | {"eos_token_id": value}, "eos_token_id")
 
 
 TINY = presets.preset_json("tiny")
 WITHOUT = {key: value for key, value in TINY.items() if key != "eos_token_id"}
 
 
-def directory(path: Path, raw: dict[str, Any], **files: Any) -> Path:
-    """A config.json and JSON files beside it; the path of the first."""
+def write_configs(path: Path, raw: dict[str, Any], **files: Any) -> Path:
+    """Write config.json and other JSON files into a directory; returns the path of config.json."""
     for name, value in {"config": raw, **files}.items():
         (path / f"{name}.json").write_text(json.dumps(value))
     return path / "config.json"
 
 
-def with_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path) -> None:
     build_demo_tokenizer(TINY["vocab_size"]).save(str(path / "tokenizer.json"))
 
 
-def ends_beside(file: Path) -> tuple[int, ...]:
+def ends_of(file: Path) -> tuple[int, ...]:
     return config_file.end_tokens(file.parent, config_file.read(file))
 
 
-def test_the_end_comes_from_the_first_file_that_tells_it(tmp_path: Path) -> None:
-    ends = lambda raw, **files: ends_beside(directory(tmp_path, raw, **files))
+def test_end_tokens_come_from_the_first_file_that_has_them(tmp_path: Path) -> None:
+    ends = lambda raw, **files: ends_of(write_configs(tmp_path, raw, **files))
     assert ends(WITHOUT) == ()
-    with_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     assert ends(WITHOUT) == (1,)
     assert ends(WITHOUT, tokenizer_config={"eos_token": "<think>"}) == (5,)
     assert ends(WITHOUT, tokenizer_config={"eos_token": {"content": "</think>"}}) == (6,)
@@ -209,7 +209,7 @@ def test_the_end_comes_from_the_first_file_that_tells_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({"generation_config": {"eos_token_id": 5000}}, "generation_config.json: eos_token_id"),
         ({"generation_config": {"eos_token_id": True}}, "generation_config.json: eos_token_id"),
@@ -222,13 +222,13 @@ def test_the_end_comes_from_the_first_file_that_tells_it(tmp_path: Path) -> None
         ({"special_tokens_map": {"eos_token": {}, "pad": 1}}, None),
     ],
 )
-def test_a_wrong_end_beside_the_configuration_is_refused(
-    tmp_path: Path, files: dict[str, Any], says: str | None
+def test_a_wrong_end_token_in_another_file_is_rejected(
+    tmp_path: Path, files: dict[str, Any], message: str | None
 ) -> None:
-    with_tokenizer(tmp_path)
-    file = directory(tmp_path, WITHOUT, **files)
-    if says is None:
-        assert ends_beside(file) == (1,)
+    write_tokenizer(tmp_path)
+    file = write_configs(tmp_path, WITHOUT, **files)
+    if message is None:
+        assert ends_of(file) == (1,)
         return
-    with pytest.raises(ValueError, match=says):
-        ends_beside(file)
+    with pytest.raises(ValueError, match=message):
+        ends_of(file)

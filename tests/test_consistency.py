@@ -1,4 +1,4 @@
-"""The same text gives the same logits however it is fed: chunks, rows, padding, rejected drafts."""
+"""A text has the same logits however it is fed: chunks, rows, padding, rejected drafts."""
 
 import dataclasses
 
@@ -16,12 +16,12 @@ from v4jax.model.numerics import HF, OFFICIAL, Numerics
 CFG = models.config(SLIDING, CSA, HCA, CSA)
 LENGTH = 90
 TOKENS = models.tokens(CFG, 2, LENGTH)
-# Few chunk sizes, so that few programs are compiled: up to 8 tokens stay in the ring, more do not.
+# Few chunk sizes, so that few programs are compiled. Chunks of up to 8 tokens fit into the ring.
 SIZES = (1, 3, 8, 9, 32)
 
 
 def close(got: np.ndarray, expected: np.ndarray) -> None:
-    """Equal to float32 rounding through four layers: 1e-5 of the largest logit."""
+    """Equal up to float32 rounding through four layers: 1e-5 of the largest logit."""
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -31,7 +31,7 @@ def expected() -> np.ndarray:
 
 
 def feed_in_chunks(runner: Runner, tokens_BT: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Feed all tokens in chunks of the given sizes, cyclically; the rest one by one."""
+    """Feed all tokens in chunks of the given sizes, cyclically; past the end, one by one."""
     parts, at, turn = [], 0, 0
     while at < tokens_BT.shape[1]:
         size = sizes[turn % len(sizes)]
@@ -44,17 +44,17 @@ def feed_in_chunks(runner: Runner, tokens_BT: np.ndarray, sizes: list[int]) -> n
 
 @settings(deadline=None, max_examples=12)
 @given(st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
-def test_any_split_into_chunks_equals_the_whole(sizes: list[int]) -> None:
+def test_any_split_into_chunks_equals_feeding_all_at_once(sizes: list[int]) -> None:
     got = feed_in_chunks(Runner(CFG, 2, LENGTH), TOKENS, sizes)
     close(got, models.whole(CFG, TOKENS))
 
 
-def test_token_by_token_equals_the_whole(expected: np.ndarray) -> None:
+def test_token_by_token_equals_feeding_all_at_once(expected: np.ndarray) -> None:
     close(feed_in_chunks(Runner(CFG, 2, LENGTH), TOKENS, [1]), expected)
 
 
 def test_official_numerics_do_not_depend_on_chunks_in_one_layer() -> None:
-    """With more layers one rounding flipped by float32 noise moves every logit behind it."""
+    """With more layers a single rounding flipped by float32 noise changes all later logits."""
     for kind in (CSA, HCA):
         cfg = models.config(kind, hashed=0)
         got = feed_in_chunks(Runner(cfg, 2, LENGTH, OFFICIAL), TOKENS, [9, 1, 32])
@@ -73,7 +73,7 @@ def test_a_row_alone_equals_itself_in_a_batch(expected: np.ndarray) -> None:
     close(models.whole(CFG, TOKENS[1:]), expected[1:])
 
 
-def test_padding_and_rows_of_other_lengths_change_nothing(expected: np.ndarray) -> None:
+def test_padding_and_rows_of_other_lengths_have_no_effect(expected: np.ndarray) -> None:
     runner = Runner(CFG, 2, LENGTH)
     first = runner.feed(TOKENS[:, :32], [32, 20])
     close(first[0], expected[0, :32])
@@ -82,7 +82,7 @@ def test_padding_and_rows_of_other_lengths_change_nothing(expected: np.ndarray) 
     got = runner.feed(second, [32, 32])
     close(got[0], expected[0, 32:64])
     close(got[1], expected[1, 20:52])
-    # A row that takes nothing in stays where it is.
+    # A row that is fed nothing keeps its state.
     runner.feed(TOKENS[:, :9], [9, 0])
     got = runner.feed(np.stack([TOKENS[0, :1], TOKENS[1, 52:53]]), [1, 1])
     close(got[1], expected[1, 52:53])
@@ -93,7 +93,7 @@ def test_padding_and_rows_of_other_lengths_change_nothing(expected: np.ndarray) 
     st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=5),
     st.integers(20, 40),
 )
-def test_rewind_then_replay_equals_never_having_drafted(
+def test_rewind_then_replay_equals_never_drafting(
     drafts: list[tuple[int, int]], start: int
 ) -> None:
     expected = models.whole(CFG, TOKENS)
@@ -102,30 +102,30 @@ def test_rewind_then_replay_equals_never_having_drafted(
     at = 32
     for drafted, rejected in drafts:
         rejected = min(rejected, drafted)
-        kept = drafted - rejected
+        accepted = drafted - rejected
         wrong = np.full((2, 8), start % CFG.vocab_size, np.int32)
-        wrong[:, :kept] = TOKENS[:, at : at + kept]
+        wrong[:, :accepted] = TOKENS[:, at : at + accepted]
         got = runner.feed(wrong, [drafted, drafted])
-        if kept:
-            close(got[:, :kept], expected[:, at : at + kept])
+        if accepted:
+            close(got[:, :accepted], expected[:, at : at + accepted])
         runner.rewind(rejected, rejected)
-        at += kept
+        at += accepted
     close(runner.feed(TOKENS[:, at : at + 9]), expected[:, at : at + 9])
 
 
-def test_rewind_touches_no_buffer() -> None:
+def test_rewind_changes_no_buffer() -> None:
     runner = Runner(CFG, 2, LENGTH)
     runner.feed(TOKENS[:, :32])
-    back = caches.rewind(runner.cache, jax.numpy.array([3, 0], jax.numpy.int32))
-    assert back.segments is runner.cache.segments
-    assert back.length_B.tolist() == [29, 32]
+    rewound = caches.rewind(runner.cache, jax.numpy.array([3, 0], jax.numpy.int32))
+    assert rewound.segments is runner.cache.segments
+    assert rewound.length_B.tolist() == [29, 32]
 
 
 @pytest.mark.parametrize(
     "layers", [(SLIDING,), (CSA,), (HCA,), (("csa", 3), ("hca", 5)), (("csa", 1), ("hca", 1))]
 )
 @pytest.mark.parametrize("length", [2, 37])
-def test_any_schedule_and_length_runs_in_any_split(
+def test_any_layers_and_length_can_be_split_into_chunks(
     layers: tuple[tuple[str, int], ...], length: int
 ) -> None:
     cfg = models.config(*layers, hashed=0)
@@ -135,13 +135,13 @@ def test_any_schedule_and_length_runs_in_any_split(
     close(feed_in_chunks(Runner(cfg, 1, length), text, [9, 3]), expected)
 
 
-def test_selecting_more_entries_than_there_are_sees_them_all() -> None:
+def test_selecting_more_entries_than_exist_selects_all() -> None:
     cfg = models.config(CSA, CSA, index_topk=1000)
     few = dataclasses.replace(cfg, index_topk=LENGTH // 4)
     close(models.whole(cfg, TOKENS), models.whole(few, TOKENS))
 
 
-def test_text_grows_without_a_new_program() -> None:
+def test_growing_text_compiles_no_new_program() -> None:
     runner = Runner(models.config(CSA, HCA), 2, 4 * LENGTH)
     runner.feed(TOKENS[:, :9])
     step = lambda at: runner.feed(TOKENS[:, at : at + 1])

@@ -1,4 +1,4 @@
-"""Documents, pieces and evaluations without a token to train: they are left out, or refused."""
+"""Documents, pieces and evaluations without a token to train: left out, or rejected."""
 
 import io
 import json
@@ -45,39 +45,39 @@ def settings(file: str, **tables: dict[str, Any]) -> recipe.Recipe:
 
 def packs(chosen: recipe.Recipe) -> Packs:
     tokenizer = preparation.text_tokenizer(chosen)
-    read = preparation.read_data(chosen, tokenizer, chosen.data.files)
-    return preparation.packs(chosen, read)[0]
+    documents = preparation.read_data(chosen, tokenizer, chosen.data.files)
+    return preparation.packs(chosen, documents)[0]
 
 
-def said(chosen: recipe.Recipe, samples: int = 9) -> str:
+def preview_of(chosen: recipe.Recipe, samples: int = 9) -> str:
     out = io.StringIO()
     preview.show(chosen, Console(file=out, width=400), samples=samples)
     return out.getvalue()
 
 
-def test_an_answer_that_is_cut_away_is_no_step(write: Any) -> None:
+def test_a_truncated_answer_makes_no_step(write: Any) -> None:
     # All simulated devices share the one pack of a batch.
     chosen = settings(write(chat(300), chat(3), chat(900)), mesh={"tensor": jax.device_count()})
-    found = packs(chosen)
-    assert len(found) == 1
-    assert found[0]["trained"].any()
-    plan = found.packing(0)
+    loaded = packs(chosen)
+    assert len(loaded) == 1
+    assert loaded[0]["trained"].any()
+    plan = loaded.packing(0)
     assert (plan.untrained, plan.too_long, len(plan)) == (2, 2, 1)
-    told = "2 documents or pieces of them have no token to train within seq_len, 128"
-    assert told in found.notes()[0]
-    assert told in said(chosen)
+    message = "2 documents or pieces of them have no token to train within seq_len, 128"
+    assert message in loaded.notes()[0]
+    assert message in preview_of(chosen)
     tokenizer = preparation.text_tokenizer(chosen)
-    read = preparation.read_data(chosen, tokenizer, chosen.data.files)
-    with pytest.warns(UserWarning, match="positions hold a token"), pytest.warns(match=told):
-        assert len(preparation.batches(chosen, read)) == 1
+    documents = preparation.read_data(chosen, tokenizer, chosen.data.files)
+    with pytest.warns(UserWarning, match="positions hold a token"), pytest.warns(match=message):
+        assert len(preparation.batches(chosen, documents)) == 1
 
 
-def test_pieces_of_a_split_document_that_train_nothing_are_no_step(write: Any) -> None:
+def test_pieces_of_a_split_document_without_trained_tokens_make_no_step(write: Any) -> None:
     chosen = settings(write(chat(600)), data={"too_long": "split"})
-    found = packs(chosen)
-    assert [bool(found[i]["trained"].any()) for i in range(len(found))] == [True] * len(found)
-    assert found.packing(0).untrained >= 3
-    shown = said(chosen)
+    loaded = packs(chosen)
+    assert [bool(loaded[i]["trained"].any()) for i in range(len(loaded))] == [True] * len(loaded)
+    assert loaded.packing(0).untrained >= 3
+    shown = preview_of(chosen)
     assert "yes" in shown
     assert "a" * 10 in shown
     assert shown.count("a") < 200
@@ -87,37 +87,37 @@ def test_pieces_of_a_split_document_that_train_nothing_are_no_step(write: Any) -
 def test_a_piece_whose_only_trained_token_is_its_first_trains_nothing() -> None:
     trained_S = np.zeros(256, bool)
     trained_S[[5, 128]] = True
-    how = PackSettings(seq_len=128, too_long="split")
-    plan = packing.pack(np.array([256]), how, trained_S=trained_S)
+    pack_settings = PackSettings(seq_len=128, too_long="split")
+    plan = packing.pack(np.array([256]), pack_settings, trained_S=trained_S)
     assert (len(plan), plan.untrained, plan.trained, plan.dropped) == (1, 1, 1, 128)
 
 
 @pytest.mark.parametrize("rows", [[chat(300), chat(3)], [chat(3), chat(5), chat(200)]])
-def test_they_are_refused_if_asked(rows: list[dict], write: Any) -> None:
+def test_untrained_documents_are_an_error_on_request(rows: list[dict], write: Any) -> None:
     chosen = settings(write(*rows), data={"untrained": "error"})
-    for read in (packs, said):
+    for function in (packs, preview_of):
         with pytest.raises(
             ValueError, match=r"rows\.jsonl:\d has no token to train within seq_len"
         ):
-            read(chosen)
+            function(chosen)
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_files_that_train_nothing_are_refused(evaluation: bool, write: Any) -> None:
-    right, wrong = write(chat(3)), write(chat(300), chat(400), name="cut.jsonl")
-    tables = {"evaluation": {"files": [wrong]}} if evaluation else {"data": {"files": [wrong]}}
+def test_files_without_trained_tokens_are_rejected(evaluation: bool, write: Any) -> None:
+    good, untrained = write(chat(3)), write(chat(300), chat(400), name="cut.jsonl")
+    tables = {"evaluation" if evaluation else "data": {"files": [untrained]}}
     with pytest.raises(ValueError, match=r"cut\.jsonl:1 has no token.*so have 2 of 2 documents"):
-        said(settings(right, **tables))
+        preview_of(settings(good, **tables))
     if evaluation:
-        chosen = settings(right, **tables)
+        chosen = settings(good, **tables)
         tokenizer = preparation.text_tokenizer(chosen)
         held_out = preparation.read_data(chosen, tokenizer, chosen.evaluation.files)
         with pytest.raises(ValueError, match="has no token to train"):
             preparation.held_out_packs(chosen, held_out)
 
 
-def test_a_preview_shows_what_is_seen_after_the_cut(write: Any) -> None:
-    shown = said(settings(write(chat(3, "b" * 40 + "z" * 400))))
+def test_a_preview_shows_what_remains_after_truncation(write: Any) -> None:
+    shown = preview_of(settings(write(chat(3, "b" * 40 + "z" * 400))))
     assert "b" * 40 in shown
     assert "z" * 10 in shown
     assert shown.count("z") < 128
@@ -129,21 +129,21 @@ def test_reasoning_that_is_left_out_is_counted(write: Any) -> None:
     later = {"messages": thinks["messages"] * 2, "thinking_mode": "thinking"}
     kept = {**thinks, "enable_thinking": True}
     chosen = settings(write(thinks, chat(3, reasoning=""), later, kept, chat(3, reasoning="so")))
-    told = "the reasoning of 3 messages is left out"
-    assert any(told in note for note in packs(chosen).notes())
-    assert told in said(chosen)
+    message = "the reasoning of 3 messages is left out"
+    assert any(message in note for note in packs(chosen).notes())
+    assert message in preview_of(chosen)
 
 
-def test_packs_that_are_mostly_empty_are_warned_of(write: Any) -> None:
+def test_mostly_empty_packs_are_warned_about(write: Any) -> None:
     chosen = settings(write(*[chat(3)] * 8), data={"seq_len": 512})
-    told = "of the packs' positions hold a token"
-    assert any(told in note for note in packs(chosen).notes())
-    assert told in said(chosen)
-    well = settings(write(*[chat(100)] * 8), data={"seq_len": 512})
-    assert not packs(well).notes()
-    assert told not in said(well)
+    message = "of the packs' positions hold a token"
+    assert any(message in note for note in packs(chosen).notes())
+    assert message in preview_of(chosen)
+    filled = settings(write(*[chat(100)] * 8), data={"seq_len": 512})
+    assert not packs(filled).notes()
+    assert message not in preview_of(filled)
 
 
-def test_rows_that_are_skipped_are_told_of(write: Any) -> None:
+def test_skipped_rows_are_reported(write: Any) -> None:
     chosen = settings(write(chat(100), {"text": 3}), data={"skip_wrong": True})
     assert "1 of 2 rows are wrong and left out" in packs(chosen).notes()[0]

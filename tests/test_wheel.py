@@ -1,7 +1,7 @@
-"""The wheel has everything, and runs in an environment that has nothing else.
+"""The wheel is complete, and runs in an environment with nothing else installed.
 
-The second test takes the dependencies from the package index or pip's cache: it is the only one
-that shows that those declared are enough.
+The second test installs the dependencies from the package index or pip's cache: no other test shows
+that the declared ones are enough.
 """
 
 import os
@@ -16,35 +16,35 @@ import pytest
 from tests import house, quick
 
 ROOT = house.ROOT
-# Folders of the source tree, and what they are called in the wheel.
+# Source directories and their names in the wheel.
 FOLDERS = house.PACKAGES | {"configs": "v4jax_configs"}
 BUILD = ("pyproject.toml", "README.md", "LICENSE", *FOLDERS)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command that sees neither this environment nor the source tree."""
+    """Run a command outside this environment and the source tree; return its standard output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | quick.ENVIRONMENT
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: setuptools leaves its own folders behind.
+    # From a copy: setuptools leaves directories behind.
     source = tmp_path_factory.mktemp("wheel") / "source"
     source.mkdir()
     for name in BUILD:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", source.parent, cwd=source)
-    (made,) = source.parent.glob("*.whl")
-    return made
+    (file,) = source.parent.glob("*.whl")
+    return file
 
 
-def test_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
+def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
     expected = {
         f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in FOLDERS.items()
@@ -57,14 +57,15 @@ def test_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_alone_runs_the_command(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_alone_runs_the_commands(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "empty", cwd=tmp_path)
-    binaries = tmp_path / "empty" / ("Scripts" if os.name == "nt" else "bin")
-    run(binaries / "python", "-m", "pip", "install", "--quiet", "--no-compile", wheel, cwd=tmp_path)
-    where = run(binaries / "python", "-c", "import v4jax; print(v4jax.__file__)", cwd=tmp_path)
-    assert where.startswith(str(tmp_path))
-    assert "159,609,485,896" in run(binaries / "v4jax", "inspect", "flash", cwd=tmp_path)
-    assert "tokens/s" in run(binaries / "v4jax", "demo", cwd=tmp_path)
+    scripts = tmp_path / "empty" / ("Scripts" if os.name == "nt" else "bin")
+    run(scripts / "python", "-m", "pip", "install", "--quiet", "--no-compile", wheel, cwd=tmp_path)
+    location = run(scripts / "python", "-c", "import v4jax; print(v4jax.__file__)", cwd=tmp_path)
+    assert location.startswith(str(tmp_path))
+    assert "159,609,485,896" in run(scripts / "v4jax", "inspect", "flash", cwd=tmp_path)
+    assert "tokens/s" in run(scripts / "v4jax", "demo", cwd=tmp_path)
     words = ("plot", tmp_path)
-    done = subprocess.run([binaries / "v4jax-train", *words], capture_output=True, text=True)
-    assert (done.returncode, "pip install 'v4jax[train]'" in done.stderr) == (1, True), done.stderr
+    result = subprocess.run([scripts / "v4jax-train", *words], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'v4jax[train]'" in result.stderr

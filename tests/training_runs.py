@@ -1,4 +1,4 @@
-"""Directories of training runs with a state of our making, written by the package that trains."""
+"""Directories of training runs with chosen weights, written by the training package."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from v4jax_train.trainable import Full
 
 
 def learned(cfg: ModelConfig, settings: Lora, seed: int = 0, size: float = 0.05) -> Adapter:
-    """An adapter as after some training: both factors matter."""
+    """An adapter as after some training: no factor is zero."""
     adapter = lora.init(cfg, settings, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     changed = lambda x: np.asarray(x) + size * rng.standard_normal(x.shape, np.float32)
@@ -36,7 +36,7 @@ def write(
     step_number: int = 3,
     best: dict[str, Any] | None = None,
 ) -> Path:
-    """A run that has these weights after its last step, and others (`best`) after its best one."""
+    """Write a run with these weights after its last step, and `best` after its best one."""
     adapter, full = (what, None) if isinstance(what, Lora) else (None, what)
     source, length = ModelSource(path=str(model)), Steps(steps=9)
     recipe = Recipe(model=source, steps=length, adapter=adapter, full=full)
@@ -48,19 +48,19 @@ def write(
     state = step.State(
         jnp.int32(step_number), on_device(trained), on_device(balanced or {}), moments, key
     )
-    saved = Checkpoints(directory, keep=2)
-    saved.save(step_number, state, {"step": step_number})
+    checkpoints = Checkpoints(directory, keep=2)
+    checkpoints.save(step_number, state, {"step": step_number})
     if best is not None:
-        saved.save_best(1, (on_device(best), on_device(balanced or {})), {"step": 1})
-    saved.wait()
-    saved.close()
+        checkpoints.save_best(1, (on_device(best), on_device(balanced or {})), {"step": 1})
+    checkpoints.wait()
+    checkpoints.close()
     return directory
 
 
 def folded(cfg: ModelConfig, model: Model, settings: Lora, adapter: Adapter, dtype: Any) -> Model:
-    """The model with the update in its matrices, all rounded to `dtype`, held in float32."""
-    # Where the old ones lie, so that one program serves both.
-    places = {name: value.sharding for name, value in params.leaves(model)}
+    """The model with the adapter merged, rounded to `dtype` but stored in float32."""
+    # The shardings of the old weights, so that one program serves both.
+    shardings = {name: value.sharding for name, value in params.leaves(model)}
 
     def fold(name: str, spec: params.ParamSpec, weight: Any) -> Any:
         if spec.stored == "i64":
@@ -68,8 +68,9 @@ def folded(cfg: ModelConfig, model: Model, settings: Lora, adapter: Adapter, dty
         if name in adapter:
             a, b = (np.asarray(adapter[name][part]) for part in "ab")
             weight = np.asarray(weight) + np.float32(settings.scale_of(name)) * (b @ a)
-        wide = spec.stored == "f32"
-        new = np.asarray(weight) if wide else np.asarray(weight).astype(dtype).astype(np.float32)
-        return jax.device_put(new, places[name])
+        weight = np.asarray(weight)
+        if spec.stored != "f32":
+            weight = weight.astype(dtype).astype(np.float32)
+        return jax.device_put(weight, shardings[name])
 
     return params.map_leaves(fold, Model(cfg), model)

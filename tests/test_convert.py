@@ -1,4 +1,4 @@
-"""Conversion to native checkpoints and back: nothing is lost, little is held, kills do no harm."""
+"""Conversion to native checkpoints and back: lossless, with little memory, and safe to kill."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def write_saved(directory: Path) -> Path:
 
 
 def write_modules(directory: Path) -> Path:
-    """The names of transformers' modules, experts of a layer in one tensor."""
+    """Write a checkpoint with transformers' module names: one tensor for all experts of a layer."""
     model = hf_models.make(RATIOS, 0)
     values = {name: value.numpy() for name, value in model.state_dict().items()}
     kinds = {"float32": "F32", "int64": "I64"}
@@ -69,9 +69,9 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.fixture(scope="module", params=SOURCES)
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A source, and what conversion with --weights keep makes of it."""
-    folder = tmp_path_factory.mktemp("kept")
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A source and its native checkpoint, converted with --weights keep."""
+    folder = tmp_path_factory.mktemp("converted")
     source = SOURCES[request.param](folder / "source")
     convert.convert(source, folder / "native")
     return source, folder / "native"
@@ -111,9 +111,9 @@ def assert_same_model(one: Any, other: Any) -> None:
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
 
 
-def test_export_reproduces_the_source(kept, tmp_path):
-    source, made = kept
-    convert.export(made, tmp_path / "exported")
+def test_export_reproduces_the_source(converted, tmp_path):
+    source, target = converted
+    convert.export(target, tmp_path / "exported")
     assert_same_checkpoint(source, tmp_path / "exported")
     index = "model.safetensors.index.json"
     assert (source / index).exists() == (tmp_path / "exported" / index).exists()
@@ -127,11 +127,11 @@ def test_export_reproduces_the_source(kept, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "keep"), [("bfloat16", True), ("float32", False)])
-def test_native_model_equals_the_one_from_the_source(kept, dtype, keep):
-    source, made = kept
+def test_native_model_equals_the_one_from_the_source(converted, dtype, keep):
+    source, target = converted
     expected, cfg = release_weights.load(source, dtype=jnp.dtype(dtype), keep_quantised=keep)
-    model, found = native.load(made, dtype=jnp.dtype(dtype), keep_quantised=keep)
-    assert found == cfg
+    model, native_cfg = native.load(target, dtype=jnp.dtype(dtype), keep_quantised=keep)
+    assert native_cfg == cfg
     assert_same_model(model, expected)
 
 
@@ -145,7 +145,7 @@ def test_native_model_on_a_mesh_equals_the_one_from_the_source(released, tmp_pat
 
 
 @pytest.mark.parametrize("weights", ["keep", "bfloat16"])
-def test_orbax_restores_the_arrays_under_the_names_of_the_leaves(released, tmp_path, weights):
+def test_orbax_restores_the_arrays_by_the_names_of_the_leaves(released, tmp_path, weights):
     convert.convert(released, tmp_path / "native", weights=weights)
     model, _ = native.load(tmp_path / "native", dtype=jnp.bfloat16, keep_quantised=True)
     expected: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def test_orbax_restores_the_arrays_under_the_names_of_the_leaves(released, tmp_p
     ("kind", "weights"),
     [("fp8 and fp4 with MTP", "bfloat16"), ("base", "float32"), ("modules", "bfloat16")],
 )
-def test_decoded_checkpoint_exports_dense_tensors_under_the_same_names(tmp_path, kind, weights):
+def test_dequantised_checkpoint_exports_dense_tensors_of_the_same_names(tmp_path, kind, weights):
     source = SOURCES[kind](tmp_path / "source")
     convert.convert(source, tmp_path / "native", weights=weights)
     convert.export(tmp_path / "native", tmp_path / "exported")
@@ -194,19 +194,21 @@ def test_decoded_checkpoint_exports_dense_tensors_under_the_same_names(tmp_path,
 
 
 def test_float4_tensors_keep_their_declared_dtype(tmp_path):
-    made = dict(checkpoints.tensors(checkpoints.tiny(), 1))
+    lazy = dict(checkpoints.tensors(checkpoints.tiny(), 1))
 
-    def info(name: str) -> TensorInfo:
-        found = made[name].info
-        if found.dtype != "I8":
-            return found
-        return TensorInfo("F4", (found.shape[0], 2 * found.shape[1]))
+    def float4_info(name: str) -> TensorInfo:
+        info = lazy[name].info
+        if info.dtype != "I8":
+            return info
+        return TensorInfo("F4", (info.shape[0], 2 * info.shape[1]))
 
     values = lambda name: (
-        made[name].make().view(np.uint8) if made[name].info.dtype == "I8" else made[name].make()
+        lazy[name].make().view(np.uint8) if lazy[name].info.dtype == "I8" else lazy[name].make()
     )
     config = config_json.to_json(checkpoints.tiny())
-    write_checkpoint(tmp_path / "source", config, [{name: info(name) for name in made}], values)
+    write_checkpoint(
+        tmp_path / "source", config, [{name: float4_info(name) for name in lazy}], values
+    )
     convert.convert(tmp_path / "source", tmp_path / "native")
     convert.export(tmp_path / "native", tmp_path / "exported")
     assert_same_checkpoint(tmp_path / "source", tmp_path / "exported")
@@ -221,7 +223,7 @@ jax.devices()
 resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 calls, before = 0, resident()
 if int(stop):
-    # The whole of a tiny checkpoint may be on its way to the disk otherwise.
+    # Otherwise a whole tiny checkpoint may still be in flight to the disk.
     convert._IN_FLIGHT_BYTES = 2**16
 def progress(what, done, total):
     global calls
@@ -237,7 +239,7 @@ print(calls, (resident() - before) * 1024)
 
 
 def run(command: str, source: Path, target: Path, stop: int, weights: str = "keep") -> Any:
-    """Convert or export in a process of its own, which kills itself at a step."""
+    """Convert or export in a separate process, which kills itself at a step."""
     arguments = [command, str(source), str(target), weights, str(stop)]
     return subprocess.run(
         [sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True, check=False
@@ -245,7 +247,7 @@ def run(command: str, source: Path, target: Path, stop: int, weights: str = "kee
 
 
 @pytest.mark.slow
-def test_a_fraction_of_one_leaf_is_held_in_memory(tmp_path):
+def test_conversion_holds_a_fraction_of_one_leaf_in_memory(tmp_path):
     layers = (LayerKind("sliding", 0, "routed"),) * 2
     cfg = checkpoints.tiny(
         hidden_size=2048,
@@ -254,18 +256,18 @@ def test_a_fraction_of_one_leaf_is_held_in_memory(tmp_path):
         layers=layers,
         num_nextn_predict_layers=0,
     )
-    source, made = tmp_path / "source", tmp_path / "native"
+    source, target = tmp_path / "source", tmp_path / "native"
     checkpoints.write_release(source, cfg, 1, fill="bytes")
     leaf = tensor_names.slots(cfg)["layers.0.ffn.experts.0.w1.weight"].spec.size * 2
-    ended = run("convert", source, made, 0, "bfloat16")
+    converted = run("convert", source, target, 0, "bfloat16")
     shutil.rmtree(source)
-    exported = run("export", made, tmp_path / "exported", 0)
-    shutil.rmtree(made)
+    exported = run("export", target, tmp_path / "exported", 0)
+    shutil.rmtree(target)
     shutil.rmtree(tmp_path / "exported")
-    for run_of in (ended, exported):
-        assert run_of.returncode == 0, run_of.stderr
-        # Half of it are pages of a mapped file, which the reader drops every 256 MiB.
-        assert int(run_of.stdout.split()[1]) < 450 * 2**20 < leaf, run_of.stdout
+    for result in (converted, exported):
+        assert result.returncode == 0, result.stderr
+        # Half of this is pages of a mapped file, which the reader drops every 256 MiB.
+        assert int(result.stdout.split()[1]) < 450 * 2**20 < leaf, result.stdout
 
 
 def test_a_checkpoint_on_the_hub_is_converted_shard_by_shard(released, tmp_path):

@@ -1,4 +1,4 @@
-"""Conversions that are interrupted, refused or damaged: no harm, no loss, a sentence that helps."""
+"""Interrupted, invalid and damaged conversions: nothing is lost, and errors are helpful."""
 
 import contextlib
 import json
@@ -32,72 +32,72 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, command):
     if command == "export":
         convert.convert(source, tmp_path / "native")
         source = tmp_path / "native"
-    whole, target = tmp_path / "whole", tmp_path / "target"
+    expected, target = tmp_path / "expected", tmp_path / "target"
     steps = []
-    getattr(convert, command)(source, whole, progress=lambda *args: steps.append(args))
+    getattr(convert, command)(source, expected, progress=lambda *args: steps.append(args))
     for stop in (1, len(steps) // 2, 20):
-        ended = run(command, source, target, stop)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        result = run(command, source, target, stop)
+        assert result.returncode == -signal.SIGKILL, result.stderr
         assert not target.exists()
-        left = unfinished.scratch(target)
-        assert not native.is_native(left)
-        for read in (release_weights.load, native.load):
-            for place in (left, left / "result"):
+        scratch = unfinished.scratch(target)
+        assert not native.is_native(scratch)
+        for load in (release_weights.load, native.load):
+            for path in (scratch, scratch / "result"):
                 with pytest.raises(CheckpointError, match="is unfinished"):
-                    read(place, dtype=jnp.bfloat16, keep_quantised=True)
-    ended = run(command, source, target, 0)
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout.split()[0]) < len(steps), "nothing was taken up from the runs before"
-    assert contents(target) == contents(whole)
+                    load(path, dtype=jnp.bfloat16, keep_quantised=True)
+    result = run(command, source, target, 0)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) < len(steps), "no work of the killed runs was reused"
+    assert contents(target) == contents(expected)
     assert not unfinished.scratch(target).exists()
 
 
-def refused(says: str, source: Any, target: Path, weights: Any = "keep") -> None:
-    """Conversion raises, the message says so, and nothing is left beside what was there."""
+def assert_rejected(message: str, source: Any, target: Path, weights: Any = "keep") -> None:
+    """Conversion raises with this message and leaves no new files."""
     before = sorted(target.parent.iterdir())
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         convert.convert(source, target, weights=weights)
     assert sorted(target.parent.iterdir()) == before
 
 
-def test_what_cannot_be_converted_is_refused_before_anything_is_written(released, tmp_path):
+def test_invalid_conversions_are_rejected_before_anything_is_written(released, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    refused("full: exists", released, tmp_path / "full")
-    refused("no such file", tmp_path / "nothing", tmp_path / "new")
-    refused("is not a checkpoint", tmp_path / "full", tmp_path / "new")
+    assert_rejected("full: exists", released, tmp_path / "full")
+    assert_rejected("no such file", tmp_path / "nothing", tmp_path / "new")
+    assert_rejected("is not a checkpoint", tmp_path / "full", tmp_path / "new")
     convert.convert(released, tmp_path / "native")
-    refused("is already a native checkpoint", tmp_path / "native", tmp_path / "new")
-    asked = run("convert", released, tmp_path / "new", 0, "int4")
-    assert "ValueError: weights is 'int4'; it must be one of" in asked.stderr
+    assert_rejected("is already a native checkpoint", tmp_path / "native", tmp_path / "new")
+    result = run("convert", released, tmp_path / "new", 0, "int4")
+    assert "ValueError: weights is 'int4'; it must be one of" in result.stderr
     with pytest.raises(CheckpointError, match="is not a native checkpoint"):
         convert.export(released, tmp_path / "new")
     with pytest.raises(CheckpointError, match="full: exists"):
         convert.export(tmp_path / "native", tmp_path / "full")
 
 
-def test_a_full_disk_is_told_with_both_numbers_of_bytes(released, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_needed_and_free_bytes(released, tmp_path, monkeypatch):
     convert.convert(released, tmp_path / "native")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=9, used=5, free=1234))
-    refused(r"[\d,]{7,} bytes are needed and 1,234 are free", released, tmp_path / "new")
+    assert_rejected(r"[\d,]{7,} bytes are needed and 1,234 are free", released, tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"[\d,]{7,} bytes are needed and 1,234 are free"):
         convert.export(tmp_path / "native", tmp_path / "new")
     assert not unfinished.scratch(tmp_path / "new").exists()
 
 
-def test_unfinished_work_is_not_taken_up_for_another_source_or_other_weights(tmp_path):
+def test_unfinished_work_is_not_resumed_for_another_source_or_other_weights(tmp_path):
     source, target = write_release(tmp_path / "source"), tmp_path / "target"
     assert run("convert", source, target, 150).returncode == -signal.SIGKILL
-    refused("started from other files or with other settings", source, target, "float32")
+    assert_rejected("started from other files or with other settings", source, target, "float32")
     shard = next(source.glob("*.safetensors"))
     os.utime(shard, ns=(1, 1))
-    refused("started from other files or with other settings", source, target)
+    assert_rejected("started from other files or with other settings", source, target)
     convert.convert(source, tmp_path / "native")
     with pytest.raises(CheckpointError, match="started from other files"):
         convert.export(tmp_path / "native", target)
 
 
-def test_two_processes_do_not_work_on_one_target(tmp_path):
+def test_two_processes_cannot_work_on_the_same_target(tmp_path):
     with (
         unfinished.begin(tmp_path / "target", "convert", "a"),
         pytest.raises(CheckpointError, match="another process"),
@@ -106,7 +106,7 @@ def test_two_processes_do_not_work_on_one_target(tmp_path):
         pass
 
 
-def test_a_journal_cut_off_in_a_line_loses_that_line_only(tmp_path):
+def test_a_truncated_journal_loses_only_its_last_line(tmp_path):
     target = tmp_path / "target"
     with contextlib.suppress(KeyboardInterrupt), unfinished.begin(target, "convert", "a") as work:
         work.add("one")
@@ -124,10 +124,10 @@ def test_a_journal_cut_off_in_a_line_loses_that_line_only(tmp_path):
 @pytest.mark.parametrize(
     "damage", ["no chunk", "short chunk", "no array", "other shape", "version"]
 )
-def test_a_damaged_native_checkpoint_is_refused(released, tmp_path, damage):
-    made = tmp_path / "native"
-    convert.convert(released, made)
-    norm = made / native.WEIGHTS / "norm_D"
+def test_a_damaged_native_checkpoint_is_rejected(released, tmp_path, damage):
+    target = tmp_path / "native"
+    convert.convert(released, target)
+    norm = target / native.WEIGHTS / "norm_D"
     if damage == "no chunk":
         (norm / "0").unlink()
     if damage == "short chunk":
@@ -138,20 +138,20 @@ def test_a_damaged_native_checkpoint_is_refused(released, tmp_path, damage):
         array = json.loads((norm / ".zarray").read_text())
         (norm / ".zarray").write_text(json.dumps(array | {"shape": [64], "chunks": [64]}))
     if damage == "version":
-        (made / native.MANIFEST).write_text('{"version": 99}')
+        (target / native.MANIFEST).write_text('{"version": 99}')
     with pytest.raises(CheckpointError, match=r"norm_D|version 99"):
-        native.load(made, dtype=jnp.bfloat16, keep_quantised=True)
+        native.load(target, dtype=jnp.bfloat16, keep_quantised=True)
 
 
 @pytest.mark.parametrize("weights", ["keep", "float32"])
-def test_scales_that_are_no_numbers_stop_the_conversion(tmp_path, weights):
+def test_scales_that_are_nan_stop_the_conversion(tmp_path, weights):
     source = write_release(tmp_path / "source", shards=1)
     [file] = source.glob("*.safetensors")
     name = "layers.3.attn.wkv.scale"
-    opened = open_safetensors(file)
-    start = file.stat().st_size - sum(opened.info(name).nbytes for name in opened.names)
+    tensors = open_safetensors(file)
+    start = file.stat().st_size - sum(tensors.info(name).nbytes for name in tensors.names)
     with file.open("r+b") as raw:
-        raw.seek(start + opened.info(name).start)
+        raw.seek(start + tensors.info(name).start)
         raw.write(b"\xff")
     with pytest.raises(CheckpointError, match=r"layers\.3\.attn\.wkv\.scale"):
         convert.convert(source, tmp_path / "native", weights=weights)
@@ -163,13 +163,13 @@ def command(*arguments: Any) -> Any:
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
-def test_the_command_converts_and_exports_and_tells_mistakes_in_a_line(released, tmp_path):
-    made, exported = tmp_path / "native", tmp_path / "exported"
-    assert command("convert", released, made).returncode == 0
-    assert command("export", made, exported).returncode == 0
+def test_the_command_converts_and_exports_and_reports_errors_in_one_line(released, tmp_path):
+    target, exported = tmp_path / "native", tmp_path / "exported"
+    assert command("convert", released, target).returncode == 0
+    assert command("export", target, exported).returncode == 0
     assert_same_checkpoint(released, exported)
-    ended = command("convert", released, made)
-    assert ended.returncode == 1
-    assert ended.stderr.strip() == (
-        f"v4jax convert: {made}: exists; choose another place, or remove it first."
+    result = command("convert", released, target)
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        f"v4jax convert: {target}: exists; choose another place, or remove it first."
     )

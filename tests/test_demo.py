@@ -1,4 +1,4 @@
-"""The model that comes with the package, and a first generation from it."""
+"""The demo model that ships with the package, and the demo command."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,8 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def told() -> str:
-    """What the demo prints."""
+def output() -> str:
+    """The output of the demo."""
     with pytest.MonkeyPatch.context() as patch:
         parts: list[str] = []
         patch.setattr(demo, "_say", lambda text, end="\n": parts.append(text + end))
@@ -34,11 +34,10 @@ def told() -> str:
     return "".join(parts)
 
 
-def test_it_is_the_preset_in_the_release_format_and_under_4_mb() -> None:
-    files = list(hub.TINY.iterdir())
-    assert sum(file.stat().st_size for file in files) < 4e6
-    with Checkpoint.open(hub.TINY) as opened:
-        dtypes = {name: opened.info(name).dtype for name in opened.names}
+def test_the_model_is_the_preset_in_the_release_format_and_under_4_mb() -> None:
+    assert sum(file.stat().st_size for file in hub.TINY.iterdir()) < 4e6
+    with Checkpoint.open(hub.TINY) as files:
+        dtypes = {name: files.info(name).dtype for name in files.names}
     assert dtypes["layers.0.attn.wq_a.weight"] == "F8_E4M3"
     assert dtypes["mtp.0.ffn.experts.7.w2.weight"] == "I8"
     subject = inspect.find(str(hub.TINY))
@@ -46,12 +45,12 @@ def test_it_is_the_preset_in_the_release_format_and_under_4_mb() -> None:
     assert subject.held == inspect.report(preset("tiny")).bytes_by_dtype
 
 
-def test_it_has_one_to_four_million_parameters() -> None:
+def test_the_model_has_one_to_four_million_parameters() -> None:
     assert 1e6 < params.count(Model(preset("tiny"))) < 4e6
 
 
-def test_its_text_is_language(model: LanguageModel) -> None:
-    """Nearly all words that it writes are words of the text that it was trained on."""
+def test_its_text_consists_of_words(model: LanguageModel) -> None:
+    """Most words that it writes occur in its training text."""
     texts = [row["text"] for row in tiny.rows() if "text" in row]
     known = set(re.findall(r"[a-z]+", " ".join(texts).lower()))
     for seed, prompt in enumerate(tiny.PROMPTS):
@@ -62,8 +61,8 @@ def test_its_text_is_language(model: LanguageModel) -> None:
         assert len(set(words)) > 0.4 * len(words), text
 
 
-def test_its_drafts_are_taken_more_than_half_of_the_time(model: LanguageModel) -> None:
-    """On text that it writes, decoding greedily and sampling."""
+def test_more_than_half_of_its_drafts_are_accepted(model: LanguageModel) -> None:
+    """On text that it generates, greedily and by sampling."""
     engine, tokenizer = model.engine, model.tokenizer
     assert tokenizer is not None
     rows = []
@@ -82,34 +81,34 @@ def test_its_drafts_are_taken_more_than_half_of_the_time(model: LanguageModel) -
     assert float(sums["mtp_agreement"] / counts["mtp_agreement"]) > 0.5
 
 
-def test_the_demo_streams_text_and_says_how_fast(told: str) -> None:
-    text = told.split("text:\n\n")[1].split("\n\nThat took")[0]
+def test_the_demo_streams_text_and_reports_its_speed(output: str) -> None:
+    text = output.split("text:\n\n")[1].split("\n\nThat took")[0]
     assert text.startswith(demo.PROMPT)
     assert len(text) > len(demo.PROMPT) + 50
-    assert re.search(r"decodes \d+ tokens/s", told)
-    assert 'v4jax generate tiny -p "' in told
+    assert re.search(r"decodes \d+ tokens/s", output)
+    assert 'v4jax generate tiny -p "' in output
 
 
-def test_the_demo_copies_the_model_and_uses_the_copy_again(
+def test_the_demo_copies_the_model_and_reuses_the_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "_generate", lambda _: None)
-    place = tmp_path / "copy"
+    copy = tmp_path / "copy"
     for _ in range(2):
-        assert demo.main(place) == 0
-        names = {file.name for file in place.iterdir()}
+        assert demo.main(copy) == 0
+        names = {file.name for file in copy.iterdir()}
         assert names == {file.name for file in hub.TINY.iterdir()}
     assert [file.name for file in tmp_path.iterdir()] == ["copy"]
 
 
-def test_the_demo_refuses_a_directory_of_something_else(tmp_path: Path) -> None:
+def test_the_demo_rejects_a_directory_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear all")
     with pytest.raises(ValueError, match=f"{tmp_path}: exists"):
         demo.main(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_directory_of_that_name_comes_first(
+def test_a_directory_named_tiny_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,6 +117,6 @@ def test_a_directory_of_that_name_comes_first(
     assert hub.resolve("tiny") == Path("tiny")
 
 
-def test_generate_takes_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_accepts_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "tiny", "-p", "Return a list of", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip()

@@ -1,7 +1,7 @@
-"""Dense attention against a sum over exactly the keys that a query sees, in float64 NumPy.
+"""Dense attention against attention over only the visible keys, in float64 NumPy.
 
 Axis letters: B batch, T queries, H heads, K head dim, R ring rows, X window + T keys, S entries,
-N keys that one query sees.
+N keys visible to one query.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ def normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def attend(
-    q_HK: np.ndarray, seen_NK: np.ndarray, sink_H: np.ndarray, scale: float = SCALE
+    q_HK: np.ndarray, visible_NK: np.ndarray, sink_H: np.ndarray, scale: float = SCALE
 ) -> np.ndarray:
-    """One query in float64: only what it sees is there at all."""
-    logits_HN = q_HK.astype(np.float64) @ seen_NK.astype(np.float64).T * scale
+    """One query in float64, over only the keys that are visible to it."""
+    logits_HN = q_HK.astype(np.float64) @ visible_NK.astype(np.float64).T * scale
     largest_H1 = np.concatenate([logits_HN, sink_H[:, None]], axis=1).max(1, keepdims=True)
     weights_HN = np.exp(logits_HN - largest_H1)
     total_H1 = weights_HN.sum(1, keepdims=True) + np.exp(sink_H[:, None] - largest_H1)
-    return weights_HN @ seen_NK / total_H1
+    return weights_HN @ visible_NK / total_H1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Decode:
     def expected(self) -> np.ndarray:
         out_BTHK = np.zeros(self.q_BTHK.shape)
         for b, t in np.ndindex(*self.visible_BT.shape):
-            seen = [self.window_BRK[b][self.window_mask_BTR[b, t]]]
+            visible = [self.window_BRK[b][self.window_mask_BTR[b, t]]]
             if self.pool_LBSK is not None:
-                seen.append(self.pool_LBSK[self.layer, b, : self.visible_BT[b, t]])
-            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(seen), self.sink_H)
+                visible.append(self.pool_LBSK[self.layer, b, : self.visible_BT[b, t]])
+            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(visible), self.sink_H)
         return out_BTHK
 
 
@@ -93,18 +93,18 @@ class Prefill:
         return np.asarray(PREFILL(**arrays, window=self.window, scale=SCALE, impl=impl))
 
     def near(self, b: int, t: int) -> np.ndarray:
-        """Rows of the window that query t sees: those at the `window` positions up to its own."""
+        """Mask of the window rows visible to query t: the `window` positions up to its own."""
         position_X = self.start_B[b] - self.window + np.arange(self.window_BXK.shape[1])
-        own = self.start_B[b] + t
-        return (position_X >= 0) & (position_X <= own) & (position_X > own - self.window)
+        last = self.start_B[b] + t
+        return (position_X >= 0) & (position_X <= last) & (position_X > last - self.window)
 
     def expected(self) -> np.ndarray:
         out_BTHK = np.zeros(self.q_BTHK.shape)
         for b, t in np.ndindex(*self.visible_BT.shape):
-            seen = [self.window_BXK[b][self.near(b, t)]]
+            visible = [self.window_BXK[b][self.near(b, t)]]
             if self.pool_LBSK is not None:
-                seen.append(self.pool_LBSK[self.layer, b, : self.visible_BT[b, t]])
-            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(seen), self.sink_H)
+                visible.append(self.pool_LBSK[self.layer, b, : self.visible_BT[b, t]])
+            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(visible), self.sink_H)
         return out_BTHK
 
 
@@ -114,7 +114,7 @@ def prefill_case(
     B = len(starts)
     q, keys, pool, sink = normal(seed, (B, T, H, K), (B, window + T, K), (2, B, S, K), (H,))
     start_B = np.array(starts, np.int32)
-    # As HCA with 4 tokens to an entry, but never more than there is room for.
+    # As HCA with 4 tokens per entry, limited to the entries of the pool.
     visible_BT = np.minimum((start_B[:, None] + np.arange(T) + 1) // 4, S).astype(np.int32)
     return Prefill(q, keys, start_B, pool if S else None, np.int32(1), visible_BT, sink)
 
@@ -136,7 +136,7 @@ def test_decode_sees_window_and_visible_entries(B: int, T: int, R: int, S: int, 
         ((0,), 1, 4, 1),
         ((3,), 9, 1, 0),
         ((0, 2, 1000), 21, 8, 60),
-        ((1900,), 300, 16, 700),  # blocks of queries and of entries, the last of both partial
+        ((1900,), 300, 16, 700),  # several blocks of queries and entries, the last ones partial
     ],
 )
 def test_prefill_sees_window_and_visible_entries(
@@ -155,7 +155,7 @@ def test_prefill_sees_window_and_visible_entries(
 def test_prefill_of_any_data(seed: int, starts: tuple[int, int], size: float) -> None:
     case = prefill_case(starts, 21, 8, 600, seed=seed)
     case = dataclasses.replace(case, q_BTHK=case.q_BTHK * np.float32(size))
-    # Large queries: an error of 1e-6 in a logit of 100s is one of 1e-4 in its weight.
+    # Large queries: a relative error of 1e-6 in a logit of 100s is 1e-4 in its weight.
     tolerance: dict[str, Any] = CLOSE if size <= 1 else {"rtol": 1e-3, "atol": 1e-3}
     np.testing.assert_allclose(case.run("xla"), case.expected(), **tolerance)
 
@@ -168,13 +168,13 @@ def test_shapes_of_the_models_scaled_down(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_prefill_equals_decode_one_by_one(impl: str) -> None:
+def test_prefill_equals_decoding_token_by_token(impl: str) -> None:
     case = prefill_case((0, 5), 12, 4, 9)
     whole_BTHK = case.run(impl)
     for t in range(12):
         mask_BTR = np.stack([case.near(b, t)[None] for b in range(2)])
         at = slice(t, t + 1)
-        one = Decode(
+        step = Decode(
             case.q_BTHK[:, at],
             case.window_BXK,
             mask_BTR,
@@ -183,12 +183,12 @@ def test_prefill_equals_decode_one_by_one(impl: str) -> None:
             case.visible_BT[:, at],
             case.sink_H,
         )
-        np.testing.assert_allclose(one.run(impl), whole_BTHK[:, at], **CLOSE)
+        np.testing.assert_allclose(step.run(impl), whole_BTHK[:, at], **CLOSE)
 
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_decode_is_blind_to_garbage(garbage: float, impl: str) -> None:
+def test_decode_ignores_masked_garbage(garbage: float, impl: str) -> None:
     case = decode_case(2, 3, 24, 700)
     window, pool = case.window_BRK.copy(), case.pool_LBSK.copy()
     pool[0] = garbage
@@ -202,7 +202,7 @@ def test_decode_is_blind_to_garbage(garbage: float, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_prefill_is_blind_to_garbage(garbage: float, impl: str) -> None:
+def test_prefill_ignores_masked_garbage(garbage: float, impl: str) -> None:
     case = prefill_case((0, 3, 50), 21, 8, 700)
     window, pool = case.window_BXK.copy(), case.pool_LBSK.copy()
     pool[0] = garbage
@@ -224,7 +224,7 @@ def test_a_query_that_sees_nothing_gets_zero(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_a_large_sink_takes_all_and_a_small_one_nothing(impl: str) -> None:
+def test_a_large_sink_takes_all_weight_and_a_small_one_none(impl: str) -> None:
     case = decode_case(1, 2, 4, 5)
     np.testing.assert_allclose(case.run(impl, sink_H=np.full(3, 500, np.float32)), 0, atol=1e-30)
     without = dataclasses.replace(case, sink_H=np.full(3, -500, np.float32))
@@ -237,7 +237,7 @@ def test_rows_of_a_batch_are_independent(impl: str) -> None:
     whole_BTHK = case.run(impl)
     for b in range(3):
         row = slice(b, b + 1)
-        alone = case.run(
+        single = case.run(
             impl,
             q_BTHK=case.q_BTHK[row],
             window_BXK=case.window_BXK[row],
@@ -245,7 +245,7 @@ def test_rows_of_a_batch_are_independent(impl: str) -> None:
             pool_LBSK=case.pool_LBSK[:, row],
             visible_BT=case.visible_BT[row],
         )
-        np.testing.assert_allclose(alone[0], whole_BTHK[b], **CLOSE)
+        np.testing.assert_allclose(single[0], whole_BTHK[b], **CLOSE)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -263,7 +263,7 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(impl: str) -> None:
 
 
 def temporaries(op: Any, arrays: dict[str, Any], **settings: Any) -> float:
-    """MiB of temporaries of the compiled program."""
+    """Temporaries of the compiled program in MiB."""
     memory = op.lower(**arrays, **settings).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes / 2**20
@@ -271,7 +271,7 @@ def temporaries(op: Any, arrays: dict[str, Any], **settings: Any) -> float:
 
 @pytest.mark.full_compilation
 def test_temporaries_stay_small_at_65536_entries() -> None:
-    """A layer of the pool is 32 MiB, and logits of all heads and queries would be 1 GiB."""
+    """One layer of the pool is 32 MiB; logits of all heads and queries would be 1 GiB."""
     shape, S, T, spare = SHAPES["bench"], 65536, 512, 8
     array = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
     pool = array(2, 1, S, shape.head_dim)
@@ -284,7 +284,7 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
         "visible_BT": array(1, T, dtype=jnp.int32),
         "sink_H": array(shape.heads),
     }
-    # Queries and output once more, and 8 heads x 128 queries x 512 entries: 2 + 2 + 2 x 2.
+    # Copies of queries and output, and two blocks of 8 heads x 128 queries x 512 entries.
     assert temporaries(PREFILL, chunk, window=shape.window, scale=1.0, impl="xla") <= 12
     token = {
         "q_BTHK": array(1, 1, shape.heads, shape.head_dim),
@@ -298,21 +298,21 @@ def test_temporaries_stay_small_at_65536_entries() -> None:
     assert temporaries(DECODE, token, scale=1.0, impl="xla") <= 4
 
 
-def test_a_window_of_another_length_is_refused() -> None:
+def test_a_window_of_the_wrong_length_is_rejected() -> None:
     case = prefill_case((0,), 5, 3, 4)
     for window in (2, 4):
         with pytest.raises(ValueError, match=f"has 8 keys; .* {window + 5} in all"):
             PREFILL(**vars(case), window=window, scale=1.0)
 
 
-def test_a_form_that_does_not_exist_is_refused_by_name() -> None:
-    # Under the annotations' check, which would refuse it first.
+def test_an_unknown_implementation_is_rejected_by_name() -> None:
+    # Unwrapped, because the check of annotations would raise first.
     decode, prefill = (
         inspect.unwrap(dense_attention.decode),
         inspect.unwrap(dense_attention.prefill),
     )
-    there_are = r"'gpu' form; pass one of \['auto', 'reference', 'tpu', 'xla'\]"
-    with pytest.raises(NotImplementedError, match=there_are):
+    message = r"'gpu' form; pass one of \['auto', 'reference', 'tpu', 'xla'\]"
+    with pytest.raises(NotImplementedError, match=message):
         decode(**vars(decode_case(1, 1, 1, 1)), scale=1.0, impl="gpu")
-    with pytest.raises(NotImplementedError, match=there_are):
+    with pytest.raises(NotImplementedError, match=message):
         prefill(**vars(prefill_case((0,), 1, 1, 1)), window=1, scale=1.0, impl="gpu")

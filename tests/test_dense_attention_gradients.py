@@ -1,4 +1,4 @@
-"""Gradients of dense attention: blockwise forms against those of the plain maths.
+"""Gradients of dense attention: blockwise implementations against plain maths.
 
 Axis letters: as in the package.
 """
@@ -19,9 +19,9 @@ from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from tests.kernels import by_name
 from tests.test_dense_attention import PREFILL, SCALE, Decode, Prefill, decode_case, prefill_case
 
-OF_DECODE = ("q_BTHK", "window_BRK", "pool_LBSK", "sink_H")
-OF_PREFILL = ("q_BTHK", "window_BXK", "pool_LBSK", "sink_H")
-# float32 sums of up to a thousand products of size 1 to 10, in another order.
+DECODE_ARGS = ("q_BTHK", "window_BRK", "pool_LBSK", "sink_H")
+PREFILL_ARGS = ("q_BTHK", "window_BXK", "pool_LBSK", "sink_H")
+# Float32 sums of up to a thousand products of size 1 to 10, in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 3e-5}
 
 
@@ -30,11 +30,11 @@ def _arrays(case: Decode | Prefill) -> dict[str, Any]:
 
 
 def gradients(run: Any, case: Decode | Prefill) -> dict[str, np.ndarray]:
-    """Of a sum with weights that differ from row to row."""
-    names = OF_PREFILL if isinstance(case, Prefill) else OF_DECODE
+    """Gradients of a sum with weights that differ from row to row."""
+    names = PREFILL_ARGS if isinstance(case, Prefill) else DECODE_ARGS
     names = tuple(name for name in names if getattr(case, name) is not None)
     fixed = {name: x for name, x in _arrays(case).items() if name not in names}
-    loss = lambda wanted: jnp.sum(jnp.sin(3 * run(**fixed, **wanted)))
+    loss = lambda trained: jnp.sum(jnp.sin(3 * run(**fixed, **trained)))
     return jax.jit(jax.grad(loss))({name: _arrays(case)[name] for name in names})
 
 
@@ -58,7 +58,7 @@ def assert_same(case: Decode | Prefill, impl: Any = "xla") -> None:
     [
         ((3,), 9, 1, 0),
         ((0, 2, 1000), 21, 8, 60),
-        ((1900,), 300, 16, 700),  # blocks of queries and of entries, the last of both partial
+        ((1900,), 300, 16, 700),  # several blocks of queries and entries, the last ones partial
     ],
 )
 def test_gradients_of_prefill(starts: tuple[int, ...], T: int, window: int, S: int) -> None:
@@ -86,7 +86,7 @@ def test_other_layers_of_the_stack_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])
-def test_garbage_does_not_reach_gradients(impl: Any) -> None:
+def test_masked_garbage_does_not_reach_gradients(impl: Any) -> None:
     case = prefill_case((0,), 5, 3, 4)
     window, pool = case.window_BXK.copy(), case.pool_LBSK.copy()
     window[:, :3], pool[0], pool[1, :, case.visible_BT.max() :] = np.nan, np.nan, np.nan
@@ -108,15 +108,15 @@ def test_a_query_that_sees_nothing_has_no_gradient() -> None:
         np.testing.assert_array_equal(x, np.zeros(x.shape), err_msg=name)
 
 
-def test_gradients_of_the_reference_are_finite_differences() -> None:
+def test_gradients_of_the_reference_equal_finite_differences() -> None:
     case = prefill_case((2,), 5, 3, 4)
-    fixed = {name: x for name, x in _arrays(case).items() if name not in OF_PREFILL}
+    fixed = {name: x for name, x in _arrays(case).items() if name not in PREFILL_ARGS}
 
     def loss(*arrays: Any) -> Any:
-        # Compiled, for it is asked with arrays of NumPy.
+        # Jitted, because check_grads passes NumPy arrays.
         run = functools.partial(PREFILL, window=3, scale=SCALE, impl="reference")
-        return jnp.sum(jnp.sin(run(**fixed, **dict(zip(OF_PREFILL, arrays, strict=True)))))
+        return jnp.sum(jnp.sin(run(**fixed, **dict(zip(PREFILL_ARGS, arrays, strict=True)))))
 
-    arrays = [jnp.asarray(getattr(case, name)) for name in OF_PREFILL]
-    # Differences of float32 over steps of 1e-2.
+    arrays = [jnp.asarray(getattr(case, name)) for name in PREFILL_ARGS]
+    # Float32 differences over steps of 1e-2.
     jax.test_util.check_grads(loss, arrays, order=1, modes=["rev"], eps=1e-2, rtol=2e-3, atol=2e-3)

@@ -1,5 +1,5 @@
-"""Gradients of dense attention on TPU: interpreted on CPU against those of the plain maths, and
-compiled for chips that are not here.
+"""Gradients of dense attention on TPU: interpreted on CPU against plain maths, and compiled ahead
+of time for real chips.
 
 Axis letters: as in the package.
 """
@@ -27,7 +27,7 @@ NAMES = ("queries", "window", "pool", "sink")
 
 
 def pulled(case: Prefill, backward: Any) -> list[np.ndarray]:
-    """Gradients of a fresh function, for a compiled one is not traced again."""
+    """Gradients from a new function, because a compiled one would not be traced again."""
     static = {"window": case.window, "scale": SCALE}
     arrays = jax.tree.map(jnp.asarray, vars(case))
 
@@ -36,8 +36,8 @@ def pulled(case: Prefill, backward: Any) -> list[np.ndarray]:
         return backward(grad_BTHK, out_BTHK, PrefillInputs(**arrays), **static)
 
     out_BTHK = case.run("reference")
-    found = jax.jit(run)(arrays, jnp.asarray(out_BTHK))
-    return [np.asarray(x, np.float32) for x in found if x is not None]
+    grads = jax.jit(run)(arrays, jnp.asarray(out_BTHK))
+    return [np.asarray(x, np.float32) for x in grads if x is not None]
 
 
 def assert_same(case: Prefill, **params: Any) -> None:
@@ -58,18 +58,18 @@ def test_any_visible_counts_with_logits_computed_twice() -> None:
     case = prefill_case((7,), 140, 8, 528, seed=3)
     visible_BT = np.random.default_rng(3).integers(0, 529, (1, 140)).astype(np.int32)
     visible_BT[:, ::7] = 0
-    # Room for the pool and its gradient, not for its logits.
+    # Enough for the pool and its gradient, but not for its logits.
     with mock.patch.object(tpu_attention_backward, "_POOL_BYTES", 528 * 64):
         assert_same(dataclasses.replace(case, visible_BT=visible_BT))
 
 
-def test_two_cores_add_up_without_a_race() -> None:
-    # Blocks of 128 queries, two to a group; the last one is partial.
+def test_two_cores_accumulate_without_a_race() -> None:
+    # Blocks of 128 queries, two per group; the last one is partial.
     case = prefill_case((5,), 500, 8, 272)
     assert_same(case, detect_races=True, num_cores_or_threads=2)
 
 
-def test_the_door_takes_the_kernel_and_garbage_does_not_reach_gradients() -> None:
+def test_the_op_uses_the_kernel_and_masked_garbage_does_not_reach_gradients() -> None:
     case = prefill_case((0, 2, 1000), 21, 8, 60)
     window, pool = case.window_BXK.copy(), case.pool_LBSK.copy()
     pool[0] = np.nan
@@ -85,17 +85,19 @@ def test_the_door_takes_the_kernel_and_garbage_does_not_reach_gradients() -> Non
         np.testing.assert_allclose(got[name], x, **CLOSE, err_msg=name)
 
 
-def test_what_the_kernel_does_not_hold_is_refused() -> None:
+def test_sizes_that_the_kernel_does_not_support_are_rejected() -> None:
     with pytest.raises(Unsupported, match="a multiple of 16 entries, at most 8192 of 512 channels"):
         jax.eval_shape(
             functools.partial(tpu.prefill_backward, window=128, scale=1.0), *full("flash", 8208)
         )
-    with pytest.raises(Unsupported, match="up to 128 heads and a window of up to 1024, not 3 and 2000"):
+    with pytest.raises(
+        Unsupported, match="up to 128 heads and a window of up to 1024, not 3 and 2000"
+    ):
         pulled(prefill_case((0,), 9, 2000, 0), tpu.prefill_backward)
 
 
 def full(name: str, S: int, **bounds: Any) -> tuple[Any, Any, PrefillInputs]:
-    """Gradient, output and inputs of a training row of 4096 tokens."""
+    """Gradient, output and inputs for a training row of 4096 tokens."""
     shape, T = SHAPES[name], 4096
     array: Any = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     rows = array(1, T, shape.heads, shape.head_dim)

@@ -1,4 +1,4 @@
-"""Dense attention on TPU: interpreted on CPU, and compiled for chips that are not here.
+"""Dense attention on TPU: interpreted on CPU, and compiled ahead of time for real chips.
 
 Axis letters: as in the package.
 """
@@ -33,7 +33,7 @@ FLASH = SHAPES["flash"].divided(4)
 
 
 def run(case: Decode | Prefill, **params: Any) -> np.ndarray:
-    """Of a fresh function, for a compiled one is not traced again."""
+    """Run in a new function, because a compiled one would not be traced again."""
     if isinstance(case, Prefill):
         op, static = dense_attention.prefill, {"window": case.window, "scale": SCALE}
     else:
@@ -53,7 +53,7 @@ def flash_prefill(starts: tuple[int, ...], T: int, S: int, seed: int = 0) -> Pre
         ((3,), 9, 1, 0),
         ((0,), 1, 4, 1),
         ((0, 2, 1000), 21, 8, 60),
-        ((1900,), 300, 16, 700),  # blocks of queries and of entries, the last of both partial
+        ((1900,), 300, 16, 700),  # several blocks of queries and entries, the last ones partial
     ],
 )
 def test_prefill_sees_window_and_visible_entries(
@@ -82,7 +82,7 @@ def test_prefill_of_the_model_scaled_down_in_bfloat16() -> None:
 
 def test_any_visible_counts() -> None:
     static = {"window": 8, "scale": SCALE, "impl": "tpu"}
-    # Draws share one program.
+    # All examples share one program.
     op = jax.jit(functools.partial(dense_attention.prefill, **static))
 
     @settings(deadline=None, max_examples=8)
@@ -101,7 +101,7 @@ def test_any_visible_counts() -> None:
         check()
 
 
-def test_prefill_is_blind_to_garbage() -> None:
+def test_prefill_ignores_masked_garbage() -> None:
     case = prefill_case((0, 3, 50), 21, 8, 700)
     window, pool = case.window_BXK.copy(), case.pool_LBSK.copy()
     pool[0] = np.nan
@@ -112,7 +112,7 @@ def test_prefill_is_blind_to_garbage() -> None:
     np.testing.assert_array_equal(got_BTHK, run(case))
 
 
-def test_decode_is_blind_to_garbage() -> None:
+def test_decode_ignores_masked_garbage() -> None:
     case = decode_case(2, 3, 24, 700)
     window, pool = case.window_BRK.copy(), case.pool_LBSK.copy()
     pool[0] = np.nan
@@ -140,8 +140,10 @@ def test_two_cores_do_not_race(case: Decode | Prefill) -> None:
     np.testing.assert_allclose(got_BTHK, case.expected(), **CLOSE)
 
 
-def test_many_heads_or_a_long_window_are_refused() -> None:
-    with pytest.raises(Unsupported, match=r"up to 2048 heads and a window of up to 1024, not 3 and 2000"):
+def test_too_many_heads_or_a_too_long_window_are_rejected() -> None:
+    with pytest.raises(
+        Unsupported, match=r"up to 2048 heads and a window of up to 1024, not 3 and 2000"
+    ):
         run(prefill_case((0,), 9, 2000, 0))
     with pytest.raises(Unsupported, match=r"takes up to 2048 rows .* not 1000 x 3 and 4"):
         run(decode_case(1, 1000, 4, 0))
@@ -183,7 +185,7 @@ def assert_compiles(
     run = lambda arrays: op(**arrays, scale=512**-0.5, **static)
     program = targets.compiled(target, run, inputs._asdict())
     assert "tpu_custom_call" in str(program.as_text())
-    # Window and entries joined would be 8 to 67 MB, logits of a chunk 4 GB.
+    # Window and entries concatenated would be 8 to 67 MB, logits of a chunk 4 GB.
     assert targets.temporaries(program) <= 2**20
 
 

@@ -1,4 +1,4 @@
-"""Generation: the compiled loop, where it ends, what it reports, and bad arguments."""
+"""Generation: the compiled loop, its end conditions, its results, and bad arguments."""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ def model() -> LanguageModel:
     return language_model()
 
 
-def test_greedy_text_is_the_argmax_of_the_logits_of_the_whole_text(model: LanguageModel) -> None:
+def test_greedy_text_is_the_argmax_of_the_logits_of_the_full_text(model: LanguageModel) -> None:
     out = model.generate(PROMPT, max_tokens=70, temperature=0.0)
     logits_TV = model.logits([PROMPT + out.tokens])[0]
     assert out.tokens == logits_TV[len(PROMPT) - 1 : -1].argmax(-1).tolist()
@@ -64,7 +64,7 @@ def test_logprobs_are_those_of_the_raw_logits(model: LanguageModel) -> None:
         )
 
 
-def test_an_end_of_sequence_token_ends_the_text_and_is_not_in_it(model: LanguageModel) -> None:
+def test_an_end_of_sequence_token_ends_the_text_and_is_not_part_of_it(model: LanguageModel) -> None:
     free = model.generate(PROMPT, max_tokens=30, temperature=0.0)
     stop = free.tokens[9]
     first = free.tokens.index(stop)
@@ -75,7 +75,7 @@ def test_an_end_of_sequence_token_ends_the_text_and_is_not_in_it(model: Language
     assert out.text == model.tokenizer.decode(free.tokens[:first])
 
 
-def test_a_stop_string_ends_the_text_and_is_not_in_it(model: LanguageModel) -> None:
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model: LanguageModel) -> None:
     free = model.generate(PROMPT, max_tokens=40, temperature=0.0).text
     stop = free[7:10]
     out = model.generate(PROMPT, max_tokens=40, temperature=0.0, stop=[stop])
@@ -89,14 +89,14 @@ def test_the_context_limit_ends_the_text(model: LanguageModel) -> None:
     assert out.finish_reason == "length"
 
 
-def test_streamed_pieces_are_the_text(model: LanguageModel) -> None:
+def test_streamed_pieces_join_to_the_text(model: LanguageModel) -> None:
     settings: dict[str, Any] = {"max_tokens": 50, "temperature": 1.0, "seed": 11}
     pieces = list(model.stream(PROMPT, **settings))
     assert "".join(pieces) == model.generate(PROMPT, **settings).text
     assert len(pieces) > 1
 
 
-def test_a_seed_settles_the_text(model: LanguageModel) -> None:
+def test_a_seed_determines_the_text(model: LanguageModel) -> None:
     text = lambda seed: model.generate(PROMPT, max_tokens=20, seed=seed).tokens
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -119,22 +119,22 @@ def test_rows_of_a_batch_are_generated_as_if_alone(model: LanguageModel) -> None
         assert [token.id for (tokens,) in blocks for token in tokens] == row
 
 
-def test_one_program_serves_every_length_and_setting_of_a_bucket(model: LanguageModel) -> None:
-    ask = lambda length, new, temperature: model.generate(
+def test_one_program_serves_all_lengths_and_settings_of_a_bucket(model: LanguageModel) -> None:
+    generate = lambda length, new, temperature: model.generate(
         (PROMPT * 2)[:length],
         max_tokens=new,
         temperature=temperature,
         top_k=length,
         seed=length,
-        # A number that no other test asks for: its program is new.
+        # Used by no other test, so that the program is new.
         top_logprobs=7,
     )
     with models.programs() as first:
-        ask(48, 60, 1.0)
+        generate(48, 60, 1.0)
     assert "jit(advance)" in first
     with models.programs() as later:
         for length, new, temperature in ((5, 3, 0.0), (40, 80, 0.5), (63, 60, 1.3)):
-            ask(length, new, temperature)
+            generate(length, new, temperature)
     assert not later
 
 
@@ -147,12 +147,12 @@ def test_text_is_encoded_and_decoded(model: LanguageModel) -> None:
         out.tokens == model.generate(tokenizer.encode(prompt), max_tokens=9, temperature=0.0).tokens
     )
     assert out.text == tokenizer.decode(out.tokens) != ""
-    other = model.generate(prompt[::-1], max_tokens=9, temperature=0.0)
-    assert other.tokens != out.tokens
+    reverse = model.generate(prompt[::-1], max_tokens=9, temperature=0.0)
+    assert reverse.tokens != out.tokens
 
 
 @pytest.mark.parametrize(
-    ("prompt", "settings", "named"),
+    ("prompt", "settings", "message"),
     [
         ([], {}, "empty"),
         ("", {}, "empty"),
@@ -167,22 +167,22 @@ def test_text_is_encoded_and_decoded(model: LanguageModel) -> None:
     ],
 )
 def test_bad_arguments_are_named(
-    model: LanguageModel, prompt: Any, settings: dict[str, Any], named: str
+    model: LanguageModel, prompt: Any, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         model.generate(prompt, **settings)
-    if named != "top_logprobs":
-        with pytest.raises(ValueError, match=named):
+    if message != "top_logprobs":
+        with pytest.raises(ValueError, match=message):
             model.stream(prompt, **settings)
 
 
 @pytest.mark.parametrize("tokens", [[1, 2], [[]], np.zeros((0, 3), np.int32)])
-def test_logits_of_no_tokens_are_refused(model: LanguageModel, tokens: Any) -> None:
+def test_logits_of_no_tokens_are_rejected(model: LanguageModel, tokens: Any) -> None:
     with pytest.raises(ValueError, match="tokens must be"):
         model.logits(tokens)
 
 
-def test_without_a_tokenizer_tokens_still_work(model: LanguageModel) -> None:
+def test_tokens_work_without_a_tokenizer(model: LanguageModel) -> None:
     bare = LanguageModel(model.engine)
     out = bare.generate(PROMPT, max_tokens=4, temperature=0.0)
     assert out.tokens == model.generate(PROMPT, max_tokens=4, temperature=0.0).tokens
@@ -199,8 +199,8 @@ def damaged(model: LanguageModel, leaf: str, row: int, value: float) -> Language
     def fill(name: str, _: Any, weight: jax.Array) -> jax.Array:
         return weight.at[row].set(value) if name == leaf else weight
 
-    changed = params.map_leaves(fill, Model(CFG), model.engine.model)
-    return LanguageModel(dataclasses.replace(model.engine, model=changed), model.tokenizer)
+    weights = params.map_leaves(fill, Model(CFG), model.engine.model)
+    return LanguageModel(dataclasses.replace(model.engine, model=weights), model.tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -208,39 +208,39 @@ def damaged(model: LanguageModel, leaf: str, row: int, value: float) -> Language
     ("leaf", "value"),
     [("norm_D", np.nan), ("norm_D", np.inf), ("head_VD", np.nan), ("head_VD", -np.inf)],
 )
-def test_logits_that_are_not_finite_end_with_an_error(
+def test_logits_that_are_not_finite_raise(
     model: LanguageModel, leaf: str, value: float, temperature: float
 ) -> None:
-    wrong = damaged(model, leaf, 7, value)
+    broken = damaged(model, leaf, 7, value)
     settings: dict[str, Any] = {"max_tokens": 5, "temperature": temperature, "seed": 0}
     with pytest.raises(NotFiniteError, match="logits are not finite"):
-        wrong.generate(PROMPT, **settings)
+        broken.generate(PROMPT, **settings)
     with pytest.raises(NotFiniteError, match="logits are not finite"):
-        list(wrong.stream(PROMPT, **settings))
+        list(broken.stream(PROMPT, **settings))
     with pytest.raises(NotFiniteError, match="logits are not finite"):
-        wrong.logits([PROMPT])
+        broken.logits([PROMPT])
 
 
-def test_what_comes_before_the_first_bad_logits_is_streamed(model: LanguageModel) -> None:
+def test_tokens_before_the_first_bad_logits_are_streamed(model: LanguageModel) -> None:
     settings: dict[str, Any] = {"max_tokens": 30, "temperature": 0.0}
     tokens = model.generate(PROMPT, **settings).tokens
     at, token = next((i, t) for i, t in enumerate(tokens) if t not in PROMPT)
-    wrong = damaged(model, "embed_VD", token, np.nan)
-    blocks = wrong.engine.run([PROMPT], [SamplingParams(temperature=0.0)], [30])
-    seen: list[int] = []
+    broken = damaged(model, "embed_VD", token, np.nan)
+    blocks = broken.engine.run([PROMPT], [SamplingParams(temperature=0.0)], [30])
+    streamed: list[int] = []
     with pytest.raises(NotFiniteError):
-        seen.extend(token.id for (block,) in blocks for token in block)
-    assert seen == tokens[: len(seen)]
-    assert len(seen) <= at + 1
+        streamed.extend(token.id for (block,) in blocks for token in block)
+    assert streamed == tokens[: len(streamed)]
+    assert len(streamed) <= at + 1
 
 
-def test_chunks_hold_the_prompt_and_little_more() -> None:
+def test_chunks_hold_the_prompt_and_none_is_empty() -> None:
     for tokens in (1, 64, 65, 512, 513, 2048, 2049, 5000):
         sizes = loop.chunk_sizes(tokens)
         assert sum(sizes) >= tokens > sum(sizes) - sizes[-1]
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_rejected(tmp_path: Path) -> None:
     import v4jax
     from tests import checkpoints
 
@@ -251,6 +251,6 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
         v4jax.load(tmp_path)
 
 
-def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
-    bare = Tokenizer(build_demo_tokenizer(VOCAB))
-    assert bare.decode([VOCAB + 5]) == ""
+def test_tokens_unknown_to_the_tokenizer_have_no_text() -> None:
+    tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
+    assert tokenizer.decode([VOCAB + 5]) == ""

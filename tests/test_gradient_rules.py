@@ -1,4 +1,4 @@
-"""Gradients written by hand equal those that JAX derives from the plain form.
+"""Hand-written gradients equal those that JAX derives from plain maths.
 
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D.
 """
@@ -57,8 +57,8 @@ def assert_same_gradients(ours: Callable[..., Any], plain: Callable[..., Any], *
     want, pull_plain = jax.vjp(plain, *args)
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
     grad = normal(*out.shape, seed=9)
-    for got, wanted in zip(pull(grad), pull_plain(grad), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(pull(grad), pull_plain(grad), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("N", [1, 2, 4])
@@ -88,7 +88,7 @@ def test_norm() -> None:
     assert_same_gradients(ours, plain, normal(B, T, D, seed=3), normal(D, seed=4))
 
 
-def test_gradients_come_in_the_dtype_of_what_they_are_of() -> None:
+def test_gradients_have_the_dtypes_of_their_inputs() -> None:
     N, half = 2, jnp.bfloat16
     x_BTM, weight_BTN = normal(B, T, N * D, seed=0, dtype=half), normal(B, T, N, seed=1)
     out_BTD, pull = jax.vjp(reference.collapse, x_BTM, weight_BTN)
@@ -105,24 +105,24 @@ def product_gradients(x_RK: Any, w_NK: Any, grad_RN: Any) -> Any:
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-def test_a_product_of_bfloat16_has_gradients_that_are_such_products(rows: int) -> None:
+def test_gradients_of_a_bfloat16_matmul_are_bfloat16_matmuls(rows: int) -> None:
     narrow = jnp.bfloat16
     x_RK, w_NK = normal(rows, 24, seed=1, dtype=narrow), normal(40, 24, seed=2, dtype=narrow)
-    # As it comes back from a product that was rounded to x's dtype.
+    # As from a matmul whose result is rounded to the dtype of x.
     grad_RN = normal(rows, 40, seed=3, dtype=narrow).astype(jnp.float32)
     got = product_gradients(x_RK, w_NK, grad_RN)
     want = product_gradients(x_RK.astype(jnp.float32), w_NK.astype(jnp.float32), grad_RN)
-    for ours, wanted in zip(got, want, strict=True):
-        assert ours.dtype == narrow
-        # Half an ulp, and sums in float32 in another order.
-        np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
+    for actual, expected in zip(got, want, strict=True):
+        assert actual.dtype == narrow
+        # Half an ulp, and float32 sums in another order.
+        np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-8, atol=1e-5)
     program = jax.jit(product_gradients).lower(x_RK, w_NK, grad_RN).as_text()
     factors = re.findall(r"dot_general .*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\)", program)
     assert len(factors) >= 2
     assert set(factors) == {("bf16", "bf16")}
 
 
-def test_a_product_of_float32_has_jaxs_own_gradients() -> None:
+def test_gradients_of_a_float32_matmul_are_jaxs() -> None:
     x_RK, w_NK, grad_RN = normal(7, 24, seed=1), normal(40, 24, seed=2), normal(7, 40, seed=3)
-    own = jax.vjp(lambda x, w: x @ w.T, x_RK, w_NK)[1](grad_RN)
-    jax.tree.map(np.testing.assert_array_equal, product_gradients(x_RK, w_NK, grad_RN), own)
+    expected = jax.vjp(lambda x, w: x @ w.T, x_RK, w_NK)[1](grad_RN)
+    jax.tree.map(np.testing.assert_array_equal, product_gradients(x_RK, w_NK, grad_RN), expected)

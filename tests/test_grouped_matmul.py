@@ -17,9 +17,9 @@ from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
 FORMS = ("reference", "xla")
 EXPERT_MLP = jax.jit(grouped_matmul.expert_mlp, static_argnames=("limit", "weight_first", "impl"))
 LIMIT = 2.0  # low enough that many gates and ups are clamped
-# Three matmuls in float32, relative to the largest output: 2^-24 for each of some hundred terms.
+# Three float32 matmuls, relative to the largest output: 2^-24 for each of some hundred terms.
 CLOSE = 1e-5
-# bfloat16 rounds gate, up, hidden and output by 2^-8 each; errors of different channels cancel.
+# bfloat16 rounds gate, up, hidden and output to 2^-8 each; errors of channels partly cancel.
 CLOSE_BFLOAT16 = 2e-2
 SMALL = Shape(experts=4, choices=2, hidden=64, expert_hidden=32)
 # With SMALL's 4 experts and 2 choices: row by row, tiles of 16, tiles of 32 to 256.
@@ -43,7 +43,7 @@ def inputs(shape: Shape, tokens: int, layers: int = 2, seed: int = 0) -> dict[st
 
 
 def quantized(w: jax.Array, form: str) -> Any:
-    """Each matrix of a stack encoded, in our layout."""
+    """Each matrix of a stack encoded, in the kernels' layout."""
     stack = w.shape[:-2]
     encode, repack, leaf = {
         "fp8": (quantize.encode_fp8_blocks, quantize.fp8_from_checkpoint, quantize.Fp8Weight),
@@ -55,7 +55,7 @@ def quantized(w: jax.Array, form: str) -> Any:
 
 
 def expected(args: dict[str, Any]) -> np.ndarray:
-    """Pair by pair of token and expert."""
+    """The sum over pairs of a token and an expert."""
     dense = lambda w: np.asarray(quantize.dense(w, jnp.float32), np.float64)[int(args["layer"])]
     w1_EFD, w3_EFD, w2_EDF = (dense(args[name]) for name in ("w1_LEFD", "w3_LEFD", "w2_LEDF"))
     x_TD, weight_TA = (np.asarray(args[name], np.float64) for name in ("x_TD", "weight_TA"))
@@ -92,7 +92,7 @@ def test_output_is_the_weighted_sum_of_the_chosen_experts(
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_the_models_proportions(impl: str, name: str, tokens: int) -> None:
+def test_shapes_of_the_models_scaled_down(impl: str, name: str, tokens: int) -> None:
     args = inputs(SHAPES[name].divided(64), tokens)
     assert_close(run(args, impl), expected(args))
 
@@ -100,9 +100,7 @@ def test_the_models_proportions(impl: str, name: str, tokens: int) -> None:
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("form", ["fp8", "fp4"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_quantised_experts_equal_their_dequantised_selves(
-    impl: str, form: str, tokens: int
-) -> None:
+def test_quantised_experts_equal_dequantised_ones(impl: str, form: str, tokens: int) -> None:
     args = inputs(SMALL, tokens)
     for name in ("w1_LEFD", "w3_LEFD", "w2_LEDF"):
         args[name] = quantized(args[name], form)
@@ -112,7 +110,7 @@ def test_quantised_experts_equal_their_dequantised_selves(
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("weight_first", [True, False])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_bfloat16_is_summed_in_float32(impl: str, weight_first: bool, tokens: int) -> None:
+def test_bfloat16_accumulates_in_float32(impl: str, weight_first: bool, tokens: int) -> None:
     args = inputs(SMALL, tokens)
     for name in ("x_TD", "w1_LEFD", "w3_LEFD", "w2_LEDF"):
         args[name] = args[name].astype(jnp.bfloat16)
@@ -121,7 +119,7 @@ def test_bfloat16_is_summed_in_float32(impl: str, weight_first: bool, tokens: in
 
 
 @pytest.mark.parametrize("impl", FORMS)
-def test_the_layer_is_chosen_by_a_traced_index(impl: str) -> None:
+def test_a_traced_index_selects_the_layer(impl: str) -> None:
     args = inputs(SMALL, 5, layers=3)
     for layer in range(3):
         args["layer"] = jnp.int32(layer)
@@ -131,8 +129,8 @@ def test_the_layer_is_chosen_by_a_traced_index(impl: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("tokens", [3, 20, 90])
-def test_any_routing_agrees(tokens: int, data: st.DataObject) -> None:
-    """Ids out of range on either side, repeats within a token, experts with no or all tokens."""
+def test_any_routing_gives_the_sum_over_experts(tokens: int, data: st.DataObject) -> None:
+    """Ids out of range, repeated ids of a token, experts with no tokens or all of them."""
     ids = st.integers(-2, SMALL.experts + 1) | st.just(data.draw(st.integers(-1, SMALL.experts)))
     row = st.lists(ids, min_size=SMALL.choices, max_size=SMALL.choices)
     expert_TA = data.draw(st.lists(row, min_size=tokens, max_size=tokens))
@@ -143,7 +141,7 @@ def test_any_routing_agrees(tokens: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_tokens_without_an_expert_get_zero_and_may_hold_anything(tokens: int) -> None:
+def test_tokens_without_an_expert_give_zero_even_if_nan(tokens: int) -> None:
     args = inputs(SMALL, tokens)
     idle_T1 = (jnp.arange(tokens) % 3 == 0)[:, None]
     clean = run(args, "xla")
@@ -164,7 +162,7 @@ def test_no_layer_is_copied(form: str, tokens: int) -> None:
         for name in names:
             args[name] = quantized(args[name], form)
     compiled = EXPERT_MLP.lower(**args, limit=LIMIT, weight_first=True).compile()
-    # Besides the rows, a few experts' matrices (dequantised): of 64 experts and 2 layers.
+    # Rows, and dequantised matrices of a few experts, out of 64 experts and 2 layers.
     matrix = 4 * shape.hidden * shape.expert_hidden
     rows = 4 * (tokens * shape.choices + 256) * shape.hidden
     memory = compiled.memory_analysis()
@@ -179,7 +177,7 @@ def test_reference_is_differentiable(weight_first: bool) -> None:
 
     def loss(values: tuple[Any, ...]) -> jax.Array:
         changed = args | {name: jnp.asarray(v) for name, v in zip(names, values, strict=True)}
-        # No clamp: its corners have no derivative for finite differences to find.
+        # No clamp: it is not differentiable at its corners.
         out_TD = grouped_matmul.expert_mlp(
             **changed, limit=1e3, weight_first=weight_first, impl="reference"
         )
@@ -191,8 +189,8 @@ def test_reference_is_differentiable(weight_first: bool) -> None:
     )
 
 
-def test_a_form_that_is_not_there_is_refused_with_those_that_are() -> None:
-    # Under the annotations' check, which would refuse it first.
-    door = inspect.unwrap(grouped_matmul.expert_mlp)
+def test_an_unknown_implementation_is_rejected_with_the_known_ones() -> None:
+    # Unwrapped, because the check of annotations would raise first.
+    expert_mlp = inspect.unwrap(grouped_matmul.expert_mlp)
     with pytest.raises(NotImplementedError, match=r"'cuda' form; pass one of \['auto'"):
-        door(**inputs(SMALL, 1), limit=LIMIT, weight_first=True, impl="cuda")
+        expert_mlp(**inputs(SMALL, 1), limit=LIMIT, weight_first=True, impl="cuda")

@@ -1,4 +1,4 @@
-"""The routed experts on GPUs: interpreted against the reference, compiled at full size.
+"""The routed experts on GPUs: interpreted against the reference, and compiled at full size.
 
 Axis letters: as in the package; S steps.
 """
@@ -21,12 +21,12 @@ from pallas_kernels.implementations import Unsupported
 from tests import gpu_kernels
 
 LIMIT = 3.0
-# Hidden activations and outputs are bfloat16 (8 bits), and gate and up of the reference too.
+# Hidden activations and outputs are bfloat16 (8 bits); in the reference gate and up too.
 CLOSE = 2e-2
 
 
 def codes(dtype: Any, L: int, E: int, N: int, K: int, seed: int) -> Any:
-    """A stack of random matrices in some format."""
+    """A stack of random matrices in the given format."""
     rng = np.random.default_rng(seed)
     power = lambda low, high, *dims: 2.0 ** rng.integers(low, high, (L, E, *dims))
     match dtype:
@@ -45,7 +45,7 @@ def codes(dtype: Any, L: int, E: int, N: int, K: int, seed: int) -> Any:
 
 
 def inputs(form: str, T: int, A: int, E: int) -> Inputs:
-    """D = 256, F = 128; two layers; some ids are no expert's."""
+    """Inputs with D = 256, F = 128 and two layers; some ids are out of range."""
     D, F = 256, 128
     rng = np.random.default_rng(T)
     expert_TA = rng.integers(-1, E + 1, (T, A))
@@ -83,20 +83,22 @@ def test_experts_equal_the_reference(form: str, T: int, A: int, E: int, rows: in
     E=st.sampled_from([1, 3, 60]),
     rows=st.sampled_from([8, 64]),
 )
-def test_each_row_is_in_one_step_of_its_expert(seed: int, T: int, E: int, rows: int) -> None:
+def test_each_row_is_in_exactly_one_step_of_its_expert(
+    seed: int, T: int, E: int, rows: int
+) -> None:
     expert_TA = np.random.default_rng(seed).integers(-2, E + 2, (T, 4)).astype(np.int32)
     steps = jax.tree.map(np.asarray, gpu.make_steps(jnp.asarray(expert_TA), E, rows))
     expert_P = expert_TA.reshape(-1)[steps.order_P]
-    seen_P = np.zeros(len(expert_P), int)
+    visits_P = np.zeros(len(expert_P), int)
     for expert, row, count in zip(steps.expert_S, steps.row_S, steps.count_S, strict=True):
         assert 0 <= expert < E
         assert 0 <= count <= rows
         assert row % 8 + count <= rows
         assert row + rows <= len(expert_P) + rows
-        seen_P[row : row + count] += 1
+        visits_P[row : row + count] += 1
         assert (expert_P[row : row + count] == expert).all()
-    np.testing.assert_array_equal(seen_P, (expert_P >= 0) & (expert_P < E))
-    assert steps.real == seen_P.sum()
+    np.testing.assert_array_equal(visits_P, (expert_P >= 0) & (expert_P < E))
+    assert steps.real == visits_P.sum()
 
 
 STRUCT: Any = jax.ShapeDtypeStruct
@@ -146,21 +148,21 @@ def test_experts_compile_for_the_h200(name: str, T: int, form: str) -> None:
     assert targets.temporaries(lowered.compile()) <= rows * (D + F) * 2 + 2**21
 
 
-def test_a_low_rank_update_is_refused() -> None:
+def test_a_low_rank_update_is_rejected() -> None:
     arrays = inputs("array", 5, 3, 4)
     up = LoraWeight(arrays.w1_LEFD, jnp.zeros((2, 4, 1, 256)), jnp.zeros((2, 4, 128, 1)), 1.0)
     with pytest.raises(Unsupported, match="low-rank"):
         gpu.expert_mlp(arrays._replace(w1_LEFD=up), limit=LIMIT, weight_first=True)
 
 
-def test_float32_is_refused() -> None:
+def test_float32_is_rejected() -> None:
     arrays = inputs("array", 5, 3, 4)
     wide = arrays._replace(x_TD=arrays.x_TD.astype(jnp.float32))
     with pytest.raises(Unsupported, match="bfloat16"):
         gpu.expert_mlp(wide, limit=LIMIT, weight_first=True)
 
 
-def test_sizes_that_are_not_whole_blocks_are_refused() -> None:
+def test_sizes_that_are_not_multiples_of_blocks_are_rejected() -> None:
     arrays = inputs("array", 5, 3, 4)
     up, down = jnp.zeros((2, 4, 96, 256), jnp.bfloat16), jnp.zeros((2, 4, 256, 96), jnp.bfloat16)
     with pytest.raises(Unsupported, match="not 256 and 96"):

@@ -1,4 +1,4 @@
-"""Gradients of the routed experts by XLA against autodiff of the reference."""
+"""Gradients of the routed experts from XLA against autodiff of the reference."""
 
 import functools
 from typing import Any
@@ -36,7 +36,7 @@ def with_low_rank(base: Any, rank: int = 4) -> LoraWeight:
 
 @functools.partial(jax.jit, static_argnames=("impl", "weight_first"))
 def gradients(args: dict[str, Any], impl: Any, weight_first: bool) -> Any:
-    """Of tokens, routing weights and all that learns, for a random cotangent."""
+    """Gradients of tokens, routing weights and all trained arrays, for a random cotangent."""
     shape = args["x_TD"].shape
     cotangent_TD = jax.random.normal(jax.random.key(1), shape, jnp.float32)
 
@@ -55,7 +55,7 @@ def gradients(args: dict[str, Any], impl: Any, weight_first: bool) -> Any:
 
 def assert_same_gradients(args: dict[str, Any], weight_first: bool = True) -> None:
     got, want = (gradients(args, impl, weight_first) for impl in ("xla", "reference"))
-    # Three matmuls and their transposes in float32; the floor is for gradients that are all zero.
+    # Three float32 matmuls and their transposes; the minimum is for gradients that are all zero.
     compare = lambda x, y: np.testing.assert_allclose(
         x, y, rtol=0, atol=2e-5 * max(1e-3, np.abs(np.asarray(y)).max())
     )
@@ -82,7 +82,7 @@ def test_gradients_equal_the_references(form: str, tokens: int, weight_first: bo
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_routing_has_the_references_gradients(data: st.DataObject) -> None:
-    """Ids out of range, repeats within a token, experts with no or all tokens."""
+    """Ids out of range, repeated ids of a token, experts with no tokens or all of them."""
     ids = st.integers(-1, SMALL.experts) | st.just(data.draw(st.integers(-1, SMALL.experts)))
     row = st.lists(ids, min_size=SMALL.choices, max_size=SMALL.choices)
     expert_TA = data.draw(st.lists(row, min_size=12, max_size=12))
@@ -91,18 +91,18 @@ def test_any_routing_has_the_references_gradients(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "weight_first"), [(3, True), (40, False)])
-def test_the_weight_of_no_expert_may_be_anything(tokens: int, weight_first: bool) -> None:
+def test_weights_of_ids_out_of_range_have_no_effect(tokens: int, weight_first: bool) -> None:
     args = arguments("float32", tokens)
-    nobody_TA = (jnp.arange(2 * tokens) % 3 == 0).reshape(tokens, 2)
-    args["expert_TA"] = jnp.where(nobody_TA, SMALL.experts, args["expert_TA"])
-    nan = args | {"weight_TA": jnp.where(nobody_TA, jnp.nan, args["weight_TA"])}
+    invalid_TA = (jnp.arange(2 * tokens) % 3 == 0).reshape(tokens, 2)
+    args["expert_TA"] = jnp.where(invalid_TA, SMALL.experts, args["expert_TA"])
+    nan = args | {"weight_TA": jnp.where(invalid_TA, jnp.nan, args["weight_TA"])}
     got, want = (gradients(a, "xla", weight_first) for a in (nan, args))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     out, clean = (run(a, "xla", weight_first=weight_first) for a in (nan, args))
     np.testing.assert_array_equal(out, clean)
 
 
-def test_bfloat16_gradients_come_in_the_inputs_dtype() -> None:
+def test_bfloat16_inputs_have_bfloat16_gradients() -> None:
     args = arguments("float32", 40)
     names = ("x_TD", *WEIGHTS)
     half = args | {name: args[name].astype(jnp.bfloat16) for name in names}
@@ -111,7 +111,7 @@ def test_bfloat16_gradients_come_in_the_inputs_dtype() -> None:
     for name in names:
         x, y = (jax.tree.leaves(g[name])[0] for g in (got, want))
         assert x.dtype == jnp.bfloat16
-        # Roundings by 2^-8, and some activations on the other side of a clamp.
+        # Rounding to 2^-8, and some activations on the other side of a clamp.
         error = np.linalg.norm(np.asarray(x, np.float32) - np.asarray(y))
         assert error < 0.05 * np.linalg.norm(np.asarray(y))
 
@@ -146,7 +146,7 @@ def test_the_base_of_a_low_rank_update_gets_no_gradient(impl: Any) -> None:
 
 
 @pytest.mark.full_compilation
-def test_frozen_matrices_cost_nothing_backward_and_tokens_never_meet_all_experts() -> None:
+def test_backward_needs_no_memory_for_frozen_matrices_or_all_experts() -> None:
     shape = Shape(experts=32, choices=2, hidden=256, expert_hidden=128)
     args = inputs(shape, 200, layers=1)
 
@@ -164,10 +164,10 @@ def test_frozen_matrices_cost_nothing_backward_and_tokens_never_meet_all_experts
 
 @pytest.mark.parametrize("impl", ["xla", "reference"])
 @pytest.mark.parametrize("form", ["array", "low rank", "fp4 low rank"])
-def test_a_layers_own_weights_get_the_gradient_of_the_stack(form: str, impl: Any) -> None:
+def test_weights_of_one_layer_get_the_gradient_of_the_stack(form: str, impl: Any) -> None:
     args = arguments(form, 40)
     layer = args["layer"]
-    own = {name: jax.tree.map(lambda x: x[layer][None], args[name]) for name in WEIGHTS}
+    layer_weights = {name: jax.tree.map(lambda x: x[layer][None], args[name]) for name in WEIGHTS}
     run = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=False, impl=impl)
 
     def loss(learned: Any, weights: Any, wrap: Any) -> jax.Array:
@@ -180,20 +180,20 @@ def test_a_layers_own_weights_get_the_gradient_of_the_stack(form: str, impl: Any
     within = functools.partial(loss, wrap=lambda name, w: LayerWeight(args[name], w))
     parts = lambda weights: {name: lora.learned(weights[name]) for name in WEIGHTS}
     value, want = plain(parts(args), args)
-    found, got = jax.jit(jax.value_and_grad(within))(parts(own), own)
-    np.testing.assert_array_equal(found, value)
-    of_layer = jax.tree.map(lambda x: x[layer][None], want)
-    jax.tree.map(np.testing.assert_array_equal, got, of_layer)
+    actual_value, got = jax.jit(jax.value_and_grad(within))(parts(layer_weights), layer_weights)
+    np.testing.assert_array_equal(actual_value, value)
+    layer_grads = jax.tree.map(lambda x: x[layer][None], want)
+    jax.tree.map(np.testing.assert_array_equal, got, layer_grads)
     assert jax.tree.leaves(got)
 
 
-def test_a_layers_own_weights_of_another_shape_are_refused() -> None:
+def test_weights_of_one_layer_with_another_shape_are_rejected() -> None:
     args = arguments("array", 5)
     args["w1_LEFD"] = LayerWeight(args["w1_LEFD"], args["w1_LEFD"])
     run: Any = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True)
     with pytest.raises(ValueError, match=r"own w1_LEFD has shape .*, not \(L=1"):
         run(**args)
-    own = jax.tree.map(lambda x: x[:1], args["w3_LEFD"])
-    mixed: dict[str, Any] = arguments("array", 5) | {"w3_LEFD": LayerWeight(args["w3_LEFD"], own)}
+    first = jax.tree.map(lambda x: x[:1], args["w3_LEFD"])
+    mixed: dict[str, Any] = arguments("array", 5) | {"w3_LEFD": LayerWeight(args["w3_LEFD"], first)}
     with pytest.raises(ValueError, match="all three or none"):
         run(**mixed)

@@ -1,4 +1,4 @@
-"""The TPU kernels of the routed experts: interpreted, and compiled for chips that are not here."""
+"""TPU kernels of the routed experts: interpreted, and compiled ahead of time for real chips."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from tests.test_grouped_matmul import (
 
 WEIGHTS = ("w1_LEFD", "w3_LEFD", "w2_LEDF")
 SMALL = Shape(experts=4, choices=2, hidden=256, expert_hidden=256)
-# With SMALL's experts and choices 5, 20, 100 and 520 tokens make tiles of 8, 16, 128 and 256 rows.
+# With SMALL's experts and choices, 5, 20, 100 and 520 tokens have tiles of 8, 16, 128 and 256 rows.
 
 
 def with_weights(args: dict[str, Any], form: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def with_weights(args: dict[str, Any], form: str) -> dict[str, Any]:
         "fp4": lambda w: quantized(w, "fp4"),
         "low rank": low_rank,
     }[form]
-    # Beside low rank updates, an array.
+    # With low-rank updates, w3 stays an array.
     names = ("w1_LEFD", "w2_LEDF") if form == "low rank" else WEIGHTS
     args = args | {name: change(args[name]) for name in names}
     return args | {"x_TD": args["x_TD"].astype(jnp.bfloat16)} if form == "bfloat16" else args
@@ -52,13 +52,13 @@ def low_rank(w: Any) -> LoraWeight:
 
 
 def run(args: dict[str, Any], *, weight_first: bool = True) -> np.ndarray:
-    door = jax.jit(
+    expert_mlp = jax.jit(
         functools.partial(
             grouped_matmul.expert_mlp, limit=LIMIT, weight_first=weight_first, impl="tpu"
         )
     )
     with kernels.interpreted():
-        return np.asarray(door(**args))
+        return np.asarray(expert_mlp(**args))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_interpreted_kernels_give_the_weighted_sum_of_the_chosen_experts(
     form: str, tokens: int
 ) -> None:
     args = with_weights(inputs(SMALL, tokens), form)
-    # Two ids out of range, on either side.
+    # Ids out of range on both sides.
     args["expert_TA"] = args["expert_TA"].at[0, 0].set(-1).at[1, 1].set(SMALL.experts)
-    # The place of the routing weight and the format are told apart elsewhere.
+    # Other combinations of weight_first and format are tested elsewhere.
     assert_close(run(args, weight_first=tokens % 8 != 0), expected(args))
 
 
@@ -80,7 +80,7 @@ def test_interpreted_bfloat16() -> None:
     assert_close(run(args, weight_first=False), expected(args), CLOSE_BFLOAT16)
 
 
-def test_interpreted_low_rank_updates_equal_the_sum_of_matrices() -> None:
+def test_interpreted_low_rank_updates_equal_merged_matrices() -> None:
     args = with_weights(inputs(SMALL, 5), "low rank")
     merged = dict(args)
     for name in ("w1_LEFD", "w2_LEDF"):
@@ -92,20 +92,22 @@ def test_interpreted_low_rank_updates_equal_the_sum_of_matrices() -> None:
 
 @functools.cache
 def routed() -> Callable[..., jax.Array]:
-    """Compiled once for all routings."""
+    """The experts as a function of the routing, compiled once for all routings."""
     args = with_weights(inputs(SMALL, 4), "fp8")
-    door = functools.partial(
+    expert_mlp = functools.partial(
         grouped_matmul.expert_mlp, **args | {"expert_TA": None}, limit=LIMIT, weight_first=True
     )
-    return jax.jit(lambda expert_TA, impl: door(expert_TA=expert_TA, impl=impl), static_argnums=1)
+    return jax.jit(
+        lambda expert_TA, impl: expert_mlp(expert_TA=expert_TA, impl=impl), static_argnums=1
+    )
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.lists(st.integers(-1, 4), min_size=2, max_size=2), min_size=4, max_size=4))
 @example([[-1, 4]] * 4)
 @example([[2, 2]] * 4)
-def test_any_routing_agrees(expert_TA: list[list[int]]) -> None:
-    """Nobody's experts, one for all, repeats."""
+def test_any_routing_agrees_with_the_reference(expert_TA: list[list[int]]) -> None:
+    """Ids out of range, one expert for all tokens, repeated ids."""
     ids = jnp.asarray(expert_TA, jnp.int32)
     with kernels.interpreted():
         got = np.asarray(routed()(ids, "tpu"))
@@ -115,28 +117,30 @@ def test_any_routing_agrees(expert_TA: list[list[int]]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("tokens", [3, 64])
-def test_steps_cover_each_real_row_once_and_no_other(tokens: int, data: st.DataObject) -> None:
+def test_steps_cover_each_valid_row_exactly_once(tokens: int, data: st.DataObject) -> None:
     ids = st.integers(-2, 5) | st.just(data.draw(st.integers(-1, 4)))
     row = st.lists(ids, min_size=2, max_size=2)
     expert_TA = np.asarray(data.draw(st.lists(row, min_size=tokens, max_size=tokens)), np.int32)
-    made = jax.jit(plan.make, static_argnums=1)(jnp.asarray(expert_TA), 4)
-    seen = []
-    for s in range(int(made.steps)):
-        first = int(made.tile_S[s]) * made.rows
-        for p in range(first + int(made.low_S[s]), first + int(made.high_S[s])):
-            seen.append((int(made.order_P[p]), int(made.expert_S[s])))
+    layout = jax.jit(plan.make, static_argnums=1)(jnp.asarray(expert_TA), 4)
+    visits = []
+    for s in range(int(layout.steps)):
+        first = int(layout.tile_S[s]) * layout.rows
+        for p in range(first + int(layout.low_S[s]), first + int(layout.high_S[s])):
+            visits.append((int(layout.order_P[p]), int(layout.expert_S[s])))
     want = [(i, e) for i, e in enumerate(expert_TA.reshape(-1).tolist()) if 0 <= e < 4]
-    assert sorted(seen) == want
+    assert sorted(visits) == want
     # No tile is visited for an expert without rows in it.
-    real = len(want)
-    assert int(made.steps) <= max(1, -(-real // made.rows) + len({e for _, e in want}))
+    valid = len(want)
+    assert int(layout.steps) <= max(1, -(-valid // layout.rows) + len({e for _, e in want}))
 
 
-def test_no_races() -> None:
+def test_two_cores_do_not_race() -> None:
     args = with_weights(inputs(SMALL, 12, layers=1), "float32")
-    door = functools.partial(grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True, impl="tpu")
+    expert_mlp = functools.partial(
+        grouped_matmul.expert_mlp, limit=LIMIT, weight_first=True, impl="tpu"
+    )
     with kernels.interpreted(detect_races=True, num_cores_or_threads=2):
-        jax.block_until_ready(jax.jit(lambda: door(**args))())
+        jax.block_until_ready(jax.jit(lambda: expert_mlp(**args))())
 
 
 @pytest.mark.parametrize(("form", "tokens"), [("fp8", 5), ("fp4", 5), ("low rank", 100)])
@@ -162,11 +166,11 @@ def test_interpreted_gradients_equal_the_references(form: str, tokens: int) -> N
         jax.tree.map(lambda x, y: assert_close(np.asarray(x), np.asarray(y)), got, want)
 
 
-def test_interpreted_gradients_of_bfloat16_are_off_by_its_rounding() -> None:
-    """Also where ids are nobody's, and the weights beside them anything."""
+def test_interpreted_gradients_of_bfloat16_differ_by_its_rounding() -> None:
+    """Some ids are out of range, and their weights NaN."""
     args = with_weights(inputs(SMALL, 13, layers=1), "bfloat16")
-    nobody_TA = (jnp.arange(26) % 5 == 0).reshape(13, 2)
-    args["expert_TA"] = jnp.where(nobody_TA, -1, args["expert_TA"])
+    invalid_TA = (jnp.arange(26) % 5 == 0).reshape(13, 2)
+    args["expert_TA"] = jnp.where(invalid_TA, -1, args["expert_TA"])
     names = ("x_TD", "weight_TA", *WEIGHTS)
 
     def gradients(args: dict[str, Any], impl: Any) -> Any:
@@ -179,12 +183,12 @@ def test_interpreted_gradients_of_bfloat16_are_off_by_its_rounding() -> None:
 
     wide = {name: args[name].astype(jnp.float32) for name in names}
     want = gradients(args | wide, "reference")
-    nan = args | {"weight_TA": jnp.where(nobody_TA, jnp.nan, args["weight_TA"])}
+    nan = args | {"weight_TA": jnp.where(invalid_TA, jnp.nan, args["weight_TA"])}
     with kernels.interpreted():
         got = gradients(nan, "tpu")
         for name in names:
             ours, theirs = (np.asarray(x[name], np.float64) for x in (got, want))
-            # Rounding by 2^-9 in each of a few places.
+            # A few roundings by 2^-9.
             assert np.linalg.norm(ours - theirs) <= 2.0**-6 * np.linalg.norm(theirs), name
 
 
@@ -213,7 +217,7 @@ def structs(model: str, form: str, tokens: int) -> tuple[Any, ...]:
 
 
 def activation_bytes(model: str, tokens: int) -> int:
-    """Sorted rows in, hidden and out; a token's rows are added up in float32."""
+    """Sorted rows of input, hidden and output; rows of a token are summed in float32."""
     shape = SHAPES[model]
     tile = plan.tile_rows(tokens * shape.choices, shape.experts)
     rows = -(-tokens * shape.choices // tile) * tile
@@ -234,12 +238,12 @@ def activation_bytes(model: str, tokens: int) -> int:
 )
 def test_compiles_at_full_size(chip: targets.Target, model: str, form: str, tokens: int) -> None:
     args = structs(model, form, tokens)
-    door = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
-    run = functools.partial(door, limit=10.0, weight_first=True, impl="auto")
+    expert_mlp = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
+    run = functools.partial(expert_mlp, limit=10.0, weight_first=True, impl="auto")
     program = targets.compiled(chip, run, *args)
-    kernels_there = str(program.as_text()).count('custom_call_target="tpu_custom_call"')
-    assert kernels_there == 2
-    # Nothing of the weights: neither codes, nor scales spread out, nor another layer's.
+    kernel_calls = str(program.as_text()).count('custom_call_target="tpu_custom_call"')
+    assert kernel_calls == 2
+    # No copies of weights: neither codes, nor expanded scales, nor another layer.
     assert targets.temporaries(program) <= activation_bytes(model, tokens) + 2**20
 
 
@@ -263,19 +267,21 @@ def test_backward_compiles_at_full_size(chip: targets.Target, form: str) -> None
     assert targets.temporaries(program) <= 2**23
 
 
-def test_what_kernels_do_not_take_is_refused_and_left_to_xla() -> None:
+def test_unsupported_sizes_are_rejected_or_left_to_xla() -> None:
     args = inputs(Shape(experts=4, choices=2, hidden=64, expert_hidden=32), 3)
-    door = functools.partial(grouped_matmul.expert_mlp, **args, limit=LIMIT, weight_first=True)
-    with pytest.raises(NotImplementedError, match="D and F in 128s"):
-        door(impl="tpu")
-    assert_close(np.asarray(door(impl="auto")), expected(args))
+    expert_mlp = functools.partial(
+        grouped_matmul.expert_mlp, **args, limit=LIMIT, weight_first=True
+    )
+    with pytest.raises(NotImplementedError, match="D and F in multiples of 128"):
+        expert_mlp(impl="tpu")
+    assert_close(np.asarray(expert_mlp(impl="auto")), expected(args))
 
 
 @pytest.mark.parametrize(
     ("form", "D", "F", "match"),
     [("float32", 16384, 16384, "no room"), ("fp8", 256, 640, "do not take 640 FP8 channels")],
 )
-def test_what_would_not_compile_is_refused_first(form: str, D: int, F: int, match: str) -> None:
+def test_sizes_that_would_not_compile_are_rejected(form: str, D: int, F: int, match: str) -> None:
     E, T, S = 8, 4096, jax.ShapeDtypeStruct
     x_TD = S((T, D), jnp.float32)
 
@@ -287,8 +293,8 @@ def test_what_would_not_compile_is_refused_first(form: str, D: int, F: int, matc
         return quantize.Fp8Weight(codes, scale) if form == "fp8" else S((1, E, n, k), jnp.float32)
 
     def loss(x_TD: Any, *others: Any) -> jax.Array:
-        door = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
-        return jnp.sum(door(x_TD, *others, limit=LIMIT, weight_first=True, impl="tpu"))
+        expert_mlp = kernels.in_order(grouped_matmul.expert_mlp, Inputs)
+        return jnp.sum(expert_mlp(x_TD, *others, limit=LIMIT, weight_first=True, impl="tpu"))
 
     choice = S((T, 2), jnp.int32), S((T, 2), jnp.float32)
     weights = weight(F, D), weight(F, D), weight(D, F)

@@ -1,8 +1,8 @@
-# Every target sets up its own virtual environment. PYTHON chooses the interpreter (3.11 or newer).
+# Every target sets up its own virtual environment. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The compilers for chips that tests bring are plugins, which JAX looks for in every command.
+# The tests install compilers for TPUs and GPUs: plugins, which JAX would load in every command.
 TEST := $(VENV)-test
 
 .PHONY: demo train-demo test test-whole test-others test-part part-types part-tests check bench clean
@@ -13,20 +13,20 @@ demo: $(VENV)/run
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
 
-# The whole suite on PYTHON, then a part of it on the other end of the supported versions. Types are
-# checked beside it: their one process would leave the other cores idle.
+# The full suite on PYTHON, then a part of it on the oldest and newest supported versions. Types are
+# checked in parallel, since the type checker uses a single core.
 test: $(TEST)/ready
 	@$(MAKE) --jobs 2 check test-whole
 	@$(MAKE) test-others
 
-# Of one Python: all tests but those about compiled programs, then these.
+# For one Python: all tests but those of compiled programs, then those.
 PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 define run-tests
 	XLA_FLAGS="$$($(1) -m tests.quick)" $(1) $(PYTEST) -m "not full_compilation" $(2)
 	$(1) $(PYTEST) -m full_compilation $(2)
 endef
 
-# Whatever the shell says: without the tests' bytecode each process would compile them anew.
+# Overrides the shell: without cached bytecode, each process would compile the tests again.
 test-whole part-tests: export PYTHONDONTWRITEBYTECODE :=
 
 test-whole: $(TEST)/ready
@@ -34,7 +34,7 @@ test-whole: $(TEST)/ready
 
 ENDS := 3.11 3.13
 VERSION = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
-# On the path, or pyenv's; a shim of pyenv's may be there without its Python.
+# From PATH or pyenv. It is run, because a pyenv shim can exist without its Python.
 find-python = $(shell for python in python$(1) $$HOME/.pyenv/versions/$(1).*/bin/python; do \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 
@@ -42,7 +42,7 @@ test-others:
 	@set -e; $(foreach end,$(filter-out $(VERSION),$(ENDS)), \
 		$(if $(call find-python,$(end)), \
 			$(MAKE) test-part PYTHON=$(call find-python,$(end)) VENV=$(VENV)-$(end);, \
-			echo "Python $(end) is not on this machine: nothing was tested with it.";))
+			echo "Python $(end) was not found: nothing was tested with it.";))
 
 # The demo, the model, generation, training, each operation's kernels, and programs for v6e and H200.
 KERNELS := compress_tpu dense_attention_tpu grouped_matmul_tpu hyper_compiled indexer_topk_tpu \
@@ -59,7 +59,7 @@ FILES = $(patsubst %,tests/test_%.py,implementations interpreters generate $(KER
 test-part: $(VENV)/part
 	@$(MAKE) --jobs 2 part-types part-tests
 
-# JAX's own types differ between its versions; of tests, some need what this environment lacks.
+# JAX's types differ between versions. Tests are not checked: some import what is not installed.
 part-types:
 	$(BIN)/pyright --pythonpath $(BIN)/python v4jax pallas_kernels train
 
@@ -88,12 +88,12 @@ $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	touch $@ $(VENV)/run
 
-# Without torch and transformers, which nothing in the part needs.
+# Without torch and transformers, which this part does not need.
 $(VENV)/part: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# The exact torch first: a range would fetch the build for CUDA, several gigabytes.
+# The exact torch version first: a range would fetch the CUDA build of several gigabytes.
 $(TEST)/ready: pyproject.toml | $(TEST)/bin/python
 	$(TEST)/bin/python -m pip install --quiet torch==2.13.0
 	$(TEST)/bin/python -m pip install --quiet --editable '.[test,parity]'

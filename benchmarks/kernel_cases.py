@@ -253,7 +253,10 @@ def _linear(matrix: str, tokens: int, divide: int) -> Case:
 
 
 def _compress(name: str, tokens: int, divide: int) -> Case:
-    """Decode of eight rows, or a prompt. Small cases skip rounding, where one step is no error."""
+    """Decode of eight rows, or a prompt.
+
+    Small cases are not rounded: a rounding step would exceed the tolerance without being an error.
+    """
     shape, step = COMPRESSORS[name], tokens == 1
     M, C, K, overlap = shape.ratio, shape.channels, shape.dim, shape.overlap
     rows, tokens = (8, 1) if step else (1, max(2 * M, tokens // divide))

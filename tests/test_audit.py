@@ -48,7 +48,7 @@ def by_kind(backend: str = KNOWN) -> dict[str, audit.Collective]:
     return {c.kind: c for c in audit.collectives(TEXT.replace("BACKEND", backend))}
 
 
-def test_bytes_are_counted_as_often_as_loops_run() -> None:
+def test_bytes_are_multiplied_by_trip_counts() -> None:
     gathered = by_kind()["all-gather"]
     assert gathered.times == 5
     assert gathered.bytes == 5 * 16 * 8 * 2

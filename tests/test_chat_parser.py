@@ -58,7 +58,7 @@ def events(pieces, mode: str = "chat") -> list[Event]:
 
 
 @pytest.mark.parametrize("vector", VECTORS["parse"], ids=lambda v: v["name"])
-def test_reference_vectors_are_parsed_and_its_errors_become_incomplete_calls(vector):
+def test_reference_vectors_are_parsed_and_errors_become_incomplete_calls(vector):
     message = parse_chat(vector["text"], vector["thinking_mode"])
     if vector["reference_error"] is None:
         assert message == vector["message"]

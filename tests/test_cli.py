@@ -117,14 +117,20 @@ def test_version_is_printed(capsys: Capsys) -> None:
         (("convert", "a", "b", "--weights", "int8"), "int8"),
         (("generate", "a"), "--prompt"),
         (("generate", "a", "-p", "b", "--max", "3"), "--max"),
-        (("generate", "a", "-p", "b", "--max-tokens", "0"), "'0' is no whole number, 1 or more"),
-        (("generate", "a", "-p", "b", "--max-tokens", "many"), "'many' is no whole number"),
-        (("generate", "a", "-p", "b", "--temperature", "nan"), "'nan' is no number 0 or more"),
-        (("generate", "a", "-p", "b", "--temperature=-1"), "'-1' is no number 0 or more"),
-        (("generate", "a", "-p", "b", "--top-p", "0"), "'0' is no number above 0, at most 1"),
-        (("generate", "a", "-p", "b", "--top-p", "x"), "'x' is no number above 0, at most 1"),
-        (("generate", "a", "-p", "b", "--top-k", "1.5"), "'1.5' is no whole number"),
-        (("generate", "a", "-p", "b", "--seed", "-1"), "'-1' is no whole number"),
+        (
+            ("generate", "a", "-p", "b", "--max-tokens", "0"),
+            "'0' is not a whole number of 1 or more",
+        ),
+        (("generate", "a", "-p", "b", "--max-tokens", "many"), "'many' is not a whole number"),
+        (
+            ("generate", "a", "-p", "b", "--temperature", "nan"),
+            "'nan' is not a number of 0 or more",
+        ),
+        (("generate", "a", "-p", "b", "--temperature=-1"), "'-1' is not a number of 0 or more"),
+        (("generate", "a", "-p", "b", "--top-p", "0"), "'0' is not a number above 0, at most 1"),
+        (("generate", "a", "-p", "b", "--top-p", "x"), "'x' is not a number above 0, at most 1"),
+        (("generate", "a", "-p", "b", "--top-k", "1.5"), "'1.5' is not a whole number"),
+        (("generate", "a", "-p", "b", "--seed", "-1"), "'-1' is not a whole number"),
         (("generate", "a", "-p", "b", "--thinking", "hard"), "hard"),
     ],
 )
@@ -142,8 +148,8 @@ def test_misuse_is_explained(args: tuple[str, ...], message: str, capsys: Capsys
     ],
 )
 def test_a_wrong_path_is_named(args: tuple[str, ...], tmp_path: Path, capsys: Capsys) -> None:
-    wrong = str(tmp_path / "nothing")
-    assert wrong in fails(capsys, *(arg.format(wrong) for arg in args))
+    missing = str(tmp_path / "nothing")
+    assert missing in fails(capsys, *(arg.format(missing) for arg in args))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,7 +289,7 @@ def test_standard_input_that_is_not_text_is_rejected(
     checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
-    assert "no text in utf-8" in fails(capsys, "generate", str(checkpoint), "-p", "-")
+    assert "not text in utf-8" in fails(capsys, "generate", str(checkpoint), "-p", "-")
 
 
 class _Recorder:
@@ -336,7 +342,7 @@ def test_an_unsupported_effort_is_reported_before_loading(
 ) -> None:
     monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("it was loaded"))
     error = fails(capsys, "generate", str(checkpoint), "-p", "x", "--thinking", "low")
-    assert "--thinking low: this checkpoint, of revision april, knows no such effort" in error
+    assert "--thinking low: this checkpoint, of revision april, has no such effort" in error
     assert "use one of high, max." in error
 
 
@@ -371,7 +377,7 @@ def test_a_system_message_precedes_the_prompt(
     assert model.prompt == encode_chat(messages)
 
 
-def test_output_to_a_pipe_is_plain_and_errors_go_elsewhere() -> None:
+def test_output_to_a_pipe_is_plain_text() -> None:
     result = run("inspect", "flash")
     assert result.returncode == 0
     assert result.stderr == ""

@@ -69,7 +69,7 @@ def test_rows_do_not_see_each_other(numerics: Numerics) -> None:
     np.testing.assert_array_equal(got, swapped[::-1])
 
 
-def test_a_row_alone_equals_itself_in_a_batch(expected: np.ndarray) -> None:
+def test_a_row_has_the_same_logits_alone_and_in_a_batch(expected: np.ndarray) -> None:
     close(models.whole(CFG, TOKENS[1:]), expected[1:])
 
 

@@ -122,7 +122,7 @@ def test_gradients_of_a_bfloat16_matmul_are_bfloat16_matmuls(rows: int) -> None:
     assert set(factors) == {("bf16", "bf16")}
 
 
-def test_gradients_of_a_float32_matmul_are_jaxs() -> None:
+def test_gradients_of_a_float32_matmul_equal_jaxs() -> None:
     x_RK, w_NK, grad_RN = normal(7, 24, seed=1), normal(40, 24, seed=2), normal(7, 40, seed=3)
     expected = jax.vjp(lambda x, w: x @ w.T, x_RK, w_NK)[1](grad_RN)
     jax.tree.map(np.testing.assert_array_equal, product_gradients(x_RK, w_NK, grad_RN), expected)

@@ -121,17 +121,17 @@ def test_steps_cover_each_valid_row_exactly_once(tokens: int, data: st.DataObjec
     ids = st.integers(-2, 5) | st.just(data.draw(st.integers(-1, 4)))
     row = st.lists(ids, min_size=2, max_size=2)
     expert_TA = np.asarray(data.draw(st.lists(row, min_size=tokens, max_size=tokens)), np.int32)
-    layout = jax.jit(plan.make, static_argnums=1)(jnp.asarray(expert_TA), 4)
+    schedule = jax.jit(plan.make, static_argnums=1)(jnp.asarray(expert_TA), 4)
     visits = []
-    for s in range(int(layout.steps)):
-        first = int(layout.tile_S[s]) * layout.rows
-        for p in range(first + int(layout.low_S[s]), first + int(layout.high_S[s])):
-            visits.append((int(layout.order_P[p]), int(layout.expert_S[s])))
+    for s in range(int(schedule.steps)):
+        first = int(schedule.tile_S[s]) * schedule.rows
+        for p in range(first + int(schedule.low_S[s]), first + int(schedule.high_S[s])):
+            visits.append((int(schedule.order_P[p]), int(schedule.expert_S[s])))
     want = [(i, e) for i, e in enumerate(expert_TA.reshape(-1).tolist()) if 0 <= e < 4]
     assert sorted(visits) == want
     # No tile is visited for an expert without rows in it.
     valid = len(want)
-    assert int(layout.steps) <= max(1, -(-valid // layout.rows) + len({e for _, e in want}))
+    assert int(schedule.steps) <= max(1, -(-valid // schedule.rows) + len({e for _, e in want}))
 
 
 def test_two_cores_do_not_race() -> None:

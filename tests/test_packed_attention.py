@@ -1,4 +1,4 @@
-"""Rows that several documents share: each is attended to as if it were alone.
+"""Rows that several documents share: each document attends as if it were alone.
 
 Axis letters: as in test_dense_attention; D documents, k entries listed.
 """
@@ -27,13 +27,13 @@ from tests.test_dense_attention_gradients import CLOSE as CLOSE_GRADIENTS
 FORMS = ("reference", "xla")
 D, T, WINDOW, RATIO, H, K, LISTED = 4, 40, 8, 4, 3, 8, 5
 S = T // RATIO + D
-WANTED = ("q_BTHK", "window_BXK", "pool_LBSK", "sink_H")
+DIFFERENTIATED = ("q_BTHK", "window_BXK", "pool_LBSK", "sink_H")
 Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed(Prefill):
-    """A chunk of several documents, or of any bounds."""
+    """A chunk of several documents, or with arbitrary bounds."""
 
     first_BT: Any
     hidden_BT: Any
@@ -45,21 +45,21 @@ class Packed(Prefill):
     def expected(self) -> np.ndarray:
         out_BTHK = np.zeros(self.q_BTHK.shape)
         for b, t in np.ndindex(*self.visible_BT.shape):
-            seen = [self.window_BXK[b][self.near(b, t)]]
+            keys = [self.window_BXK[b][self.near(b, t)]]
             if self.pool_LBSK is not None:
                 entries = slice(self.hidden_BT[b, t], self.visible_BT[b, t])
-                seen.append(self.pool_LBSK[self.layer, b, entries])
-            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(seen), self.sink_H)
+                keys.append(self.pool_LBSK[self.layer, b, entries])
+            out_BTHK[b, t] = attend(self.q_BTHK[b, t], np.concatenate(keys), self.sink_H)
         return out_BTHK
 
     def seen_entries(self) -> np.ndarray:
-        """Of each row of the batch, those that some query sees."""
+        """For each row of the batch, the entries that some query sees."""
         index_S = np.arange(self.pool_LBSK.shape[2])
         seen_BTS = (index_S >= self.hidden_BT[..., None]) & (index_S < self.visible_BT[..., None])
         return seen_BTS.any(1)
 
     def garbled(self) -> "Packed":
-        """NaN in all that nothing sees."""
+        """The same case with NaN in all that no query sees."""
         window, queries = self.window_BXK.copy(), range(self.q_BTHK.shape[1])
         for b in range(len(window)):
             window[b, ~np.any([self.near(b, t) for t in queries], axis=0)] = np.nan
@@ -71,7 +71,7 @@ class Packed(Prefill):
 
 
 def any_bounds(seed: int, starts: tuple[int, ...], *sizes: int, **more: int) -> Packed:
-    """Each query has its own, in no order; some see no key, some no entry."""
+    """Each query has its own bounds, in no order; some see no key, some no entry."""
     case, rng = prefill_case(starts, *sizes, seed=seed, **more), np.random.default_rng(seed)
     entries = 0 if case.pool_LBSK is None else case.pool_LBSK.shape[2]
     shape = case.visible_BT.shape
@@ -103,13 +103,13 @@ def test_each_query_has_bounds_of_its_own(impl: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """One row of up to D documents, and as many rows of one each; what is not seen is NaN.
+    """Up to D documents, which share one row or have a row each.
 
     Attributes:
-      start: the row's position.
-      offset_D: where each begins.
-      length_D: its tokens; 0 where there are fewer documents.
-      entry_D: its first entry; one that nothing sees lies before it.
+      start: position of the row's first token.
+      offset_D: offset of each document in the row.
+      length_D: tokens of each document; 0 where there are fewer documents.
+      entry_D: first entry of each document; an entry that no query sees comes before it.
     """
 
     start: int
@@ -129,14 +129,14 @@ class Documents:
         return (s_S >= self.entry_D[:, None]) & (s_S < ends)
 
     def alone(self, x: np.ndarray, own: np.ndarray, fill: float = 0) -> np.ndarray:
-        """Each document's part of a row [T or S, ...], from 0 on."""
+        """Each document's part of a row [T or S, ...], moved to the front of a row of its own."""
         out = np.full((D, *x.shape), fill, x.dtype)
         for d in range(D):
             out[d, : own[d].sum()] = x[own[d]]
         return out
 
     def joined(self, x: Any, own: np.ndarray) -> np.ndarray:
-        """The inverse; 0 where there is no document."""
+        """The inverse of `alone`; 0 where there is no document."""
         x = np.asarray(x)
         out = np.zeros(x.shape[1:], x.dtype)
         for d in range(D):
@@ -154,7 +154,7 @@ def documents(start: int, cuts: set[int]) -> Documents:
 
 
 def inputs(seed: int, row: Documents, lists: bool) -> tuple[Arrays, Arrays]:
-    """Of the row, and of its documents alone."""
+    """Inputs of the shared row, and of its documents alone; what no query sees is NaN."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q_THK, keys_TK, pool_SK = normal(T, H, K), normal(T, K), normal(S, K)
@@ -180,10 +180,10 @@ def inputs(seed: int, row: Documents, lists: bool) -> tuple[Arrays, Arrays]:
     }
     hidden_T = row.entry_D[document_T]
     if not lists:
-        shown_DT = row.alone(visible_T, row.own_DT).astype(np.int32)
-        seen = {"hidden_BT": hidden_T, "visible_BT": hidden_T + visible_T}
-        seen = {name: x[None].astype(np.int32) for name, x in seen.items()}
-        return packed | seen, alone | {"visible_BT": shown_DT}
+        visible_DT = row.alone(visible_T, row.own_DT).astype(np.int32)
+        bounds = {"hidden_BT": hidden_T, "visible_BT": hidden_T + visible_T}
+        bounds = {name: x[None].astype(np.int32) for name, x in bounds.items()}
+        return packed | bounds, alone | {"visible_BT": visible_DT}
     list_Tk = rng.permuted(np.tile(np.arange(S), (T, 1)), axis=1)[:, :LISTED]
     list_Tk = np.where(list_Tk < visible_T[:, None], list_Tk, -1)
     shifted_Tk = np.where(list_Tk >= 0, list_Tk + hidden_T[:, None], -1)
@@ -195,42 +195,47 @@ def inputs(seed: int, row: Documents, lists: bool) -> tuple[Arrays, Arrays]:
 
 
 def pulled(arrays: Arrays, grad_BTHK: Any, *, op: Any, impl: str) -> tuple[Any, Arrays]:
-    """The output, and gradients of what has one."""
-    fixed = {name: x for name, x in arrays.items() if name not in WANTED}
+    """The output, and gradients with respect to `DIFFERENTIATED`."""
+    fixed = {name: x for name, x in arrays.items() if name not in DIFFERENTIATED}
     run = functools.partial(op.prefill, **fixed, window=WINDOW, scale=SCALE, impl=impl)
-    out, pull = jax.vjp(lambda wanted: run(**wanted), {name: arrays[name] for name in WANTED})
+    out, pull = jax.vjp(
+        lambda primals: run(**primals), {name: arrays[name] for name in DIFFERENTIATED}
+    )
     return out, pull(grad_BTHK)[0]
 
 
 def assert_as_if_alone(run: Any, lists: bool, seed: int, row: Documents) -> None:
     packed, alone = inputs(seed, row, lists)
     grad_THK = np.random.default_rng(seed + 1).standard_normal((T, H, K)).astype(np.float32)
-    got_BTHK, got = run(packed, grad_THK[None])
-    out_DTHK, want = run(alone, row.alone(grad_THK, row.own_DT))
-    np.testing.assert_allclose(got_BTHK[0], row.joined(out_DTHK, row.own_DT), **CLOSE)
+    actual_BTHK, actual = run(packed, grad_THK[None])
+    out_DTHK, expected = run(alone, row.alone(grad_THK, row.own_DT))
+    np.testing.assert_allclose(actual_BTHK[0], row.joined(out_DTHK, row.own_DT), **CLOSE)
     after = np.s_[:, WINDOW:]
     pairs = {
-        "q": (got["q_BTHK"][0], row.joined(want["q_BTHK"], row.own_DT)),
-        "keys": (got["window_BXK"][after][0], row.joined(want["window_BXK"][after], row.own_DT)),
-        "pool": (got["pool_LBSK"][0, 0], row.joined(want["pool_LBSK"][0], row.own_DS)),
-        "sink": (got["sink_H"], want["sink_H"]),
+        "q": (actual["q_BTHK"][0], row.joined(expected["q_BTHK"], row.own_DT)),
+        "keys": (
+            actual["window_BXK"][after][0],
+            row.joined(expected["window_BXK"][after], row.own_DT),
+        ),
+        "pool": (actual["pool_LBSK"][0, 0], row.joined(expected["pool_LBSK"][0], row.own_DS)),
+        "sink": (actual["sink_H"], expected["sink_H"]),
     }
     for name, (x, y) in pairs.items():
         np.testing.assert_allclose(x, y, **CLOSE_GRADIENTS, err_msg=name)
-    np.testing.assert_array_equal(got["window_BXK"][:, :WINDOW], 0)
-    # Of one document's outputs, all that is not its own has gradient 0 to the bit.
+    np.testing.assert_array_equal(actual["window_BXK"][:, :WINDOW], 0)
+    # Gradients of one document's outputs are exactly 0 outside of that document.
     d = seed % np.count_nonzero(row.length_D)
     own_T, own_S = row.own_DT[d], row.own_DS[d]
-    _, of_one = run(packed, grad_THK[None] * own_T[None, :, None, None])
-    np.testing.assert_array_equal(of_one["q_BTHK"][0, ~own_T], 0)
-    np.testing.assert_array_equal(of_one["window_BXK"][after][0, ~own_T], 0)
-    np.testing.assert_array_equal(of_one["pool_LBSK"][0, 0, ~own_S], 0)
+    _, one_document = run(packed, grad_THK[None] * own_T[None, :, None, None])
+    np.testing.assert_array_equal(one_document["q_BTHK"][0, ~own_T], 0)
+    np.testing.assert_array_equal(one_document["window_BXK"][after][0, ~own_T], 0)
+    np.testing.assert_array_equal(one_document["pool_LBSK"][0, 0, ~own_S], 0)
 
 
 @pytest.mark.parametrize("op", [dense_attention, sparse_attention])
 @pytest.mark.parametrize("impl", FORMS)
 def test_documents_of_a_row_are_as_if_alone(op: Any, impl: str) -> None:
-    # Draws share their programs.
+    # All draws share its programs.
     run = jax.jit(functools.partial(pulled, op=op, impl=impl))
 
     @settings(deadline=None, max_examples=8)

@@ -1,5 +1,5 @@
-"""TPU kernels of attention where several documents share a row: interpreted on CPU against the
-reference, and compiled for chips that are not here.
+"""TPU attention kernels on rows that several documents share: interpreted on CPU against the
+reference, and compiled for chips that are not attached.
 
 Axis letters: as in the packages.
 """
@@ -26,9 +26,10 @@ from tests.test_packed_attention import Packed, any_bounds
 
 
 def documents() -> Packed:
-    """Three in a row of 300 tokens, an entry to four tokens; what nothing sees is NaN.
+    """Three in a row of 300 tokens, one entry per four tokens; what no query sees is NaN.
 
-    The last begins with a block of queries, and sees nothing of the pool's first 512 entries.
+    The last begins at the start of a block of queries and sees none of the pool's first 512
+    entries.
     """
     case, t_T = any_bounds(0, (3,), 300, 8, 1104), np.arange(300)
     offset_T = np.repeat([0, 20, 128], [20, 108, 172])
@@ -50,17 +51,17 @@ def documents() -> Packed:
         any_bounds(2, (30,), 1, 4, 5).garbled(),
     ],
 )
-def test_dense_attention_of_any_bounds(case: Packed) -> None:
+def test_dense_attention_with_arbitrary_bounds(case: Packed) -> None:
     np.testing.assert_allclose(dense.run(case), case.expected(), **CLOSE)
 
 
-def test_dense_attention_skips_what_documents_before_made_and_cores_do_not_race() -> None:
+def test_dense_attention_skips_earlier_documents_and_cores_do_not_race() -> None:
     case = documents()
-    got_BTHK = dense.run(case, detect_races=True, num_cores_or_threads=2)
-    np.testing.assert_allclose(got_BTHK, case.expected(), **CLOSE)
+    actual_BTHK = dense.run(case, detect_races=True, num_cores_or_threads=2)
+    np.testing.assert_allclose(actual_BTHK, case.expected(), **CLOSE)
 
 
-def test_gradients_of_dense_attention_skip_what_documents_before_made() -> None:
+def test_gradients_of_dense_attention_skip_earlier_documents() -> None:
     dense_gradients.assert_same(documents())
 
 
@@ -84,7 +85,7 @@ def test_dense_attention_of_packed_rows_compiles(target: Any, S: int) -> None:
         any_bounds(2, (0, 30), 9, 4, 5).garbled(),
     ],
 )
-def test_gradients_of_dense_attention_of_any_bounds(case: Packed) -> None:
+def test_gradients_of_dense_attention_with_arbitrary_bounds(case: Packed) -> None:
     dense_gradients.assert_same(case)
 
 
@@ -100,7 +101,7 @@ def test_gradients_of_dense_attention_of_packed_rows_compile(target: Any) -> Non
 
 
 def listing(seed: int, starts: tuple[int, ...], T: int, **sizes: Any) -> sparse.Inputs:
-    """Each query begins its window where it likes; keys that none sees are NaN."""
+    """Each query's window begins anywhere; keys that no query sees are NaN."""
     inputs = sparse.prefill_inputs(starts, T, seed=seed, **sizes)
     window, rng = sparse.window_of(inputs), np.random.default_rng(seed)
     own_BT = np.array(starts)[:, None] + np.arange(T)
@@ -133,12 +134,12 @@ def test_gradients_of_sparse_attention() -> None:
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x"])
 def test_sparse_attention_of_packed_rows_compiles(target: Any) -> None:
     inputs = sparse.structs("flash", 4096, 1024, chunk=True) | {"first_BT": INTEGERS}
-    found = sparse.program(target, sparse_attention.prefill, inputs, window=128)
-    # The entries' numbers in another order, and `first_BT` in tiles of eight rows: for v5p jax
-    # 0.12's compiler has these twice, 8.78 MB in all where 0.10's has 8.62.
+    program = sparse.program(target, sparse_attention.prefill, inputs, window=128)
+    # The entries' indices in another layout, and `first_BT` in tiles of eight rows. For v5p, the
+    # compiler of JAX 0.12 keeps these tiles twice: 8.78 MB in all, with 0.10 it was 8.62.
     copies = 2 if target == "v5p" and jax.__version_info__ >= (0, 12) else 1
-    assert targets.temporaries(found) <= 4096 * 512 * 4 + copies * 4096 * 8 * 4 + 2e5
+    assert targets.temporaries(program) <= 4096 * 512 * 4 + copies * 4096 * 8 * 4 + 2e5
     inputs = sparse_gradients.chunk("flash", 1024) | {"first_BT": INTEGERS}
-    found = targets.compiled(target, sparse_gradients.backward, inputs)
-    assert "tpu_custom_call" in str(found.as_text())
-    assert targets.temporaries(found) <= 2 * 1024 * 512 * 4 + 28e6
+    program = targets.compiled(target, sparse_gradients.backward, inputs)
+    assert "tpu_custom_call" in str(program.as_text())
+    assert targets.temporaries(program) <= 2 * 1024 * 512 * 4 + 28e6

@@ -10,8 +10,8 @@ import pytest
 import v4jax
 from tests import hf_models
 
-# (ratios, changes, batch, length). The bar is 1e-5 of the largest logit: transformers' own chunked
-# and whole prefill differ by up to 1e-6, and ours must be no further away than rounding.
+# (ratios, changes, batch, length). The tolerance is 1e-5 of the largest logit: transformers' own
+# chunked and unchunked prefill differ by up to 1e-6, and ours may differ by rounding only.
 CASES: dict[str, tuple[list[int] | None, dict[str, Any], int, int]] = {
     "one token": ([0, 4, 128], {}, 3, 1),
     "shorter than a window": ([0, 0, 4, 128, 4], {}, 2, 7),
@@ -62,7 +62,7 @@ def test_logits_equal_transformers(name: str, directory: Path) -> None:
 
 
 def assert_logits_equal_transformers(name: str, directory: Path) -> None:
-    """The check of one of the cases."""
+    """Check one of `CASES`."""
     ratios, changes, batch, length = CASES[name]
     theirs = hf_models.make(ratios, len(name), **changes)
     path = hf_models.save(theirs, directory / name.replace(" ", "_"))

@@ -1,9 +1,9 @@
-"""What other implementations of these ops keep in device memory, and what ours keep instead.
+"""What other implementations of these ops waste device memory on, and how little ours take.
 
-Each test is named after one such mistake. At a size that compiles quickly it works out the bytes
+Each test is named after one such mistake. At a size that compiles quickly it computes the bytes
 that the mistake takes, and asks the compilers for TPUs (v5p, which hides none in VMEM) and GPUs how
-many our programs take. Where that is quick too, a program that makes the mistake shows that it is
-seen.
+many our programs take. Where that is quick too, a program that makes the mistake shows that the
+test would detect it.
 
 Axis letters: as in the packages.
 """
@@ -42,7 +42,7 @@ MIB = 2**20
 S = jax.ShapeDtypeStruct
 
 
-def kept(chip: Target, run: Callable[..., Any], *structs: Any) -> int:
+def temporary_bytes(chip: Target, run: Callable[..., Any], *structs: Any) -> int:
     return temporaries(compiled(chip, run, *structs))
 
 
@@ -64,7 +64,7 @@ def select(chip: Target, sizes: tuple[int, int, int]) -> jax.stages.Compiled:
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("sizes", [DECODE, PROMPT])
 def test_scores_in_device_memory(chip: Target, sizes: Any) -> None:
-    """A number per query and entry, or on GPUs one per head too. Ours: lists, at most."""
+    """A score per query and entry, on GPUs also per head. Ours need lists at most."""
     B, T, entries = sizes
     scores = 4 * B * T * entries
     assert temporaries(select(chip, sizes)) <= scores / 2
@@ -85,8 +85,8 @@ def test_lists_padded_to_a_lane_per_index(sizes: Any) -> None:
     assert analysis.output_size_in_bytes <= 4 * B * T * 512 + 4096
 
 
-def test_queries_turned_around() -> None:
-    """Heads and queries change places in a copy of all queries."""
+def test_queries_transposed() -> None:
+    """Heads and queries are swapped in a copy of all queries."""
     queries = 2 * 256 * 64 * 128
     assert temporaries(select("v5p", PROMPT)) <= queries / 4
 
@@ -109,7 +109,7 @@ SINK = S((H,), F32)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_window_and_entries_joined_before_attention(chip: Target) -> None:
+def test_window_and_entries_concatenated_before_attention(chip: Target) -> None:
     B = 8
     joined = 2 * B * (R + ENTRIES) * K
 
@@ -124,37 +124,37 @@ def test_window_and_entries_joined_before_attention(chip: Target) -> None:
         return jnp.einsum("bthx,bxk->bthk", weights_BTHX.astype(BF16), keys_BXK)
 
     structs, visible_BT = decode_structs(B), S((B, 1), I32)
-    assert kept(chip, join, *structs, visible_BT) >= joined
-    door = in_order(dense_attention.decode, dense.DecodeInputs)
-    ours = functools.partial(door, scale=1.0)
-    assert kept(chip, ours, *structs, visible_BT, SINK) <= joined / 16
+    assert temporary_bytes(chip, join, *structs, visible_BT) >= joined
+    op = in_order(dense_attention.decode, dense.DecodeInputs)
+    ours = functools.partial(op, scale=1.0)
+    assert temporary_bytes(chip, ours, *structs, visible_BT, SINK) <= joined / 16
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_logits_of_a_prompt_for_all_entries(chip: Target) -> None:
     T = 256
     logits = 4 * T * H * (R + ENTRIES)
-    door = in_order(dense_attention.prefill, dense.PrefillInputs)
-    run = functools.partial(door, window=R, scale=1.0)
+    op = in_order(dense_attention.prefill, dense.PrefillInputs)
+    run = functools.partial(op, window=R, scale=1.0)
     # On GPUs about a copy of the queries.
-    assert kept(chip, run, *prompt_structs(T), S((1, T), I32), SINK) <= logits / 8
+    assert temporary_bytes(chip, run, *prompt_structs(T), S((1, T), I32), SINK) <= logits / 8
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_chosen_entries_of_a_prompt_gathered(chip: Target) -> None:
     T, k = 256, 512
     gathered = 2 * T * k * K
-    door = in_order(sparse_attention.prefill, sparse.PrefillInputs)
-    run = functools.partial(door, window=R, scale=1.0)
-    assert kept(chip, run, *prompt_structs(T), S((1, T, k), I32), SINK) <= gathered / 8
+    op = in_order(sparse_attention.prefill, sparse.PrefillInputs)
+    run = functools.partial(op, window=R, scale=1.0)
+    assert temporary_bytes(chip, run, *prompt_structs(T), S((1, T, k), I32), SINK) <= gathered / 8
 
 
-def test_all_entries_laid_out_anew_to_copy_rows() -> None:
+def test_all_entries_copied_to_another_layout_to_read_rows() -> None:
     B = 8
     layer = 2 * B * ENTRIES * K
-    door = in_order(sparse_attention.decode, sparse.DecodeInputs)
-    run = functools.partial(door, scale=1.0)
-    assert kept("v5p", run, *decode_structs(B), S((B, 1, 512), I32), SINK) <= layer / 16
+    op = in_order(sparse_attention.decode, sparse.DecodeInputs)
+    run = functools.partial(op, scale=1.0)
+    assert temporary_bytes("v5p", run, *decode_structs(B), S((B, 1, 512), I32), SINK) <= layer / 16
 
 
 def fp8(n: int, k: int, *stack: int) -> Fp8Weight:
@@ -168,59 +168,63 @@ def fp4(n: int, k: int, *stack: int) -> Fp4Weight:
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("rows", [16, 1024])
 def test_a_scale_for_every_weight_or_a_product_for_every_block(chip: Target, rows: int) -> None:
-    """Four bytes a weight; or with many rows, N numbers for each row and block of K."""
+    """Four bytes per weight; or with many rows, N numbers for each row and block of K."""
     N, K = 8192, 4096
-    most = min(4 * N * K, 4 * rows * N * K // 128)
-    assert kept(chip, quantize.linear, S((rows, K), BF16), fp8(N, K)) <= most / 4
+    mistake = min(4 * N * K, 4 * rows * N * K // 128)
+    assert temporary_bytes(chip, quantize.linear, S((rows, K), BF16), fp8(N, K)) <= mistake / 4
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("rows", [16, 1024])
-def test_codes_of_four_bits_unpacked_in_device_memory(chip: Target, rows: int) -> None:
+def test_four_bit_codes_unpacked_in_device_memory(chip: Target, rows: int) -> None:
     N, K = 8192, 4096
-    assert kept(chip, quantize.linear, S((rows, K), BF16), fp4(N, K)) <= N * K / 16
+    assert temporary_bytes(chip, quantize.linear, S((rows, K), BF16), fp4(N, K)) <= N * K / 16
 
 
 @pytest.mark.parametrize(
-    ("chip", "form"),
+    ("chip", "fmt"),
     [("v5p", fp8), ("v5p", fp4), ("h200", fp8)],
     ids=["v5p, fp8", "v5p, fp4", "h200, fp8"],
 )
-def test_experts_made_bfloat16_before_the_product(chip: Target, form: Any) -> None:
-    """`lax.ragged_dot` of a cast stack; on GPUs it multiplies every row by every expert besides.
+def test_experts_cast_to_bfloat16_before_the_product(chip: Target, fmt: Any) -> None:
+    """`lax.ragged_dot` of a cast stack; on GPUs it also multiplies every row by every expert.
 
-    Kernels of others pad scales per block to eight rows, which takes as much again.
+    Other kernels pad the scales of blocks to eight rows, which takes as much again.
     """
     E, A, D, F, T = 16, 6, 1024, 512, 64
 
     def cast(x_PD: Any, codes_EDF: Any, rows_E: Any) -> Any:
         return jax.lax.ragged_dot(x_PD, codes_EDF.astype(BF16), rows_E)
 
-    one = 2 * E * D * F
-    if form is fp8:
+    cast_bytes = 2 * E * D * F
+    if fmt is fp8:
         codes_EDF = S((E, D, F), E4M3)
-        assert kept(chip, cast, S((T * A, D), BF16), codes_EDF, S((E,), I32)) >= one
-    weights = form(F, D, 1, E), form(F, D, 1, E), form(D, F, 1, E)
-    door = in_order(grouped_matmul.expert_mlp, Inputs)
-    run = functools.partial(door, limit=10.0, weight_first=True)
+        assert (
+            temporary_bytes(chip, cast, S((T * A, D), BF16), codes_EDF, S((E,), I32)) >= cast_bytes
+        )
+    weights = fmt(F, D, 1, E), fmt(F, D, 1, E), fmt(D, F, 1, E)
+    op = in_order(grouped_matmul.expert_mlp, Inputs)
+    run = functools.partial(op, limit=10.0, weight_first=True)
     tokens = S((T, D), BF16), S((T, A), I32), S((T, A), F32)
-    # The rows, sorted, going in and coming out.
+    # The sorted rows, in and out.
     rows = 2 * (T * A + 256) * (2 * D + F)
-    assert kept(chip, run, *tokens, *weights, S((), I32)) <= rows + MIB < 3 * one / 4
+    assert (
+        temporary_bytes(chip, run, *tokens, *weights, S((), I32)) <= rows + MIB < 3 * cast_bytes / 4
+    )
 
 
-def test_streams_laid_out_anew_for_their_mixes() -> None:
+def test_streams_copied_to_another_layout_for_their_mixes() -> None:
     T, N, D = 1024, 4, 4096
     streams = 2 * T * N * D
     settings: Any = {"streams": N, "steps": 20, "eps": 1e-6, "norm_eps": 1e-6}
     weights = S((24, N * D), F32), S((24,), F32), S((3,), F32)
 
-    def apart(x_TND: Any, *weights: Any) -> Any:
+    def separate(x_TND: Any, *weights: Any) -> Any:
         return hyper.pre(x_TND.reshape(1, T, N * D), *weights, **settings, impl="reference")
 
-    assert kept("v5p", apart, S((T, N, D), BF16), *weights) >= streams
+    assert temporary_bytes("v5p", separate, S((T, N, D), BF16), *weights) >= streams
     ours = functools.partial(hyper.pre, **settings)
-    assert kept("v5p", ours, S((1, T, N * D), BF16), *weights) <= streams / 64
+    assert temporary_bytes("v5p", ours, S((1, T, N * D), BF16), *weights) <= streams / 64
 
 
 @pytest.mark.parametrize(
@@ -233,26 +237,26 @@ def test_streams_laid_out_anew_for_their_mixes() -> None:
     ],
     ids=["select", "fake_quant", "linear fp8", "linear fp4"],
 )
-def test_a_kernel_that_asks_which_chip_is_here(run: Any, structs: Any) -> None:
-    """Exported where there is no TPU; a floor division of traced numbers in it would ask."""
+def test_a_kernel_that_asks_which_chip_is_attached(run: Any, structs: Any) -> None:
+    """Exported without a TPU; a floor division of traced numbers would ask."""
     text = export.export(jax.jit(run), platforms=["tpu"])(*structs).mlir_module()
     assert "tpu_custom_call" in text
 
 
-# The first of each op's cases, and of compress those whose entries overlap.
+# The first case of each op; for compress, the first whose entries overlap.
 EXPORTED = {case.op: case for case in reversed(list(cases())) if "hca" not in case.name}
 
 
 @pytest.mark.parametrize("op", EXPORTED)
-def test_an_op_that_asks_which_chip_is_here(op: str) -> None:
+def test_an_op_that_asks_which_chip_is_attached(op: str) -> None:
     case = EXPORTED[op]
     run = jax.jit(functools.partial(case.run, impl="tpu"))
     structs: Any = jax.eval_shape(case.inputs)
     assert "tpu_custom_call" in export.export(run, platforms=["tpu"])(*structs).mlir_module()
 
 
-def test_a_gradient_that_asks_which_chip_is_here() -> None:
-    """Sparse attention's is the same kernel."""
+def test_a_gradient_that_asks_which_chip_is_attached() -> None:
+    """Sparse attention uses the same kernel."""
     case = EXPORTED["dense_attention.prefill"]
     structs: Any = jax.eval_shape(case.inputs)
     pull = lambda *args: jax.vjp(lambda q: case.run(q, *args[1:], impl="tpu"), args[0])[1](args[0])

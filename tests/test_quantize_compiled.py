@@ -1,4 +1,4 @@
-"""Rounding on accelerators: TPU kernels interpreted bit for bit; what the compilers make of it."""
+"""Rounding on accelerators: interpreted TPU kernels bit for bit, and what compilers need for it."""
 
 import functools
 from typing import Any
@@ -44,7 +44,7 @@ def rounded(name: str, x: Any, **params: Any) -> np.ndarray:
         ("fp4 by 32", (2, 1536), "float32"),
     ],
 )
-def test_the_tpu_kernel_gives_the_references_bits(
+def test_the_tpu_kernel_equals_the_reference_bit_for_bit(
     name: str, shape: tuple[int, ...], dtype: str
 ) -> None:
     x = jnp.asarray(values(0, *shape), dtype)
@@ -53,16 +53,16 @@ def test_the_tpu_kernel_gives_the_references_bits(
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
-def test_what_is_not_finite_stays_so_and_spoils_its_own_block_only(name: str) -> None:
-    """Of the rest of its block forms may make different things."""
+def test_non_finite_values_stay_and_affect_only_their_own_block(name: str) -> None:
+    """Forms may differ in the rest of the block."""
     clean = np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32)
     x = clean.copy()
     x[:4, 5] = np.nan, -np.nan, np.inf, -np.inf
     for y in (rounded(name, jnp.asarray(x)), ROUNDINGS[name](jnp.asarray(x), impl="reference")):
         np.testing.assert_array_equal(np.asarray(y)[:4, 5], x[:4, 5])
-        whole = np.asarray(ROUNDINGS[name](jnp.asarray(clean), impl="reference"))
-        assert_same_bits(np.asarray(y)[:, 128:], whole[:, 128:])
-        assert_same_bits(np.asarray(y)[4], whole[4])
+        expected = np.asarray(ROUNDINGS[name](jnp.asarray(clean), impl="reference"))
+        assert_same_bits(np.asarray(y)[:, 128:], expected[:, 128:])
+        assert_same_bits(np.asarray(y)[4], expected[4])
 
 
 def test_two_cores_do_not_race() -> None:
@@ -72,7 +72,7 @@ def test_two_cores_do_not_race() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_tpus_hadamard_and_its_gradient_are_the_references(dtype: str) -> None:
+def test_the_hadamard_kernel_and_its_gradient_equal_xla(dtype: str) -> None:
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.standard_normal((5, 128)), dtype) for _ in range(2))
     both = lambda impl: jax.jit(
@@ -108,7 +108,7 @@ def struct(*shape: int) -> jax.ShapeDtypeStruct:
 def test_rounding_reads_once_and_writes_once_on_tpus(
     chip: Target, tokens: int, name: str, channels: int
 ) -> None:
-    """XLA's form: temporaries of 3 to 5 times the input, 14 to 17 times the traffic."""
+    """XLA's form takes temporaries of 3 to 5 times the input, and 14 to 17 times the traffic."""
     program = targets.compiled(chip, ROUNDINGS[name], struct(1, tokens, channels))
     assert "tpu_custom_call" in (program.as_text() or "")
     assert targets.temporaries(program) == 0
@@ -116,7 +116,7 @@ def test_rounding_reads_once_and_writes_once_on_tpus(
 
 @pytest.mark.full_compilation
 @pytest.mark.parametrize("chip", CHIPS)
-def test_the_indexers_queries_take_no_more_than_their_transform_besides(chip: Target) -> None:
+def test_rounding_the_indexers_queries_needs_only_their_transform_besides(chip: Target) -> None:
     x = struct(1, 4096, 64, 128)
     program = targets.compiled(chip, layers.round_index, x)
     assert targets.temporaries(program) <= 1.1 * 2 * x.size
@@ -127,7 +127,7 @@ def test_the_indexers_queries_take_no_more_than_their_transform_besides(chip: Ta
 def test_on_gpus_xla_rounds_without_temporaries_of_the_inputs_size(name: str) -> None:
     x = struct(1, 4096, 4096)
     program = targets.compiled("h200", ROUNDINGS[name], x)
-    # A block's largest magnitude and scale, in float32.
+    # Each block's largest magnitude and scale, in float32.
     assert targets.temporaries(program) <= 2 * 4 * x.size // 32 + 1024
 
 

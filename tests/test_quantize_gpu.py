@@ -20,23 +20,23 @@ LINEAR = functools.partial(quantize.linear, impl="gpu")
 
 
 @pytest.mark.parametrize(
-    ("form", "n", "k", "rows", "blocks"),
+    ("fmt", "n", "k", "rows", "blocks"),
     [
-        ("fp8", 256, 1024, 5, 264),  # in parts of one tile
-        ("fp8 with float32 scales", 128, 640, 70, 1),  # more tiles than are under way
+        ("fp8", 256, 1024, 5, 264),  # parts of one tile each
+        ("fp8 with float32 scales", 128, 640, 70, 1),  # more tiles than are in flight
         ("fp8", 256, 256, 150, 264),
         ("fp4", 256, 1024, 5, 264),
         ("fp4", 128, 320, 70, 1),
-        ("fp4", 128, 768, 5, 2),  # in two parts of six tiles
+        ("fp4", 128, 768, 5, 2),  # two parts of six tiles
         ("fp4", 256, 128, 150, 264),
     ],
 )
 def test_rows_times_dequantised_weights(
-    form: str, n: int, k: int, rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    fmt: str, n: int, k: int, rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`blocks` of threads, at most, share K where there are few columns."""
+    """At most `blocks` thread blocks share K when there are few columns."""
     monkeypatch.setattr(gpu, "_BLOCKS", blocks)
-    w, w_NK = weight(form, n, k)
+    w, w_NK = weight(fmt, n, k)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, k)), jnp.bfloat16)
     with interpreted():
         y = jax.block_until_ready(jax.jit(LINEAR)(x, w))
@@ -44,9 +44,9 @@ def test_rows_times_dequantised_weights(
     assert relative_error(y, x, w_NK) < CLOSE_BFLOAT16
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
-def test_a_layer_of_a_stack_and_groups_are_read_where_they_lie(form: str) -> None:
-    stack, w_NK, x = stack_and_rows(form, 2, 256, 256, 5, jnp.bfloat16)
+@pytest.mark.parametrize("fmt", ["fp8", "fp4"])
+def test_a_layer_of_a_stack_and_groups_are_read_in_place(fmt: str) -> None:
+    stack, w_NK, x = stack_and_rows(fmt, 2, 256, 256, 5, jnp.bfloat16)
     run = lambda x: LINEAR(x, stack, layer=jnp.int32(2), groups=2)
     with interpreted():
         y = jax.block_until_ready(jax.jit(run)(x))
@@ -54,36 +54,34 @@ def test_a_layer_of_a_stack_and_groups_are_read_where_they_lie(form: str) -> Non
     assert np.all(np.abs(np.asarray(y, np.float64) - by_group(x, w_NK, 2)) <= limit)
 
 
-def test_codes_of_four_bits_become_numbers() -> None:
-    got = np.asarray(gpu_codes.e2m1(jnp.arange(16, dtype=jnp.int32)))
+def test_four_bit_codes_are_decoded() -> None:
+    actual = np.asarray(gpu_codes.e2m1(jnp.arange(16, dtype=jnp.int32)))
     sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    np.testing.assert_array_equal(got, np.concatenate([sizes, -sizes]))
+    np.testing.assert_array_equal(actual, np.concatenate([sizes, -sizes]))
 
 
-def test_exponents_become_powers_of_two() -> None:
+def test_exponents_are_decoded_to_powers_of_two() -> None:
     exponent = np.arange(1, 255, dtype=np.uint8)
-    got = np.asarray(gpu_codes.power_of_two(jnp.asarray(exponent)))
-    np.testing.assert_array_equal(got, 2.0 ** (exponent.astype(np.float32) - 127))
+    actual = np.asarray(gpu_codes.power_of_two(jnp.asarray(exponent)))
+    np.testing.assert_array_equal(actual, 2.0 ** (exponent.astype(np.float32) - 127))
 
 
-def test_gradient_of_x_is_xlas() -> None:
+def test_gradient_of_x_uses_xla() -> None:
     w, w_NK = weight("fp8", 128, 256)
     gradient = lambda x: jax.grad(lambda x: jnp.sum(quantize.linear(x, w)))(x)
     x = jnp.ones((2, 256), jnp.float32)
     np.testing.assert_allclose(gradient(x)[0], w_NK.sum(axis=0), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("form", "n", "k"), [("fp4", 128, 96), ("fp4", 64, 128), ("fp8", 100, 128)]
-)
-def test_what_the_kernel_does_not_take_is_refused(form: str, n: int, k: int) -> None:
+@pytest.mark.parametrize(("fmt", "n", "k"), [("fp4", 128, 96), ("fp4", 64, 128), ("fp8", 100, 128)])
+def test_unsupported_shapes_are_refused(fmt: str, n: int, k: int) -> None:
     with pytest.raises(Unsupported, match="takes"):
-        LINEAR(jnp.ones((1, k), jnp.bfloat16), weight(form, n, k)[0])
+        LINEAR(jnp.ones((1, k), jnp.bfloat16), weight(fmt, n, k)[0])
 
 
-def compiled(form: str, n: int, k: int, rows: int) -> Any:
+def compiled(fmt: str, n: int, k: int, rows: int) -> Any:
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
-    program = targets.compiled("h200", quantize.linear, x, matrix(form, n, k))
+    program = targets.compiled("h200", quantize.linear, x, matrix(fmt, n, k))
     assert "mosaic_gpu" in (program.as_text() or "")
     return program
 
@@ -107,10 +105,10 @@ def test_fp4_compiles_for_h200(name: str, rows: int) -> None:
 
 
 @pytest.mark.full_compilation
-@pytest.mark.parametrize("form", ["fp8", "fp4"])
-def test_no_layer_of_a_stack_is_copied_on_h200(form: str) -> None:
+@pytest.mark.parametrize("fmt", ["fp8", "fp4"])
+def test_no_layer_of_a_stack_is_copied_on_h200(fmt: str) -> None:
     S, N, K, G, L = jax.ShapeDtypeStruct, 8192, 4096, 8, 3
-    stack = jax.tree.map(lambda part: S((L, *part.shape), part.dtype), matrix(form, N, K))
+    stack = jax.tree.map(lambda part: S((L, *part.shape), part.dtype), matrix(fmt, N, K))
     run = lambda x, stack, layer: quantize.linear(x, stack, layer=layer, groups=G)
     structs = S((4096, G * K), jnp.bfloat16), stack, S((), jnp.int32)
     program = targets.compiled("h200", run, *structs)

@@ -60,13 +60,15 @@ def test_checkpoints_of_other_configurations_hold_what_inspect_computes(
     changes: dict, tmp_path: Path
 ) -> None:
     cfg = tiny(**changes)
-    random_release.make_checkpoint(tmp_path / "made", cfg, 0)
-    subject = inspect.find(str(tmp_path / "made"))
+    random_release.make_checkpoint(tmp_path / "checkpoint", cfg, 0)
+    subject = inspect.find(str(tmp_path / "checkpoint"))
     assert subject.config == cfg
     assert subject.held == inspect.report(cfg).bytes_by_dtype
 
 
-def test_equal_seeds_make_equal_bytes_and_others_do_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     for seed in (0, 1):
         random_release.make_checkpoint(tmp_path / str(seed), tiny(), seed)
     same, other = (
@@ -80,7 +82,7 @@ def test_equal_seeds_make_equal_bytes_and_others_do_not(checkpoint: Path, tmp_pa
     assert not any(other)
 
 
-def test_conversion_and_export_give_its_bytes_back(checkpoint: Path, tmp_path: Path) -> None:
+def test_conversion_and_export_restore_its_bytes(checkpoint: Path, tmp_path: Path) -> None:
     convert(checkpoint, tmp_path / "native")
     export(tmp_path / "native", tmp_path / "hf")
     assert native.is_native(tmp_path / "native")
@@ -89,7 +91,7 @@ def test_conversion_and_export_give_its_bytes_back(checkpoint: Path, tmp_path: P
             assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_failure_while_making_it_leaves_nothing(
+def test_a_failure_while_writing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def arrays(*_: object) -> Iterator[tuple[str, np.ndarray]]:
@@ -98,7 +100,7 @@ def test_a_failure_while_making_it_leaves_nothing(
 
     monkeypatch.setattr(random_release, "_arrays", arrays)
     with pytest.raises(KeyboardInterrupt):
-        random_release.make_checkpoint(tmp_path / "made", tiny(), 0)
+        random_release.make_checkpoint(tmp_path / "checkpoint", tiny(), 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,5 +114,5 @@ def test_most_greedy_and_sampled_tokens_are_words(model: LanguageModel, checkpoi
 
 def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="270 or more"):
-        random_release.make_checkpoint(tmp_path / "made", tiny(vocab_size=100), 0)
+        random_release.make_checkpoint(tmp_path / "checkpoint", tiny(vocab_size=100), 0)
     assert list(tmp_path.iterdir()) == []

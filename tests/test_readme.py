@@ -24,26 +24,26 @@ V4JAX = [command[1:] for command in COMMANDS if command[0] == "v4jax"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's directories lie, its checkpoint a random one."""
-    directory = tmp_path_factory.mktemp("readme")
-    random_release.make_checkpoint(directory / "HF_DIR", tiny(), 0)
-    (directory / "path" / "to").mkdir(parents=True)
-    (directory / "path" / "to" / "checkpoint").symlink_to(directory / "HF_DIR")
-    return directory
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the paths that the README names; its checkpoint is a random one."""
+    path = tmp_path_factory.mktemp("readme")
+    random_release.make_checkpoint(path / "HF_DIR", tiny(), 0)
+    (path / "path" / "to").mkdir(parents=True)
+    (path / "path" / "to" / "checkpoint").symlink_to(path / "HF_DIR")
+    return path
 
 
 @pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def here(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
 
 
-def test_every_command_is_one_that_is_tested_here() -> None:
+def test_every_command_is_tested_here() -> None:
     assert V4JAX
     assert {command[0] for command in COMMANDS} == {"make", "v4jax"}
 
 
-# In the README's order: what one command makes, the next one reads.
+# In the README's order: what one command writes, the next one reads.
 @pytest.mark.parametrize("command", V4JAX, ids=" ".join)
 @pytest.mark.usefixtures("here")
 def test_commands_run(command: list[str]) -> None:
@@ -65,7 +65,7 @@ def test_python_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), names)
 
 
-def test_files_that_are_named_exist() -> None:
+def test_named_files_exist() -> None:
     named = set(re.findall(r"`([\w/.-]+\.(?:md|ipynb)|[\w-]+/)`", TEXT))
     assert {"docs/finetune.md", "docs/architecture.md", "examples/quickstart.ipynb"} <= named
     for name in named:

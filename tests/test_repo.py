@@ -15,14 +15,14 @@ from v4jax.presets import preset, preset_names
 
 ROOT = house.ROOT
 SOURCES = list(house.files().values())
-# The commands talk; of the libraries only these do.
-TALKERS = {ROOT / "v4jax" / "__main__.py"}
-TALKERS |= {
+# Only commands print, and of the libraries' modules only these.
+PRINTING = {ROOT / "v4jax" / "__main__.py"}
+PRINTING |= {
     ROOT / "v4jax" / "commands" / name for name in ("command_line.py", "demo.py", "inspect.py")
 }
-TALKERS |= {ROOT / "train" / name for name in ("__main__.py", "display.py")}
-# An operation may not know the layers above it.
-MAY_NOT_IMPORT = {
+PRINTING |= {ROOT / "train" / name for name in ("__main__.py", "display.py")}
+# A package must not import the layers above it.
+FORBIDDEN = {
     "pallas_kernels": {
         "v4jax",
         "v4jax_train",
@@ -63,20 +63,20 @@ def tracked() -> list[Path]:
 
 
 def imports(file: Path) -> set[str]:
-    """The top-level packages that a file imports, wherever in it."""
-    found: set[str] = set()
+    """The top-level packages that a file imports, anywhere in it."""
+    packages: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            packages |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            packages.add(node.module.split(".")[0])
+    return packages
 
 
 def private_names(file: Path) -> set[str]:
-    """What a file takes from other libraries that begins with an underscore, wherever in it."""
+    """Names with a leading underscore that a file uses from other libraries, anywhere in it."""
     tree = ast.parse(file.read_text())
-    ours = {*MAY_NOT_IMPORT, "v4jax_train", "tests", *sys.stdlib_module_names}
+    ours = {*FORBIDDEN, "v4jax_train", "tests", *sys.stdlib_module_names}
     modules: dict[str, str] = {}
     names: set[str] = set()
     for node in ast.walk(tree):
@@ -109,27 +109,27 @@ def private_names(file: Path) -> set[str]:
         "from transformers import AutoModel; AutoModel._from_config()",
     ],
 )
-def test_private_names_are_seen(line: str, tmp_path: Path) -> None:
+def test_private_names_are_found(line: str, tmp_path: Path) -> None:
     (tmp_path / "file.py").write_text(line)
     assert private_names(tmp_path / "file.py")
 
 
-def test_nothing_reaches_into_what_other_libraries_keep_private() -> None:
+def test_no_private_name_of_another_library_is_used() -> None:
     files = [file for file in tracked() if file.suffix == ".py"]
     assert len(files) > 200
-    reaching = {relative(file): private_names(file) for file in files}
-    assert not {file: names for file, names in reaching.items() if names}
+    private = {relative(file): private_names(file) for file in files}
+    assert not {file: names for file, names in private.items() if names}
 
 
-@pytest.mark.parametrize("package", MAY_NOT_IMPORT)
+@pytest.mark.parametrize("package", FORBIDDEN)
 def test_packages_import_downwards_only(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    wrong = {relative(file): imports(file) & MAY_NOT_IMPORT[package] for file in files}
+    wrong = {relative(file): imports(file) & FORBIDDEN[package] for file in files}
     assert not {file: names for file, names in wrong.items() if names}
 
 
-def test_packages_import_what_the_project_depends_on() -> None:
+def test_packages_import_only_declared_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module = lambda name: {"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_"))
     names = lambda lines: {module(re.split(r"[<>=]", line)[0]) for line in lines}
@@ -143,15 +143,15 @@ def test_packages_import_what_the_project_depends_on() -> None:
 
 
 def test_libraries_print_nothing() -> None:
-    talking = [
+    prints = [
         f"{relative(file)}:{node.lineno}"
         for file in SOURCES
-        if file not in TALKERS
+        if file not in PRINTING
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     ]
-    assert not talking
+    assert not prints
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -161,28 +161,28 @@ def test_every_preset_loads(name: str) -> None:
 
 def test_text_is_ascii() -> None:
     data = {ROOT / "tests" / "data", ROOT / "v4jax" / "data"}
-    strange = [
+    non_ascii = [
         f"{relative(file)}:{number}"
         for file in tracked()
         if not data & set(file.parents)
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
         if not line.isascii()
     ]
-    assert not strange
+    assert not non_ascii
 
 
-def test_no_path_of_somebodys_machine_is_written_down() -> None:
-    places = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|opt)/\w")
-    found = [
+def test_no_path_of_a_developers_machine_is_written_down() -> None:
+    absolute_path = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|opt)/\w")
+    lines = [
         f"{relative(file)}:{number}"
         for file in tracked()
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-        if places.search(line)
+        if absolute_path.search(line)
     ]
-    assert not found
+    assert not lines
 
 
 def test_nothing_is_left_for_later() -> None:
     words = re.compile(r"\b(?:" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
-    found = [relative(file) for file in tracked() if words.search(file.read_text(encoding="utf-8"))]
-    assert not found
+    files = [relative(file) for file in tracked() if words.search(file.read_text(encoding="utf-8"))]
+    assert not files

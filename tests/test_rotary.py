@@ -37,28 +37,28 @@ def test_the_kernel_equals_the_reference(
 ) -> None:
     args = inputs(B, T, H, K, Q, dtype)
     with interpreted():
-        got = jax.jit(functools.partial(rotary.rotate, norm=norm, impl="tpu"))(*args)
-    # One operation after another: a compiler may leave out roundings to bfloat16 between them.
+        actual = jax.jit(functools.partial(rotary.rotate, norm=norm, impl="tpu"))(*args)
+    # Operation by operation: a compiler may leave out roundings to bfloat16 between them.
     expected = reference.rotate(*args, norm=norm)
-    assert got.dtype == dtype
-    # Sums of two products may round to the neighbour. Interpreted, the kernel too is compiled, and
-    # may lose the rounding of squares, so that some heads' norms are the neighbours.
+    assert actual.dtype == dtype
+    # Sums of two products may round to the adjacent number. The interpreted kernel is compiled too
+    # and may lose the rounding of squares, which moves some heads' norms to the adjacent number.
     ulp = {jnp.bfloat16: 2.0**-7, jnp.float32: 2.0**-22}[dtype]
     as64 = lambda x: np.asarray(x, np.float64)
-    np.testing.assert_allclose(as64(got), as64(expected), rtol=ulp, atol=4 * ulp)
+    np.testing.assert_allclose(as64(actual), as64(expected), rtol=ulp, atol=4 * ulp)
     if dtype == jnp.bfloat16:
         exact_squares = norm is None or norm.float32
-        assert np.mean(as64(got) != as64(expected)) < (1e-3 if exact_squares else 3e-2)
+        assert np.mean(as64(actual) != as64(expected)) < (1e-3 if exact_squares else 3e-2)
 
 
-def test_no_race_with_two_cores() -> None:
+def test_two_cores_do_not_race() -> None:
     args = inputs(1, 130, 8, 128, 32, jnp.bfloat16)
     with interpreted(detect_races=True, num_cores_or_threads=2):
         jax.block_until_ready(jax.jit(functools.partial(rotary.rotate, impl="tpu"))(*args))
 
 
 @pytest.mark.parametrize("norm", NORMS[:2])
-def test_gradients_are_the_references(norm: Norm | None) -> None:
+def test_gradients_match_the_reference(norm: Norm | None) -> None:
     args = inputs(1, 3, 2, 8, 2, jnp.float32)
     loss = lambda run: lambda *args: jnp.sum(jnp.cos(run(*args, norm=norm)))
     for run in (rotary.rotate, functools.partial(rotary.rotate, impl="reference")):
@@ -78,7 +78,7 @@ def test_tpus_read_and_write_the_heads_once(target: Any, name: str) -> None:
     run = functools.partial(rotary.rotate, norm=NORMS[2])
     program = targets.compiled(target, run, heads, table, table)
     assert "tpu_custom_call" in (program.as_text() or "")
-    # Both tables once more, spread over 128 lanes.
+    # A copy of both tables, spread over 128 lanes.
     assert targets.temporaries(program) <= 2**24
     cost = program.cost_analysis()
     assert cost is not None
@@ -96,7 +96,7 @@ def test_gpus_keep_one_copy_of_the_heads() -> None:
 
 
 @pytest.mark.parametrize(("T", "H", "K"), [(64, 8, 64), (63, 8, 128), (64, 1, 128)])
-def test_what_the_kernel_does_not_take_is_refused_or_left_to_xla(T: int, H: int, K: int) -> None:
+def test_unsupported_shapes_are_refused_or_left_to_xla(T: int, H: int, K: int) -> None:
     args = inputs(1, T, H, K, 8, jnp.float32)
     with pytest.raises(Unsupported, match=r"The TPU form takes .*, not "):
         rotary.rotate(*args, impl="tpu")

@@ -18,7 +18,7 @@ TWO = {"a": TensorInfo("F32", (4,)), "b": TensorInfo("F32", (4,))}
 
 
 @pytest.mark.parametrize("before", [None, b"an older file"])
-def test_an_exception_while_writing_leaves_the_old_file(tmp_path: Path, before: bytes | None):
+def test_an_exception_while_writing_changes_nothing(tmp_path: Path, before: bytes | None):
     target = tmp_path / "f"
     if before is not None:
         target.write_bytes(before)

@@ -103,15 +103,15 @@ def test_damage_to_any_file_of_a_state_is_detected(run: Path, place: Path) -> No
         if file.stat().st_size == 0:
             continue
         flip(file)
-        with pytest.raises(CheckpointError, match=r"is damaged: .* the state of step 2 is whole"):
+        with pytest.raises(CheckpointError, match=r"is damaged: .* the state of step 2 is intact"):
             runs.choose_state(run)
         flip(file)
     assert runs.choose_state(run) == 4
 
 
-def error_of(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *words: Any) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], command: Callable[..., int], *args: Any) -> str:
     """The one-line error of a command that fails."""
-    assert command([str(word) for word in words]) == 1
+    assert command([str(arg) for arg in args]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1, err
@@ -123,14 +123,14 @@ def test_every_command_names_a_damaged_state_and_an_intact_one(
 ) -> None:
     file = damage(run)
     model, out = place / "model", tmp_path / "out"
-    for command, words in (
+    for command, args in (
         (main, ("resume", run)),
         (main, ("eval", run)),
         (v4jax_main, ("export-adapter", run, out)),
         (v4jax_main, ("merge", model, run, out, "--weights", "bfloat16")),
         (v4jax_main, ("generate", model, "-p", "a", "--adapter", run)),
     ):
-        error = error_of(capsys, command, *words)
+        error = error_of(capsys, command, *args)
         assert f"{run / STATES / '4'}: is damaged: {file.relative_to(run / STATES / '4')}" in error
         assert "--state 2" in error
         assert not out.exists()
@@ -150,7 +150,7 @@ def test_an_older_state_is_read_if_named(
     assert main(["eval", str(run), "--state", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     error = error_of(capsys, main, "resume", run, "--state", "3")
-    assert "has no state of step 3; there are 2, 4." in error
+    assert "has no state of step 3; it has 2, 4." in error
 
 
 def test_resuming_from_an_older_state_repeats_the_same_run(run: Path, finished: Path) -> None:
@@ -163,10 +163,10 @@ def test_resuming_from_an_older_state_repeats_the_same_run(run: Path, finished: 
 def test_a_run_without_an_intact_state_says_so(run: Path) -> None:
     damage(run, 2)
     damage(run, 4)
-    with pytest.raises(CheckpointError, match="no other state of it is whole"):
+    with pytest.raises(CheckpointError, match="no other state is intact"):
         runs.choose_state(run)
     shutil.rmtree(run / STATES / "2")
-    with pytest.raises(CheckpointError, match="no other state of it is whole"):
+    with pytest.raises(CheckpointError, match="no other state is intact"):
         runs.choose_state(run)
 
 
@@ -180,7 +180,7 @@ def test_the_best_state_has_checksums_too(run: Path) -> None:
 
 def test_a_state_without_checksums_is_read_with_a_warning(run: Path) -> None:
     (run / STATES / "4" / "SHA256SUMS").unlink()
-    with pytest.warns(UserWarning, match="damage to it would not be seen"):
+    with pytest.warns(UserWarning, match="so damage would go unnoticed"):
         assert runs.choose_state(run) == 4
 
 
@@ -252,9 +252,9 @@ def test_a_run_belongs_to_one_living_process(
 
 
 def test_a_run_that_cannot_start_leaves_no_directory(place: Path, tmp_path: Path) -> None:
-    wrong = settings(place, tmp_path / "run", model={"path": str(tmp_path / "nothing")})
+    invalid = settings(place, tmp_path / "run", model={"path": str(tmp_path / "nothing")})
     with pytest.raises(CheckpointError, match="nothing"):
-        loop.begin(wrong, show=silent)
+        loop.begin(invalid, show=silent)
     assert list(tmp_path.iterdir()) == []
 
 

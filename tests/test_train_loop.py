@@ -79,8 +79,8 @@ def lora_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def command(*words: Any) -> list[str]:
-    return [sys.executable, "-m", "v4jax_train", *map(str, words)]
+def command(*args: Any) -> list[str]:
+    return [sys.executable, "-m", "v4jax_train", *map(str, args)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,8 +92,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def run(*words: Any, status: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command(*words), capture_output=True, text=True)
+def run(*args: Any, status: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command(*args), capture_output=True, text=True)
     assert result.returncode == status, result.stderr[-3000:]
     return result
 
@@ -128,8 +128,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     uninterrupted: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    words = (lora_recipe, "--model", model, "--data", data, "--out", out)
-    process = subprocess.Popen(command(*words), stderr=subprocess.DEVNULL)
+    args = (lora_recipe, "--model", model, "--data", data, "--out", out)
+    process = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL)
     # Kill it after a state is saved and before the end.
     while process.poll() is None and not (out / "states" / "2").is_dir():
         time.sleep(0.01)
@@ -146,14 +146,14 @@ def test_a_run_saves_its_state_on_sigterm_and_resumes(
     uninterrupted: Path, model: Path, data: Path, lora_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "ended"
-    words = (lora_recipe, "--model", model, "--data", data, "--out", out)
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE)
+    args = (lora_recipe, "--model", model, "--data", data, "--out", out)
+    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE)
     while process.poll() is None and not (out / "metrics.jsonl").is_file():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143
-    assert b"'v4jax-train resume' goes on" in output
+    assert b"'v4jax-train resume' continues it" in output
     assert 0 < len(losses(out)) < STEPS
     run("resume", out)
     assert losses(out) == losses(uninterrupted)
@@ -172,10 +172,10 @@ def test_the_guides_commands_run(
         shutil.copy(data, tmp_path / name)
     commands = re.findall(r"^(v4jax(?:-train)?) (.*)$", GUIDE, re.MULTILINE)
     assert len(commands) == 8
-    for program, words in commands:
+    for program, args in commands:
         module = {"v4jax": "v4jax", "v4jax-train": "v4jax_train"}[program]
-        argv = [sys.executable, "-m", module, *shlex.split(words)]
+        argv = [sys.executable, "-m", module, *shlex.split(args)]
         result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, f"{program} {words}: {result.stderr[-3000:]}"
+        assert result.returncode == 0, f"{program} {args}: {result.stderr[-3000:]}"
     assert list((tmp_path / "PEFT_DIR").glob("*.safetensors"))
     assert list((tmp_path / "HF_DIR").glob("*.safetensors"))

@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "problem"),
+    ("args", "problem"),
     [
         (
             ["--data", "rows.jsonl:-2"],
@@ -55,14 +55,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_preview_rejects_what_training_rejects(
-    words: list[str], problem: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], problem: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["preview", "recipe.toml", *words]) == 1
+    assert main(["preview", "recipe.toml", *args]) == 1
     error = capsys.readouterr().err
     assert problem in error
     assert error.count("\n") == 1
-    if "--samples" not in words:
-        assert main(["recipe.toml", *words, "--out", "run"]) == 1
+    if "--samples" not in args:
+        assert main(["recipe.toml", *args, "--out", "run"]) == 1
         assert problem in capsys.readouterr().err
         assert not (folder / "run").exists()
 
@@ -71,13 +71,13 @@ def test_a_preview_reports_what_loading_the_model_would(folder: Path, tmp_path: 
     model = tmp_path / "model"
     model.mkdir()
     (model / "tokenizer.json").write_bytes((hub.TINY / "tokenizer.json").read_bytes())
-    chosen = recipe.read("recipe.toml", {"model.path": str(model)})
+    settings = recipe.read("recipe.toml", {"model.path": str(model)})
     with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
-        preview.show(chosen, Console(file=io.StringIO()))
+        preview.show(settings, Console(file=io.StringIO()))
     cfg = json.loads((hub.TINY / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(cfg | {"vocab_size": 512}))
     with pytest.raises(ValueError, match="tokens, but the model's vocabulary has 512"):
-        preview.show(chosen, Console(file=io.StringIO()))
+        preview.show(settings, Console(file=io.StringIO()))
 
 
 def test_a_preview_describes_files_and_shows_both_kinds(

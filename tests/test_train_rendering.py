@@ -139,12 +139,12 @@ def test_flags_stay_with_their_messages_when_others_are_merged_dropped_or_added(
 
 def test_tools_of_a_row_belong_to_its_system_message() -> None:
     system = {"role": "system", "content": "S"}
-    for messages, whole in (
+    for messages, merged in (
         (TALK, [{"role": "system", "tools": [TOOL]}, *TALK]),
         ([system, *TALK], [{**system, "tools": [TOOL]}, *TALK]),
     ):
         row = ChatRow(messages=messages, tools=[TOOL], thinking_mode="thinking")
-        text = chat.encode_chat(whole, "thinking")
+        text = chat.encode_chat(merged, "thinking")
         assert render(row).ids_N.tolist() == DEMO.encode(text)
         assert spans(render(row))[0] == f"r{END_THINK}a{EOS}"
     assert system == {"role": "system", "content": "S"}
@@ -212,8 +212,8 @@ def test_a_partly_trained_token_is_not_trained() -> None:
     document = render(ChatRow(messages=messages, thinking_mode="chat"))
     assert document.ids_N.tolist() == DEMO.encode(f"{BOS}say the end{EOS}")
     assert spans(document) == ["say"]
-    whole = ChatRow(messages=[first, {**messages[1], "train": None}], thinking_mode="chat")
-    assert spans(render(whole)) == [f"say the end{EOS}"]
+    row = ChatRow(messages=[first, {**messages[1], "train": None}], thinking_mode="chat")
+    assert spans(render(row)) == [f"say the end{EOS}"]
 
 
 TEXTS = st.one_of(st.text(max_size=6), st.sampled_from([" the", " t", "he and", "\u4f60", USER]))

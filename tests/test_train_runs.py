@@ -49,7 +49,7 @@ def write(file: Path, texts: list[str]) -> Path:
 def make(model: Path, data: Path, tmp_path: Path) -> Any:
     """A recipe with some of its tables changed."""
 
-    def made(**tables: dict[str, Any]) -> recipe.Recipe:
+    def build(**tables: dict[str, Any]) -> recipe.Recipe:
         base: dict[str, Any] = {
             "out": str(tmp_path / "run"),
             "model": {"path": str(model), "dtype": "float32"},
@@ -62,7 +62,7 @@ def make(model: Path, data: Path, tmp_path: Path) -> Any:
             base[name] = base.get(name, {}) | table
         return recipe.from_table(base)
 
-    return made
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,12 @@ def chat(asked: int, answer: str = "yes", **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    def written(*rows: dict[str, Any], name: str = "rows.jsonl") -> str:
+    def write_rows(*rows: dict[str, Any], name: str = "rows.jsonl") -> str:
         file = tmp_path / name
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(file)
 
-    return written
+    return write_rows
 
 
 def settings(file: str, **tables: dict[str, Any]) -> recipe.Recipe:
@@ -43,41 +43,41 @@ def settings(file: str, **tables: dict[str, Any]) -> recipe.Recipe:
     return recipe.from_table({k: base.get(k, {}) | tables.get(k, {}) for k in base | tables})
 
 
-def packs(chosen: recipe.Recipe) -> Packs:
-    tokenizer = preparation.text_tokenizer(chosen)
-    documents = preparation.read_data(chosen, tokenizer, chosen.data.files)
-    return preparation.packs(chosen, documents)[0]
+def packs(config: recipe.Recipe) -> Packs:
+    tokenizer = preparation.text_tokenizer(config)
+    documents = preparation.read_data(config, tokenizer, config.data.files)
+    return preparation.packs(config, documents)[0]
 
 
-def preview_of(chosen: recipe.Recipe, samples: int = 9) -> str:
+def preview_of(config: recipe.Recipe, samples: int = 9) -> str:
     out = io.StringIO()
-    preview.show(chosen, Console(file=out, width=400), samples=samples)
+    preview.show(config, Console(file=out, width=400), samples=samples)
     return out.getvalue()
 
 
 def test_a_truncated_answer_makes_no_step(write: Any) -> None:
     # All simulated devices share the one pack of a batch.
-    chosen = settings(write(chat(300), chat(3), chat(900)), mesh={"tensor": jax.device_count()})
-    loaded = packs(chosen)
+    config = settings(write(chat(300), chat(3), chat(900)), mesh={"tensor": jax.device_count()})
+    loaded = packs(config)
     assert len(loaded) == 1
     assert loaded[0]["trained"].any()
     plan = loaded.packing(0)
     assert (plan.untrained, plan.too_long, len(plan)) == (2, 2, 1)
     message = "2 documents or pieces of them have no token to train within seq_len, 128"
     assert message in loaded.notes()[0]
-    assert message in preview_of(chosen)
-    tokenizer = preparation.text_tokenizer(chosen)
-    documents = preparation.read_data(chosen, tokenizer, chosen.data.files)
+    assert message in preview_of(config)
+    tokenizer = preparation.text_tokenizer(config)
+    documents = preparation.read_data(config, tokenizer, config.data.files)
     with pytest.warns(UserWarning, match="positions hold a token"), pytest.warns(match=message):
-        assert len(preparation.batches(chosen, documents)) == 1
+        assert len(preparation.batches(config, documents)) == 1
 
 
 def test_pieces_of_a_split_document_without_trained_tokens_make_no_step(write: Any) -> None:
-    chosen = settings(write(chat(600)), data={"too_long": "split"})
-    loaded = packs(chosen)
+    config = settings(write(chat(600)), data={"too_long": "split"})
+    loaded = packs(config)
     assert [bool(loaded[i]["trained"].any()) for i in range(len(loaded))] == [True] * len(loaded)
     assert loaded.packing(0).untrained >= 3
-    shown = preview_of(chosen)
+    shown = preview_of(config)
     assert "yes" in shown
     assert "a" * 10 in shown
     assert shown.count("a") < 200
@@ -94,12 +94,12 @@ def test_a_piece_whose_only_trained_token_is_its_first_trains_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [[chat(300), chat(3)], [chat(3), chat(5), chat(200)]])
 def test_untrained_documents_are_an_error_on_request(rows: list[dict], write: Any) -> None:
-    chosen = settings(write(*rows), data={"untrained": "error"})
+    config = settings(write(*rows), data={"untrained": "error"})
     for function in (packs, preview_of):
         with pytest.raises(
             ValueError, match=r"rows\.jsonl:\d has no token to train within seq_len"
         ):
-            function(chosen)
+            function(config)
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
@@ -109,11 +109,11 @@ def test_files_without_trained_tokens_are_rejected(evaluation: bool, write: Any)
     with pytest.raises(ValueError, match=r"cut\.jsonl:1 has no token.*so have 2 of 2 documents"):
         preview_of(settings(good, **tables))
     if evaluation:
-        chosen = settings(good, **tables)
-        tokenizer = preparation.text_tokenizer(chosen)
-        held_out = preparation.read_data(chosen, tokenizer, chosen.evaluation.files)
+        config = settings(good, **tables)
+        tokenizer = preparation.text_tokenizer(config)
+        held_out = preparation.read_data(config, tokenizer, config.evaluation.files)
         with pytest.raises(ValueError, match="has no token to train"):
-            preparation.held_out_packs(chosen, held_out)
+            preparation.held_out_packs(config, held_out)
 
 
 def test_a_preview_shows_what_remains_after_truncation(write: Any) -> None:
@@ -125,25 +125,27 @@ def test_a_preview_shows_what_remains_after_truncation(write: Any) -> None:
 
 
 def test_reasoning_that_is_left_out_is_counted(write: Any) -> None:
-    thinks = chat(3, reasoning_content="because")
-    later = {"messages": thinks["messages"] * 2, "thinking_mode": "thinking"}
-    kept = {**thinks, "enable_thinking": True}
-    chosen = settings(write(thinks, chat(3, reasoning=""), later, kept, chat(3, reasoning="so")))
+    reasoned = chat(3, reasoning_content="because")
+    later = {"messages": reasoned["messages"] * 2, "thinking_mode": "thinking"}
+    thinking = {**reasoned, "enable_thinking": True}
+    config = settings(
+        write(reasoned, chat(3, reasoning=""), later, thinking, chat(3, reasoning="so"))
+    )
     message = "the reasoning of 3 messages is left out"
-    assert any(message in note for note in packs(chosen).notes())
-    assert message in preview_of(chosen)
+    assert any(message in note for note in packs(config).notes())
+    assert message in preview_of(config)
 
 
 def test_mostly_empty_packs_are_warned_about(write: Any) -> None:
-    chosen = settings(write(*[chat(3)] * 8), data={"seq_len": 512})
+    config = settings(write(*[chat(3)] * 8), data={"seq_len": 512})
     message = "of the packs' positions hold a token"
-    assert any(message in note for note in packs(chosen).notes())
-    assert message in preview_of(chosen)
+    assert any(message in note for note in packs(config).notes())
+    assert message in preview_of(config)
     filled = settings(write(*[chat(100)] * 8), data={"seq_len": 512})
     assert not packs(filled).notes()
     assert message not in preview_of(filled)
 
 
 def test_skipped_rows_are_reported(write: Any) -> None:
-    chosen = settings(write(chat(100), {"text": 3}), data={"skip_wrong": True})
-    assert "1 of 2 rows are wrong and left out" in packs(chosen).notes()[0]
+    config = settings(write(chat(100), {"text": 3}), data={"skip_wrong": True})
+    assert "1 of 2 rows are wrong and left out" in packs(config).notes()[0]

@@ -65,7 +65,7 @@ def test_the_wheel_alone_runs_the_commands(wheel: Path, tmp_path: Path) -> None:
     assert location.startswith(str(tmp_path))
     assert "159,609,485,896" in run(scripts / "v4jax", "inspect", "flash", cwd=tmp_path)
     assert "tokens/s" in run(scripts / "v4jax", "demo", cwd=tmp_path)
-    words = ("plot", tmp_path)
-    result = subprocess.run([scripts / "v4jax-train", *words], capture_output=True, text=True)
+    command = [scripts / "v4jax-train", "plot", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'v4jax[train]'" in result.stderr

@@ -1,4 +1,4 @@
-"""Recipes: files, flags over them, and errors that name the key."""
+"""Recipes: files, flags that override them, and errors that name the key."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def read(tmp_path: Path, text: str, **overrides: str) -> Recipe:
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:
-    found = read(
+    settings = read(
         tmp_path,
         '[model]\npath = "a"\n[adapter]\nrank = 4\n[steps]\nsteps = 5\n',
         model__path="some/where",
@@ -33,35 +33,35 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         data__files='["x.jsonl:2", "y.jsonl"]',
         model__keep_quantised="false",
     )
-    assert found.model.path == "some/where"
-    assert not found.model.keep_quantised
-    assert found.adapter == Lora(rank=8)
-    assert found.optimizer.rate == 3e-4
-    assert found.data.files == ("x.jsonl:2", "y.jsonl")
+    assert settings.model.path == "some/where"
+    assert not settings.model.keep_quantised
+    assert settings.adapter == Lora(rank=8)
+    assert settings.optimizer.rate == 3e-4
+    assert settings.data.files == ("x.jsonl:2", "y.jsonl")
 
 
 def test_targets_are_a_word_or_a_list(tmp_path: Path) -> None:
     names = '["q_a_proj", "kv_proj"]'
-    found = read(tmp_path, MINIMAL, adapter__targets=names)
-    assert found.adapter == Lora(("q_a_proj", "kv_proj"))
-    assert recipe.from_table(json.loads(json.dumps(tables.to_table(found)))) == found
+    settings = read(tmp_path, MINIMAL, adapter__targets=names)
+    assert settings.adapter == Lora(("q_a_proj", "kv_proj"))
+    assert recipe.from_table(json.loads(json.dumps(tables.to_table(settings)))) == settings
     for text in ("all", '["all"]'):
         assert read(tmp_path, MINIMAL, adapter__targets=text).adapter == Lora("all")
 
 
-def test_a_recipe_is_the_same_after_a_trip_through_json(tmp_path: Path) -> None:
-    found = read(tmp_path, MINIMAL, data__files='["x.jsonl"]', evaluation__prompts='["Once"]')
-    assert recipe.from_table(json.loads(json.dumps(tables.to_table(found)))) == found
+def test_a_recipe_round_trips_through_json(tmp_path: Path) -> None:
+    settings = read(tmp_path, MINIMAL, data__files='["x.jsonl"]', evaluation__prompts='["Once"]')
+    assert recipe.from_table(json.loads(json.dumps(tables.to_table(settings)))) == settings
 
 
 @pytest.mark.parametrize("name", ["train_lora", "train_full"])
-def test_recipes_that_are_shipped_are_valid(name: str) -> None:
+def test_shipped_recipes_are_valid(name: str) -> None:
     path = Path(v4jax_configs.__path__[0]) / f"{name}.toml"
     assert dataclasses.asdict(recipe.read(path))
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[adapter", "is not TOML"),
         ("[steps]\nsteps = 5", "one of the tables [adapter] and [full]"),
@@ -97,14 +97,14 @@ def test_recipes_that_are_shipped_are_valid(name: str) -> None:
         ("[full]\nmtp = false\n[losses]\nmtp = 0.1\n[steps]\nsteps = 5", "losses.mtp is set"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+def test_errors_name_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         read(tmp_path, text)
-    assert str(caught.value).startswith(str(tmp_path / "recipe.toml"))
+    assert str(error.value).startswith(str(tmp_path / "recipe.toml"))
 
 
 def fields(kind: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Each field of a recipe by its dotted name, and what it is annotated with."""
+    """Each field of a recipe by its dotted name, with its annotation."""
     for name, hint in get_type_hints(kind).items():
         plain = next((x for x in get_args(hint) if dataclasses.is_dataclass(x)), hint)
         if dataclasses.is_dataclass(plain):
@@ -114,7 +114,7 @@ def fields(kind: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{where}{name}", hint
 
 
-# In TOML, and the annotations that take it.
+# Values in TOML, and the annotations that accept them.
 VALUES: dict[str, tuple[Any, ...]] = {
     "4": (int, float, int | None),
     "2.5": (float,),
@@ -138,34 +138,38 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize(("name", "hint"), list(fields(Recipe)))
-def test_a_value_of_a_wrong_type_is_one_line(name: str, hint: Any, tmp_path: Path) -> None:
+def test_a_value_of_the_wrong_type_is_a_one_line_error(
+    name: str, hint: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "recipe.toml"
     table, _, field = name.rpartition(".")
-    wrong = [value for value, takes in VALUES.items() if hint not in takes]
-    assert len(wrong) > 10
-    for value in wrong:
+    values = [value for value, hints in VALUES.items() if hint not in hints]
+    assert len(values) > 10
+    for value in values:
         line = f"{field} = {value}\n"
-        place = f"[{table}]\n{line}" if table else line
-        file.write_text(place + "[adapter]\n" * (name.split(".")[0] != "adapter"))
+        text = f"[{table}]\n{line}" if table else line
+        file.write_text(text + "[adapter]\n" * (name.split(".")[0] != "adapter"))
         with pytest.raises(
             ValueError, match=rf"recipe\.toml: ({name} is |{table}: {field} (has|is) )"
-        ) as caught:
+        ) as error:
             recipe.read(file)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["4", "true", '"word"', "[1]", "2026-11-29"])
-def test_a_flag_into_what_is_no_table_is_one_line(value: str, tmp_path: Path) -> None:
+def test_a_flag_into_a_key_that_is_not_a_table_is_a_one_line_error(
+    value: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"adapter is .*; it is a table"):
         read(tmp_path, f"adapter = {value}\n", adapter__rank="3")
 
 
-def test_a_flag_is_one_value(tmp_path: Path) -> None:
-    found = read(tmp_path, MINIMAL, model__path='"a"\nother = 3')
-    assert found.model.path == '"a"\nother = 3'
+def test_a_flag_is_a_single_value(tmp_path: Path) -> None:
+    settings = read(tmp_path, MINIMAL, model__path='"a"\nother = 3')
+    assert settings.model.path == '"a"\nother = 3'
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert recipe.read(file).steps.steps == 5

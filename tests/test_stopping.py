@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.text.stopping import MOST_STOPS, StopStrings
+from v4jax.text.stopping import MAX_STOPS, StopStrings
 
 # Few letters, so that stop strings overlap, nest and nearly match; two are outside ASCII, one of
 # them outside the Basic Multilingual Plane.
@@ -101,7 +101,7 @@ def test_without_stops_nothing_is_held():
     ("stops", "message"),
     [
         (["a", ""], "empty"),
-        (["a"] * (MOST_STOPS + 1), "17 stop strings; at most 16"),
+        (["a"] * (MAX_STOPS + 1), "17 stop strings; at most 16"),
         ("abc", "must be a list"),
     ],
 )

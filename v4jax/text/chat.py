@@ -1,8 +1,8 @@
 """The chat encoding of DeepSeek-V4: a list of messages becomes the text of the prompt.
 
-The checkpoints carry no chat template. Their reference encoder (`encoding_dsv4.py`) defines the
-text and the rules below follow it: first every message is read into a `_Turn` (all that can be
-wrong is refused there), then turns are merged, sorted, thinned out and written.
+The checkpoints have no chat template. Their reference encoder (`encoding_dsv4.py`) defines the
+text, and the rules below follow it: first every message is read into a `_Turn`, which rejects
+anything invalid; then turns are merged, sorted, thinned out and written.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ SPECIAL_TOKENS = (
     *TASKS.values(),
 )
 
-# As chat completions and Anthropic's messages name parts that are text, and as responses do.
+# Types of text parts in Chat Completions and Anthropic's messages, and in Responses.
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_MODES = ("chat", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
-# revision -> effort -> name of the text before the first message; None stands for no text.
+# revision -> effort -> name of the text before the first message; None means no text.
 EFFORTS: dict[str, dict[str | None, str | None]] = {
     "april": {None: None, "high": None, "max": "effort_absolute"},
     "0731": {None: None, "low": None, "high": "effort_absolute", "max": "effort_beyond"},
@@ -53,8 +53,8 @@ _SETTINGS = {
 class Segment:
     """A part of a conversation's text.
 
-    `message` is the index of the assistant message that is written, the end of its sentence with
-    it, or None for what the model is given; `reasoning` marks its thinking, with the end of that.
+    `message` is the index of the assistant message that it belongs to, `EOS` included, or None for
+    text that the model is given. `reasoning` marks the message's thinking, `END_THINK` included.
     """
 
     text: str
@@ -76,23 +76,23 @@ def encode_chat(
     """Write a conversation as the text that the model was trained to continue.
 
     Args:
-      messages: objects in the OpenAI form with the roles of `ROLES`; never changed. Beyond OpenAI's
-        fields: `tools` and `response_format` (system and developer), `reasoning_content` and
-        `wo_eos` (assistant), `task` (one of `TASKS`). Fields that V4 does not define are ignored.
-        A user message that follows a user or tool message joins it, and its own `task` is lost,
-        as in the reference.
+      messages: objects in OpenAI's format with the roles in `ROLES`; never modified. Beyond
+        OpenAI's fields: `tools` and `response_format` (system and developer), `reasoning_content`
+        and `wo_eos` (assistant), `task` (one of `TASKS`). Fields that V4 does not define are
+        ignored. A user message after a user or tool message is merged into it and loses its own
+        `task`, as in the reference.
       thinking_mode: "chat" closes the reasoning before the answer, "thinking" opens it.
       reasoning_effort: None, "high" or "max" in April; None, "low", "high" or "max" in 0731.
-      drop_thinking: leave out the reasoning of turns before the last user or developer message, and
-        developer messages before it. Has no effect where a message carries `tools`.
+      drop_thinking: drop the reasoning of turns before the last user or developer message, and
+        developer messages before it. Has no effect if any message has `tools`.
       revision: the checkpoints' encoder, "april" or "0731"; they differ in the effort texts only.
-      context: messages before `messages` which are encoded already. They are taken into account but
-        not written, and nothing is merged into them.
+      context: already encoded messages before `messages`. They are taken into account but not
+        written, and nothing is merged into them.
       add_bos: begin with `BOS`, unless there is a context.
 
     Raises:
-      ValueError: an argument or a field of a message that the encoding does not define; the text
-        names the message's index and the field.
+      ValueError: the encoding does not define an argument or a field of a message; the error names
+        the message's index and the field.
     """
     settings: Any = {"drop_thinking": drop_thinking, "revision": revision, "add_bos": add_bos}
     segments = chat_segments(messages, thinking_mode, reasoning_effort, context=context, **settings)
@@ -110,7 +110,7 @@ def chat_segments(
     context: Sequence[Any] = (),
     add_bos: bool = True,
 ) -> list[Segment]:
-    """The text of `encode_chat`, with the same arguments, in parts that tell who writes them."""
+    """The text of `encode_chat`, with the same arguments, in segments that show who writes them."""
     thinking = thinking_mode == "thinking"
     effort = _effort_text(reasoning_effort, revision)
     before = _merge([_read(m, f"context[{i}]", None) for i, m in enumerate(context)])
@@ -121,10 +121,10 @@ def chat_segments(
     start = len(before)
     if thinking and drop:
         # The reference subtracts lengths instead, and so loses messages after a context that ends
-        # in a developer message; here it is always the rest of the whole conversation.
+        # in a developer message; here everything after the context is always written.
         survives = _survivors(turns)
         start = sum(survives[:start])
-        turns = [turn for turn, kept in zip(turns, survives, strict=True) if kept]
+        turns = [turn for turn, written in zip(turns, survives, strict=True) if written]
 
     since = _last_user(turns) if drop else -1
     segments = [Segment(BOS)] if add_bos and not context else []
@@ -137,7 +137,7 @@ def chat_segments(
 
 @dataclasses.dataclass
 class _Part:
-    """A part of a user turn; `call_id` is None unless it is a tool's result."""
+    """A part of a user turn; `call_id` is None unless it is a tool result."""
 
     text: str
     call_id: str | None = None
@@ -145,8 +145,8 @@ class _Part:
 
 @dataclasses.dataclass(kw_only=True)
 class _Turn:
-    """A message that has been checked. `text` is ready to be written, but for a user's blocks and
-    an assistant's reasoning, which depend on the turns around it.
+    """A checked message. `text` is ready to be written, except for a user's blocks and an
+    assistant's reasoning, which depend on the surrounding turns.
     """
 
     role: str
@@ -174,7 +174,7 @@ def _merge(turns: list[_Turn]) -> list[_Turn]:
 
 
 def _sort_results(turns: list[_Turn]) -> None:
-    """Put each user turn's tool results in the order of the calls; texts keep their places."""
+    """Sort each user turn's tool results into the order of the calls; texts keep their places."""
     order: dict[str, int] = {}
     for turn in turns:
         order = order if turn.call_order is None else turn.call_order
@@ -189,7 +189,7 @@ def _last_user(turns: list[_Turn]) -> int:
 
 
 def _survivors(turns: list[_Turn]) -> list[bool]:
-    """Which turns are written when earlier thinking is dropped: developers before the last go."""
+    """Which turns are written when thinking is dropped: no developer turns before `_last_user`."""
     last = _last_user(turns)
     return [turn.role != "developer" or i >= last for i, turn in enumerate(turns)]
 
@@ -213,7 +213,7 @@ def _write(turns: list[_Turn], index: int, thinking: bool, since: int) -> list[S
 
 
 def _opening(turn: _Turn, thinking: bool, shown: bool) -> str:
-    """What stands between a turn and the answer to it."""
+    """The text between a turn and the answer to it."""
     if turn.task == "action":
         return ASSISTANT + (THINK if thinking else END_THINK) + TASKS["action"]
     if turn.task is not None:
@@ -224,7 +224,7 @@ def _opening(turn: _Turn, thinking: bool, shown: bool) -> str:
 
 
 def _read(message: Any, where: str, index: int | None) -> _Turn:
-    """Check one message and make it a turn."""
+    """Check one message and convert it to a turn."""
     if not isinstance(message, Mapping):
         _refuse(where, f"is {_kind(message)}; a message is an object with 'role' and 'content'.")
     role: Any = message.get("role")
@@ -257,7 +257,7 @@ def _read(message: Any, where: str, index: int | None) -> _Turn:
 
 
 def _content(message: Mapping[str, Any], role: str, where: str) -> str:
-    """A message's content as text; parts of a list are joined by an empty line."""
+    """A message's content as text; parts of a list are joined by blank lines."""
     where = f"{where}.content"
     if role == "user" and "content" not in message and "content_blocks" in message:
         _refuse(where, "is missing; give the parts of content_blocks as a list in content.")
@@ -290,7 +290,7 @@ def _task(message: Mapping[str, Any], where: str) -> str | None:
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    """The id (or nothing) and the DSML of each of an assistant's tool calls."""
+    """The id (or '') and the DSML of each of an assistant's tool calls."""
     calls = []
     for i, call in enumerate(_list(message, "tool_calls", where)):
         at = f"{where}.tool_calls[{i}]"
@@ -313,7 +313,7 @@ def _calls_block(calls: list[str]) -> str:
 
 
 def _parameters(arguments: Any, where: str) -> str:
-    """Arguments in DSML; what is no JSON object becomes one parameter named `arguments`."""
+    """Arguments in DSML; anything but a JSON object becomes one parameter named `arguments`."""
     text = arguments if isinstance(arguments, str) else _json(arguments, where)
     try:
         values = json.loads(text)
@@ -373,7 +373,7 @@ def _json(value: Any, where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        _refuse(where, f"is no JSON value ({error}); use objects, lists, strings and numbers.")
+        _refuse(where, f"is not a JSON value ({error}); use objects, lists, strings and numbers.")
 
 
 def _effort_text(effort: str | None, revision: str) -> str:
@@ -387,7 +387,7 @@ def _effort_text(effort: str | None, revision: str) -> str:
 
 @functools.cache
 def _texts() -> dict[str, str]:
-    """The long texts of the protocol, byte for byte; the file names their source."""
+    """The long texts of the encoding, byte for byte; the file names their source."""
     file = resources.files("v4jax").joinpath("data", "chat_texts.json")
     return json.loads(file.read_text(encoding="utf-8"))
 

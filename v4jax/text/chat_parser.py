@@ -1,27 +1,28 @@
-"""Reading what the model writes: reasoning, content and tool calls, in pieces of any size.
+"""Parse the model's output: reasoning, content and tool calls, in pieces of any size.
 
     reasoning </think> content
     <|DSML|tool_calls> <|DSML|invoke name="N">
     <|DSML|parameter name="K" string="true">V</|DSML|parameter> </|DSML|invoke> </|DSML|tool_calls>
 
-(the bars stand for full-width ones; DeepSeek-V4's reference parser names the form). The reference
-reads well-formed output only. This parser never raises on text, and how the text is cut never
-changes what is reported. What it does with the rest:
+(bars stand for full-width bars; DeepSeek-V4's reference parser defines the format). The reference
+accepts well-formed output only. This parser never raises on text, and its result does not depend
+on how the text is split. It handles everything else as follows:
 
-- Blanks may stand before the `>` of a tag, and around its attributes.
-- A call may stand anywhere, with or without the enclosing `tool_calls`, also in reasoning that was
-  never closed; the text after it goes on as reasoning or content, whichever the call interrupted.
-- A tag that the output's end cuts off is dropped. A call that it cuts off ends with
-  `complete=False`: a string value keeps what there is of it, another value is left out.
-- A value that is called no string but is no JSON, or none that can be written again (NaN, 1e999),
-  becomes a string, and the call ends with `complete=False`. So arguments are always a JSON object.
-- Closing tags, of a parameter or a call or the reasoning, that close nothing are dropped where a
-  call or a parameter could begin.
-- Anything else than a tag inside a call ends the call with `complete=False`; from there on the text
-  is reasoning or content as it stands, until the next call. So are tags outside of any call.
-- A parameter given twice keeps its first value, and the call ends with `complete=False`.
-- `<think>` as the very first text opens the reasoning; `</think>` where no reasoning is open, and
-  everything after the end of the sentence, is dropped.
+- Blanks are allowed before the `>` of a tag and around its attributes.
+- A call may appear anywhere, with or without the enclosing `tool_calls`, even in reasoning that was
+  never closed; the text after it continues the reasoning or content that the call interrupted.
+- A tag cut off by the end of the output is dropped. A call cut off there ends with
+  `complete=False`: a partial string value is kept, any other partial value is dropped.
+- A value that is not declared a string but is not JSON, or cannot be written as JSON again (NaN,
+  1e999), becomes a string, and the call ends with `complete=False`. So arguments are always a JSON
+  object.
+- Unmatched closing tags of a parameter, a call or the reasoning are dropped where a call or a
+  parameter could begin.
+- Anything other than a tag inside a call ends the call with `complete=False`; from there on the
+  text is reasoning or content, verbatim, until the next call. So are tags outside of any call.
+- A repeated parameter keeps its first value, and the call ends with `complete=False`.
+- `<think>` as the very first text opens the reasoning. `</think>` while no reasoning is open is
+  dropped, and so is everything after the end-of-sentence token.
 """
 
 import dataclasses
@@ -37,21 +38,21 @@ from v4jax.text.chat import DSML, END_THINK, EOS, THINK, THINKING_MODES
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningDelta:
-    """More of the reasoning."""
+    """More reasoning text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ContentDelta:
-    """More of the answer."""
+    """More text of the answer."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallStart:
-    """A call begins; `index` counts the calls of this message from 0."""
+    """A call starts; `index` counts the calls of this message from 0."""
 
     index: int
     id: str
@@ -60,7 +61,7 @@ class ToolCallStart:
 
 @dataclasses.dataclass(frozen=True)
 class ArgumentsDelta:
-    """More of a call's arguments; together they are a JSON object."""
+    """More text of a call's arguments; all of it together is a JSON object."""
 
     index: int
     text: str
@@ -68,7 +69,7 @@ class ArgumentsDelta:
 
 @dataclasses.dataclass(frozen=True)
 class ToolCallEnd:
-    """A call is over; it is `complete` if all of it was there and well-formed."""
+    """A call ends; `complete` says whether it was complete and well-formed."""
 
     index: int
     complete: bool
@@ -76,7 +77,7 @@ class ToolCallEnd:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """The last event; `truncated` if the output ended inside a tag or a call."""
+    """The last event; `truncated` says whether the output ended inside a tag or a call."""
 
     truncated: bool
 
@@ -86,24 +87,24 @@ Event = ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta | ToolCal
 
 @checked(text=TEXT)
 def parse_chat(text: str, thinking_mode: str = "chat") -> dict[str, Any]:
-    """Read the whole of a model's output (what follows the prompt) as an assistant message.
+    """Parse a model's entire output (what follows the prompt) into an assistant message.
 
     Returns:
-      A message for `encode_chat`, as `collect` makes it.
+      A message for `encode_chat`, as from `collect`.
 
     Raises:
-      ValueError: no such thinking mode. Never because of the text.
+      ValueError: there is no such thinking mode; never because of the text.
     """
     parser = ChatParser(thinking_mode)
     return collect([*parser.feed(text), *parser.finish()])
 
 
 def collect(events: Iterable[Event]) -> dict[str, Any]:
-    """Put a message's events together.
+    """Combine a message's events into the message.
 
     Returns:
       {"role": "assistant", "content", "reasoning_content", "tool_calls"}. A call is
-      {"type": "function", "function": {"name", "arguments"}}; one that is not complete also has
+      {"type": "function", "function": {"name", "arguments"}}; an incomplete one also has
       "incomplete": True. Ids are in the events only, as the model writes none.
     """
     content, reasoning = "", ""
@@ -133,16 +134,16 @@ def _random_id() -> str:
 
 
 class ChatParser:
-    """A state machine over the model's text; see the head of this file for what it accepts.
+    """A state machine over the model's text; the module docstring says what it accepts.
 
-    States: "text" (reasoning or content), "block" (between calls), "call" (between parameters),
-    "value" (in a parameter), "done". `_buffer` holds what is not understood yet, and `_skipped` the
-    marks and blanks before it that become text if no call follows.
+    States: "start", "text" (reasoning or content), "block" (between calls), "call" (between
+    parameters), "value" (in a parameter), "done". `_buffer` holds text that is not parsed yet, and
+    `_skipped` the marks and blanks before it, which become text if no call follows.
     """
 
     @checked(thinking_mode=choice(*THINKING_MODES))
     def __init__(self, thinking_mode: str = "chat", *, new_id: Callable[[], str] = _random_id):
-        """`new_id` makes the ids of the calls, which the model does not write."""
+        """`new_id` creates the ids of calls, as the model writes none."""
         self._new_id = new_id
         self._reasoning = thinking_mode == "thinking"
         self._state: Literal["start", "text", "block", "call", "value", "done"] = "start"
@@ -159,7 +160,7 @@ class ChatParser:
 
     @checked(text=TEXT)
     def feed(self, text: str) -> list[Event]:
-        """Events that this piece settles; text after the end of the sentence is dropped."""
+        """The events that this piece completes; text after the end of the sentence is dropped."""
         if self._state != "done":
             self._buffer += text
         while self._step():
@@ -167,7 +168,7 @@ class ChatParser:
         return self._take_events()
 
     def finish(self) -> list[Event]:
-        """The remaining events, `Done` last; nothing if the end of the sentence has been read."""
+        """The remaining events, `Done` last; empty if the end of the sentence has been read."""
         if self._state in ("start", "text"):
             at, *_ = dsml.find(self._buffer, dsml.OPEN_CALLS, dsml.OPEN_INVOKE)
             cut = DSML in self._buffer[at:]
@@ -186,7 +187,7 @@ class ChatParser:
         return events
 
     def _step(self) -> bool:
-        """Consume some text; False when more is needed first."""
+        """Consume some text; False if more is needed first."""
         steps = {
             "start": self._in_start,
             "text": self._in_text,
@@ -321,7 +322,7 @@ class ChatParser:
         self._keys.add(key)
 
     def _emit_value(self, text: str) -> None:
-        """A string goes out as it comes; other values wait, as half of one would not be JSON."""
+        """Emit strings as they arrive; other values wait, as part of one would not be JSON."""
         if self._value == "string":
             self._emit_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
         elif self._value == "json":
@@ -365,11 +366,11 @@ class ChatParser:
         self._drop(count)
 
     def _before_tag(self, at: int) -> str:
-        """The text before position `at`, without the empty line that belongs to a DSML tag."""
+        """The text before position `at`, without the blank line that belongs to a DSML tag."""
         text = self._buffer[:at]
         return text.removesuffix("\n").removesuffix("\n")
 
     def _head(self, *marks: str) -> tuple[str | None, int]:
-        """The mark after any blanks, as `dsml.head` tells it."""
+        """The mark after any blanks and its end, as from `dsml.head`."""
         self._skip(len(self._buffer) - len(self._buffer.lstrip(dsml.BLANK)))
         return dsml.head(self._buffer, *marks)

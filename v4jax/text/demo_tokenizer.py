@@ -1,4 +1,4 @@
-"""A tokenizer for checkpoints that are made up: of demos and tests."""
+"""A tokenizer for the random checkpoints of demos and tests."""
 
 import tokenizers
 
@@ -7,7 +7,7 @@ from v4jax.arguments import checked
 from v4jax.text import chat
 from v4jax.text.tokenizer import byte_chars
 
-# Frequent words first: a smaller demo vocabulary takes a shorter part of the list.
+# Frequent words first: a smaller demo vocabulary uses a shorter prefix of the list.
 _WORDS = """
 the of and to in is you that it he was for on are as with his they at be this have from or one had
 by word but not what all were we when your can said there use an each which she do how their if will
@@ -24,18 +24,18 @@ page letter mother answer found study still learn should world model token quest
 
 @checked(vocab_size=arguments.whole(0, 2**32 - 1))
 def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """A small tokenizer for demo checkpoints, made from nothing; it round-trips any text.
+    """A small tokenizer for demo checkpoints, built without any files; it round-trips any text.
 
     Its tokens are V4's special tokens (`chat.BOS` is 0 and `chat.EOS` 1, as in the released
-    checkpoints), the 256 bytes, common English words, and placeholders that no text leads to.
+    checkpoints), the 256 bytes, common English words, and placeholders that no text encodes to.
 
     Raises:
-      ValueError: fewer than 270 tokens, which the special tokens and the bytes need.
+      ValueError: `vocab_size` is below 270, the number of special tokens and bytes.
     """
     basic = [*chat.SPECIAL_TOKENS, *byte_chars()]
     if vocab_size < len(basic):
         raise ValueError(
-            f"vocab_size is {vocab_size}; it must be {len(basic)} or more: "
+            f"vocab_size is {vocab_size}; it must be at least {len(basic)}: "
             f"{len(chat.SPECIAL_TOKENS)} special tokens and 256 bytes."
         )
     vocab = {token: i for i, token in enumerate(basic)}
@@ -53,7 +53,7 @@ def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _add_words(vocab: dict[str, int], limit: int) -> list[tuple[str, str]]:
-    """Add each word, with the space before it, letter by letter while there is room."""
+    """Add each word, with a space before it, letter by letter while there is room."""
     merges: list[tuple[str, str]] = []
     for word in _WORDS.split():
         head = byte_chars()[ord(" ")]

@@ -1,6 +1,6 @@
-"""The marks of tool calls in the model's text, found in text of which more may come.
+"""Find the marks of tool calls in model output of which more may come.
 
-A space in a mark stands for any number of blanks, none included: the model puts some before `>`.
+A space in a mark stands for any number of blanks, or none: the model writes some before `>`.
 """
 
 import json
@@ -20,7 +20,7 @@ _BLANKS = frozenset(BLANK)
 
 
 def _end(mark: str, text: str, at: int) -> int | Literal["absent", "cut"]:
-    """Where the mark that begins at `at` ends; "cut" where the text's end leaves that open."""
+    """End of the mark that begins at `at`; "cut" if the text ends before that is certain."""
     for char in mark:
         if char == " ":
             while text[at : at + 1] in _BLANKS:
@@ -35,10 +35,10 @@ def _end(mark: str, text: str, at: int) -> int | Literal["absent", "cut"]:
 
 
 def find(text: str, *marks: str) -> tuple[int, str, int]:
-    """Where the first mark begins, which it is, and where it ends.
+    """The first mark in the text: its start, which mark it is, and its end.
 
-    It is "" where the text's end cuts it off, or where there is none. All marks begin with "<" and
-    have no other.
+    The mark is "" if the end of the text cuts it off, or if there is none. All marks must begin
+    with "<" and have no other "<".
     """
     at = text.find("<")
     while at >= 0:
@@ -53,7 +53,7 @@ def find(text: str, *marks: str) -> tuple[int, str, int]:
 
 
 def head(text: str, *marks: str) -> tuple[str | None, int]:
-    """The mark that the text begins with, and its end; None while more text may make one."""
+    """The mark that the text begins with, "" if none, and its end; None if more may form one."""
     ends = {mark: _end(mark, text, 0) for mark in marks}
     for mark, end in ends.items():
         if isinstance(end, int):
@@ -64,10 +64,10 @@ def head(text: str, *marks: str) -> tuple[str | None, int]:
 def attribute(
     text: str, at: int, ends: tuple[str, ...], *, barred: tuple[str, ...]
 ) -> tuple[str, str, int] | None:
-    """The text from `at` to one of `ends`, which of them it is, and where that ends.
+    """The text from `at` to the first of `ends`, which of them it is, and its end.
 
     Returns:
-      ("", "", at) if one of `barred` stands before; None while neither has come.
+      That; ("", "", at) if one of `barred` comes first; None if neither has come yet.
     """
     for place in re.finditer("|".join(map(re.escape, ('"', *barred))), text[at:]):
         if place[0] in barred:
@@ -83,7 +83,7 @@ def attribute(
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is one JSON value that can be written again: no NaN, no overflow."""
+    """Whether a text is a JSON value that can be written as JSON again: no NaN, no overflow."""
     try:
         json.dumps(json.loads(text), ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):

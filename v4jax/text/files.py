@@ -1,4 +1,4 @@
-"""Text from files, JSON in it, and text of strangers on a terminal."""
+"""Read text and JSON from files, and show untrusted text on a terminal."""
 
 import codecs
 import collections
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 _OTHER_ENCODINGS = {
-    # The longer mark begins with the shorter one.
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# C0 but for the tab and the line break, DEL, C1, marks that turn the direction of writing, and
-# halves of surrogate pairs.
+# C0 except tab and line feed, DEL, C1, bidirectional formatting characters, and halves of surrogate
+# pairs.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 text, without the byte order mark that some editors put before it.
+    """Decode UTF-8 text, without the byte order mark that some editors add.
 
     Raises:
       ValueError: it is not UTF-8.
@@ -33,12 +33,12 @@ def decode(data: bytes) -> str:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file, see `decode`."""
+    """Read the text of a file; see `decode`."""
     return decode(Path(path).read_bytes())
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, or for a key that occurs twice."""
+    """Parse a JSON object; raises ValueError for anything else, or for a repeated key."""
     parsed = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(parsed, dict):
         raise ValueError("it is not an object")
@@ -46,14 +46,14 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its pairs; ValueError for a key that occurs twice."""
+    """A JSON object from its pairs; raises ValueError for a repeated key."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} occurs twice")
+        [(repeated, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {repeated!r} occurs twice")
     return unique
 
 
 def visible(text: str) -> str:
-    r"""The text with its control characters written out, so that a terminal obeys none: `\x1b`."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    r"""The text with control characters escaped, as in `\x1b`, so that a terminal obeys none."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

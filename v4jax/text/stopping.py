@@ -1,14 +1,13 @@
-"""Stop strings in streamed text: plain Python over characters, however the text is cut."""
+"""Stop strings in streamed text: plain Python over characters, however the text is split."""
 
 from collections.abc import Sequence
 
 from v4jax.arguments import Kind, checked, sequence
 
-MOST_STOPS = 16
-
+MAX_STOPS = 16
 
 _LIST = sequence("a list of strings", of=str)
-# As `generate` takes them: a string stands for a list of it.
+# The `stop` argument of `generate`: a string means a list of just that string.
 STOP = Kind(
     f"a string or {_LIST.takes}",
     lambda value: _LIST.read([value] if isinstance(value, str) else value),
@@ -16,22 +15,23 @@ STOP = Kind(
 
 
 class StopStrings:
-    """Finds the first of several strings to become complete, and lets through only text before it.
+    """Finds the first stop string that becomes complete, and passes on only the text before it.
 
-    The match that ends first counts; of several that end there, the longest. What comes out, put
-    together, does not depend on how the text was cut into pieces.
+    The match that ends first counts; of several that end there, the longest. The concatenated
+    output does not depend on how the text was split into pieces.
     """
 
     @checked(stops=_LIST)
     def __init__(self, stops: Sequence[str]) -> None:
-        """Take the strings; an empty sequence lets everything through.
+        """Set the stop strings; with none, all text is passed on.
 
         Raises:
-          ValueError: not a sequence of strings, an empty string, or more than MOST_STOPS.
+          ValueError: they are not a sequence of strings, one is empty, or there are more than
+            MAX_STOPS.
         """
-        if len(stops) > MOST_STOPS:
+        if len(stops) > MAX_STOPS:
             raise ValueError(
-                f"There are {len(stops)} stop strings; at most {MOST_STOPS} are allowed."
+                f"There are {len(stops)} stop strings; at most {MAX_STOPS} are allowed."
             )
         if "" in stops:
             raise ValueError(
@@ -42,10 +42,10 @@ class StopStrings:
         self._stopped = False
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Take the next piece of text.
+        """Process the next piece of text.
 
         Returns:
-          Text that is certainly before any stop string, and whether one is complete. After that
+          Text that is certainly before any stop string, and whether one is complete. Once one is,
           every push returns ("", True).
         """
         if self._stopped:
@@ -60,12 +60,12 @@ class StopStrings:
         return text[:held_from], False
 
     def flush(self) -> str:
-        """The text held back, once no more is to come: nothing has become a stop string."""
+        """The text held back; call it at the end of the text, if no stop string was found."""
         held, self._held = self._held, ""
         return held
 
     def _first_open(self, text: str) -> int:
-        """Where the longest end of the text begins that could still become a stop string."""
+        """Start of the longest suffix of the text that could still become a stop string."""
         longest = max(map(len, self._stops), default=1)
         starts = range(max(0, len(text) - longest + 1), len(text))
         is_open = lambda start: any(stop.startswith(text[start:]) for stop in self._stops)

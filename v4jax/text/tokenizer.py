@@ -1,7 +1,7 @@
-"""Text to token ids and back: a checkpoint's `tokenizer.json`, and text as it streams.
+"""Text to token ids and back with a checkpoint's `tokenizer.json`, at once or streaming.
 
-DeepSeek-V4 uses byte-level BPE: every token stands for bytes, and a character may be spread over
-several tokens. The special tokens are written by `v4jax.text.chat`; nothing is added here.
+DeepSeek-V4 uses byte-level BPE: every token stands for bytes, and a character may span several
+tokens. `v4jax.text.chat` writes the special tokens; none are added here.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from v4jax.text.files import read_text
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer that adds no tokens of its own accord."""
+    """A byte-level BPE tokenizer that adds no special tokens."""
 
     @checked(
         inner=arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
@@ -32,7 +32,7 @@ class Tokenizer:
         """
         if not isinstance(inner.decoder, tokenizers.decoders.ByteLevel):
             raise ValueError(
-                f"The tokenizer's decoder is {inner.decoder}; DeepSeek-V4's are byte-level BPE "
+                f"The tokenizer's decoder is {inner.decoder}; DeepSeek-V4 uses byte-level BPE "
                 "(decoder ByteLevel): use the tokenizer.json of a V4 checkpoint."
             )
         self._inner = inner
@@ -40,7 +40,7 @@ class Tokenizer:
     @classmethod
     @checked(path=arguments.PATH)
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read `tokenizer.json`, given as the file or the checkpoint's directory.
+        """Read `tokenizer.json` from its path or the checkpoint's directory.
 
         Raises:
           ValueError: there is no such file, or it is not a byte-level tokenizer.
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; a model's embedding may have more rows."""
+        """Number of tokens; the model's embedding may have more rows."""
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -82,12 +82,12 @@ class Tokenizer:
 
     @checked(token=arguments.TEXT)
     def token_id(self, token: str) -> int | None:
-        """Id of one token by its name in the vocabulary, such as `chat.USER`."""
+        """Id of a token by its name in the vocabulary, such as `chat.USER`; None if unknown."""
         return self._inner.token_to_id(token)
 
     @checked(token_id=arguments.whole(0, 2**32 - 1))
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; none for an id without a token."""
+        """The bytes that a token stands for; empty for an id without a token."""
         token = self._inner.id_to_token(token_id)
         if token is None:
             return b""
@@ -97,10 +97,10 @@ class Tokenizer:
 
     @checked(text=arguments.TEXT)
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it become one id each.
+        """Token ids of a text; each special token written in it becomes one id.
 
         Raises:
-          ValueError: the text has half a surrogate pair, which has no bytes.
+          ValueError: the text has half a surrogate pair, which UTF-8 cannot encode.
         """
         try:
             text.encode()
@@ -113,12 +113,12 @@ class Tokenizer:
 
     @checked(ids=arguments.TOKEN_IDS)
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
         return self._inner.decode(ids, skip_special_tokens=False)
 
 
 class StreamDecoder:
-    """Token ids to text, one at a time; the pieces together equal `Tokenizer.decode` of all ids."""
+    """Decode token ids one at a time; the concatenated pieces equal `Tokenizer.decode` of all."""
 
     @checked(tokenizer=arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer))
     def __init__(self, tokenizer: Tokenizer):
@@ -126,11 +126,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; a character begun is held back until it is whole."""
+        """The text that this token completes; a partial character is held back."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is held back, as U+FFFD; afterwards the decoder is as new."""
+        """Return what is held back, as U+FFFD, and reset the decoder."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text

@@ -94,7 +94,7 @@ class Runner:
         self.cache = caches.rewind(self.cache, jnp.array(rejected, jnp.int32))
 
 
-def whole(cfg: ModelConfig, tokens_BT: np.ndarray, numerics: Numerics = HF) -> np.ndarray:
+def full_logits(cfg: ModelConfig, tokens_BT: np.ndarray, numerics: Numerics = HF) -> np.ndarray:
     """Logits of the tokens fed as one chunk."""
     batch, length = tokens_BT.shape
     return Runner(cfg, batch, max(length, 16), numerics).feed(tokens_BT)

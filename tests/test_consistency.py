@@ -27,7 +27,7 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    return models.whole(CFG, TOKENS)
+    return models.full_logits(CFG, TOKENS)
 
 
 def feed_in_chunks(runner: Runner, tokens_BT: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -46,7 +46,7 @@ def feed_in_chunks(runner: Runner, tokens_BT: np.ndarray, sizes: list[int]) -> n
 @given(st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
 def test_any_split_into_chunks_equals_feeding_all_at_once(sizes: list[int]) -> None:
     got = feed_in_chunks(Runner(CFG, 2, LENGTH), TOKENS, sizes)
-    close(got, models.whole(CFG, TOKENS))
+    close(got, models.full_logits(CFG, TOKENS))
 
 
 def test_token_by_token_equals_feeding_all_at_once(expected: np.ndarray) -> None:
@@ -58,19 +58,22 @@ def test_official_numerics_do_not_depend_on_chunks_in_one_layer() -> None:
     for kind in (CSA, HCA):
         cfg = models.config(kind, hashed=0)
         got = feed_in_chunks(Runner(cfg, 2, LENGTH, OFFICIAL), TOKENS, [9, 1, 32])
-        same = np.abs(got - models.whole(cfg, TOKENS, OFFICIAL)).max(-1) <= 1e-5 * np.abs(got).max()
+        same = (
+            np.abs(got - models.full_logits(cfg, TOKENS, OFFICIAL)).max(-1)
+            <= 1e-5 * np.abs(got).max()
+        )
         assert same.mean() > 0.95
 
 
 @pytest.mark.parametrize("numerics", [HF, OFFICIAL], ids=["hf", "official"])
 def test_rows_do_not_see_each_other(numerics: Numerics) -> None:
-    got = models.whole(CFG, TOKENS, numerics)
-    swapped = models.whole(CFG, TOKENS[::-1], numerics)
+    got = models.full_logits(CFG, TOKENS, numerics)
+    swapped = models.full_logits(CFG, TOKENS[::-1], numerics)
     np.testing.assert_array_equal(got, swapped[::-1])
 
 
 def test_a_row_has_the_same_logits_alone_and_in_a_batch(expected: np.ndarray) -> None:
-    close(models.whole(CFG, TOKENS[1:]), expected[1:])
+    close(models.full_logits(CFG, TOKENS[1:]), expected[1:])
 
 
 def test_padding_and_rows_of_other_lengths_have_no_effect(expected: np.ndarray) -> None:
@@ -96,7 +99,7 @@ def test_padding_and_rows_of_other_lengths_have_no_effect(expected: np.ndarray) 
 def test_rewind_then_replay_equals_never_drafting(
     drafts: list[tuple[int, int]], start: int
 ) -> None:
-    expected = models.whole(CFG, TOKENS)
+    expected = models.full_logits(CFG, TOKENS)
     runner = Runner(CFG, 2, LENGTH)
     runner.feed(TOKENS[:, :32])
     at = 32
@@ -130,7 +133,7 @@ def test_any_layers_and_length_can_be_split_into_chunks(
 ) -> None:
     cfg = models.config(*layers, hashed=0)
     text = models.tokens(cfg, 1, length, seed=length)
-    expected = models.whole(cfg, text)
+    expected = models.full_logits(cfg, text)
     assert np.all(np.isfinite(expected))
     close(feed_in_chunks(Runner(cfg, 1, length), text, [9, 3]), expected)
 
@@ -138,7 +141,7 @@ def test_any_layers_and_length_can_be_split_into_chunks(
 def test_selecting_more_entries_than_exist_selects_all() -> None:
     cfg = models.config(CSA, CSA, index_topk=1000)
     few = dataclasses.replace(cfg, index_topk=LENGTH // 4)
-    close(models.whole(cfg, TOKENS), models.whole(few, TOKENS))
+    close(models.full_logits(cfg, TOKENS), models.full_logits(few, TOKENS))
 
 
 def test_growing_text_compiles_no_new_program() -> None:

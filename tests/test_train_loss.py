@@ -33,7 +33,7 @@ def test_rows_without_a_cache_have_the_logits_of_decode_steps() -> None:
         streams_BTM, *_ = transformer.forward_rows(model, CFG, HF, jnp.asarray(TOKENS))
         return transformer.head(model, transformer.hidden(model, CFG, streams_BTM))
 
-    expected = models.whole(CFG, TOKENS)
+    expected = models.full_logits(CFG, TOKENS)
     actual = logits(models.weights(CFG))
     assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 

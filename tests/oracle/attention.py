@@ -1,4 +1,4 @@
-"""Attention of one layer over a whole sequence: window, compressed entries and their indexer.
+"""Attention of one layer over a full sequence: window, compressed entries and their indexer.
 
 Report section 2.3. Axis letters: B batch, T tokens, S compressed entries, P slots pooled into
 one entry, D hidden, R query rank, H heads, K head dim, I index heads, J index head dim,

@@ -320,11 +320,11 @@ BAD = [
         assistant("a", tool_calls=[{"function": {"name": "f"}}]),
         "tool_calls[0].function.arguments is missing; give an object, or its JSON text.",
     ),
-    (assistant("a", tool_calls=[call({1, 2})]), "function.arguments is no JSON value"),
-    (assistant("a", tool_calls=[call(b"{}")]), "function.arguments is no JSON value"),
+    (assistant("a", tool_calls=[call({1, 2})]), "function.arguments is not a JSON value"),
+    (assistant("a", tool_calls=[call(b"{}")]), "function.arguments is not a JSON value"),
     ({"role": "system", "tools": "f"}, "messages[1].tools is str; give a list"),
     ({"role": "system", "tools": [{"name": "f"}]}, "messages[1].tools[0] has no function object"),
-    ({"role": "system", "response_format": {1, 2}}, "messages[1].response_format is no JSON value"),
+    ({"role": "system", "response_format": {1, 2}}, "messages[1].response_format is not a JSON value"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Merging: the change is in the weights, all else is as it was, and what rounding takes is told."""
+"""Merging: weights take the change, all else stays as it was, and rounding losses are reported."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ Capsys = pytest.CaptureFixture[str]
 
 
 def small(**changes: Any) -> ModelConfig:
-    """Small, quantised, with MTP; all experts and entries are chosen, so that nothing jumps."""
+    """Small, quantised, with MTP; all experts and entries are chosen, so no choice can flip."""
     formats = {"quantized": True, "expert_dtype": "fp4", "num_nextn_predict_layers": 1}
     chosen = {"num_experts_per_tok": 8, "index_topk": 64}
     return models.config(models.SLIDING, models.CSA, **(formats | chosen | changes))
@@ -72,7 +72,7 @@ def values(directory: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def differing(before: Path, after: Path) -> set[str]:
-    """Tensors that have changed; their names, files, dtypes and shapes may not."""
+    """Names of the tensors whose bytes differ; names, dtypes and shapes must be the same."""
     old, new = values(before), values(after)
     assert list(old) == list(new)
     for name, (dtype, value) in old.items():
@@ -82,8 +82,8 @@ def differing(before: Path, after: Path) -> set[str]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    found = (file for file in directory.rglob("*") if file.is_file())
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in found}
+    paths = (file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in paths}
 
 
 def weights(directory: Path) -> tuple[Model, ModelConfig]:
@@ -98,12 +98,12 @@ def logits(model: Model, cfg: ModelConfig) -> np.ndarray:
     return np.asarray(steps.logits(model, tokens_BT, cache, count_B, cfg=cfg, numerics=HF)[0])
 
 
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def changed_names(cfg: ModelConfig, leaves: Any) -> set[str]:
-    """The release tensors of these leaves, without scales."""
+    """Names of these leaves' tensors in the release, without scales."""
     return {
         name
         for leaf in leaves
@@ -118,11 +118,11 @@ def test_keep_changes_the_adapters_weights_and_nothing_else(
     _, factors = peft.load(adapter, CFG)
     names = changed_names(CFG, factors)
     scales = {tensor_names.scale_name(name) for name in names}
-    found = differing(released, tmp_path / "merged")
-    assert names <= found <= names | scales
+    changed = differing(released, tmp_path / "merged")
+    assert names <= changed <= names | scales
     before, after = files(released), files(tmp_path / "merged")
-    left = {".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json"}
-    assert after.keys() == before.keys() - left
+    dropped = {".cache/lock", "pytorch_model.bin", "pytorch_model.bin.index.json"}
+    assert after.keys() == before.keys() - dropped
     for name in after:
         if not name.endswith(".safetensors"):
             assert after[name] == before[name]
@@ -137,7 +137,7 @@ def test_keep_changes_the_adapters_weights_and_nothing_else(
 
 
 @pytest.mark.parametrize("scales", ["F8_E8M0", "F32"])
-def test_keep_is_as_near_to_the_wanted_weights_as_its_format_lets_it(
+def test_keep_is_as_close_to_the_target_weights_as_its_format_allows(
     scales: str, tmp_path: Path
 ) -> None:
     cfg = small(expert_dtype="fp8" if scales == "F32" else "fp4")
@@ -147,23 +147,23 @@ def test_keep_is_as_near_to_the_wanted_weights_as_its_format_lets_it(
     rows = merge.merge(release, directory, tmp_path / "merged", weights="keep")
     base, _ = weights(release)
     _, factors = peft.load(directory, cfg)
-    wanted = training_runs.folded(cfg, base, settings, factors, jnp.float32)
-    found, old = (dict(params.leaves(weights(d)[0])) for d in (tmp_path / "merged", release))
-    for name, value in params.leaves(wanted):
+    target = training_runs.folded(cfg, base, settings, factors, jnp.float32)
+    merged, old = (dict(params.leaves(weights(d)[0])) for d in (tmp_path / "merged", release))
+    for name, value in params.leaves(target):
         if name not in factors:
-            np.testing.assert_array_equal(found[name], old[name])
+            np.testing.assert_array_equal(merged[name], old[name])
             continue
-        # Half a step of E4M3 is 1/16 of a value, of E2M1 at most 1 of 6 of a block's largest.
+        # Half a step is at most 1/16 of a value in E4M3, and 1/6 of a block's largest in E2M1.
         fp4 = ".experts." in name and cfg.expert_dtype == "fp4"
-        error = np.linalg.norm(found[name] - value) / np.linalg.norm(value)
+        error = np.linalg.norm(merged[name] - value) / np.linalg.norm(value)
         assert error < (0.2 if fp4 else 0.04)
-    # The update is as large as the weights here.
+    # The update here is as large as the weights.
     for row in rows:
         assert 0.95 < row.gain < 1.05
         assert row.cosine > 0.95
 
 
-def test_bfloat16_gives_the_logits_of_the_folded_weights(
+def test_bfloat16_reproduces_the_logits_of_the_folded_weights(
     released: Path, adapter: Path, tmp_path: Path
 ) -> None:
     merged = tmp_path / "merged"
@@ -183,24 +183,24 @@ def test_bfloat16_gives_the_logits_of_the_folded_weights(
     assert all(row.stored == "BF16" and row.gain > 0.99 for row in rows)
 
 
-def test_bfloat16_gives_the_adapters_logits_to_rounding(
+def test_bfloat16_reproduces_the_adapters_logits_up_to_rounding(
     released: Path, adapter: Path, tmp_path: Path
 ) -> None:
     merge.merge(released, adapter, tmp_path / "merged", weights="bfloat16")
     settings, factors = peft.load(adapter, CFG)
     base, cfg = weights(released)
     served = logits(training_runs.folded(cfg, base, settings, factors, jnp.float32), cfg)
-    found = logits(weights(tmp_path / "merged")[0], cfg)
+    merged = logits(weights(tmp_path / "merged")[0], cfg)
     assert distance(served, logits(base, cfg)) > 0.2
-    # A weight is rounded by 2^-9 of it at most.
-    assert distance(found, served) < 2**-5
+    # A weight is rounded by at most 2^-9 of its value.
+    assert distance(merged, served) < 2**-5
 
 
-# PEFT asks transformers for a property that has another name now, and does not look for patterns
-# among parameters, but finds their ranks all the same.
+# PEFT reads a property of transformers that has been renamed. It warns about patterns that match
+# parameters rather than modules, but applies their ranks all the same.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-def test_what_transformers_saved_is_merged_and_gives_what_peft_does(tmp_path: Path) -> None:
+def test_merging_a_checkpoint_of_transformers_equals_peft(tmp_path: Path) -> None:
     theirs = hf_models.make([0, 4], 3, num_hash_layers=1)
     theirs.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     model = v4jax.load(tmp_path / "model", dtype="float32", numerics="hf")
@@ -213,10 +213,10 @@ def test_what_transformers_saved_is_merged_and_gives_what_peft_does(tmp_path: Pa
     merged, _ = weights(tmp_path / "merged")
     for name, value in params.leaves(folded):
         np.testing.assert_allclose(dict(params.leaves(merged))[name], value, atol=1e-6)
-    read = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    reloaded = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "merged").eval()
     served = PeftModel.from_pretrained(theirs, directory)
     expected = hf_models.logits(served, TOKENS_BT)
-    assert distance(hf_models.logits(read, TOKENS_BT), expected) <= 1e-5
+    assert distance(hf_models.logits(reloaded, TOKENS_BT), expected) <= 1e-5
 
 
 def test_dsparks_tensors_keep_their_bytes(tmp_path: Path) -> None:
@@ -229,16 +229,16 @@ def test_dsparks_tensors_keep_their_bytes(tmp_path: Path) -> None:
     old = values(release)
     names = [name for name in old if name.startswith("mtp.")]
     assert names
-    for kept in ("keep", "bfloat16"):
-        merge.merge(release, directory, tmp_path / kept, weights=kept)
-        new = values(tmp_path / kept)
+    for mode in ("keep", "bfloat16"):
+        merge.merge(release, directory, tmp_path / mode, weights=mode)
+        new = values(tmp_path / mode)
         for name in names:
             assert old[name][0] == new[name][0]
             assert old[name][1].tobytes() == new[name][1].tobytes()
 
 
 def full_run(directory: Path, released: Path, *, fp4_experts: bool = False) -> Path:
-    """A run that has changed a norm, a matrix of FP8, one expert of FP4 and a router's bias."""
+    """A run that has changed a norm, an FP8 matrix, one FP4 expert and a router's bias."""
     leaves = dict(params.leaves(weights(released)[0]))
     names = ("norm_D", "mtp.0.embed_DD", "stacks.0.experts.0.up_EFD", "head_VD")
     trained = {name: np.asarray(leaves[name]).copy() for name in names}
@@ -247,13 +247,11 @@ def full_run(directory: Path, released: Path, *, fp4_experts: bool = False) -> P
     trained["stacks.0.experts.0.up_EFD"][0, 3] *= 0.7
     bias = next(name for name in leaves if name.endswith("router.bias_E"))
     balanced = {bias: np.asarray(leaves[bias]) - 0.25}
-    what = Full(fp4_experts=fp4_experts)
-    return training_runs.write(directory, released, what, trained, balanced)
+    trainable = Full(fp4_experts=fp4_experts)
+    return training_runs.write(directory, released, trainable, trained, balanced)
 
 
-def test_weights_trained_in_full_take_the_place_of_the_old_ones(
-    released: Path, tmp_path: Path
-) -> None:
+def test_weights_trained_in_full_replace_the_old_ones(released: Path, tmp_path: Path) -> None:
     run = full_run(tmp_path / "run", released)
     merge.merge(released, run, tmp_path / "merged", weights="keep")
     biases = [name for name in values(released) if name.endswith("gate.bias")]
@@ -276,7 +274,7 @@ def test_experts_trained_as_fp4_lose_nothing_in_fp4(released: Path, tmp_path: Pa
     assert row.cosine == pytest.approx(1.0, abs=1e-6)
 
 
-def test_an_interrupted_merge_goes_on_and_ends_the_same(
+def test_an_interrupted_merge_resumes_with_the_same_result(
     released: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = merge.merge(released, adapter, tmp_path / "whole", weights="keep")
@@ -302,7 +300,7 @@ def test_an_interrupted_merge_goes_on_and_ends_the_same(
     assert not target.with_name("target.unfinished").exists()
 
 
-def fails(capsys: Capsys, *args: Any) -> str:
+def error_message(capsys: Capsys, *args: Any) -> str:
     assert main([str(arg) for arg in args]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -310,26 +308,26 @@ def fails(capsys: Capsys, *args: Any) -> str:
     return err
 
 
-def other_model(released: Path, adapter: Path, place: Path) -> list[Path]:
+def other_model(released: Path, adapter: Path, directory: Path) -> list[Path]:
     cfg = small(q_lora_rank=64)
-    return [released, write_adapter(place / "other", cfg, ALL)]
+    return [released, write_adapter(directory / "other", cfg, ALL)]
 
 
-def native_source(released: Path, adapter: Path, place: Path) -> list[Path]:
-    (place / "native").mkdir()
-    (place / "native" / native.MANIFEST).write_text("{}")
-    return [place / "native", adapter]
+def native_source(released: Path, adapter: Path, directory: Path) -> list[Path]:
+    (directory / "native").mkdir()
+    (directory / "native" / native.MANIFEST).write_text("{}")
+    return [directory / "native", adapter]
 
 
-def damaged(released: Path, adapter: Path, place: Path) -> list[Path]:
-    copy = shutil.copytree(adapter, place / "copy")
+def damaged(released: Path, adapter: Path, directory: Path) -> list[Path]:
+    copy = shutil.copytree(adapter, directory / "copy")
     file = copy / peft.TENSORS
     file.write_bytes(file.read_bytes()[:-10])
     return [released, copy]
 
 
 REFUSALS: dict[str, tuple[Callable[[Path, Path, Path], list[Path]], str]] = {
-    "another model's adapter": (other_model, "of another model"),
+    "another model's adapter": (other_model, "is for another model"),
     "a native checkpoint": (native_source, "v4jax export"),
     "a damaged adapter": (damaged, "cut off"),
     "no change": (lambda r, a, p: [r, r], "neither an adapter"),
@@ -338,25 +336,27 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path, Path], list[Path]], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_merged_is_told_in_a_line_and_leaves_nothing(
+def test_a_refused_merge_prints_one_line_and_leaves_nothing(
     name: str, released: Path, adapter: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
-    make, says = REFUSALS[name]
+    make, message = REFUSALS[name]
     (tmp_path / "place").mkdir()
     arguments = make(released, adapter, tmp_path)
     target = tmp_path / "place" / "target"
-    assert says in fails(capsys, "merge", *arguments, target, "--weights", "keep")
+    assert message in error_message(capsys, "merge", *arguments, target, "--weights", "keep")
     assert not list((tmp_path / "place").iterdir())
 
 
-def test_what_exists_is_not_overwritten(released: Path, adapter: Path, capsys: Capsys) -> None:
+def test_an_existing_directory_is_not_overwritten(
+    released: Path, adapter: Path, capsys: Capsys
+) -> None:
     before = files(released)
-    told = fails(capsys, "merge", released, adapter, released, "--weights", "keep")
-    assert "exists; choose another place" in told
+    message = error_message(capsys, "merge", released, adapter, released, "--weights", "keep")
+    assert "exists; choose another place" in message
     assert files(released) == before
 
 
-def test_the_command_tells_what_rounding_took_and_what_to_do(
+def test_the_command_reports_rounding_losses_and_a_way_out(
     released: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     settings = Lora("all", rank=2, alpha=0.1)
@@ -377,60 +377,58 @@ def test_the_command_tells_what_rounding_took_and_what_to_do(
             "cosine",
         ]
         assert out.endswith(f"Made {target}.\n")
-        [warned] = [line for line in err.splitlines() if "FP4" in line]
-        assert "less than half of the change of ffn.experts.w1 (0%), " in warned
-        assert "merge with --weights bfloat16, or run the release with --adapter" in warned
+        [warning] = [line for line in err.splitlines() if "FP4" in line]
+        assert "less than half of the change of ffn.experts.w1 (0%), " in warning
+        assert "merge with --weights bfloat16, or run the release with --adapter" in warning
     assert files(tmp_path / "merged0") == files(tmp_path / "merged1")
 
 
-def test_export_adapter_refuses_what_has_none(
+def test_export_adapter_refuses_sources_without_an_adapter(
     released: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     run = full_run(tmp_path / "run", released)
     target = tmp_path / "adapter"
-    assert "v4jax merge" in fails(capsys, "export-adapter", run, target)
-    assert "has no recipe.json" in fails(capsys, "export-adapter", released, target)
+    assert "v4jax merge" in error_message(capsys, "export-adapter", run, target)
+    assert "has no recipe.json" in error_message(capsys, "export-adapter", released, target)
     moved = training_runs.write(
         tmp_path / "moved", tmp_path / "gone", ALL, training_runs.learned(CFG, ALL)
     )
-    assert "give --model" in fails(capsys, "export-adapter", moved, target)
-    assert "found best yet" in fails(capsys, "export-adapter", moved, target, "--best")
+    assert "give --model" in error_message(capsys, "export-adapter", moved, target)
+    assert "has no best state yet" in error_message(capsys, "export-adapter", moved, target, "--best")
     assert not target.exists()
     assert main(["export-adapter", str(moved), str(target), "--model", str(released)]) == 0
     capsys.readouterr()
-    assert "exists" in fails(capsys, "export-adapter", moved, target, "--model", released)
+    assert "exists" in error_message(capsys, "export-adapter", moved, target, "--model", released)
 
 
-def stored(form: BlockFormat, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix, its last blocks not whole, and its scales."""
+def stored(fmt: BlockFormat, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix whose last blocks are partial, and its scales."""
     w_NK = np.random.default_rng(seed).standard_normal((200, 320), np.float32)
-    codes, scale = form.encode(w_NK)
-    return form.decode(codes, scale), scale
+    codes, scale = fmt.encode(w_NK)
+    return fmt.decode(codes, scale), scale
 
 
-def error(w_NK: np.ndarray, scale: np.ndarray, form: BlockFormat) -> float:
-    return float(np.linalg.norm(form.decode(form.codes(w_NK, scale), scale) - w_NK))
+def error(w_NK: np.ndarray, scale: np.ndarray, fmt: BlockFormat) -> float:
+    return float(np.linalg.norm(fmt.decode(fmt.codes(w_NK, scale), scale) - w_NK))
 
 
-@pytest.mark.parametrize("form", [FP8, FP4], ids=["fp8", "fp4"])
-def test_a_matrix_that_has_not_changed_keeps_its_scales_and_values(
-    form: BlockFormat,
+@pytest.mark.parametrize("fmt", [FP8, FP4], ids=["fp8", "fp4"])
+def test_an_unchanged_matrix_keeps_its_scales_and_values(
+    fmt: BlockFormat,
 ) -> None:
-    w_NK, scale = stored(form)
-    np.testing.assert_array_equal(requantise.scales(w_NK, scale, form), scale)
-    assert error(w_NK, scale, form) == 0
+    w_NK, scale = stored(fmt)
+    np.testing.assert_array_equal(requantise.scales(w_NK, scale, fmt), scale)
+    assert error(w_NK, scale, fmt) == 0
 
 
-@pytest.mark.parametrize("form", [FP8, FP4], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("fmt", [FP8, FP4], ids=["fp8", "fp4"])
 @pytest.mark.parametrize("size", [1e-3, 0.05, 1.0, 100.0])
-def test_chosen_scales_are_better_than_old_ones_and_than_new_ones(
-    form: BlockFormat, size: float
-) -> None:
-    w_NK, scale = stored(form)
+def test_chosen_scales_are_no_worse_than_old_or_new_ones(fmt: BlockFormat, size: float) -> None:
+    w_NK, scale = stored(fmt)
     w_NK = w_NK + size * np.random.default_rng(1).standard_normal(w_NK.shape, np.float32)
-    chosen = requantise.scales(w_NK, scale, form)
-    best = min(error(w_NK, scale, form), error(w_NK, form.scales(w_NK), form))
-    assert error(w_NK, chosen, form) <= best * (1 + 1e-6)
+    chosen = requantise.scales(w_NK, scale, fmt)
+    best = min(error(w_NK, scale, fmt), error(w_NK, fmt.scales(w_NK), fmt))
+    assert error(w_NK, chosen, fmt) <= best * (1 + 1e-6)
 
 
 def test_a_scale_of_zero_is_replaced() -> None:
@@ -439,12 +437,12 @@ def test_a_scale_of_zero_is_replaced() -> None:
     np.testing.assert_array_equal(requantise.scales(w_NK, np.zeros_like(new), FP8), new)
 
 
-def test_the_ledger_tells_gain_and_cosine() -> None:
-    wanted = np.array([3.0, 4.0], np.float32)
+def test_the_ledger_reports_gain_and_cosine() -> None:
+    change = np.array([3.0, 4.0], np.float32)
     ledger, other = requantise.Ledger(), requantise.Ledger()
-    ledger.add("a", "FP4", wanted, np.zeros(2, np.float32))
-    other.add("a", "FP4", wanted, np.array([6.0, 8.0], np.float32))
-    other.add("b", "FP8", wanted, np.array([4.0, -3.0], np.float32))
+    ledger.add("a", "FP4", change, np.zeros(2, np.float32))
+    other.add("a", "FP4", change, np.array([6.0, 8.0], np.float32))
+    other.add("b", "FP8", change, np.array([4.0, -3.0], np.float32))
     ledger.add_json(json.loads(json.dumps(other.to_json())))
     [a, b] = ledger.report()
     assert (a.kind, a.tensors, a.gain) == ("a", 2, 1.0)
@@ -452,10 +450,10 @@ def test_the_ledger_tells_gain_and_cosine() -> None:
     assert (b.gain, b.cosine) == (0.0, 0.0)
 
 
-def test_warnings_are_one_for_each_format_and_name_a_way_out() -> None:
-    kept = lambda kind, stored, gain: requantise.Kept(kind, stored, 1, gain, gain)
-    rows = [kept(kind, "FP4", 0.25) for kind in "abcde"]
-    rows += [kept("f", "FP8", 0.5), kept("norm", "BF16", 0.0)]
+def test_there_is_one_warning_per_format_and_it_names_a_way_out() -> None:
+    row = lambda kind, stored, gain: requantise.Kept(kind, stored, 1, gain, gain)
+    rows = [row(kind, "FP4", 0.25) for kind in "abcde"]
+    rows += [row("f", "FP8", 0.5), row("norm", "BF16", 0.0)]
     fp4, bf16 = requantise.warnings(rows)
-    assert "a (25%), b (25%), c (25%) and 2 more; to have all of it, merge with" in fp4
-    assert "norm (0%); to have all of it, run the release with --adapter and --dtype" in bf16
+    assert "a (25%), b (25%), c (25%) and 2 more; to keep all of it, merge with" in fp4
+    assert "norm (0%); to keep all of it, run the release with --adapter and --dtype" in bf16

@@ -251,7 +251,7 @@ def test_a_state_with_non_finite_values_is_refused(
         "export-adapter": ("export-adapter", run, tmp_path / "new"),
     }[command]
     error = error_message(capsys, *line)
-    assert f"'{name}.b' has values that are no finite numbers" in error
+    assert f"'{name}.b' has values that are not finite" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -1,4 +1,4 @@
-"""Adapters for PEFT and from it, beside PEFT itself over transformers' model."""
+"""Adapters exported to PEFT and loaded from it, compared with PEFT on transformers' model."""
 
 import copy
 import dataclasses
@@ -16,16 +16,17 @@ import torch
 import v4jax
 from tests import hf_models, training_runs
 from v4jax.adapters import lora, peft, runs, updates
-from v4jax.adapters.lora import MODULES, Adapter, Lora
+from v4jax.adapters.lora import Adapter
+from v4jax.adapters.lora_settings import MODULES, Lora
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.language_model import LanguageModel
 from v4jax.model import params, sharding
 from v4jax_train.trainable import Full
 
 pytestmark = [
-    # PEFT does not look for patterns among parameters, but finds their ranks all the same.
+    # PEFT warns about patterns that match parameters, but applies their ranks all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
-    # It asks transformers for a property that has another name now.
+    # It reads a property of transformers that has been renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 TOKENS_BT = np.random.default_rng(0).integers(0, 128, (2, 40))
@@ -59,7 +60,7 @@ def logits(model: LanguageModel) -> np.ndarray:
 
 
 def folded(model: LanguageModel, settings: Lora, adapter: Adapter) -> LanguageModel:
-    """The model with the update in its matrices: one program serves all adapters."""
+    """The model with the update folded into its matrices, so that adapters share a program."""
     base = model.engine.model
     changed = training_runs.folded(model.config, base, settings, adapter, jnp.float32)
     return LanguageModel(dataclasses.replace(model.engine, model=changed))
@@ -69,15 +70,15 @@ def distance(ours: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
-def assert_same(found: Adapter, expected: Adapter) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: Adapter, expected: Adapter) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
         for part in "ab":
-            np.testing.assert_array_equal(found[name][part], expected[name][part])
+            np.testing.assert_array_equal(actual[name][part], expected[name][part])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_our_adapter_in_peft_gives_our_logits(
+def test_peft_reproduces_the_logits_of_our_adapters(
     name: str, torch_model: Any, model: LanguageModel, tmp_path: Path
 ) -> None:
     settings, cfg = SETTINGS[name], model.config
@@ -89,8 +90,8 @@ def test_our_adapter_in_peft_gives_our_logits(
     assert distance(logits(folded(model, settings, adapter)), expected) <= 1e-5
     if name == "all":
         assert distance(logits(model.with_adapter(tmp_path / "adapter")), expected) <= 1e-5
-    back, factors = peft.load(tmp_path / "adapter", cfg)
-    assert back == settings
+    loaded, factors = peft.load(tmp_path / "adapter", cfg)
+    assert loaded == settings
     assert_same(factors, adapter)
 
 
@@ -132,7 +133,7 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_an_adapter_of_peft_gives_its_logits(
+def test_we_reproduce_the_logits_of_adapters_from_peft(
     name: str, torch_model: Any, model: LanguageModel, tmp_path: Path
 ) -> None:
     settings = {"r": 4, "lora_alpha": 6, "target_modules": []} | THEIRS[name]
@@ -148,7 +149,7 @@ def test_an_adapter_of_peft_gives_its_logits(
     assert_same(peft.load(tmp_path / "again", model.config)[1], factors)
 
 
-def test_adapters_share_the_base_and_leave_it_as_it_is(
+def test_adapters_share_the_base_and_leave_it_unchanged(
     model: LanguageModel, tmp_path: Path
 ) -> None:
     settings, cfg = SETTINGS["all"], model.config
@@ -159,8 +160,8 @@ def test_adapters_share_the_base_and_leave_it_as_it_is(
         peft.export(tmp_path / str(seed), cfg, settings, adapter)
         changed.append(model.with_adapter(tmp_path / str(seed)))
     for name, array in before:
-        for one in changed:
-            weight = dict(params.leaves(one.engine.model))[name]
+        for adapted in changed:
+            weight = dict(params.leaves(adapted.engine.model))[name]
             assert getattr(weight, "base", weight) is array
     again = changed[0].with_adapter(tmp_path / "1")
     np.testing.assert_array_equal(logits(again), logits(changed[1]))
@@ -178,19 +179,19 @@ def test_load_takes_an_adapter(directory: Path, model: LanguageModel, tmp_path: 
         np.testing.assert_array_equal(logits(loaded), expected)
 
 
-def test_a_mesh_holds_the_adapter_as_training_does(directory: Path, tmp_path: Path) -> None:
+def test_a_mesh_shards_the_adapter_as_training_does(directory: Path, tmp_path: Path) -> None:
     mesh = sharding.make_mesh(expert=8)
     settings = Lora("all", rank=2)
     base = v4jax.load(directory, dtype="float32", numerics="hf", mesh=mesh)
     adapter = training_runs.learned(base.config, settings)
     peft.export(tmp_path / "adapter", base.config, settings, adapter)
-    found = dict(params.leaves(base.with_adapter(tmp_path / "adapter").engine.model))
-    weight = found["stacks.0.experts.0.gate_EFD"]
+    leaves = dict(params.leaves(base.with_adapter(tmp_path / "adapter").engine.model))
+    weight = leaves["stacks.0.experts.0.gate_EFD"]
     assert weight.a.sharding.mesh == mesh
     assert weight.a.sharding.spec[1] == weight.base.sharding.spec[1] is not None
 
 
-def test_the_newest_state_of_a_run_is_read_or_the_best(
+def test_the_newest_or_the_best_state_of_a_run_is_read(
     directory: Path, model: LanguageModel, tmp_path: Path
 ) -> None:
     settings = Lora("attn+shared", rank=2)
@@ -199,13 +200,13 @@ def test_the_newest_state_of_a_run_is_read_or_the_best(
     training_runs.write(tmp_path / "run", directory, settings, newer, step_number=11)
     # As an interrupted save leaves it.
     (tmp_path / "run" / runs.STATES / "12.orbax-checkpoint-tmp-1").mkdir()
-    found = updates.read(tmp_path / "run", model.config)
-    assert isinstance(found, updates.Adapted)
-    assert found.settings == settings
-    assert_same(found.factors, newer)
-    found = updates.read(tmp_path / "run", model.config, best=True)
-    assert isinstance(found, updates.Adapted)
-    assert_same(found.factors, best)
+    update = updates.read(tmp_path / "run", model.config)
+    assert isinstance(update, updates.Adapted)
+    assert update.settings == settings
+    assert_same(update.factors, newer)
+    update = updates.read(tmp_path / "run", model.config, best=True)
+    assert isinstance(update, updates.Adapted)
+    assert_same(update.factors, best)
 
 
 def test_weights_of_a_run_replace_those_of_the_model(
@@ -220,7 +221,7 @@ def test_weights_of_a_run_replace_those_of_the_model(
     for name, value in params.leaves(loaded.engine.model):
         expected = (trained | balanced).get(name, leaves[name])
         np.testing.assert_array_equal(value, expected)
-    with pytest.raises(CheckpointError, match="trained the weights themselves"):
+    with pytest.raises(CheckpointError, match="trained the weights in full"):
         model.with_adapter(run)
 
 
@@ -260,18 +261,16 @@ def test_a_run_that_cannot_be_read_is_refused(
     settings = Lora("attn", rank=2)
     adapter = training_runs.learned(model.config, settings)
     run = training_runs.write(tmp_path / "run", directory, settings, adapter)
-    change, says = RUN_REFUSALS[name]
+    change, message = RUN_REFUSALS[name]
     change(run)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         updates.read(run, model.config)
 
 
-def test_fresh_factors_of_lora_are_what_an_export_begins_with(
-    model: LanguageModel, tmp_path: Path
-) -> None:
+def test_newly_initialised_factors_survive_an_export(model: LanguageModel, tmp_path: Path) -> None:
     settings, cfg = Lora("all", rank=2), model.config
     adapter = jax.tree.map(np.asarray, lora.init(cfg, settings, jax.random.key(0)))
     peft.export(tmp_path / "adapter", cfg, settings, adapter)
-    back, factors = peft.load(tmp_path / "adapter", cfg)
-    assert back == settings
+    loaded, factors = peft.load(tmp_path / "adapter", cfg)
+    assert loaded == settings
     assert_same(factors, adapter)

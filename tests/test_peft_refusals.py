@@ -1,4 +1,4 @@
-"""What PEFT's files may not say: settings that factors contradict, or that nothing here honours."""
+"""Refused files of PEFT: their settings contradict the factors, or are not supported here."""
 
 import json
 from collections.abc import Callable
@@ -35,14 +35,14 @@ def configured(**changes: Any) -> Callable[[Path], Any]:
 def removed(key: str) -> Callable[[Path], Any]:
     def change(directory: Path) -> None:
         file = directory / peft.CONFIG
-        kept = {k: value for k, value in json.loads(file.read_text()).items() if k != key}
-        file.write_text(json.dumps(kept))
+        remaining = {k: value for k, value in json.loads(file.read_text()).items() if k != key}
+        file.write_text(json.dumps(remaining))
 
     return change
 
 
 def targeting(name: str) -> Callable[[Path], Any]:
-    """One target more."""
+    """The adapter with one more target."""
     return lambda directory: configured(
         target_modules=[*json.loads((directory / peft.CONFIG).read_text())["target_modules"], name]
     )(directory)
@@ -66,14 +66,14 @@ Q_A = PREFIX + "self_attn.q_a_proj.lora_A.weight"
 DOWN_A = PREFIX + "mlp.experts.lora_A.weight"
 
 
-def spoil(name: str, value: Any) -> Callable[[Path], Any]:
+def replaced(name: str, value: Any) -> Callable[[Path], Any]:
     def change(values: dict[str, np.ndarray]) -> None:
         values[name] = value(values[name]) if name in values else value(values[Q_A])
 
     return rewritten(change)
 
 
-def with_a_number_that_is_none(values: np.ndarray) -> np.ndarray:
+def with_nan(values: np.ndarray) -> np.ndarray:
     values[0, 0] = np.nan
     return values
 
@@ -85,10 +85,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pissa": (configured(init_lora_weights="pissa"), "pissa"),
     "saved modules": (configured(modules_to_save=["lm_head"]), "modules_to_save"),
     "rank of nothing": (configured(r=0), "rank 0"),
-    "another rank": (configured(r=8), "q_a_proj' have rank 2, and adapter_config.json says 8"),
+    "another rank": (configured(r=8), "q_a_proj' have rank 2, but adapter_config.json says 8"),
     "another rank in a pattern": (
         configured(rank_pattern={"gate_up_proj": 4, "layers.1.self_attn.kv_proj": 3}),
-        "'model.layers.1.self_attn.kv_proj' have rank 2, and adapter_config.json says 3",
+        "'model.layers.1.self_attn.kv_proj' have rank 2, but adapter_config.json says 3",
     ),
     "an expert's rank": (configured(rank_pattern={}, r=2), "gate_up_proj' have rank 4"),
     "a rank that is no number": (configured(r="2"), "rank '2'"),
@@ -128,29 +128,34 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no factors": (rewritten(lambda values: values.clear()), "no factors"),
     "one factor": (rewritten(lambda values: values.pop(Q_A)), "without its other factor"),
     "another module": (
-        spoil(PREFIX + "self_attn.o_a_proj.lora_A.weight", np.copy),
+        replaced(PREFIX + "self_attn.o_a_proj.lora_A.weight", np.copy),
         "o_a_proj",
     ),
-    "another layer": (spoil(Q_A.replace("layers.0", "layers.9"), np.copy), "this model 3 layers"),
-    "integers": (spoil(Q_A, lambda x: x.astype(np.int32)), "I32"),
-    "no number": (spoil(Q_A, with_a_number_that_is_none), "no finite numbers"),
-    "other channels": (spoil(Q_A, lambda x: x[:, :-1]), "another model"),
-    "other ranks": (spoil(Q_A, lambda x: x[:1]), "ranks 1 and 2"),
-    "other experts": (spoil(DOWN_A, lambda x: x[:-1]), "8 matrices"),
+    "another layer": (
+        replaced(Q_A.replace("layers.0", "layers.9"), np.copy),
+        "this model 3 layers",
+    ),
+    "integers": (replaced(Q_A, lambda x: x.astype(np.int32)), "I32"),
+    "no number": (replaced(Q_A, with_nan), "values that are not finite"),
+    "other channels": (replaced(Q_A, lambda x: x[:, :-1]), "another model"),
+    "other ranks": (replaced(Q_A, lambda x: x[:1]), "ranks 1 and 2"),
+    "other experts": (replaced(DOWN_A, lambda x: x[:-1]), "8 matrices"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_is_no_adapter_of_this_model_is_refused(name: str, adapter_directory: Path) -> None:
-    change, says = REFUSALS[name]
+def test_adapters_that_do_not_fit_this_model_are_refused(
+    name: str, adapter_directory: Path
+) -> None:
+    change, message = REFUSALS[name]
     change(adapter_directory)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         updates.read(adapter_directory, CFG)
     assert str(adapter_directory) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_settings_that_change_nothing_here_are_ignored(
+def test_settings_without_effect_here_are_ignored(
     adapter_directory: Path,
 ) -> None:
     settings, expected = peft.load(adapter_directory, CFG)
@@ -167,9 +172,9 @@ def test_settings_that_change_nothing_here_are_ignored(
         qalora_group_size=16,
         a_setting_of_tomorrow=None,
     )(adapter_directory)
-    targeting("q_proj")(adapter_directory)  # which no module of V4 is called
-    again, factors = peft.load(adapter_directory, CFG)
-    assert again == settings
+    targeting("q_proj")(adapter_directory)  # no module of V4 has this name
+    loaded, factors = peft.load(adapter_directory, CFG)
+    assert loaded == settings
     assert factors.keys() == expected.keys()
     for name, pair in expected.items():
         np.testing.assert_array_equal(factors[name]["a"], pair["a"])

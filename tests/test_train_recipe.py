@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,7 +13,8 @@ import pytest
 import v4jax_configs
 
 from v4jax.adapters.lora import Lora
-from v4jax_train import recipe, tables
+from v4jax_train import recipe, recipe_help, tables
+from v4jax_train.__main__ import main
 from v4jax_train.recipe import Recipe
 
 MINIMAL = "[adapter]\n[steps]\nsteps = 5\n"
@@ -71,26 +74,35 @@ def test_shipped_recipes_are_valid(name: str) -> None:
             "[adapter]\nranks = 4\n[steps]\nsteps = 5",
             "adapter has no 'ranks'; did you mean 'rank'?",
         ),
-        ("[adapter]\nrank = 0\n[steps]\nsteps = 5", "adapter: rank is 0; it is at least 1."),
-        ('[adapter]\ntargets = ["attn", "kv"]', "adapter: targets has 'kv'; it is one of attn, "),
-        ("[adapter]\ntargets = 3", "adapter.targets is 3; it is a list of strings."),
-        ("[adapter]\nalpha = nan", "adapter.alpha is nan; it is a finite number."),
+        ("[adapter]\nrank = 0\n[steps]\nsteps = 5", "adapter: rank is 0; it must be at least 1."),
+        (
+            '[adapter]\ntargets = ["attn", "kv"]',
+            "adapter: targets has 'kv'; a target must be one of attn, ",
+        ),
+        ("[adapter]\ntargets = 3", "adapter.targets is 3; it must be a list of strings."),
+        ("[adapter]\nalpha = nan", "adapter.alpha is nan; it must be a finite number."),
         ("[adaptor]\n", "The recipe has no 'adaptor'; did you mean 'adapter'?"),
-        ("adapter = 3\n", "adapter is 3; it is a table."),
+        ("adapter = 3\n", "adapter is 3; it must be a table."),
         (MINIMAL + "batch = 6\nparts = 4", "steps: batch is 6; use a multiple of parts, 4."),
-        (MINIMAL + "batch = true", "steps.batch is True; it is a int."),
-        (MINIMAL + '[model]\ndtype = "half"', "model.dtype is 'half'; it is one of 'bfloat16'"),
+        (MINIMAL + "batch = true", "steps.batch is True; it must be an integer."),
+        (
+            MINIMAL + '[model]\ndtype = "half"',
+            "model.dtype is 'half'; it must be one of 'bfloat16'",
+        ),
         (MINIMAL + "[data]\nseq_len = 100", "data: seq_len is 100; use a multiple of 128."),
-        (MINIMAL + "seed = 4294967296", "steps.seed is 4294967296; it is at most 2.14748e+09."),
-        (MINIMAL + "[guard]\nspike = nan", "guard.spike is nan; it is a finite number."),
+        (
+            MINIMAL + "seed = 4294967296",
+            "steps.seed is 4294967296; it must be at most 2.14748e+09.",
+        ),
+        (MINIMAL + "[guard]\nspike = nan", "guard.spike is nan; it must be a finite number."),
         (
             "[adapter]\nalpha = inf\n[steps]\nsteps = 5",
-            "adapter.alpha is inf; it is a finite number.",
+            "adapter.alpha is inf; it must be a finite number.",
         ),
         ("a = " + "[" * 3000, "is not TOML"),
         ("[steps]\nsteps = " + "9" * 5000, "is not TOML"),
         (MINIMAL + "[losses]\nmtp = 0.1", "[losses] trains MTP blocks, routers and indexers"),
-        (MINIMAL + "[optimizer]\nrate = 0.0", "optimizer: rate is 0.0; it is above 0.0."),
+        (MINIMAL + "[optimizer]\nrate = 0.0", "optimizer: rate is 0.0; it must be above 0.0."),
         (MINIMAL + "[guard]\nspike = 0.5", "guard: spike is 0.5"),
         (MINIMAL + "[evaluation]\npatience = 2", "evaluation: patience is 2, but there are no"),
         ("[full]\nindexers = true\n[steps]\nsteps = 5", "set both or neither"),
@@ -103,8 +115,59 @@ def test_errors_name_what_is_wrong(tmp_path: Path, text: str, message: str) -> N
     assert str(error.value).startswith(str(tmp_path / "recipe.toml"))
 
 
+@pytest.mark.parametrize("command", ["train", "preview"])
+def test_help_has_the_type_default_and_meaning_of_every_field(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    tables = recipe_help.tables(Recipe)
+    table_names = {name.split(".")[0] for name, _ in fields(Recipe) if "." in name}
+    assert tables.keys() == table_names
+    for table, kind in tables.items():
+        assert [field.name for field in recipe_help.fields(kind)] == list(get_type_hints(kind))
+        for field in recipe_help.fields(kind):
+            assert len(field.meaning) > 10, f"{table}.{field.name}"
+            meaning = field.meaning.rstrip(".")
+            entry = f"--{table}.{field.name} {field.type} {meaning} (default: {field.default})"
+            assert entry in text
+
+
+def test_help_shows_types_and_defaults_as_a_recipe_has_them() -> None:
+    shown = {
+        f"{table}.{field.name}": (field.type, field.default)
+        for table, kind in recipe_help.tables(Recipe).items()
+        for field in recipe_help.fields(kind)
+    }
+    assert shown["model.dtype"] == ("{bfloat16,float32}", '"bfloat16"')
+    assert shown["data.files"] == ("[str,...]", "[]")
+    assert shown["steps.epochs"] == ("int", "unset")
+    assert shown["steps.remat"] == ("true|false", "true")
+    assert shown["adapter.targets"] == ("[str,...]|str", '"attn"')
+    assert shown["optimizer.rate"] == ("float", "0.0001")
+
+
+def test_every_attribute_that_is_described_is_a_field() -> None:
+    kinds = [Recipe, *recipe_help.tables(Recipe).values(), *recipe.Data.described_by]
+    for kind in kinds:
+        assert recipe_help.attributes(kind)
+        assert recipe_help.attributes(kind).keys() <= get_type_hints(kind).keys()
+
+
+def test_help_imports_no_jax() -> None:
+    code = (
+        "import sys; from v4jax_train.__main__ import main\n"
+        "try: main(['train', '--help'])\nfinally: print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+
+
 def fields(kind: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Each field of a recipe by its dotted name, with its annotation."""
+    """Each field of a recipe by its dotted name, and its annotated type."""
     for name, hint in get_type_hints(kind).items():
         plain = next((x for x in get_args(hint) if dataclasses.is_dataclass(x)), hint)
         if dataclasses.is_dataclass(plain):
@@ -160,7 +223,7 @@ def test_a_value_of_the_wrong_type_is_a_one_line_error(
 def test_a_flag_into_a_key_that_is_not_a_table_is_a_one_line_error(
     value: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"adapter is .*; it is a table"):
+    with pytest.raises(ValueError, match=r"adapter is .*; it must be a table"):
         read(tmp_path, f"adapter = {value}\n", adapter__rank="3")
 
 

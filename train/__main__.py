@@ -1,15 +1,15 @@
 """The `v4jax-train` command."""
 
 import argparse
-import dataclasses
 import importlib.metadata
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from v4jax.commands import command_line, options
 
@@ -26,22 +26,22 @@ examples:
 """
 _COMMANDS = ("train", "preview", "resume", "eval", "plot", "demo")
 _FINISHED_BY_SIGNAL = 143
-# glibc's malloc takes memory in large pages if the environment says so when a process starts.
-# XLA takes a step's buffers anew each time; on a CPU that is up to a tenth of the step.
+# glibc's malloc uses large pages only if the environment says so when the process starts. XLA
+# allocates a step's buffers again each time; on a CPU that is up to a tenth of the step.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def command() -> int:
     """`main` for the command line, which may end the process.
 
-    On Linux it begins anew with large pages.
+    On Linux it restarts the process with large pages.
     """
     if sys.platform == "linux" and LARGE_PAGES.keys().isdisjoint(os.environ):
         words = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, words, os.environ | LARGE_PAGES)
     status = main()
     if status == 1:
-        # Where a state could not be saved, Orbax's unfinished coroutines would complain at the end.
+        # If a state could not be saved, Orbax's unfinished coroutines would complain at exit.
         os._exit(status)
     return status
 
@@ -68,18 +68,18 @@ def _run(args: argparse.Namespace) -> int:
         status = command_line.status(
             f"v4jax-train {args.command}",
             lambda: args.run(args),
-            interrupted="; 'v4jax-train resume' goes on from the last saved state.",
+            interrupted="; 'v4jax-train resume' continues from the last saved state.",
             out_of_memory="try more steps.parts, a shorter data.seq_len or remat.",
         )
     except ModuleNotFoundError as error:
         status = _missing(error)
     except Exception:
-        if not args.among_others:
+        if not args.has_peers:
             raise
         traceback.print_exc()
         status = 1
-    if status == 1 and args.among_others:
-        # They would wait for this process; when it is gone, they end too.
+    if status == 1 and args.has_peers:
+        # The other processes would wait for this one; once it is gone, they end too.
         os._exit(1)
     return status
 
@@ -101,36 +101,44 @@ def _parser() -> argparse.ArgumentParser:
     version = f"v4jax {importlib.metadata.version('v4jax')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = _command(commands, "train", _train, "train as a recipe says (the default command)")
+    train = _command(commands, "train", _train, "train with a recipe (the default command)")
     _add_recipe(train)
     _add_processes(train)
     preview = _command(commands, "preview", _preview, "show what a recipe would train on")
     _add_recipe(preview)
-    preview.add_argument("--samples", type=int, default=3, metavar="N", help="of each file (3)")
-    resume = _command(commands, "resume", _resume, "go on with a run from its newest state")
+    preview.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="rows to show per file (default: 3)"
+    )
+    resume = _command(commands, "resume", _resume, "continue a run from its newest state")
     _add_run(resume)
-    _add_state(resume, "go on from this one, not the newest; what came after it is dropped")
+    _add_state(resume, "continue from this state instead; later ones are dropped")
     resume.add_argument(
         "--changed-data",
         action="store_true",
-        help="go on though data files are not what the run began with",
+        help="continue even if the data files have changed since the run began",
     )
     _add_processes(resume)
-    evaluate = _command(commands, "eval", _evaluate, "measure a run's newest or best state")
+    evaluate = _command(commands, "eval", _evaluate, "evaluate a run's newest or best state")
     _add_run(evaluate)
-    _add_state(evaluate, "this one, not the newest")
-    evaluate.add_argument("--data", action="append", metavar="FILE", help="instead of the recipe's")
+    _add_state(evaluate, "evaluate this state instead of the newest")
+    evaluate.add_argument(
+        "--data", action="append", metavar="FILE", help="use this file instead of the recipe's"
+    )
     evaluate.add_argument("--best", action="store_true", help="the best state, not the newest")
-    plot = _command(commands, "plot", _plot, "draw a run's curves")
+    plot = _command(commands, "plot", _plot, "plot a run's curves")
     _add_run(plot)
-    plot.add_argument("--png", type=Path, help="the file to make (default: RUN/curves.png)")
+    plot.add_argument("--png", type=Path, help="output file (default: RUN/curves.png)")
     demo = _command(
-        commands, "demo", _demo, "train a tiny model from nothing, on CPython's own text"
+        commands, "demo", _demo, "train a tiny model from scratch, on CPython's own text"
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="(runs/tiny)"
+        "--out",
+        type=Path,
+        default=Path("runs/tiny"),
+        metavar="DIR",
+        help="output directory (default: runs/tiny)",
     )
-    demo.add_argument("--steps", metavar="N", help="instead of the recipe's")
+    demo.add_argument("--steps", metavar="N", help="number of steps instead of the recipe's")
     return parser
 
 
@@ -139,12 +147,12 @@ def _command(
 ) -> argparse.ArgumentParser:
     description = text[0].upper() + text[1:] + "."
     parser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
-    parser.set_defaults(run=run, among_others=False)
+    parser.set_defaults(run=run, has_peers=False)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="RUN", help="the directory of a run")
+    parser.add_argument("directory", type=Path, metavar="RUN", help="directory of a run")
 
 
 def _add_state(parser: argparse.ArgumentParser, text: str) -> None:
@@ -152,69 +160,78 @@ def _add_state(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The recipe, and a flag for each of its fields."""
+    """Add the recipe, and a flag for each of its fields."""
+    from . import recipe_help
     from .recipe import Recipe
 
-    parser.add_argument("recipe", type=Path, help="a TOML file")
+    parser.formatter_class = _field_formatter
+    parser.usage = "%(prog)s RECIPE [options] [--TABLE.FIELD VALUE ...]"
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     parser.add_argument("--model", dest="model.path", metavar="DIR", help="same as --model.path")
     parser.add_argument(
-        "--data", action="append", metavar="FILE", help="train on this; may be repeated"
+        "--data", action="append", metavar="FILE", help="file to train on; may be repeated"
     )
-    parser.add_argument("--out", metavar="DIR", help="the directory of the run")
-    group = parser.add_argument_group("fields of the recipe")
-    for table, hint in get_type_hints(Recipe).items():
-        for name in _fields(hint):
-            group.add_argument(f"--{table}.{name}", metavar="X")
+    out = recipe_help.attributes(Recipe).get("out", "")
+    parser.add_argument("--out", metavar="DIR", help=out.rstrip("."))
+    parser.epilog = (
+        "Fields are keys of the recipe's tables; a flag overrides the file. Values are written as"
+        """ in TOML, strings without quotes: --data.files '["a.jsonl", "b.jsonl"]'."""
+    )
+    for table, kind in recipe_help.tables(Recipe).items():
+        group = parser.add_argument_group(f"[{table}]", recipe_help.summary(kind))
+        for field in recipe_help.fields(kind):
+            text = f"{field.meaning.rstrip('.')} (default: {field.default})".replace("%", "%%")
+            group.add_argument(f"--{table}.{field.name}", metavar=field.type, help=text)
 
 
-def _fields(hint: Any) -> list[str]:
-    kinds = (hint, *getattr(hint, "__args__", ()))
-    kind = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-    return [field.name for field in dataclasses.fields(kind)] if kind else []
+def _field_formatter(prog: str) -> argparse.HelpFormatter:
+    """Help texts below long option names, on lines of at most 100 columns."""
+    width = min(shutil.get_terminal_size().columns, 102) - 2
+    return argparse.HelpFormatter(prog, max_help_position=8, width=width)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     group.add_argument(
-        "--distributed", action="store_true", help="one process of a pod that JAX knows of"
+        "--distributed", action="store_true", help="run as one process of a pod that JAX detects"
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, elsewhere")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
 def _begin_processes(args: argparse.Namespace) -> None:
     import jax
 
-    chosen = (args.coordinator, args.processes, args.process)
-    if any(x is not None for x in chosen):
-        if None in chosen:
+    cluster = (args.coordinator, args.processes, args.process)
+    if any(x is not None for x in cluster):
+        if None in cluster:
             raise ValueError("--coordinator, --processes and --process go together.")
-        jax.distributed.initialize(*chosen)
+        jax.distributed.initialize(*cluster)
     elif args.distributed:
         jax.distributed.initialize()
-    args.among_others = jax.process_count() > 1
+    args.has_peers = jax.process_count() > 1
 
 
 def _recipe(args: argparse.Namespace) -> Any:
     from .recipe import read
 
-    given = {name: value for name, value in vars(args).items() if "." in name and value is not None}
+    flags = {name: value for name, value in vars(args).items() if "." in name and value is not None}
     if args.out is not None:
-        given["out"] = repr(args.out)
+        flags["out"] = repr(args.out)
     if args.data:
-        given["data.files"] = repr(args.data)
-    return read(args.recipe, given)
+        flags["data.files"] = repr(args.data)
+    return read(args.recipe, flags)
 
 
 def _quiet_orbax() -> None:
-    """When it is imported: it logs what options mean, and tracebacks of errors that it raises."""
+    """Silence Orbax, which logs explanations of options and tracebacks of errors that it raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _told_to_nobody
+    sys.unraisablehook = _unraisable_hook
 
 
-def _told_to_nobody(unraisable: Any) -> None:
-    """As Python's, but for writes that end when a save has failed and nobody listens."""
+def _unraisable_hook(unraisable: Any) -> None:
+    """Python's hook, except for Orbax's pending writes after a failed save."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -227,7 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     _begin_processes(args)
     with display.live() as show:
         outcome = loop.begin(recipe, show=show)
-    return _ended(outcome, Path(recipe.out))
+    return _report_end(outcome, Path(recipe.out))
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -239,14 +256,14 @@ def _resume(args: argparse.Namespace) -> int:
         outcome = loop.resume(
             args.directory, show=show, step=args.state, changed_data=args.changed_data
         )
-    return _ended(outcome, args.directory)
+    return _report_end(outcome, args.directory)
 
 
-def _ended(outcome: Any, directory: Path) -> int:
+def _report_end(outcome: Any, directory: Path) -> int:
     if outcome.why == "signal":
-        print(f"Saved {directory} after step {outcome.step}; 'v4jax-train resume' goes on.")
+        print(f"Saved {directory} after step {outcome.step}; 'v4jax-train resume' continues it.")
         return _FINISHED_BY_SIGNAL
-    early = " early: evaluations do not get better" if outcome.why == "early" else ""
+    early = " early: evaluations have stopped improving" if outcome.why == "early" else ""
     print(f"Ended{early} after step {outcome.step}, loss {outcome.loss:.4f}: {directory}.")
     return 0
 
@@ -266,10 +283,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import runs
 
     _quiet_orbax()
-    found = runs.evaluate(
+    metrics = runs.evaluate(
         args.directory, files=tuple(args.data or ()), best=args.best, step=args.state
     )
-    print(json.dumps(found, indent=1, ensure_ascii=False))
+    print(json.dumps(metrics, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -278,7 +295,7 @@ def _plot(args: argparse.Namespace) -> int:
 
     target = args.png or args.directory / "curves.png"
     plot.draw([args.directory], target)
-    print(f"Made {target}.")
+    print(f"Wrote {target}.")
     return 0
 
 
@@ -290,16 +307,16 @@ def _demo(args: argparse.Namespace) -> int:
     overrides = {} if args.steps is None else {"steps.steps": args.steps}
     with display.live() as show:
         release, outcome = tiny.train(args.out, overrides, show=show)
-    status = _ended(outcome, run)
+    status = _report_end(outcome, run)
     if not status:
-        measured = journal.read(run, "evaluation")[-1]
-        for sample in measured["samples"]:
+        evaluation = journal.read(run, "evaluation")[-1]
+        for sample in evaluation["samples"]:
             print(f"\n{sample['prompt']}{sample['text']}")
         print(
-            f"\nOn text held out: loss {measured['loss']:.3f};"
-            f" MTP foresees {measured['mtp_agreement']:.0%} of the tokens."
+            f"\nOn held-out text: loss {evaluation['loss']:.3f};"
+            f" MTP predicts {evaluation['mtp_agreement']:.0%} of the tokens."
         )
-        print(f'Go on with: v4jax generate {release} -p "{tiny.PROMPTS[0]}"')
+        print(f'Next: v4jax generate {release} -p "{tiny.PROMPTS[0]}"')
     return status
 
 

@@ -101,7 +101,7 @@ def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
       ValueError: what training would refuse of the recipe, the model's files or the data.
     """
     if samples < 0:
-        raise ValueError(f"samples is {samples}; it is at least 0.")
+        raise ValueError(f"samples is {samples}; it must be at least 0.")
     tokenizer = preparation.text_tokenizer(recipe)
     preparation.check(recipe)
     trained = preparation.read_data(recipe, tokenizer, recipe.data.files)

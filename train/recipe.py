@@ -1,7 +1,8 @@
-"""A run's settings: a TOML file, which flags override, to frozen dataclasses.
+"""A run's settings: from a TOML file, overridden by flags, to frozen dataclasses.
 
-The tables of the file are the classes below, their keys the fields. `[adapter]` trains low-rank
-updates, `[full]` the weights themselves; there is one of the two.
+The file's tables are the classes below, its keys their fields. `[adapter]` trains low-rank updates,
+`[full]` the weights themselves; a recipe has one of the two. `v4jax-train train --help` shows the
+lines under `Attributes` as the meaning of each field.
 """
 
 import dataclasses
@@ -10,25 +11,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from v4jax.adapters.lora import Lora
+from v4jax.adapters.lora_settings import Lora
 from v4jax.text.files import read_text
 
 from .data.packing import PackSettings
 from .data.rendering import RenderSettings
 from .data.rows import RowSettings
-from .tables import at_least, made
-from .trainable import Full
+from .full_settings import Full
+from .tables import at_least, from_nested
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Which model is trained, and how it is held.
+    """The model to train, and the formats of its weights.
 
     Attributes:
       path: a Hugging Face directory, a native checkpoint, or a Hub id.
-      dtype: of activations, and of frozen weights that are not kept quantised.
-      master: dtype of weights that are trained in full.
-      keep_quantised: hold frozen FP8 and FP4 weights as they are.
+      dtype: dtype of activations and, with an adapter, of base weights not kept quantised.
+      master: dtype in which full training holds and updates weights.
+      keep_quantised: with an adapter, leave the base's FP8 and FP4 weights quantised.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
     """
 
@@ -41,16 +42,17 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on.
+    """Training data.
+
+    The classes in `described_by` describe the fields that are not listed here.
 
     Attributes:
-      files: JSONL files; 'chats.jsonl:2' takes twice as many packs from a file as 'more.jsonl'.
-      format, ignore: see `rows.RowSettings`.
-      skip_wrong: leave rows out that are wrong, after saying how many.
-      seq_len, too_long, untrained, window: see `packing.PackSettings`.
-      thinking_mode, reasoning_effort, drop_thinking, revision, reasoning, turns: see
-        `rendering.RenderSettings`.
+      files: JSONL files to train on. A weight may follow a name: 'chats.jsonl:2' gets twice as many
+        packs as 'more.jsonl'.
+      skip_wrong: leave out invalid rows and report how many, instead of failing.
     """
+
+    described_by = (RowSettings, PackSettings, RenderSettings)
 
     files: tuple[str, ...] = ()
     format: str = "auto"
@@ -68,7 +70,7 @@ class Data:
     turns: str = "all"
 
     def __post_init__(self) -> None:
-        """Refuse at once what reading, rendering or packing would."""
+        """Reject early what reading, rendering or packing would reject."""
         self.read()
         self.pack(0)
         self.render()
@@ -97,16 +99,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """How weights are moved.
+    """The optimiser and its learning rate.
 
     Attributes:
-      rule: 'muon' moves matrices by Muon and the rest by AdamW.
-      rate: learning rate at its highest.
-      warmup: steps in which it grows to that.
-      schedule: what comes then: 'cosine' or 'linear' down to `final` of the rate, or 'constant'.
-      final: share of the rate at the last step.
-      weight_decay: per step and learning rate.
-      clip: gradients longer than this are shortened to it.
+      rule: 'adamw', or 'muon': Muon for matrices and AdamW for the rest.
+      rate: peak learning rate.
+      warmup: steps of linear warmup to the peak rate.
+      schedule: after warmup: 'cosine' or 'linear' decay to `final` times the rate, or 'constant'.
+      final: rate at the end of the schedule, as a fraction of the peak rate.
+      weight_decay: decoupled weight decay; each step shrinks weights by learning rate times this.
+      clip: largest norm of the gradient; a longer one is scaled down to it.
     """
 
     rule: Literal["adamw", "muon"] = "adamw"
@@ -118,7 +120,7 @@ class Optimizer:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that move nothing or the wrong way."""
+        """Reject rates that cannot train."""
         at_least(self, "rate", 0.0, above=True)
         at_least(self, "clip", 0.0, above=True)
         for name in ("warmup", "final", "weight_decay"):
@@ -127,7 +129,14 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What is minimised beside the cross-entropy; see `step.Settings`."""
+    """Losses besides the cross-entropy, and the rule for routers' biases; for full training.
+
+    Attributes:
+      mtp: weight of the MTP blocks' loss; 0: they do not run and are not trained.
+      balance: weight of the loss that keeps experts equally busy within a document.
+      indexer: weight of the indexers' divergence from attention; 0: indexers are not trained.
+      bias_speed: how far a step moves each bias of the routers; 0: biases do not change.
+    """
 
     mtp: float = 0.0
     balance: float = 0.0
@@ -135,25 +144,25 @@ class Losses:
     bias_speed: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse weights below 0."""
+        """Reject negative weights."""
         for field in dataclasses.fields(self):
             at_least(self, field.name, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps:
-    """How long a run is, and of what its steps are made.
+    """The length of a run, and what a step consists of.
 
     Attributes:
-      steps: how many; None: as many as `epochs` need.
-      epochs: how often each file is read; None with `steps`: without end.
-      batch: packs of a step.
-      parts: into which a batch is cut that follow one another, to save memory.
-      remat: compute activations anew in the backward pass; false keeps products and what
-        attention and experts gave.
-      unroll: compile each layer by itself, instead of a loop over those that are alike: on CPUs a
-        few percent faster, for more memory and a compilation that grows with the layers.
-      seed: of the order of the data, of adapters and of dropout.
+      steps: number of steps; unset: as many as `epochs` needs.
+      epochs: number of passes over the file; unset: data repeats until `steps` is reached.
+      batch: packs per step.
+      parts: number of parts a batch is split into, run one after another to save memory.
+      remat: recompute activations in the backward pass; false stores matrix products and the
+        outputs of attention and experts.
+      unroll: compile each layer separately instead of looping over equal ones: a few percent faster
+        on CPUs, for more memory and a compile time that grows with the number of layers.
+      seed: seed of the data's order, of an adapter's initial values and of dropout.
     """
 
     steps: int | None = None
@@ -165,7 +174,7 @@ class Steps:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no step."""
+        """Reject numbers that make no step."""
         for name in ("batch", "parts"):
             at_least(self, name, 1)
         for name in ("steps", "epochs"):
@@ -178,33 +187,33 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """When the run is saved: every so many steps, on SIGTERM, and at the end.
+    """Saved states. A run is also saved on SIGTERM and at its end.
 
     Attributes:
-      every: steps from one to the next.
-      keep: how many are kept, the newest; and the best one, where runs are evaluated.
+      every: steps between saved states.
+      keep: number of newest states to keep; with evaluations, the best state is kept too.
     """
 
     every: int = 100
     keep: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse numbers that keep nothing."""
+        """Reject numbers that keep nothing."""
         at_least(self, "every", 1)
         at_least(self, "keep", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured on other data while the run goes on.
+    """Evaluation on held-out data during the run.
 
     Attributes:
-      files: JSONL files; none: nothing is measured.
-      every: steps from one evaluation to the next; there is one at the end.
-      batches: at most so many.
-      prompts: texts that the model continues.
-      tokens: of a continuation.
-      patience: stop after so many evaluations without a better loss; 0: never.
+      files: JSONL files of held-out data; empty: no loss is measured.
+      every: steps between evaluations; the run also ends with one.
+      batches: maximum number of batches per evaluation.
+      prompts: texts for the model to continue at each evaluation.
+      tokens: maximum length of a continuation, in tokens.
+      patience: stop after this many evaluations in a row without a better loss; 0: never.
     """
 
     files: tuple[str, ...] = ()
@@ -215,27 +224,27 @@ class Evaluation:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that measure nothing."""
+        """Reject numbers that measure nothing."""
         for name in ("every", "batches", "tokens"):
             at_least(self, name, 1)
         at_least(self, "patience", 0)
         if self.patience and not self.files:
             raise ValueError(
-                f"patience is {self.patience}, but there are no files, whose loss could get better."
+                f"patience is {self.patience}, but there are no files whose loss could improve."
             )
         for name in self.files:
             if weighted(name)[0] != name:
-                raise ValueError(f"files has {name}; files of an evaluation have no weights.")
+                raise ValueError(f"files has {name}; evaluation files take no weights.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What happens when a step goes wrong. Its batch is saved in `bad_batches`.
+    """Bad steps: their loss or gradient is not finite. Their batches go to `bad_batches`.
 
     Attributes:
-      spike: a loss this many times the median of the last 50 is wrong too; 0: none is.
-      action: 'skip' the update and go on, or 'stop'.
-      most: with 'skip', stop after so many wrong steps in a row.
+      spike: a loss above this many times the median of the last 50 is bad too; 0: off.
+      action: 'skip' the update and continue, or 'stop' the run.
+      most: with 'skip', stop after this many bad steps in a row.
     """
 
     spike: float = 0.0
@@ -243,7 +252,7 @@ class Guard:
     most: int = 5
 
     def __post_init__(self) -> None:
-        """Refuse a bar that every loss is above."""
+        """Reject a limit that ordinary losses exceed."""
         if self.spike and not self.spike > 1.0:
             raise ValueError(f"spike is {self.spike}; use more than 1, or 0 for none.")
         at_least(self, "most", 1)
@@ -251,10 +260,10 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    """Where metrics go beside `metrics.jsonl`.
+    """Metrics besides `metrics.jsonl`.
 
     Attributes:
-      tensorboard: to event files in the run's directory `tensorboard`; needs tensorboardX.
+      tensorboard: write event files to `tensorboard` in the run's directory; needs tensorboardX.
     """
 
     tensorboard: bool = False
@@ -262,21 +271,31 @@ class Log:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How devices are arranged, see `v4jax.model.sharding`; `data` takes those that are left."""
+    """Mesh of devices, see `v4jax.model.sharding`; its `data` axis gets the remaining devices.
+
+    Attributes:
+      fsdp: size of the axis that shards hidden dims of weights, and experts; also splits the batch.
+      expert: size of the axis that shards routed experts; also splits the batch.
+      tensor: size of the axis that shards heads, the shared expert and the vocabulary.
+    """
 
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1."""
+        """Reject sizes below 1."""
         for field in dataclasses.fields(self):
             at_least(self, field.name, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings of a run. `out` is its directory, made at its beginning."""
+    """All settings of a run.
+
+    Attributes:
+      out: directory of the run, created at its start.
+    """
 
     out: str = ""
     model: ModelSource = ModelSource()
@@ -293,28 +312,28 @@ class Recipe:
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
-        """Refuse what the parts do not allow together."""
+        """Reject tables that contradict each other."""
         if (self.adapter is None) == (self.full is None):
             raise ValueError("The recipe needs one of the tables [adapter] and [full].")
         if self.adapter is not None and (any(dataclasses.astuple(self.losses))):
             raise ValueError(
-                "[losses] trains MTP blocks, routers and indexers, which an adapter leaves as they"
-                " are; leave it out, or train in full."
+                "[losses] trains MTP blocks, routers and indexers, which an adapter leaves"
+                " unchanged; remove it, or train in full."
             )
         if self.full is not None:
             if self.losses.mtp and not self.full.mtp:
                 raise ValueError("losses.mtp is set and full.mtp is false; set both or neither.")
             if bool(self.losses.indexer) != self.full.indexers:
                 raise ValueError(
-                    "losses.indexer trains the indexers and full.indexers lets it; set both or"
+                    "losses.indexer trains the indexers and needs full.indexers; set both or"
                     " neither."
                 )
         if self.steps.steps is None and self.steps.epochs is None:
-            raise ValueError("The run has no end; give steps.steps or steps.epochs.")
+            raise ValueError("The run has no end; set steps.steps or steps.epochs.")
         if self.steps.epochs is not None and len(self.data.files) > 1:
-            raise ValueError("steps.epochs is of one file; with several give steps.steps.")
+            raise ValueError("steps.epochs needs a single file; with several set steps.steps.")
         if self.adapter is not None and self.optimizer.rule == "muon":
-            raise ValueError("Muon trains weights in full; for an adapter use 'adamw'.")
+            raise ValueError("Muon only trains in full; for an adapter use 'adamw'.")
 
     @property
     def what(self) -> Full | Lora:
@@ -327,14 +346,14 @@ class Recipe:
 
 
 def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe in a TOML file.
+    """Read the recipe in a TOML file.
 
     Args:
-      path: of the file.
-      overrides: by 'table.key' or 'key', as TOML would have the value; a word need not be quoted.
+      path: path of the file.
+      overrides: values by 'table.key' or 'key', written as in TOML; strings need no quotes.
 
     Raises:
-      ValueError: the file is not TOML, or names or values are not a recipe's.
+      ValueError: the file is not TOML, or a name or value is not allowed in a recipe.
     """
     try:
         table = tomllib.loads(read_text(path))
@@ -349,10 +368,10 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
 
 
 def weighted(name: str) -> tuple[str, float]:
-    """A file and its weight: 'chats.jsonl:2' is twice as much as 'chats.jsonl'.
+    """Split a file name from its weight, 1 by default: 'chats.jsonl:2'.
 
     Raises:
-      ValueError: the weight is no share.
+      ValueError: the weight is not a finite number above 0.
     """
     path, colon, text = name.rpartition(":")
     try:
@@ -362,7 +381,7 @@ def weighted(name: str) -> tuple[str, float]:
     if not colon:
         return name, 1.0
     if not (path and 0.0 < weight < float("inf")):
-        raise ValueError(f"files has {name}; a weight is a number above 0.")
+        raise ValueError(f"files has {name}; a weight must be a number above 0.")
     return path, weight
 
 
@@ -371,13 +390,13 @@ def _override(table: dict[str, Any], key: str, value: Any) -> None:
     for name in tables:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ValueError(f"{name} is {table!r:.100}; it is a table.")
+            raise ValueError(f"{name} is {table!r:.100}; it must be a table.")
     table[field] = value
 
 
 def from_table(table: Mapping[str, Any]) -> Recipe:
-    """The recipe that nested tables describe, as `tables.to_table` makes them."""
-    return made(Recipe, table)
+    """The recipe in nested tables, as `tables.to_table` returns them."""
+    return from_nested(Recipe, table)
 
 
 def _toml(text: str) -> Any:

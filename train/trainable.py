@@ -1,11 +1,10 @@
-"""What a run trains, apart from what it leaves as it is.
+"""Splitting a model into what a run trains and what it leaves unchanged.
 
-The trained part is a flat dictionary: of a weight's dotted name the weight itself, or an adapter's
-two factors. Routers' biases, which a rule of their own moves, are another. Everything else of the
-model is frozen and gets no gradient, no decay and no copy.
+The trained part is a flat dictionary from a weight's dotted name to the weight itself, or to an
+adapter's two factors. Routers' biases, which a separate rule updates, are another. The rest of the
+model is frozen: no gradient, no decay, no copy.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,46 +12,20 @@ import jax.numpy as jnp
 
 from pallas_kernels import quantize
 from v4jax.adapters import lora
-from v4jax.adapters.lora import Lora
+from v4jax.adapters.lora_settings import Lora
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
 
 from . import optimizer
+from .full_settings import Full
 
 Trained = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Full:
-    """All weights but tables of expert ids and routers' biases.
-
-    Attributes:
-      mtp: the MTP blocks' too, in a recipe where `losses.mtp` gives them a gradient.
-      indexers: the sparse attention's indexers too: without a loss of their own they get no
-        gradient, and decay alone would move them.
-      dtype: in which they are computed with; None: that in which they are held.
-      fp4_experts: compute with the routed experts as FP4 holds them; gradients pass straight
-        through the rounding.
-    """
-
-    mtp: bool = True
-    indexers: bool = False
-    dtype: str | None = None
-    fp4_experts: bool = False
-
-    def chooses(self, name: str, spec: ParamSpec) -> bool:
-        """Whether a weight is trained."""
-        if optimizer.group(name, spec) in ("fixed", "balanced"):
-            return False
-        return (self.mtp or not name.startswith("mtp.")) and (
-            self.indexers or ".indexer." not in name
-        )
-
-
 class Parts(NamedTuple):
-    """A model taken apart: what gradients move, what a rule moves, what nothing moves."""
+    """A split model: weights updated by gradients, biases updated by a rule, frozen weights."""
 
     trained: Trained
     balanced: dict[str, Any]
@@ -60,23 +33,30 @@ class Parts(NamedTuple):
 
 
 def declare(cfg: ModelConfig, what: Full | Lora) -> dict[str, Any]:
-    """The trained part's declarations, in its structure."""
+    """Declarations of the trained part, in its structure."""
     if isinstance(what, Lora):
         return lora.declare(cfg, what)
-    return {name: spec for name, spec in params.leaves(Model(cfg)) if what.chooses(name, spec)}
+    return {name: spec for name, spec in params.leaves(Model(cfg)) if _chooses(what, name, spec)}
+
+
+def _chooses(full: Full, name: str, spec: ParamSpec) -> bool:
+    """Whether full training trains a weight."""
+    if optimizer.group(name, spec) in ("fixed", "balanced"):
+        return False
+    return (full.mtp or not name.startswith("mtp.")) and (full.indexers or ".indexer." not in name)
 
 
 def split(model: Model, cfg: ModelConfig, what: Full | Lora, key: jax.Array) -> Parts:
-    """Take a model apart as it is before the first step.
+    """Split a model as it is before the first step.
 
     Args:
-      model: its weights, arrays or quantised.
-      cfg: its configuration.
-      what: is trained.
-      key: from which an adapter's beginning follows.
+      model: the model; weights are arrays or quantised.
+      cfg: the model's configuration.
+      what: what is trained.
+      key: random key of an adapter's initial factors.
 
     Raises:
-      ValueError: a weight is to be trained and is quantised.
+      ValueError: a weight to be trained is quantised.
     """
     if isinstance(what, Lora):
         return Parts(lora.init(cfg, what, key), {}, model)
@@ -86,7 +66,7 @@ def split(model: Model, cfg: ModelConfig, what: Full | Lora, key: jax.Array) -> 
         if optimizer.group(name, spec) == "balanced" and (what.mtp or not name.startswith("mtp.")):
             balanced[name] = weight
             return None
-        if not what.chooses(name, spec):
+        if not _chooses(what, name, spec):
             return weight
         if not isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
             raise ValueError(
@@ -101,21 +81,21 @@ def split(model: Model, cfg: ModelConfig, what: Full | Lora, key: jax.Array) -> 
 
 
 def join(parts: Parts, cfg: ModelConfig, what: Full | Lora, key: jax.Array | None = None) -> Model:
-    """The whole model. `key` is for an adapter's dropout; None: there is none."""
+    """The complete model. `key` is for an adapter's dropout; None: no dropout."""
     if isinstance(what, Lora):
         return lora.attach(parts.frozen, cfg, what, parts.trained, key)
 
     def put(name: str, spec: ParamSpec, weight: Any) -> Any:
         if name in parts.balanced:
             return parts.balanced[name]
-        return _computed(parts.trained[name], spec, what) if name in parts.trained else weight
+        return _compute_form(parts.trained[name], spec, what) if name in parts.trained else weight
 
     return params.map_leaves(put, Model(cfg), parts.frozen)
 
 
-def _computed(weight: Any, spec: ParamSpec, what: Full) -> Any:
-    """A trained weight as the model computes with it."""
+def _compute_form(weight: Any, spec: ParamSpec, what: Full) -> Any:
+    """A trained weight in the form in which the model computes with it."""
     if what.fp4_experts and spec.stored == "expert":
         weight = quantize.fake_quant_fp4(weight, block=32)
-    wide = what.dtype is None or spec.stored == "f32"
-    return weight if wide else weight.astype(jnp.dtype(what.dtype))
+    keeps_dtype = what.dtype is None or spec.stored == "f32"
+    return weight if keeps_dtype else weight.astype(jnp.dtype(what.dtype))

@@ -20,14 +20,15 @@ class PackSettings:
     """How documents are packed.
 
     Attributes:
-      seq_len: tokens of a pack, a multiple of 128.
-      too_long: what happens to a document longer than that. "error"; "truncate" drops the rest;
-        "split" makes pieces that do not see each other, and the first token of each is not trained.
-      untrained: what happens to a piece without a token to train, as where an answer is cut off.
-        "drop" leaves it out of the packs, "error" refuses it.
-      window: pieces that are packed among each other. More of them fill packs better, fewer keep
-        the packs of an epoch independent of rows far away.
-      seed: of the order.
+      seq_len: tokens per pack, a multiple of 128.
+      too_long: a document longer than a pack: 'error' rejects it, 'truncate' drops the rest,
+        'split' cuts it into pieces that do not attend to each other; the first token of each piece
+        is not trained.
+      untrained: a piece without a token to train, e.g. because the answer is cut off: 'drop' leaves
+        it out, 'error' rejects it.
+      window: number of pieces packed together. More fill packs better; fewer make packs independent
+        of distant rows.
+      seed: seed of the shuffling order.
     """
 
     seq_len: int
@@ -37,7 +38,7 @@ class PackSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be packed."""
+        """Reject settings that cannot pack."""
         if self.seq_len < ALIGNMENT or self.seq_len % ALIGNMENT:
             raise ValueError(f"seq_len is {self.seq_len}; use a multiple of {ALIGNMENT}.")
         if self.too_long not in ("error", "truncate", "split"):

@@ -19,18 +19,19 @@ from .rows import ChatRow, CompletionRow, Row, TextRow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RenderSettings:
-    """How rows become tokens; a row's own fields come before these.
+    """How rows become tokens; a row's own fields take precedence.
 
     Attributes:
-      thinking_mode: "chat" or "thinking" where a row does not say; None demands that it does.
-      reasoning_effort: see `chat.encode_chat`.
-      drop_thinking: see `chat.encode_chat`. A turn that loses its reasoning is still trained, as
-        an answer without thinking; `turns="last"` leaves it out.
-      revision: of the encoder, "april" or "0731".
-      reasoning: train the reasoning too, with the mark that ends it. One that is empty teaches to
-        answer at once.
-      turns: the assistant messages to train, "all" or only the "last" one of each row. A message's
-        own `train` comes before it.
+      thinking_mode: 'chat' or 'thinking' for conversations that do not say; unset: each must say.
+      reasoning_effort: effort for conversations that do not say: 'high' or 'max', or 'low' with
+        revision '0731'; unset: none is written.
+      drop_thinking: leave out the reasoning of turns before the last user message. Such a turn is
+        still trained, as an answer without reasoning, unless `turns` is 'last'.
+      revision: revision of the chat encoding, 'april' or '0731'.
+      reasoning: train the reasoning too, including the mark that ends it. Empty reasoning teaches
+        the model to answer at once.
+      turns: assistant messages to train: 'all', or only the 'last' of each row. A message's own
+        `train` field takes precedence.
     """
 
     thinking_mode: str | None = None
@@ -41,7 +42,7 @@ class RenderSettings:
     turns: str = "all"
 
     def __post_init__(self) -> None:
-        """Refuse settings that no row could be written with."""
+        """Reject settings with which no row can be written."""
         mode = self.thinking_mode or "chat"
         chat.chat_segments([], mode, self.reasoning_effort, revision=self.revision)
         if self.turns not in ("all", "last"):

@@ -50,18 +50,18 @@ class RowSettings:
     """How rows are read.
 
     Attributes:
-      format: the kind of all rows, whose other fields are then left; 'auto' tells it from the
-        fields of each.
-      ignore: fields of rows and of messages that are taken away first.
+      format: kind of every row: 'messages', 'completion', 'text', 'sharegpt' or 'alpaca'; fields of
+        the other kinds are then ignored. 'auto': inferred from each row's fields.
+      ignore: fields of rows and messages to drop before reading.
     """
 
     format: str = "auto"
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a format that is none."""
+        """Reject an unknown format."""
         if self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}; it is one of {', '.join(FORMATS)}.")
+            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

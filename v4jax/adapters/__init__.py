@@ -1,1 +1,1 @@
-"""What training changed: adapters and runs, applied, merged and exported."""
+"""Adapters and training runs: applied to a model, merged and exported."""

@@ -1,7 +1,7 @@
-"""`v4jax merge`: a release and what training changed in it, as a new release.
+"""`v4jax merge`: a release with a training run's update merged in, as a new release.
 
-Names and files are the release's. Tensors are taken one at a time, in the order of the files, and
-an interrupted run goes on file by file.
+Names and files are those of the source. Tensors are processed one at a time, in the order of the
+files, and an interrupted run resumes file by file.
 """
 
 import hashlib
@@ -48,29 +48,30 @@ def merge(
     *,
     weights: Weights,
     best: bool = False,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> list[Kept]:
-    """Make a release in which the update is a part of the weights.
+    """Write a release with the update merged into its weights.
 
-    It appears under its name when it is complete. With 'keep', what has not changed has the
-    source's bytes. What the model does not run, such as DSpark's tensors, is copied.
+    It appears under its name once it is complete. With 'keep', unchanged tensors keep the source's
+    bytes. Tensors that the model does not use, such as DSpark's, are copied.
 
     Args:
       source: a Hugging Face directory, 'tiny', or an id on the Hub.
       update: the directory of a run or of a PEFT adapter, or an adapter's id on the Hub.
-      target: a directory to be made.
-      weights: 'keep' puts each changed tensor back into its own format; 'bfloat16' makes all of
-        them dense, but for those that are float32.
-      best: of a run, take the state that evaluations found best.
-      progress: told what is being done, bytes done, and bytes in all.
+      target: directory to create.
+      weights: 'keep' stores each changed tensor in its original format; 'bfloat16' makes all of
+        them dense, except for float32 ones.
+      best: use a run's best state instead of its newest.
+      revision: branch, tag or commit of a source on the Hub; the main branch by default.
+      progress: called with the activity, the bytes done, and the total.
 
     Returns:
-      How much of the update is left after rounding, for each kind of weight.
+      How much of the update survives rounding, for each kind of weight.
 
     Raises:
-      CheckpointError: one of the directories is not what it should be, or is damaged; the target
-        exists or lies in one of them; the disk is too full; what an earlier run left was made of
-        other files.
+      CheckpointError: a directory is of the wrong kind or damaged; the target exists or is inside
+        one of the others; the disk is too full; what an interrupted merge left is from other files.
     """
     if not arguments.one_of(weights, get_args(Weights)):
         raise ValueError(
@@ -79,12 +80,14 @@ def merge(
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
     update = updates.resolve(update)
-    source = hub.resolve(source, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN)
+    source = hub.resolve(
+        source, revision=revision, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN
+    )
     unfinished.check_target(target, source, update)
     if native.is_native(source):
         raise CheckpointError(
-            f"{source}: is a native checkpoint, and merging takes a release; make one of it with "
-            f"'v4jax export {source} HF_DIR'."
+            f"{source}: is a native checkpoint; merging needs a release, which 'v4jax export "
+            f"{source} HF_DIR' makes of it."
         )
     opened = release_weights.open_release(source)
     files = Checkpoint.open(source)
@@ -98,12 +101,12 @@ def merge(
 
 
 def _identity(files: Checkpoint, weights: Weights, update: str) -> str:
-    """A digest of all that the result depends on, as far as headers tell."""
+    """A digest of everything the result depends on, judged by headers, sizes and times."""
     stats = [os.stat(file) for file in sorted({str(files.info(name).file) for name in files.names})]
     infos = [(name, files.info(name).dtype, files.info(name).shape) for name in files.names]
     versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    told = [weights, update, files.config, versions, infos]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    inputs = [weights, update, files.config, versions, infos]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _write(
@@ -140,11 +143,11 @@ class _Tensors:
     """The merged tensors, by their names in the source.
 
     Attributes:
-      path: of the source.
-      weights: how they are to be stored.
-      files: each file's tensors in order.
-      is_single: they are in one file without an index.
-      ledger: of the tensors that were read.
+      path: path of the source.
+      weights: formats in which to store the tensors.
+      files: tensors of each file, in order.
+      is_single: whether there is one file without an index.
+      ledger: sums over the tensors read so far.
     """
 
     def __init__(
@@ -180,7 +183,7 @@ class _Tensors:
         self.is_single = list(self.files) == [safetensors_directory.SINGLE]
 
     def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
-        """A tensor's values, as declared."""
+        """A tensor's values, in the declared format."""
         name = self._ours[theirs]
         if tensor_names.is_fused(name):
             return self._fused(name, declared)
@@ -213,7 +216,7 @@ class _Tensors:
         return out
 
     def _values(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """A weight before the update and after it, float32; None where that is the same."""
+        """A weight before and after the update, float32; the second is None if unchanged."""
         leaf, at, _ = self._slots[name]
         if not updates.touches(self._update, leaf):
             return np.empty(0, np.float32), None
@@ -230,7 +233,7 @@ class _Tensors:
         return self._scales.pop(name)
 
     def _new_scale(self, name: str, new: np.ndarray) -> np.ndarray:
-        """The scales of a changed matrix, remembered from its first tensor to its second."""
+        """The scales of a changed matrix, cached between reading its values and its scales."""
         if name in self._scales:
             return self._scales.pop(name)
         stored = self._formats[self._slots[name].leaf]
@@ -240,6 +243,6 @@ class _Tensors:
         return self._scales[name]
 
     def _account(
-        self, name: str, stored: str, new: np.ndarray, left: np.ndarray, base: np.ndarray
+        self, name: str, stored: str, new: np.ndarray, rounded: np.ndarray, base: np.ndarray
     ) -> None:
-        self.ledger.add(_NUMBERS.sub("", name), stored, new - base, left - base)
+        self.ledger.add(_NUMBERS.sub("", name), stored, new - base, rounded - base)

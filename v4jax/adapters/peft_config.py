@@ -1,8 +1,8 @@
-"""adapter_config.json: what PEFT's file of settings says, and what of it we can do.
+"""PEFT's adapter_config.json: written, and read as far as it is supported here.
 
-What a setting can change decides. Those that alter what an adapter adds to the model are honoured
-or refused by name. Those of training, of how factors begin and of the libraries that wrote the file
-are ignored. A name that is not known here is refused unless its value asks for nothing.
+Settings that change what an adapter adds to the model are honoured or rejected by name. Those about
+training, the initial factors and the libraries that wrote the file are ignored. Unknown settings
+are rejected unless their value is false, empty or null.
 """
 
 import functools
@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from v4jax.adapters import lora
-from v4jax.adapters.lora import DOWN, GATE_UP, MODULES, PARAMETERS, Lora
+from v4jax.adapters import lora_settings
+from v4jax.adapters.lora_settings import DOWN, GATE_UP, MODULES, PARAMETERS, Lora
 from v4jax.checkpoints.disk import CheckpointError
 
-# Linear maps of transformers' model that PEFT finds and adapters here leave as they are.
+# Linear layers of transformers' model that PEFT can target and adapters here cannot.
 _OTHERS = ("self_attn.o_a_proj",)
 _OTHERS_OF_MODEL = ("lm_head", "model.embed_tokens")
 _HONOURED = {
@@ -25,22 +25,22 @@ _HONOURED = {
     "lora_dropout",
 }
 _IGNORED = {
-    # What the file is about, and who wrote it.
+    # The file's purpose and origin.
     *("task_type", "inference_mode", "revision", "peft_version", "transformers_version"),
     *("unsloth_version", "unsloth_fixed", "_name_or_path", "torch_dtype", "dtype"),
-    # How factors began, or what they were trained with.
+    # The initial factors, and how they were trained.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("runtime_config", "ensure_weight_tying"),
-    # Details of what is refused when it is asked for.
+    # Details of features that are rejected when enabled.
     *("megatron_core", "qalora_group_size"),
 }
-# Others begin with factors taken out of the base, which is then another one.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Other initialisations take the factors out of the base, which changes the base.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def make(settings: Lora, base: str, modules: list[str]) -> dict[str, Any]:
-    """What PEFT is told of an adapter of ours that changes these modules and parameters."""
-    told: dict[str, Any] = {
+    """PEFT's configuration of an adapter of ours that changes these modules and parameters."""
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
@@ -55,27 +55,27 @@ def make(settings: Lora, base: str, modules: list[str]) -> dict[str, Any]:
     }
     if parameters := [name for name in modules if name in PARAMETERS]:
         rank = settings.expert_rank or settings.rank
-        # PEFT divides by the rank, of which gate's and up's is a half each.
+        # PEFT divides by the full rank, of which gate and up use one half each.
         share = math.sqrt(2) if settings.rank_stabilized else 2
         ranks, alphas = {GATE_UP: 2, DOWN: 1}, {GATE_UP: share, DOWN: 1}
-        told["target_parameters"] = parameters
-        told["rank_pattern"] = {name: ranks[name] * rank for name in parameters}
-        told["alpha_pattern"] = {name: alphas[name] * settings.alpha for name in parameters}
-    return told
+        config["target_parameters"] = parameters
+        config["rank_pattern"] = {name: ranks[name] * rank for name in parameters}
+        config["alpha_pattern"] = {name: alphas[name] * settings.alpha for name in parameters}
+    return config
 
 
-class Told(NamedTuple):
-    """What a configuration says.
+class AdapterConfig(NamedTuple):
+    """A parsed configuration.
 
     Attributes:
       rank, alpha, dropout, rank_stabilized: as in `Lora`.
-      ranks, alphas: patterns of modules and their own ranks and alphas.
-      modules: that are changed, by the ends of their names, or one regular expression.
-      excluded: modules that are not, in the same way.
-      layers: the only ones whose modules are changed; None: all.
-      stacks: names before a layer's number; none: any.
-      parameters: the experts' parameters that are changed, by the ends of their names.
-      base: path or Hub id of the model.
+      ranks, alphas: ranks and alphas of modules whose names match a pattern.
+      modules: modules to change, by name suffixes or by one regular expression.
+      excluded: modules not to change, in the same form.
+      layers: layers whose modules are changed; None: all.
+      stacks: names that may precede a layer's number; empty: any.
+      parameters: expert parameters to change, by name suffixes.
+      base: path or Hub id of the base model.
     """
 
     rank: int
@@ -96,20 +96,20 @@ class Told(NamedTuple):
         return _matched(self.ranks, key, self.rank)
 
     def scale(self, key: str) -> float:
-        """What the product of a module's factors is multiplied by."""
+        """The scale of the product of a module's factors."""
         rank, alpha = self.rank_of(key), _matched(self.alphas, key, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def changes(self, key: str) -> bool:
-        """Whether a module or a parameter is changed, as PEFT finds it."""
+        """Whether PEFT would change a module or a parameter."""
         if key.endswith(tuple(f".{name}" for name in PARAMETERS)):
             return _named(self.parameters, key)
         if _named(self.excluded, key) or not _named(self.modules, key):
             return False
         return self.layers is None or key in self.modules or _layer(key, self.stacks) in self.layers
 
-    def others(self, layers: list[str], head: bool) -> list[str]:
-        """What is to be changed and cannot be here; `head`: it is of the model with its head."""
+    def unsupported(self, layers: list[str], head: bool) -> list[str]:
+        """Targets that adapters here cannot change; `head`: the base is the model with its head."""
         keys = [f"{layer}.{module}" for layer in layers for module in _OTHERS]
         keys += _OTHERS_OF_MODEL if head else ("embed_tokens",)
         return [key for key in keys if self.changes(key)]
@@ -128,7 +128,7 @@ def _layer(key: str, stacks: tuple[str, ...]) -> int | None:
 
 
 def _matched(patterns: dict[str, Any], key: str, default: Any) -> Any:
-    """The value of the first pattern that is the end of a name, as PEFT finds it."""
+    """The value of the first pattern that matches the end of a name, as in PEFT."""
     for pattern, value in patterns.items():
         if _compiled(pattern).match(key):
             return value
@@ -140,48 +140,48 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def read(raw: dict[str, Any], where: Path) -> Told:
-    """Take a configuration apart.
+def read(raw: dict[str, Any], where: Path) -> AdapterConfig:
+    """Parse a configuration.
 
     Raises:
-      CheckpointError: it is no LoRA adapter's, is damaged, or asks for what adapters here lack.
+      CheckpointError: it is not a LoRA adapter's, is damaged, or uses an unsupported feature.
     """
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{where}: peft_type is {raw.get('peft_type')!r:.50}; adapters here are LORA."
+            f"{where}: peft_type is {raw.get('peft_type')!r:.50}; it must be 'LORA'."
         )
-    if asked := _refused(raw):
+    if unsupported := _unsupported(raw):
         raise CheckpointError(
-            f"{where}: has {' and '.join(asked)}, which adapters here cannot have. Merge it with "
-            "PEFT into the model instead."
+            f"{where}: has {' and '.join(unsupported)}, which adapters here do not support. Merge "
+            "the adapter into the model with PEFT instead."
         )
     _check_class(raw.get("auto_mapping"), where)
     try:
-        return _told(raw)
+        return _parse(raw)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{where}: is damaged ({error!r:.100}).") from error
 
 
-def _refused(raw: dict[str, Any]) -> list[str]:
-    """The settings that ask for something which is neither honoured nor without effect."""
-    asked = [name for name, value in raw.items() if value and name not in _HONOURED | _IGNORED]
+def _unsupported(raw: dict[str, Any]) -> list[str]:
+    """The settings with an effect that adapters here do not support."""
+    names = [name for name, value in raw.items() if value and name not in _HONOURED | _IGNORED]
     if raw.get("bias", "none") != "none":
-        asked.append("bias")
-    if raw.get("init_lora_weights", True) not in _BEGINNINGS:
-        asked.append(f"init_lora_weights {raw['init_lora_weights']!r:.50}")
-    return asked
+        names.append("bias")
+    if raw.get("init_lora_weights", True) not in _INITIALISATIONS:
+        names.append(f"init_lora_weights {raw['init_lora_weights']!r:.50}")
+    return names
 
 
 def _check_class(mapping: Any, where: Path) -> None:
-    """Refuse an adapter of a model that is of another class."""
+    """Reject an adapter whose base model has another class."""
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     if isinstance(name, str) and name.endswith("ForCausalLM") and "DeepseekV4" not in name:
-        raise CheckpointError(f"{where}: is of another model: its base is a {name:.50}.")
+        raise CheckpointError(f"{where}: is for another model: its base is a {name:.50}.")
 
 
-def _told(raw: dict[str, Any]) -> Told:
+def _parse(raw: dict[str, Any]) -> AdapterConfig:
     layers = raw.get("layers_to_transform")
-    told = Told(
+    config = AdapterConfig(
         rank=_rank(raw["r"]),
         alpha=_alpha(raw["lora_alpha"]),
         dropout=_number("lora_dropout", raw.get("lora_dropout") or 0.0),
@@ -190,31 +190,31 @@ def _told(raw: dict[str, Any]) -> Told:
         alphas={name: _alpha(alpha) for name, alpha in (raw.get("alpha_pattern") or {}).items()},
         modules=_strings(raw, "target_modules", expression=True),
         excluded=_strings(raw, "exclude_modules", expression=True) or (),
-        # PEFT takes an empty list for none.
+        # PEFT treats an empty list as unset.
         layers=None if layers in (None, []) else tuple(_integers(layers)),
         stacks=tuple(_listed(_strings(raw, "layers_pattern", expression=True))),
         parameters=tuple(_strings(raw, "target_parameters")),
         base=raw.get("base_model_name_or_path") or "",
     )
-    if not told.modules and not told.parameters:
+    if not config.modules and not config.parameters:
         raise ValueError("no target_modules and no target_parameters")
-    if isinstance(told.modules, str) and told.layers is not None:
-        raise ValueError("layers_to_transform beside an expression in target_modules")
-    if not isinstance(told.rank_stabilized, bool):
-        raise ValueError(f"use_rslora {told.rank_stabilized!r}")
-    if not 0.0 <= told.dropout < 1.0:
-        raise ValueError(f"lora_dropout {told.dropout!r}")
-    if not isinstance(told.base, str):
-        raise ValueError(f"base_model_name_or_path {told.base!r}")
-    for pattern in (*told.ranks, *told.alphas, *_expressions(told)):
+    if isinstance(config.modules, str) and config.layers is not None:
+        raise ValueError("layers_to_transform with a regular expression in target_modules")
+    if not isinstance(config.rank_stabilized, bool):
+        raise ValueError(f"use_rslora {config.rank_stabilized!r}")
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"lora_dropout {config.dropout!r}")
+    if not isinstance(config.base, str):
+        raise ValueError(f"base_model_name_or_path {config.base!r}")
+    for pattern in (*config.ranks, *config.alphas, *_expressions(config)):
         _compiled(pattern)
-    return told
+    return config
 
 
-def _expressions(told: Told) -> list[str]:
+def _expressions(config: AdapterConfig) -> list[str]:
     """The regular expressions among the names."""
-    single = [names for names in (told.modules, told.excluded) if isinstance(names, str)]
-    return [*single, *told.stacks]
+    single = [names for names in (config.modules, config.excluded) if isinstance(names, str)]
+    return [*single, *config.stacks]
 
 
 def _rank(value: Any) -> int:
@@ -237,7 +237,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _strings(raw: dict[str, Any], name: str, *, expression: bool = False) -> Any:
-    """A list of names as a tuple, or where that may be one, a regular expression."""
+    """A list of names as a tuple; with `expression`, or a regular expression."""
     value = raw.get(name) or []
     if expression and isinstance(value, str):
         return value
@@ -259,6 +259,6 @@ def _integers(value: Any) -> list[int]:
 
 def modules(settings: Lora) -> list[str]:
     """The modules and parameters that an adapter changes."""
-    fields = lora.fields(settings)
-    found = [name for name, field in MODULES.items() if field in fields]
-    return found + [name for name, parts in PARAMETERS.items() if parts[0] in fields]
+    fields = lora_settings.fields(settings)
+    names = [name for name, field in MODULES.items() if field in fields]
+    return names + [name for name, parts in PARAMETERS.items() if parts[0] in fields]

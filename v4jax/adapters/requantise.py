@@ -1,6 +1,6 @@
-"""A changed matrix goes back into its format, and how much of the change is left there.
+"""Requantising a changed matrix, and how much of the change survives it.
 
-Axis letters: N rows, K columns of a matrix; n, k of its blocks.
+Axis letters: N rows, K columns of a matrix; n, k rows and columns of blocks.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ _NAMED = 3  # kinds of weights in a warning
 def scales(
     w_NK: Float32[np.ndarray, "N K"], old_nk: Shaped[np.ndarray, "n k"], stored: BlockFormat
 ) -> Shaped[np.ndarray, "n k"]:
-    """The scales for a changed matrix: a block's old one, unless a new one is nearer to its values.
+    """Scales for a changed matrix: a block keeps its old scale unless a new one is more accurate.
 
-    A new scale for a block whose largest value grew a little would round all others anew, which
-    does more harm than cutting that one off.
+    If a block's largest value grew a little, a new scale would change the rounding of all the
+    others, which does more harm than clipping that value.
     """
     new_nk = stored.scales(w_NK).astype(old_nk.dtype)
     differs_nk = new_nk != old_nk
@@ -31,7 +31,7 @@ def scales(
     rows, columns = stored.block
     if rows > 1:
         return _nearer(w_NK, old_nk, new_nk, stored)
-    # Blocks are parts of rows: those in question, which are few, make a matrix of their own.
+    # Blocks are parts of rows: gather the few whose scale differs into a matrix.
     few_NK = w_NK.reshape(*old_nk.shape, columns)[differs_nk]
     column = lambda scale_nk: scale_nk[differs_nk][:, None]
     chosen_nk = old_nk.copy()
@@ -45,8 +45,8 @@ def _nearer(
     new_nk: Shaped[np.ndarray, "n k"],
     stored: BlockFormat,
 ) -> Shaped[np.ndarray, "n k"]:
-    """Of each block the scale with which it is stored more exactly, the old one if both are."""
-    # A scale of 0 is allowed in float32, and nothing fits it.
+    """For each block, the scale that stores it more accurately; the old one on a tie."""
+    # A scale of 0 is allowed in float32, and represents no value but 0.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         old_is_nk = _errors(w_NK, old_nk, stored) <= _errors(w_NK, new_nk, stored)
     return np.where(old_is_nk, old_nk, new_nk)
@@ -55,7 +55,7 @@ def _nearer(
 def _errors(
     w_NK: Float32[np.ndarray, "N K"], scale_nk: Shaped[np.ndarray, "n k"], stored: BlockFormat
 ) -> Float32[np.ndarray, "n k"]:
-    """Of each block, the sum of squared distances to what would be stored."""
+    """For each block, the sum of squared errors of storing it."""
     error = (stored.decode(stored.codes(w_NK, scale_nk), scale_nk) - w_NK) ** 2
     for axis, block in enumerate(stored.block):
         error = np.add.reduceat(error, np.arange(0, error.shape[axis], block), axis=axis)
@@ -64,14 +64,14 @@ def _errors(
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How much of an update is left after rounding, over all weights of a kind.
+    """How much of an update survives rounding, over all weights of a kind.
 
     Attributes:
       kind: the weights' name without numbers.
       stored: the dtype they are stored in.
-      tensors: how many have changed.
-      gain: <left, wanted> / <wanted, wanted>: 1 where all of it is there, 0 where none.
-      cosine: between what is left and what was wanted.
+      tensors: number of changed tensors.
+      gain: <realised, intended> / <intended, intended>: 1 if all of it survives, 0 if none.
+      cosine: cosine of the realised and the intended update.
     """
 
     kind: str
@@ -82,30 +82,30 @@ class Kept:
 
 
 class Ledger:
-    """Sums of products of wanted and realised updates, by kind of weight and how it is stored."""
+    """Sums of products of intended and realised updates, by kind and stored dtype of weights."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], np.ndarray] = {}
 
-    def add(self, kind: str, stored: str, wanted: np.ndarray, left: np.ndarray) -> None:
-        """Count one changed tensor."""
-        pairs = ((left, wanted), (wanted, wanted), (left, left))
+    def add(self, kind: str, stored: str, intended: np.ndarray, realised: np.ndarray) -> None:
+        """Add one changed tensor."""
+        pairs = ((realised, intended), (intended, intended), (realised, realised))
         self._add((kind, stored), np.array([1.0, *(_product(*pair) for pair in pairs)]))
 
     def _add(self, key: tuple[str, str], sums: np.ndarray) -> None:
         self._sums[key] = self._sums.get(key, np.zeros(4)) + sums
 
     def to_json(self) -> list[Any]:
-        """For a file; `add_json` takes it in."""
+        """The sums as JSON; see `add_json`."""
         return [[*key, *sums.tolist()] for key, sums in self._sums.items()]
 
     def add_json(self, rows: Iterable[Any]) -> None:
-        """Add what `to_json` gave."""
+        """Add the sums from `to_json`."""
         for kind, stored, *sums in rows:
             self._add((kind, stored), np.array(sums))
 
     def report(self) -> list[Kept]:
-        """What is left of each kind."""
+        """One entry for each kind and stored dtype."""
         return [
             Kept(kind, stored, int(count), _ratio(dot, w), _ratio(dot, math.sqrt(w * x)))
             for (kind, stored), (count, dot, w, x) in sorted(self._sums.items())
@@ -113,7 +113,7 @@ class Ledger:
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> float:
-    """The sum of products: of a row in float32, which is several times as fast, then in float64."""
+    """The sum of products: in float32 along rows, which is several times as fast, then float64."""
     return float(np.einsum("...i,...i->...", x, y).sum(dtype=np.float64))
 
 
@@ -138,12 +138,12 @@ def _padded(row: tuple[str, ...], widths: list[int]) -> Iterable[str]:
 
 
 def warnings(rows: Iterable[Kept]) -> list[str]:
-    """A line for each format in which less than half of a change is left, and what to do."""
+    """A line for each format that keeps less than half of a change, with a remedy."""
     lost: dict[str, list[Kept]] = {}
     for row in rows:
         if row.gain < 0.5:
             lost.setdefault(row.stored, []).append(row)
-    return [_warning(stored, found) for stored, found in lost.items()]
+    return [_warning(stored, kinds) for stored, kinds in lost.items()]
 
 
 def _warning(stored: str, lost: list[Kept]) -> str:
@@ -155,6 +155,6 @@ def _warning(stored: str, lost: list[Kept]) -> str:
         else "run the release with --adapter and --dtype float32"
     )
     return (
-        f"rounding to {stored} leaves less than half of the change of {named}{more}; to have all "
+        f"rounding to {stored} keeps less than half of the change of {named}{more}; to keep all "
         f"of it, {remedy}."
     )

@@ -1,4 +1,4 @@
-"""What a training run has made so far, read back without the package that trains."""
+"""Training runs on disk, read without the training package."""
 
 import dataclasses
 import warnings
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4jax.adapters.lora import Lora
+from v4jax.adapters.lora_settings import Lora
 from v4jax.checkpoints import checksums, disk
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.zarr_arrays import Arrays
 
 RECIPE, STATES, BEST = "recipe.json", "states", "best"
-_METADATA = "_METADATA"  # Orbax's, of a state's arrays
+_METADATA = "_METADATA"  # Orbax's file about a state's arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Run:
 
     Attributes:
       path: the run's directory.
-      model: path or Hub id of the model that it began from.
-      adapter: what its adapter is made with; None: it trains the weights themselves.
-      fp4_experts: it computes with the routed experts as FP4 holds them.
-      step: how many steps the state has behind it.
-      state: where the state lies.
+      model: path or Hub id of the model that training started from.
+      adapter: settings of the run's adapter; None: it trains in full.
+      fp4_experts: whether the run rounds the routed experts to FP4.
+      step: the state's step.
+      state: path of the state.
     """
 
     path: Path
@@ -37,30 +37,32 @@ class Run:
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the directory of a run, or of one of its states."""
+    """Whether this is the directory of a run or of one of its states."""
     return (locate(path)[0] / RECIPE).is_file()
 
 
 def locate(path: Path) -> tuple[Path, int | None]:
-    """The directory of a run, and the step where the path is that of one of its states."""
+    """Split a path into the run's directory and the step of a state, None if it names no state."""
     if path.parent.name == STATES and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return path, None
 
 
 def open_run(path: Path, *, best: bool = False) -> Run:
-    """Find the newest state of a run, or the one that evaluations found best.
+    """Find the newest state of a run, or its best.
 
     Args:
-      path: the run's directory, or that of one state, which is taken then.
-      best: the best state.
+      path: the run's directory, or that of one of its states.
+      best: whether to find the state with the best evaluation.
 
     Raises:
-      CheckpointError: it is no run, has no such state yet, or its recipe is damaged.
+      CheckpointError: this is not a run, it has no such state yet, or its recipe is damaged.
     """
     path, step = locate(path)
     if best and step is not None:
-        raise CheckpointError(f"{path}: the best state or that of step {step}; choose one.")
+        raise CheckpointError(
+            f"{path}: asked for both the best state and that of step {step}; choose one."
+        )
     if not is_run(path):
         raise CheckpointError(f"{path}: is not the directory of a run: it has no {RECIPE}.")
     recipe = disk.read_json(path / RECIPE)
@@ -75,50 +77,50 @@ def open_run(path: Path, *, best: bool = False) -> Run:
     folder = path / (BEST if best else STATES)
     step = choose(folder, step)
     if step is None:
-        which = "state that an evaluation found best" if best else "saved state"
+        which = "best state" if best else "saved state"
         raise CheckpointError(f"{path}: has no {which} yet; train further.")
     return Run(path, model, adapter, fp4_experts, step, folder / str(step) / "state")
 
 
 def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
-    """The same with its lists as the tuples that they were."""
+    """The table with lists, which JSON made of tuples, turned back."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 def choose(folder: Path, step: int | None = None) -> int | None:
-    """The step of the newest complete state in a folder, or the one that is asked for.
+    """The step of the newest complete state in a folder, or the requested one.
 
     Returns:
-      None where there is no state at all.
+      None if there is no state and no step was requested.
 
     Raises:
-      CheckpointError: there are states, and none of this step.
+      CheckpointError: there is no state of the requested step.
     """
     steps = _steps(folder)
     if step is None or step in steps:
         return max(steps, default=None) if step is None else step
-    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"
-    raise CheckpointError(f"{folder}: has no state of step {step}; {there}.")
+    available = f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
+    raise CheckpointError(f"{folder}: has no state of step {step}; {available}.")
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps of the states that are complete."""
+    """The steps of the complete states."""
     import orbax.checkpoint as ocp
 
     return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
 
 
 def check(folder: Path, step: int) -> None:
-    """Refuse a state of which a file is not as it was saved.
+    """Reject a state with a file that has changed since it was saved.
 
     Raises:
-      CheckpointError: which file of it is, and which other state is whole.
+      CheckpointError: names the damaged file and another, intact state.
     """
     state = folder / str(step)
     if not _has_checksums(state):
         warnings.warn(
-            f"{state}: has no {checksums.FILE}, so damage to it would not be seen: it is being"
-            " saved, or its run was killed then, or it is from an older v4jax.",
+            f"{state}: has no {checksums.FILE}, so damage would go unnoticed: the state is still"
+            " being saved, its run was killed while saving, or it is from an older v4jax.",
             stacklevel=2,
         )
         return
@@ -126,11 +128,11 @@ def check(folder: Path, step: int) -> None:
     if damaged is None:
         return
     others = (folder / str(other) for other in reversed(_steps(folder)) if other != step)
-    whole = next((x for x in others if _has_checksums(x) and not checksums.damage(x)), None)
-    offer = "no other state of it is whole; restore the directory from a copy"
-    if whole is not None:
-        offer = f"the state of step {whole.name} is whole: --state {whole.name} takes {whole}"
-    raise CheckpointError(f"{state}: is damaged: {damaged} is not as it was saved; {offer}.")
+    intact = next((x for x in others if _has_checksums(x) and not checksums.damage(x)), None)
+    remedy = "no other state is intact; restore the directory from a copy"
+    if intact is not None:
+        remedy = f"the state of step {intact.name} is intact: --state {intact.name} uses {intact}"
+    raise CheckpointError(f"{state}: is damaged: {damaged} has changed since saving; {remedy}.")
 
 
 def _has_checksums(state: Path) -> bool:
@@ -138,9 +140,9 @@ def _has_checksums(state: Path) -> bool:
 
 
 def trained(run: Run) -> dict[str, Any]:
-    """The trained part as NumPy arrays: of a weight's dotted name its value, or its two factors.
+    """The trained part as NumPy arrays: by dotted name, a weight or an adapter's two factors.
 
-    Of weights trained in full the routers' biases are among them.
+    After full training it includes the routers' biases.
 
     Raises:
       CheckpointError: the state is damaged.
@@ -151,21 +153,21 @@ def trained(run: Run) -> dict[str, Any]:
         run.state.absolute(),
         database=saved.get("use_ocdbt") is True,
         zarr3=saved.get("use_zarr3") is True,
-        remedy="The state is damaged; remove it, and the one before it is taken.",
+        remedy="The state is damaged; remove it to use the one before it.",
     )
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part, name, *factor in _names(run.state / _METADATA, saved):
         value = arrays.read(".".join((part, name, *factor)), (...,))
         if factor:
-            found.setdefault(name, {})[factor[0]] = value
+            values.setdefault(name, {})[factor[0]] = value
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _names(file: Path, saved: dict[str, Any]) -> Iterator[list[str]]:
-    """The keys of each array of the trained part and of the routers' biases."""
-    # The best is that pair by itself, and what is empty has one key.
+    """The keys of each array in the trained part and the routers' biases."""
+    # The best state is just that pair; an empty entry has one key.
     parts = ("trained", "balanced", "0", "1")
     try:
         for entry in saved["tree_metadata"].values():

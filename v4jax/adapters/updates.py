@@ -1,6 +1,6 @@
-"""What training changed of a model: an adapter, or weights in place of the old ones.
+"""What training changed in a model: an adapter, or weights that replace the old ones.
 
-Read from a run's directory or from an adapter's; attached to a model in memory, or asked for one
+Read from the directory of a run or an adapter; attached to a model in memory, or applied to one
 tensor at a time by `merge`.
 """
 
@@ -18,7 +18,8 @@ from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import LoraWeight
 from v4jax import arguments
 from v4jax.adapters import lora, peft, runs
-from v4jax.adapters.lora import Adapter, Lora
+from v4jax.adapters.lora import Adapter
+from v4jax.adapters.lora_settings import Lora
 from v4jax.checkpoints import hub, native, safetensors_directory, unfinished
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import FP4
@@ -30,14 +31,14 @@ from v4jax.model.transformer import Model
 
 
 class Adapted(NamedTuple):
-    """An adapter: what it was made with, and its factors as NumPy arrays."""
+    """An adapter: its settings, and its factors as NumPy arrays."""
 
     settings: Lora
     factors: Adapter
 
 
 class Replaced(NamedTuple):
-    """Weights by dotted name, as NumPy arrays; `fp4_experts`: the experts' are rounded to FP4."""
+    """Weights by dotted name, as NumPy arrays; `fp4_experts`: experts' weights round to FP4."""
 
     weights: dict[str, np.ndarray]
     fp4_experts: bool
@@ -47,25 +48,25 @@ Update = Adapted | Replaced
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The directory of a run or an adapter; an adapter that is not here comes from the Hub."""
+    """The directory of a run or an adapter; an adapter that is not local comes from the Hub."""
     return hub.resolve(path_or_id, allow_patterns=[peft.CONFIG, peft.TENSORS])
 
 
 def read(path: Path, cfg: ModelConfig, *, best: bool = False) -> Update:
-    """What a run's newest state or a PEFT adapter changes.
+    """The update of a run's newest state or of a PEFT adapter.
 
     Args:
-      path: the directory of either.
-      cfg: of the model that it is for.
-      best: of a run, the state that evaluations found best.
+      path: the directory of the run or adapter.
+      cfg: configuration of the model to update.
+      best: use a run's best state instead of its newest.
 
     Raises:
-      CheckpointError: it is neither, is damaged, or is of another model.
+      CheckpointError: the directory is neither, is damaged, or is for another model.
     """
     unfinished.refuse_unfinished(path)
     if peft.is_adapter(path):
         if best:
-            raise CheckpointError(f"{path}: is an adapter, of which there is one state only.")
+            raise CheckpointError(f"{path}: is an adapter; only a run has a best state.")
         return Adapted(*peft.load(path, cfg))
     if not runs.is_run(path):
         raise CheckpointError(
@@ -76,22 +77,23 @@ def read(path: Path, cfg: ModelConfig, *, best: bool = False) -> Update:
     trained = runs.trained(run)
     _check_finite(run, trained)
     if run.adapter is not None:
-        _check(path, trained, lora.declare(cfg, run.adapter), whole=True)
+        _check(path, trained, lora.declare(cfg, run.adapter), complete=True)
         return Adapted(run.adapter, trained)
-    _check(path, trained, dict(params.leaves(Model(cfg))), whole=False)
+    _check(path, trained, dict(params.leaves(Model(cfg))), complete=False)
     return Replaced(trained, run.fp4_experts)
 
 
-def _check(path: Path, found: dict[str, Any], declared: dict[str, Any], *, whole: bool) -> None:
-    """Refuse what is not of this model; with `whole`, all that is declared must be there."""
+def _check(path: Path, values: dict[str, Any], declared: dict[str, Any], *, complete: bool) -> None:
+    """Reject values that do not match the model; `complete`: all declared must be present."""
     shape = lambda x: {k: tuple(v.shape) for k, v in x.items()} if isinstance(x, dict) else x.shape
-    names = found.keys() | declared if whole else found.keys()
+    names = values.keys() | declared if complete else values.keys()
     for name in sorted(names):
-        if name not in found or name not in declared or shape(found[name]) != shape(declared[name]):
-            here = shape(found[name]) if name in found else "missing"
-            there = shape(declared[name]) if name in declared else "no weight of it"
+        stored = shape(values[name]) if name in values else "missing"
+        expected = shape(declared[name]) if name in declared else "missing"
+        if name not in values or name not in declared or stored != expected:
             raise CheckpointError(
-                f"{path}: is of another model: '{name}' is {here}, and in this model {there}."
+                f"{path}: is for another model: '{name}' is {stored} here and {expected} in this"
+                " model."
             )
 
 
@@ -100,13 +102,13 @@ def _check_finite(run: runs.Run, trained: dict[str, Any]) -> None:
         if not np.isfinite(value).all():
             name = ".".join(str(key.key) for key in path)
             raise CheckpointError(
-                f"{run.state}: '{name}' has values that are no finite numbers. The state is "
-                "damaged, or the training went wrong; take another state."
+                f"{run.state}: '{name}' has values that are not finite. The state is damaged, or "
+                "the training went wrong; use another state."
             )
 
 
 def identity(path: Path, *, best: bool = False) -> str:
-    """A digest that changes when what `read` gives does, as far as files tell."""
+    """A digest that changes with the result of `read`, judged by the files' sizes and times."""
     if peft.is_adapter(path):
         files = [path / peft.CONFIG, path / peft.TENSORS]
     else:
@@ -117,13 +119,13 @@ def identity(path: Path, *, best: bool = False) -> str:
 
 
 def attach(model: Model, cfg: ModelConfig, update: Update, dtype: Any) -> Model:
-    """The model with the update in place of the adapter that it may have.
+    """The model with the update, which replaces an adapter it may have.
 
     Args:
-      model: shares all that is not changed with the result.
-      cfg: its configuration.
-      update: see `read`.
-      dtype: of weights that replace old ones and need not be float32.
+      model: the model; the result shares its unchanged weights.
+      cfg: the model's configuration.
+      update: the update from `read`.
+      dtype: dtype of replaced weights that need not be float32.
     """
     base = detach(model, cfg)
     mesh = sharding.mesh_of(base)
@@ -150,20 +152,20 @@ def detach(model: Model, cfg: ModelConfig) -> Model:
 
 
 def _placed(tree: Any, declared: Any, mesh: Mesh | None) -> Any:
-    """The arrays where the model's are."""
+    """The arrays on the model's devices."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     return jax.device_put(tree, sharding.shardings(declared, mesh, tree))
 
 
 def changed(update: Update, leaf: str, at: tuple[int, ...], base: np.ndarray) -> np.ndarray | None:
-    """A tensor after the update, float32; None where it is as before.
+    """A tensor after the update, float32; None if it is unchanged.
 
     Args:
-      update: see `read`.
-      leaf: dotted name of the weight that the tensor is a part of.
-      at: its place in the weight's stack.
-      base: the tensor before, float32.
+      update: the update from `read`.
+      leaf: dotted name of the weight that contains the tensor.
+      at: index of the tensor in the weight's stack.
+      base: the tensor before the update, float32.
     """
     if isinstance(update, Adapted):
         a, b = (np.asarray(update.factors[leaf][part][at], np.float32) for part in "ab")
@@ -173,7 +175,7 @@ def changed(update: Update, leaf: str, at: tuple[int, ...], base: np.ndarray) ->
     if update.fp4_experts and ".experts." in leaf:
         new = np.asarray(new, np.float32)
         new = FP4.decode(*FP4.encode(new))
-    # In the run's own dtype, to which the base was rounded at its beginning.
+    # Compare in the run's dtype, to which the base was rounded at the start.
     return None if np.array_equal(new, base.astype(new.dtype)) else np.asarray(new, np.float32)
 
 
@@ -195,25 +197,25 @@ def export_adapter(
 
     Args:
       run: the run's directory.
-      target: a directory to be made.
-      model: path or Hub id of the model; the one that the run names, by default.
-      best: the state that evaluations found best, not the newest.
+      target: directory to create.
+      model: path or Hub id of the model; None: the one named by the run.
+      best: use the run's best state instead of its newest.
 
     Raises:
-      CheckpointError: the run has no adapter or a damaged one, its model is not to be had, or the
-        target exists or lies in one of them.
+      CheckpointError: the run has no adapter or a damaged one, its model is not available, or the
+        target exists or is inside one of them.
     """
     run, target = (Path(os.path.abspath(os.path.expanduser(path))) for path in (run, target))
     unfinished.check_target(target)
     opened = runs.open_run(run, best=best)
     if opened.adapter is None:
         raise CheckpointError(
-            f"{run}: trained the weights themselves, not an adapter; 'v4jax merge' writes them."
+            f"{run}: trained the weights in full, not an adapter; 'v4jax merge' writes them."
         )
     name = model or opened.model
     try:
-        small = [safetensors_directory.CONFIG, native.MANIFEST]
-        base = hub.resolve(name, allow_patterns=small)
+        small_files = [safetensors_directory.CONFIG, native.MANIFEST]
+        base = hub.resolve(name, allow_patterns=small_files)
         cfg = open_checkpoint(base).config
     except CheckpointError as error:
         raise CheckpointError(f"{error} That is the run's model; give --model.") from error

@@ -35,7 +35,7 @@ def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     basic = [*chat.SPECIAL_TOKENS, *byte_chars()]
     if vocab_size < len(basic):
         raise ValueError(
-            f"vocab_size is {vocab_size}; it must be at least {len(basic)}: "
+            f"vocab_size is {vocab_size}; it must be {len(basic)} or more: "
             f"{len(chat.SPECIAL_TOKENS)} special tokens and 256 bytes."
         )
     vocab = {token: i for i, token in enumerate(basic)}

@@ -52,10 +52,10 @@ def decode(
       visible_BT: each query sees the entries below this, 0 to S.
       sink_H: a logit per head.
       scale: multiplies q . key.
-      impl: 'auto' picks the best implementation for the compile target.
+      impl: 'auto' picks the best form for the compile target.
     Raises:
-      NotImplementedError: unknown `impl`, or it does not support these arguments.
-      TypeError: an argument of the wrong dtype.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: a dtype that the contract does not allow.
       ValueError: shapes that do not match.
     """
     inputs = DecodeInputs(

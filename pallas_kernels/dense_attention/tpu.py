@@ -352,7 +352,7 @@ def _between(index: Any, visible: Any, hidden: Any) -> Any:
 
 
 def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> None:
-    """Start from the sink alone, with weight 1; a sink of -inf would turn masked logits into NaN."""
+    """Start from the sink alone, with weight 1; a sink of -inf would make masked logits NaN."""
     rows, heads = largest_ref.shape[0], sink_ref.shape[0]
     largest_ref[...] = jnp.maximum(jnp.tile(sink_ref[...], (rows // heads, 1)), _LOWEST)
     lane_RW = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)

@@ -1,15 +1,16 @@
-"""Attention to the window and to the entries that were chosen: the core of CSA.
+"""Attention to the window and to the chosen entries: the core of CSA.
 
-As `dense_attention`, except that the entries seen are listed for each query, and that entries may
-be saved in eight bits (`Fp8Rows`; then they get no gradient). Window and entries are never joined.
+Like `dense_attention`, except that each query lists the entries it sees, and that entries may be
+stored in eight bits (`Fp8Rows`; they have no gradient then). Window and entries are never
+concatenated.
 
 TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
-of 16, head dims of 128, pools with room for a multiple of 16 entries (8 in float32, 32 in eight
-bits), and gather without copying the pool. GPU kernels take one document a row. Where there is no
-kernel, XLA serves.
+of 16, head dims in multiples of 128, pools with a capacity that is a multiple of 16 entries (8 in
+float32, 32 in eight bits), and gather without copying the pool. GPU kernels take one document per
+row. Where there is no kernel, XLA's form runs.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
-ring, X = window + T keys of a chunk's window, S entries there is room for, k entries chosen.
+ring, X = window + T keys of a chunk's window, S capacity of the pool in entries, k entries chosen.
 """
 
 import functools
@@ -50,22 +51,22 @@ def decode(
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
-    """A few queries per row, whose window is a ring.
+    """Attention of a few queries per row, whose window is a ring.
 
     Args:
       q_BTHK: queries.
       window_BRK: keys of the newest tokens, in any order.
-      window_mask_BTR: those that each query sees.
-      pool_LBSK: entries of all layers of a stack; what is not listed may be garbage.
+      window_mask_BTR: which of them each query sees.
+      pool_LBSK: entries of all layers of a stack; those not listed may be garbage.
       layer: the layer to read.
-      indices_BTk: entries that each query sees, each once, in any order; -1 for none.
+      indices_BTk: the entries that each query sees, without repeats, in any order; -1 for none.
       sink_H: a logit per head.
       scale: multiplies q . key.
-      impl: 'auto' takes the best form for the compile target.
+      impl: 'auto' picks the best form for the compile target.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: a dtype that is not the contract's.
-      ValueError: shapes that do not fit together.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: a dtype that the contract does not allow.
+      ValueError: shapes that do not match.
     """
     inputs = DecodeInputs(
         q_BTHK=q_BTHK,
@@ -94,20 +95,20 @@ def prefill(
     scale: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
-    """A chunk of queries at positions start, start + 1, ...
+    """Attention of a chunk of queries at positions start, start + 1, ...
 
-    Several documents may share a row, where each query says where its own begins.
+    A row may hold several documents; `first_BT` then gives, for each query, the start of its own.
 
     Args:
       q_BTHK: queries.
-      window_BXK: keys of positions start - window .. start + T - 1; those below 0 are not seen.
+      window_BXK: keys of positions start - window .. start + T - 1; negative ones are not seen.
       start_B: position of each row's first query.
       pool_LBSK: as for `decode`.
       layer: as for `decode`.
       indices_BTk: as for `decode`.
       sink_H: a logit per head.
-      first_BT: position where each query's document begins; earlier keys of the window are not
-        seen. None: all rows begin at 0.
+      first_BT: position where each query's document starts; earlier keys of the window are not
+        seen. None: 0.
       window: tokens that a query sees, itself included.
       scale: multiplies q . key.
       impl: as for `decode`.
@@ -130,15 +131,15 @@ def prefill(
 
 
 def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
-    """The sizes."""
+    """Check the arguments; returns the size of each axis letter."""
     check_number(op, scale=scale)
-    pool, there = inputs.pool_LBSK, inputs._asdict()
+    pool, arrays = inputs.pool_LBSK, inputs._asdict()
     if isinstance(pool, Fp8Rows):
-        del there["pool_LBSK"]
-    if there.get("first_BT") is None:
-        there.pop("first_BT", None)
+        del arrays["pool_LBSK"]
+    if arrays.get("first_BT") is None:
+        arrays.pop("first_BT", None)
     integers = ("start_B", "layer", "indices_BTk", "first_BT")
-    sizes = check_arrays(op, there, integers=integers, booleans=("window_mask_BTR",))
+    sizes = check_arrays(op, arrays, integers=integers, booleans=("window_mask_BTR",))
     if isinstance(pool, Fp8Rows):
         check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
         check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})
@@ -180,7 +181,7 @@ def _prefill_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
 
 
 def _backward(name: str, impl: Impl, grad: Any, out: Any, inputs: Any, **static: Any) -> Any:
-    """The GPU's kernels have no backward form: XLA's serves."""
+    """Dispatch a backward pass; GPUs have no kernel for it and use XLA's form."""
     impl = "xla" if impl == "gpu" else impl
     gradients = dispatch("sparse_attention", name, impl, _FORMS, grad, out, inputs, **static)
     return (cotangents(inputs, gradients),)

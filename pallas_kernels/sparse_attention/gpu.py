@@ -1,9 +1,9 @@
 """Attention to listed entries by a Pallas kernel for Hopper GPUs (Mosaic).
 
-The window is a list too: of the rows of its ring that a query sees, or of those before it. So one
-kernel serves decode and prefill, and gathers window and entries alike, each from where it lies. It
-knows the sink, so that a query whose keys are not divided is finished there; few queries' keys are
-divided among multiprocessors, and the parts joined by XLA.
+The window is a list too: of the rows of its ring that a query sees, or of the rows before it. So
+one kernel serves decode and prefill, and gathers window and entries alike, each in place. If there
+are few queries, each query's list is split among multiprocessors, and XLA merges the parts;
+otherwise the kernel's result, which includes the sink, is final.
 
 Axis letters: as in the package; r rows of the window listed, Z parts of a list.
 """
@@ -26,10 +26,10 @@ def decode(
     *,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """Lists of the window's rows and of entries, divided so that multiprocessors have work.
+    """Attend to lists of the window's rows and of entries.
 
     Raises:
-      Unsupported: other dtypes than bfloat16, heads or channels not in whole tiles.
+      Unsupported: dtypes other than bfloat16, or heads or channels that do not fill tiles.
     """
     row_R = jnp.arange(inputs.window_BRK.shape[1], dtype=jnp.int32)
     near_BTr = jnp.where(inputs.window_mask_BTR, row_R[None, None], -1)
@@ -42,10 +42,10 @@ def prefill(
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """As `decode`: query j sees the rows j + 1 .. j + window of its chunk's window.
+    """Like `decode`; query j sees the rows j + 1 .. j + window of its chunk's window.
 
     Raises:
-      Unsupported: as for `decode`; rows of several documents.
+      Unsupported: as for `decode`, and for rows of several documents.
     """
     if inputs.first_BT is not None:
         raise Unsupported("sparse_attention.prefill for GPUs does not take first_BT.")
@@ -54,14 +54,14 @@ def prefill(
 
 
 def window_rows(start_B: Int[Array, " B"], queries: int, window: int) -> Int32[Array, "B T r"]:
-    """Rows of a chunk's window that each query sees, -1 for positions below 0."""
+    """Rows of a chunk's window that each query sees, -1 for negative positions."""
     row_Tr = jnp.arange(queries, dtype=jnp.int32)[:, None] + 1 + jnp.arange(window)[None]
     position_BTr = start_B.astype(jnp.int32)[:, None, None] - window + row_Tr[None]
     return jnp.where(position_BTr >= 0, row_Tr[None], -1)
 
 
 def parts_of(chunks: int, blocks: int) -> int:
-    """Into how many parts to divide a list: as many as fill the GPU once, none of them empty."""
+    """Number of parts to split a list into: enough to fill the GPU once, and none empty."""
     most = max(1, min(chunks, _MULTIPROCESSORS // blocks))
     return -(-chunks // -(-chunks // most))
 
@@ -69,7 +69,7 @@ def parts_of(chunks: int, blocks: int) -> int:
 def joined(
     value_BTZHK: Float32[Array, "B T Z H K"], lse_BTZH: Float32[Array, "B T Z H"]
 ) -> Float32[Array, "B T H K"]:
-    """Means over parts, weighted by their sums, of which these are the logarithms."""
+    """Merge parts: the mean of their values, weighted by exp(lse)."""
     largest_BT1H = jnp.max(lse_BTZH, axis=2, keepdims=True)
     largest_BT1H = jnp.where(largest_BT1H == -jnp.inf, 0.0, largest_BT1H)
     weight_BTZH = jnp.exp(lse_BTZH - largest_BT1H)
@@ -86,7 +86,7 @@ def _attend(
 ) -> Float[Array, "B T H K"]:
     _check(inputs.q_BTHK, window_BRK, inputs.pool_LBSK)
     B, T, H, _ = inputs.q_BTHK.shape
-    near_BTr, far_BTk = _whole_chunks(near_BTr), _whole_chunks(inputs.indices_BTk)
+    near_BTr, far_BTk = _full_chunks(near_BTr), _full_chunks(inputs.indices_BTk)
     rows_BTX = jnp.concatenate([near_BTr, far_BTk], axis=2)
     parts = parts_of(rows_BTX.shape[2] // CHUNK, B * T * (H // HEADS))
     rows_BTX = _padded(rows_BTX, parts * CHUNK)
@@ -106,7 +106,7 @@ def _attend(
     return joined(value_BTZHK, lse_BTZH).astype(inputs.q_BTHK.dtype)
 
 
-def _whole_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:
+def _full_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:
     return _padded(rows_BTX.astype(jnp.int32), CHUNK)
 
 
@@ -119,13 +119,13 @@ def _check(q_BTHK: Array, window_BRK: Array, pool_LBSK: Pool) -> None:
     gpu_gather.check(pool_LBSK)
     if q_BTHK.dtype != jnp.bfloat16 or window_BRK.dtype != jnp.bfloat16:
         raise Unsupported(
-            f"The GPU form takes queries and window in bfloat16, not {q_BTHK.dtype} and "
+            f"The GPU kernel takes queries and window in bfloat16, not {q_BTHK.dtype} and "
             f"{window_BRK.dtype}."
         )
     B, T, H, K = q_BTHK.shape
     if H % HEADS or K % 128 or K > 512 or 0 in (B, T, H, window_BRK.shape[1], pool_LBSK.shape[2]):
         raise Unsupported(
-            f"The GPU form takes heads in multiples of {HEADS} and 128, 256, 384 or 512 channels, "
-            f"and nothing empty: not queries {q_BTHK.shape}, window {window_BRK.shape} and pool "
+            f"The GPU kernel takes heads in multiples of {HEADS}, 128, 256, 384 or 512 channels, "
+            f"and no empty arrays, not queries {q_BTHK.shape}, window {window_BRK.shape} and pool "
             f"{pool_LBSK.shape}."
         )

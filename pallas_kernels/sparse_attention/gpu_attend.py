@@ -1,11 +1,11 @@
 """Attention of one query's heads, 64 at a time, to a part of its list.
 
-Of a block's three warpgroups one gathers chunks of rows, and two attend to them, each for half of
-the channels of the values. Both compute all weights: these are then where the products want them,
-and no maximum has to travel.
+Of a block's three warpgroups, one gathers chunks of rows and two attend to them, each for half of
+the value channels. Both compute all weights: they are then where the products need them, and no
+maximum has to be exchanged.
 
-Axis letters: as in the package; Z parts of a list, X rows of a list, C rows of a chunk, h = 64
-heads of a block, V channels of a product.
+Axis letters: as in the package; Z parts of a list, X rows of a list, C rows per chunk, h = 64
+heads per block, V channels per product.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 HEADS = 64
 _GATHERER = 2  # the warpgroup
-# Registers of a thread that gathers, and of one that attends. Three warpgroups start with 168 each:
-# had they more together afterwards, they would wait for them for ever.
+# Registers per thread that gathers, and per thread that attends. Three warpgroups start with 168
+# each; if the new numbers added up to more, they would wait for registers forever.
 _GATHERING, _ATTENDING = 56, 224
 _STAGES = 2
 _LOG2E = math.log2(math.e)
@@ -47,20 +47,20 @@ def attend(
     parts: int,
     scale: float,
 ) -> tuple[Float[Array, "B T Z H K"], Float32[Array, "B T Z H"]]:
-    """Weighted means of listed rows, and the logarithms of the sums of weights.
+    """Weighted means of the listed rows, and the logs of the sums of weights.
 
     Args:
       q_BTHK: queries.
-      window_BRK: what the first `near` of each list are rows of.
-      pool_LBSK: what the others are entries of.
+      window_BRK: the first `near` numbers of each list are rows of this.
+      pool_LBSK: the others are entries of this.
       layer: the layer to read.
-      rows_BTX: lists, -1 for none; as many chunks in all parts.
-      sink_H: a logit per head; the first part has it among its keys.
-      near: a multiple of the size of a chunk.
-      parts: into which lists are divided.
+      rows_BTX: lists, -1 for none; each part has the same number of chunks.
+      sink_H: a logit per head, which counts as a key of the first part.
+      near: rows of the window per list, a multiple of the chunk size.
+      parts: number of parts that lists are split into.
       scale: multiplies q . key.
     Returns:
-      In the dtype of q if there is one part, in float32 otherwise.
+      Means, in the dtype of q if there is one part, otherwise in float32; and logs.
     """
     B, T, H, K = q_BTHK.shape
     chunks = rows_BTX.shape[2] // parts // CHUNK
@@ -86,8 +86,8 @@ def attend(
     return plgpu.kernel(
         call.run,
         out_type=out_type,
-        # Heads of a query next to each other: they read the same rows. Only the last dim may be
-        # longer than 65535.
+        # A query's blocks of heads are adjacent, because they read the same rows. Only the last
+        # grid dim may exceed 65535.
         grid=(parts, B * T * (H // HEADS)),
         grid_names=("part", "query_heads"),
         num_threads=3,
@@ -100,7 +100,16 @@ def attend(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """Sizes of one call: T, K, chunks of a part's list, R, S, B; whether entries are bytes."""
+    """Sizes of one call.
+
+    Attributes:
+      queries, channels, batch: T, K, B.
+      chunks: chunks of a part's list.
+      near: rows of the window per list.
+      window, entries: R, S.
+      narrow: whether entries are `Fp8Rows`.
+      scale: scale of the logits.
+    """
 
     queries: int
     channels: int
@@ -114,11 +123,11 @@ class _Call:
 
     @property
     def slots(self) -> int:
-        """Chunks for the tensor cores: two, unless staging buffers of both kinds leave no room."""
+        """Buffers for chunks of keys: two, unless staging buffers of both kinds leave no room."""
         return 1 if self.narrow else 2
 
     def scratch(self) -> dict[str, Any]:
-        """Shared memory and barriers; weights apart for each of the two that compute them."""
+        """Shared memory and barriers; each of the two attending warpgroups has its own weights."""
         matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
         return {
             "q_hK": matrix((HEADS, self.channels)),
@@ -145,7 +154,7 @@ class _Call:
         lse_ref: Any,
         **smem: Any,
     ) -> None:
-        """What the three warpgroups of a block do, given references to all arrays."""
+        """The kernel's body: the work of a block's three warpgroups."""
         warpgroup, part = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("part")
         block, of_query = jax.lax.axis_index("query_heads"), q_ref.shape[2] // HEADS
         query, heads = (
@@ -184,13 +193,13 @@ class _Call:
                 store(lse_ref.at[b, t, part, heads], largest_h / _LOG2E + jnp.log(total_h))
 
     def _gather(self, near: Any, far: Any, near_chunks: Any, smem: Any) -> None:
-        """Chunk by chunk: copies of the next are under way while one is laid out."""
+        """Gather chunk by chunk; the next is copied while one is laid out."""
 
         def fetch(chunk: Any) -> None:
             stage = jax.lax.rem(chunk, _STAGES)
-            for source, wanted in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
+            for source, is_source in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
                 start = functools.partial(gpu_gather.fetch, source, stage, chunk, smem)
-                pl.when(wanted)(start)
+                pl.when(is_source)(start)
 
         fetch(jnp.int32(0))
 
@@ -200,16 +209,16 @@ class _Call:
             pl.when(chunk + 1 < self.chunks)(lambda: fetch(chunk + 1))
             plgpu.barrier_wait(smem["staged"].at[stage])
             pl.when(chunk >= self.slots)(lambda: plgpu.barrier_wait(smem["free"].at[slot]))
-            for source, wanted in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
+            for source, is_source in ((near, chunk < near_chunks), (far, chunk >= near_chunks)):
                 keys = smem["keys"].at[slot]
                 move = functools.partial(gpu_gather.lay_out, source, stage, chunk, keys, smem)
-                pl.when(wanted)(move)
-            # Also keeps the next copies from a staging buffer that is still being read.
+                pl.when(is_source)(move)
+            # Also keeps the next copies out of a staging buffer that is still being read.
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem["ready"].at[slot])
 
     def _attend(self, warpgroup: Array, with_sink: Any, smem: Any) -> Any:
-        """Running maximum (times log2 e), sum of weights and values of half of the channels."""
+        """Running maximum (times log2 e), sum of weights, and values of half of the channels."""
         sink_h = load(smem["sink_h"], _BY_HEAD) * _LOG2E
         constant = lambda x: plgpu.layout_cast(jnp.full((HEADS,), x, jnp.float32), _BY_HEAD)
         largest_h = jnp.where(with_sink, sink_h, constant(-jnp.inf))
@@ -223,8 +232,8 @@ class _Call:
             largest_h, total_h, values = state
             keys_CK = smem["keys"].at[slot]
             logits_hC = _product(smem["q_hK"], keys_CK.transpose((1, 0)), CHUNK)
-            there_C = load(smem["row_NC"].at[chunk], _BY_ROW) >= 0
-            seen_hC = _along(there_C, logits_hC.shape, 1)
+            exists_C = load(smem["row_NC"].at[chunk], _BY_ROW) >= 0
+            seen_hC = _along(exists_C, logits_hC.shape, 1)
             logits_hC = jnp.where(seen_hC, logits_hC * (self.scale * _LOG2E), -jnp.inf)
             new_h = jnp.maximum(largest_h, jnp.max(logits_hC, axis=1))
             base_h = jnp.where(new_h == -jnp.inf, 0.0, new_h)
@@ -251,16 +260,16 @@ class _Call:
 
     @property
     def _width(self) -> int:
-        """Channels of one product: its sums, in 32 registers, are added to those kept."""
+        """Channels per product, whose sums take 32 registers before they are added up."""
         return math.gcd(self.channels // 2, 64)
 
     def _columns(self, warpgroup: Array, i: int) -> Any:
-        """Those of its i-th product."""
+        """Channels of a warpgroup's i-th product."""
         return pl.ds(warpgroup * (self.channels // 2) + i * self._width, self._width)
 
 
 def _product(a_ref: Any, b_ref: Any, columns: int) -> Array:
-    """Matrix product on tensor cores, in float32."""
+    """Matrix product on tensor cores, accumulated in float32."""
 
     def multiply(acc_ref: Any) -> Array:
         plgpu.wgmma(acc_ref, a_ref, b_ref)

@@ -1,10 +1,10 @@
-"""Listed rows brought to shared memory by a small bulk copy each, and laid out for tensor cores.
+"""Listed rows brought to shared memory by small bulk copies, and laid out for tensor cores.
 
-A bulk copy fills contiguous bytes; tensor cores want rows interleaved and swizzled. So rows land in
-a staging buffer, from where a warpgroup that does nothing else moves them through registers, puts
-zeros for rows that are not there, and turns entries of eight bits into bfloat16.
+A bulk copy fills contiguous bytes; tensor cores need rows interleaved and swizzled. So rows arrive
+in a staging buffer, from which a dedicated warpgroup moves them through registers, writing zeros
+for missing rows and decoding eight-bit entries to bfloat16.
 
-Axis letters: C rows of a chunk, N chunks, K channels, J channels of a block.
+Axis letters: C rows per chunk, N chunks, K channels, J channels per block.
 """
 
 import dataclasses
@@ -22,50 +22,52 @@ from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 CHUNK = 32
-# A row of weights has as many channels as a chunk rows, 64 bytes; operands must be swizzled alike.
+# A row of weights has a number per row of a chunk, 64 bytes; both operands need the same swizzle.
 TILED = mosaic_gpu.tiles((8, 32), 64)
 _WIDTH = 128
 _LOW, _HIGH, _SCALE = rows.CODES, rows.CODES + rows.ROTATED, rows.CODES + 2 * rows.ROTATED
 
 
 def check(pool: Pool) -> None:
-    """Refuse pools that cannot be gathered from.
+    """Reject pools that cannot be gathered from.
 
     Raises:
-      Unsupported: neither bfloat16 nor rows of bytes; or more rows than an int32 counts.
+      Unsupported: neither bfloat16 nor Fp8Rows, or more rows than an int32 can index.
     """
     data = pool.data if isinstance(pool, Fp8Rows) else pool
     if not isinstance(pool, Fp8Rows) and pool.dtype != jnp.bfloat16:
-        raise Unsupported(f"The GPU form takes a pool in bfloat16 or Fp8Rows, not {pool.dtype}.")
+        raise Unsupported(f"The GPU kernel takes a pool in bfloat16 or Fp8Rows, not {pool.dtype}.")
     if data.shape[0] * data.shape[1] * data.shape[2] >= 2**31:
-        raise Unsupported(f"The GPU form counts rows in an int32; a pool of {data.shape} has more.")
+        raise Unsupported(
+            f"The GPU kernel takes pools of fewer than 2^31 rows, not of shape {data.shape}."
+        )
 
 
 def in_units(array: Array) -> Array:
-    """Rows of all leading dims one after another, each cut into units: [rows, units, U]."""
+    """Flatten the leading dims to rows, and split each row into units: [rows, units, 128]."""
     return array.reshape(-1, array.shape[-1] // _WIDTH, _WIDTH)
 
 
 def load(ref: Any, layout: Any) -> Array:
-    """What a reference holds, as a register array of this layout."""
+    """Load a ref as a register array with this layout."""
     return plgpu.layout_cast(ref[...], layout)
 
 
 def stages(channels: int, *, narrow: bool, slots: int) -> dict[str, Any]:
-    """Staging buffers, for rows as they lie in device memory."""
+    """Staging buffers, for rows in the layout of device memory."""
     stage = lambda width, dtype: plgpu.SMEM((slots, CHUNK, width // _WIDTH, _WIDTH), dtype)
-    found = {"stage": stage(channels, jnp.bfloat16)}
-    return found | ({"byte_stage": stage(rows.WIDTH, jnp.uint8)} if narrow else {})
+    buffers = {"stage": stage(channels, jnp.bfloat16)}
+    return buffers | ({"byte_stage": stage(rows.WIDTH, jnp.uint8)} if narrow else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where rows of a chunk come from.
+    """Where a chunk's rows come from.
 
     Attributes:
-      ref: reference to `in_units` of an array in device memory.
-      first: its row that row 0 of the list is.
-      narrow: whether rows are bytes of `Fp8Rows`.
+      ref: ref to `in_units` of an array in device memory.
+      first: the row of `ref` that number 0 of a list stands for.
+      narrow: whether rows are `Fp8Rows`.
     """
 
     ref: Any
@@ -73,7 +75,7 @@ class Source:
     narrow: bool
 
     def stage(self, slot: Array, smem: Any) -> Any:
-        """The buffer for a chunk's rows."""
+        """The staging buffer for a chunk's rows."""
         return smem["byte_stage" if self.narrow else "stage"].at[slot]
 
 
@@ -83,7 +85,7 @@ def fetch(source: Source, slot: Array, chunk: Any, smem: Any) -> None:
 
     @pl.loop(0, CHUNK)
     def _(i: Array) -> None:
-        # What is not there is row 0, of which nothing is used.
+        # A missing row (-1) copies row 0, which is not used.
         row = source.first + jnp.maximum(smem["row_NC"][chunk, i], 0)
         plgpu.copy_gmem_to_smem(source.ref.at[row], stage.at[i], smem["staged"].at[slot])
 
@@ -101,10 +103,10 @@ def lay_out(source: Source, slot: Array, chunk: Any, keys: Any, smem: Any) -> No
 
 
 def _lay_out_bytes(row_C: Any, stage: Any, keys: Any) -> None:
-    """As `rows.decode`, 64 channels at a time; of a row's last unit the scales come second."""
+    """Like `rows.decode`, 64 channels at a time; the scales are the last unit's second half."""
     half = lambda byte: stage.at[:, byte // _WIDTH, pl.ds(byte % _WIDTH, rows.BLOCK)]
     layout = _layout(rows.BLOCK)
-    # Rows lie a multiple of 128 bytes apart: some bank conflicts.
+    # The stride of rows is a multiple of 128 bytes, so there are some bank conflicts.
     words = lambda byte: mosaic_gpu.load(half(byte), layout).astype(jnp.int32)
     scale_CJ = jax.lax.bitcast_convert_type(words(_SCALE) << 23, jnp.float32)
     channel_CJ = jax.lax.broadcasted_iota(jnp.int32, scale_CJ.shape, 1)
@@ -121,10 +123,10 @@ def _lay_out_bytes(row_C: Any, stage: Any, keys: Any) -> None:
 
 
 def e4m3(code: Array) -> Array:
-    """The numbers of E4M3 codes in integers of 32 bits, in float32.
+    """Decode E4M3 codes, given as 32-bit integers, to float32.
 
-    Exponent and mantissa move to where a float32 has them. Subnormals are made as a difference: of
-    float32's own, which would do without, one cannot know whether a GPU flushes them.
+    Exponent and mantissa move to their places in a float32. Subnormals are computed as a
+    difference: going through float32's own subnormals would be simpler, but a GPU may flush them.
     """
     subnormal = (code & 0x78) == 0
     exponent = jnp.where(subnormal, 121 << 23, 120 << 23)
@@ -134,11 +136,11 @@ def e4m3(code: Array) -> Array:
 
 
 def _put(keys_CJ: Array, row_C: Any, keys: Any) -> None:
-    """Rows, zeros where there is none."""
+    """Write rows to `keys`, with zeros for missing ones."""
     layout = _layout(keys_CJ.shape[1])
-    there_CJ = _along_channels(load(row_C, layout.reduce(1)) >= 0, keys_CJ.shape[1])
+    exists_CJ = _along_channels(load(row_C, layout.reduce(1)) >= 0, keys_CJ.shape[1])
     zero_CJ = plgpu.layout_cast(jnp.zeros_like(keys_CJ), layout)
-    keys[...] = jnp.where(there_CJ, keys_CJ, zero_CJ)
+    keys[...] = jnp.where(exists_CJ, keys_CJ, zero_CJ)
 
 
 def _along_channels(x_C: Array, channels: int) -> Array:
@@ -147,5 +149,5 @@ def _along_channels(x_C: Array, channels: int) -> Array:
 
 
 def _layout(channels: int) -> Any:
-    """Of a chunk's registers, so that buffers and tiles are accessed without bank conflicts."""
+    """Register layout of a chunk that accesses buffers and tiles without bank conflicts."""
     return plgpu.Layout.SMEM_GMEM_COPY((CHUNK, channels), jnp.bfloat16, 64)

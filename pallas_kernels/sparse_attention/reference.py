@@ -1,4 +1,7 @@
-"""The same as dense attention under a mask made of the list: the specification. See the package."""
+"""The specification: dense attention under a mask built from the lists.
+
+Axis letters: as in the package.
+"""
 
 import functools
 from typing import Any
@@ -39,7 +42,7 @@ def decode_backward(
     *,
     scale: float,
 ) -> Gradients:
-    """Gradients of queries, window, pool and sink; None of rows of bytes."""
+    """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
     run = functools.partial(decode, scale=scale)
     return _pull(run, grad_BTHK, inputs, "window_BRK")
 
@@ -52,7 +55,7 @@ def prefill_backward(
     window: int,
     scale: float,
 ) -> Gradients:
-    """Gradients of queries, window, pool and sink; None of rows of bytes."""
+    """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
     run = functools.partial(prefill, window=window, scale=scale)
     return _pull(run, grad_BTHK, inputs, "window_BXK")
 
@@ -62,12 +65,12 @@ def _pull(run: Any, grad: Any, inputs: Any, window: str) -> Gradients:
     if isinstance(inputs.pool_LBSK, Fp8Rows):
         names.remove("pool_LBSK")
     learned = {name: getattr(inputs, name) for name in names}
-    (found,) = jax.vjp(lambda learned: run(inputs._replace(**learned)), learned)[1](grad)
-    return Gradients(found["q_BTHK"], found[window], found.get("pool_LBSK"), found["sink_H"])
+    (grads,) = jax.vjp(lambda learned: run(inputs._replace(**learned)), learned)[1](grad)
+    return Gradients(grads["q_BTHK"], grads[window], grads.get("pool_LBSK"), grads["sink_H"])
 
 
 def _attend(inputs: Any, keys: Any, near: Any, scale: float) -> Float[Array, "B T H K"]:
-    """The window under its mask, and all entries under one made of the list."""
+    """Attend to the window under its mask, and to all entries under a mask built from the lists."""
     masks = [near, _listed(inputs.indices_BTk, inputs.pool_LBSK.shape[2])]
     entries_BSK = _layer_of(inputs.pool_LBSK, inputs.layer, keys.dtype)
     return dense.attend(inputs.q_BTHK, [keys, entries_BSK], masks, inputs.sink_H, scale)

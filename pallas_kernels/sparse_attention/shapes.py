@@ -1,11 +1,11 @@
-"""Sizes of the models' CSA cores. Axis letters: as in the package."""
+"""CSA attention sizes of the models. Axis letters: as in the package."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Heads H, head dim K, tokens of the window and entries chosen k."""
+    """Heads H, head dim K, window length in tokens, and entries chosen k."""
 
     heads: int
     head_dim: int

@@ -28,7 +28,7 @@ def decode(
     _require(inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK)
     if (queries := inputs.q_BTHK.shape[1]) > _QUERIES:
         raise Unsupported(
-            f"sparse_attention.decode for TPUs takes up to {_QUERIES} queries a row, not "
+            f"sparse_attention.decode for TPUs takes up to {_QUERIES} queries per row, not "
             f"{queries}; prefill takes more."
         )
     return tpu_decode.call(inputs, scale=scale)
@@ -57,12 +57,12 @@ def prefill_backward(
     """Gradients of queries, window, pool and sink."""
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
     if isinstance(inputs.pool_LBSK, Fp8Rows):
-        raise Unsupported("the gradient of sparse_attention.prefill on TPUs takes no Fp8Rows.")
+        raise Unsupported("The gradient of sparse_attention.prefill on TPUs takes no Fp8Rows.")
     return tpu_backward.call(grad_BTHK, out_BTHK, inputs, window=window, scale=scale)
 
 
 def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
-    """Refuse what the kernels do not take."""
+    """Reject what the kernels do not support."""
     dtype, (heads, dim) = q_BTHK.dtype, q_BTHK.shape[2:]
     if dtype not in (jnp.bfloat16, jnp.float32) or window.dtype != dtype:
         raise Unsupported(
@@ -71,13 +71,13 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
         )
     if heads % 16 or dim % LANES:
         raise Unsupported(
-            "sparse_attention for TPUs takes heads in multiples of 16 and head dims of "
-            f"{LANES}, not {heads} of {dim}."
+            "sparse_attention for TPUs takes heads in multiples of 16 and head dims in multiples "
+            f"of {LANES}, not {heads} heads of dim {dim}."
         )
     data = pool.data if isinstance(pool, Fp8Rows) else pool
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(
-            f"sparse_attention for TPUs takes a pool in the queries' dtype or Fp8Rows, not "
+            "sparse_attention for TPUs takes a pool in the queries' dtype or Fp8Rows, not "
             f"{data.dtype}."
         )
     if data.shape[2] % (tile := 8 * packing(data.dtype)):

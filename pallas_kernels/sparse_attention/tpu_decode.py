@@ -1,6 +1,8 @@
-"""A row of the batch at a time: the next query's entries travel while one query is computed.
+"""Decode on TPUs, one row of the batch per grid step.
 
-Axis letters: as in the package; N the window's ring filled up to whole lanes.
+The next query's entries are copied while the current query is computed.
+
+Axis letters: as in the package; N the window's ring padded to a multiple of 128.
 """
 
 import functools
@@ -22,38 +24,35 @@ _VMEM = 40 * 2**20
 
 
 def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
-    """The kernel; S is a multiple of the rows that a tile of the pool has."""
+    """Run the kernel; S must be a multiple of the rows of a tile of the pool."""
     q_BTHK, window_BRK, pool = inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK
     pool_LBSW = pool.data if isinstance(pool, Fp8Rows) else pool
     indices_BTk = gather.in_lanes(inputs.indices_BTk, -1)
     window_mask_BTN = gather.in_lanes(inputs.window_mask_BTR, 0)
     batch, queries, heads, dim = q_BTHK.shape
     k, ring = indices_BTk.shape[2], window_BRK.shape[1]
-    per_row = lambda *dims, **space: pl.BlockSpec(
-        (1, *dims), lambda b, _: (b, *[0] * len(dims)), **space
-    )
     return pl.pallas_call(
         functools.partial(_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch,),
             in_specs=[
-                per_row(1, 1, queries * k, memory_space=pltpu.SMEM),
-                per_row(queries, k),
-                per_row(queries, heads, dim),
-                per_row(ring, dim),
-                per_row(*window_mask_BTN.shape[1:]),
-                pl.BlockSpec((heads, 1), lambda b, _: (0, 0)),
+                _per_row(1, 1, queries * k, memory_space=pltpu.SMEM),
+                _per_row(queries, k),
+                _per_row(queries, heads, dim),
+                _per_row(ring, dim),
+                _per_row(*window_mask_BTN.shape[1:]),
+                pl.BlockSpec((heads, 1), _constant),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=per_row(queries, heads, dim),
+            out_specs=_per_row(queries, heads, dim),
             scratch_shapes=[gather.Lists.room(k, pool_LBSW), pltpu.SemaphoreType.DMA((2,))],
         ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=_VMEM,
-            disable_bounds_checks=True,  # half of a copy's cost; word_rows are inside
+            disable_bounds_checks=True,  # half the cost of a copy; word_rows are in bounds
         ),
         name="sparse_attention_decode",
     )(
@@ -68,6 +67,19 @@ def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     )
 
 
+def _per_row(*dims: int, **space: Any) -> pl.BlockSpec:
+    """Spec of an array [B, *dims], read one row of the batch at a time."""
+
+    def batch_row(row: Any, layer_ref: Any) -> Any:
+        return row, *[0] * len(dims)
+
+    return pl.BlockSpec((1, *dims), batch_row, **space)
+
+
+def _constant(row: Any, layer_ref: Any) -> Any:
+    return 0, 0
+
+
 def _kernel(
     layer_ref: Any,  # SMEM [1]
     words_ref: Any,  # SMEM [1, 1, 1, T x k]
@@ -78,7 +90,7 @@ def _kernel(
     sink_ref: Any,  # [H, 1]
     pool_ref: Any,  # HBM [L, B, S, W]
     out_ref: Any,  # [1, T, H, K]
-    listed_ref: Any,  # room for two lists
+    listed_ref: Any,  # scratch for two lists
     sems: Any,
     *,
     scale: float,

@@ -1,10 +1,28 @@
-"""Listed entries brought to VMEM by a small copy each, out of the pool as it lies in HBM.
+"""Listed entries brought to VMEM, with one small copy each from the pool in HBM.
 
-XLA tiles rows of a pool by eight and more, and packs two bfloat16 rows, or four of bytes, into one
-row of 32-bit words. A row of words can be copied alone, so an entry comes with those that share its
-words, and is picked out here.
+XLA tiles the rows of a pool by eight or more, and packs two bfloat16 rows, or four rows of bytes,
+into one row of 32-bit words. A row of words can be copied alone, so an entry arrives with those
+that share its words, and is picked out here.
 
-Axis letters: k entries listed, W lanes of a row of words, K channels, X keys, R rows of a mask.
+Example: a bfloat16 pool with a single lane, and one query's list of k = 3.
+
+    pool row            0     1     2     3     4     5
+    value             1.0  -1.0   1.5  -2.0   0.5   3.0
+    its bits         3F80  BF80  3FC0  C000  3F00  4040
+    row of words    0: BF803F80 1: C0003FC0 2: 40403F00    the even row is the low half
+
+    list                      3        -1         4        -1: no entry
+    `word_rows`               1         0         2        entry // 2, clamped into the pool
+    copied             C0003FC0  BF803F80  40403F00        `Lists.start`
+    shift                    16         0         0        entry % 2 * 16, in `_pick`
+    shifted right      0000C000  BF803F80  40403F00
+    shifted left 16    C0000000  3F800000  3F000000        bfloat16 is the upper half of float32
+    result                 -2.0       0.0       0.5        `Lists.wait`; zero for -1
+
+There is room for two lists: while query t is computed, the list of query t + 1 is copied.
+
+Axis letters: k entries listed, W lanes of a row of words, K channels, X keys, N keys padded to a
+multiple of 128, C = 128 lanes; in `word_rows`, N blocks of M rows of words.
 """
 
 from typing import Any
@@ -18,26 +36,26 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 from pallas_kernels.sparse_attention import rows
 
 LANES = 128
-# Copies in straight line: their addresses differ from the group's by a constant each.
+# Copies per unrolled group: their addresses differ from the group's by a constant.
 _GROUP = 16
 
 
 def in_lanes(x: Shaped[Array, "B T X"], fill: int) -> Int32[Array, "B T N"]:
-    """Filled up to whole lanes."""
+    """Pad the last axis to a multiple of 128 lanes."""
     missing = -x.shape[2] % LANES
     return jnp.pad(x.astype(jnp.int32), ((0, 0), (0, 0), (0, missing)), constant_values=fill)
 
 
 def packing(dtype: Any) -> int:
-    """Rows to a row of words."""
+    """Rows of the pool per row of words."""
     return 4 // jnp.dtype(dtype).itemsize
 
 
 def word_rows(indices: Int[Array, "B T k"], pool: Any, block: int) -> Int32[Array, "B N 1 M"]:
-    """The rows of words to copy, those of `block` queries, which divides T, one after another.
+    """The rows of words to copy, for `block` queries (a divisor of T) at a time.
 
-    They are inside the pool also for -1. In one long row the scalar core finds a number by one
-    addition.
+    They are inside the pool for -1 too. A block is one long row, so that the scalar core finds a
+    number with a single addition.
     """
     batch, queries, k = indices.shape
     words = jnp.clip(indices, 0, pool.shape[2] - 1) // packing(pool.dtype)
@@ -45,21 +63,22 @@ def word_rows(indices: Int[Array, "B T k"], pool: Any, block: int) -> Int32[Arra
 
 
 def as_words(entries_ref: Any) -> Any:
-    """Rows of a pool as rows of words."""
+    """A ref to rows of a pool as rows of words."""
     return entries_ref.bitcast(jnp.int32)
 
 
 def copy_words(source: Any, to: Any, sem: Any) -> Any:
-    """A copy between references to words: a name of its own, for interpreters without words."""
+    """A copy between refs to words; a function of its own, so that tests can replace it."""
     return pltpu.make_async_copy(source, to, sem)
 
 
 class Lists:
-    """Room for the entries of two lists, of alternate queries, and who listed them.
+    """Double buffer for the listed entries of alternate queries.
 
     Attributes:
-      ref: [2 x k / 16, 16, W], int32.
-      sems: at least two DMA semaphores.
+      ref: the buffer, int32 [2 x k / 16, 16, W].
+      sems: two or more DMA semaphores.
+      groups: groups of 16 copies per list.
     """
 
     def __init__(self, ref: Any, sems: Any) -> None:
@@ -67,7 +86,7 @@ class Lists:
 
     @staticmethod
     def room(k: int, pool: Any) -> Any:
-        """The scratch of `ref`."""
+        """Shape of the scratch `ref`."""
         return pltpu.VMEM((2 * k // _GROUP, _GROUP, pool.shape[3]), jnp.int32)
 
     def start(self, words_ref: Any, query: Any, entries_ref: Any) -> None:
@@ -75,7 +94,7 @@ class Lists:
 
         Args:
           words_ref: [1, 1, 1, M] in SMEM, a block of `word_rows`.
-          query: whose list.
+          query: number of the query in the block.
           entries_ref: rows of the pool in HBM.
         """
         source, first = as_words(entries_ref), query % 2 * self.groups
@@ -93,58 +112,58 @@ class Lists:
         """Wait for one list's entries: [k, K] in `dtype`, zero for -1.
 
         Args:
-          query: as at the start.
+          query: as passed to `start`.
           indices_1k: its list.
           packed: dtype of the pool.
-          dtype: of the result.
+          dtype: dtype of the result.
         """
         ref = self.ref.at[pl.ds(query % 2 * self.groups, self.groups)]
-        # For as many bytes as all copies have.
+        # Waits for as many bytes as all the copies have together.
         copy_words(ref, ref, self.sems.at[query % 2]).wait()
         words_kW = ref[...].reshape(indices_1k.shape[1], ref.shape[-1])
         return _pick(words_kW, column(indices_1k), packed).astype(dtype)
 
 
 def column(row_1X: Any) -> Any:
-    """One row of X lanes, a multiple of 128, as X rows of one lane."""
+    """Transpose one row of X lanes, a multiple of 128, to X rows of one lane."""
     return jnp.broadcast_to(row_1X, (8, row_1X.shape[1])).T[:, :1]
 
 
 def zero_unseen(keys_XK: Float[Array, "X K"], seen_1N: Any) -> Float[Array, "X K"]:
-    """Garbage must not reach a product: 0 * NaN is NaN. N is X filled up to whole lanes."""
+    """Keep garbage out of products: 0 * NaN is NaN."""
     seen_X1 = column(seen_1N)[: keys_XK.shape[0]] > 0
     return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
 
 
 def _pick(words_kW: Int32[Array, "k W"], index_k1: Any, packed: Any) -> Float[Array, "k K"]:
-    """Each entry out of the words that it shares."""
-    rows_each = packing(packed)
-    shift_k1 = jnp.maximum(index_k1, 0) % rows_each * (32 // rows_each)
-    mine_kW = jax.lax.shift_right_logical(words_kW, jnp.broadcast_to(shift_k1, words_kW.shape))
+    """Pick each entry out of the words that it shares."""
+    rows_per_word = packing(packed)
+    shift_k1 = jnp.maximum(index_k1, 0) % rows_per_word * (32 // rows_per_word)
+    shifted_kW = jax.lax.shift_right_logical(words_kW, jnp.broadcast_to(shift_k1, words_kW.shape))
     if packed == jnp.uint8:
-        value_kK = _from_bytes(mine_kW & 255)
+        value_kK = _from_bytes(shifted_kW & 255)
     else:
         # A bfloat16 is the upper half of a float32.
-        upper_kK = mine_kW << 16 if packed == jnp.bfloat16 else words_kW
+        upper_kK = shifted_kW << 16 if packed == jnp.bfloat16 else words_kW
         value_kK = jax.lax.bitcast_convert_type(upper_kK, jnp.float32)
     return jnp.where(index_k1 >= 0, value_kK, 0.0)
 
 
 def _from_bytes(byte_kW: Int32[Array, "k W"]) -> Float[Array, "k K"]:
-    """`rows.decode`, with lanes where they are."""
+    """`rows.decode`, without moving the codes to other lanes."""
     code_kK = byte_kW[:, : rows.CHANNELS]
     tail_kC = byte_kW[:, rows.CHANNELS :]  # high bytes of the rotated channels, then scales
     lane_k1 = jax.lax.broadcasted_iota(jnp.int32, code_kK.shape, 1)
-    straight_kK = _e4m3(code_kK) * _scales(tail_kC)
+    unrotated_kK = _e4m3(code_kK) * _scales(tail_kC)
     high_kC = pltpu.roll(tail_kC, LANES - rows.ROTATED, 1)
     word_kC = code_kK[:, -LANES:] | high_kC << 8
     rotated_kC = jax.lax.bitcast_convert_type(word_kC << 16, jnp.float32)
     rotated_kK = jnp.concatenate([rotated_kC] * (rows.CHANNELS // LANES), axis=1)
-    return jnp.where(lane_k1 < rows.CODES, straight_kK, rotated_kK)
+    return jnp.where(lane_k1 < rows.CODES, unrotated_kK, rotated_kK)
 
 
 def _e4m3(code: Int32[Array, "k K"]) -> Float[Array, "k K"]:
-    """E4M3 is float32 with another bias; subnormals, which TPUs flush, by a subtraction."""
+    """E4M3 codes as float32, by changing the bias; subnormals, which TPUs flush, by subtraction."""
     magnitude = code & 127
     normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
     value = jnp.where(magnitude < 8, 2.0 * (normal - 2.0**-7), normal)
@@ -152,11 +171,11 @@ def _e4m3(code: Int32[Array, "k K"]) -> Float[Array, "k K"]:
 
 
 def _scales(tail_kC: Int32[Array, "k C"]) -> Float[Array, "k K"]:
-    """Each block's scale in all its channels: spread by a matmul with ones, exact below 256."""
+    """Each block's scale in all its channels, spread by a one-hot matmul, exact below 256."""
     shape = (LANES, rows.CHANNELS)
     from_CK = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - rows.ROTATED
     to_CK = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // rows.BLOCK
-    ones_CK = (from_CK == to_CK).astype(jnp.float32).astype(jnp.bfloat16)
+    one_hot_CK = (from_CK == to_CK).astype(jnp.float32).astype(jnp.bfloat16)
     exponent_kC = tail_kC.astype(jnp.float32).astype(jnp.bfloat16)
-    exponent_kK = jnp.dot(exponent_kC, ones_CK, preferred_element_type=jnp.float32)
+    exponent_kK = jnp.dot(exponent_kC, one_hot_CK, preferred_element_type=jnp.float32)
     return jax.lax.bitcast_convert_type(exponent_kK.astype(jnp.int32) << 23, jnp.float32)

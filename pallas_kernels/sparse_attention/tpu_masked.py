@@ -1,7 +1,7 @@
 """A block's queries against all entries up to the last one listed, under a mask.
 
-Axis letters: Q queries, H heads, K channels, Y keys of the window, E = 1024 entries of a step,
-R = Q x H rows, C lanes, N = E / C.
+Axis letters: Q queries, H heads, K channels, Y keys of the window, E = 1024 entries per step,
+R = Q x H rows, C = 128 lanes, N = E / C.
 """
 
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ _TILES = STEP // LANES
 
 
 class Scratch(NamedTuple):
-    """What a block needs.
+    """Scratch memory of a block.
 
     Attributes:
-      entries: [2, E, K], a step's and the next one's.
-      listed: [Q, few / C, C], above 0 where an entry is listed.
-      largest, total: [R, 1], value: [R, K], the running softmax.
+      entries: [2, E, K], the entries of this step and of the next.
+      listed: [Q, capacity / C, C], above 0 where the query lists the entry.
+      largest, total, value: [R, 1], [R, 1] and [R, K], state of the running softmax.
     """
 
     entries: Any
@@ -35,23 +35,23 @@ class Scratch(NamedTuple):
     value: Any
 
 
-def scratch(queries: int, heads: int, dim: int, few: int, dtype: Any) -> Scratch:
-    """For up to `few` entries, a multiple of STEP."""
+def scratch(queries: int, heads: int, dim: int, capacity: int, dtype: Any) -> Scratch:
+    """Scratch shapes for pools of up to `capacity` entries, a multiple of STEP."""
     rows = queries * heads
     return Scratch(
         entries=pltpu.VMEM((2, STEP, dim), dtype),
-        listed=pltpu.VMEM((queries, few // LANES, LANES), jnp.float32),
+        listed=pltpu.VMEM((queries, capacity // LANES, LANES), jnp.float32),
         largest=pltpu.VMEM((rows, 1), jnp.float32),
         total=pltpu.VMEM((rows, 1), jnp.float32),
         value=pltpu.VMEM((rows, dim), jnp.float32),
     )
 
 
-def note(indices_ref: Any, scratch: Scratch) -> None:
-    """Fill `listed`: a matmul of ones, which say the entry's tile and its lane."""
+def mark_listed(indices_ref: Any, scratch: Scratch) -> None:
+    """Fill `listed`, by a matmul of one-hot matrices: of each listed entry's tile and its lane."""
     queries, tiles = scratch.listed.shape[:2]
     k = indices_ref.shape[2]
-    ones = lambda size, at_1k: (
+    one_hot = lambda size, at_1k: (
         (jax.lax.broadcasted_iota(jnp.int32, (size, k), 0) == at_1k)
         .astype(jnp.float32)
         .astype(jnp.bfloat16)
@@ -59,20 +59,20 @@ def note(indices_ref: Any, scratch: Scratch) -> None:
 
     def query(t: Any, _: Any) -> None:
         index_1k = indices_ref[0, pl.ds(t, 1)]
-        # -1 is in tile -1: nowhere.
-        tile, lane = ones(tiles, index_1k >> 7), ones(LANES, index_1k & (LANES - 1))
+        # -1 is in tile -1, which does not exist.
+        tile, lane = one_hot(tiles, index_1k >> 7), one_hot(LANES, index_1k & (LANES - 1))
         scratch.listed[t] = logits(tile, lane, 1.0)
 
     jax.lax.fori_loop(0, queries, query, None)
 
 
 class Entries(NamedTuple):
-    """The pool of a row of the batch, and what reading it needs.
+    """The pool of one batch row, and what is needed to read it.
 
     Attributes:
       entries_ref: HBM [S, K].
-      last: the last entry listed, -1 for none; below the room of `scratch`.
-      scratch: `listed` is noted.
+      last: the last entry listed, -1 for none; below the capacity of `scratch`.
+      scratch: scratch with `listed` filled.
       sems: two DMA semaphores.
     """
 
@@ -89,14 +89,14 @@ def attend(
     entries: Entries,
     scale: float,
 ) -> Float[Array, "R K"]:
-    """Rows are query by query.
+    """Attend to the window and to the listed entries.
 
     Args:
-      q_RK: queries.
+      q_RK: queries, query by query.
       sink_H1: a logit per head.
       window: finite keys, and which of them each query sees.
-      entries: those that queries may list.
-      scale: of the logits.
+      entries: the pool.
+      scale: scale of the logits.
     """
     entries_ref, last, scratch, sems = entries
     heads, queries = sink_H1.shape[0], scratch.listed.shape[0]
@@ -123,23 +123,23 @@ def attend(
 
 
 def _copy(from_ref: Any, to_ref: Any, sems: Any, i: Any, do: str) -> None:
-    """Start a step's copy or wait for it; the pool's last step may be short."""
+    """Start the copy of a step's entries, or wait for it; the pool's last step may be short."""
     entries = from_ref.shape[0]
-    whole, rest = divmod(entries, STEP)
+    full_steps, rest = divmod(entries, STEP)
 
     def copy(rows: int) -> None:
         at = pl.multiple_of(i * STEP, STEP)
         to = to_ref.at[i % 2, pl.ds(0, rows)]
         getattr(pltpu.make_async_copy(from_ref.at[pl.ds(at, rows)], to, sems.at[i % 2]), do)()
 
-    if whole:
-        pl.when(i < whole)(lambda: copy(STEP))
+    if full_steps:
+        pl.when(i < full_steps)(lambda: copy(STEP))
     if rest:
-        pl.when(i == whole)(lambda: copy(rest))
+        pl.when(i == full_steps)(lambda: copy(rest))
 
 
 def _zero_unlisted(keys_EK: Any, seen_NC: Any) -> Any:
-    """Entries that no query lists may be garbage, and 0 * NaN is NaN."""
+    """Keep garbage in entries that no query lists out of products: 0 * NaN is NaN."""
     seen_CN = seen_NC.T > 0.0
     zero = jnp.zeros((), keys_EK.dtype)
     tiles = [
@@ -150,11 +150,11 @@ def _zero_unlisted(keys_EK: Any, seen_NC: Any) -> Any:
 
 
 def _add(q_RK: Any, keys_XK: Any, mask_RX: Any, scratch: Scratch, scale: float) -> None:
-    """One step of the running softmax; the sink in it keeps the largest finite."""
-    found_RX = jnp.where(mask_RX, logits(q_RK, keys_XK, scale), -jnp.inf)
+    """One step of the running softmax; the sink keeps its maximum finite."""
+    logits_RX = jnp.where(mask_RX, logits(q_RK, keys_XK, scale), -jnp.inf)
     before_R1 = scratch.largest[...]
-    largest_R1 = jnp.maximum(before_R1, jnp.max(found_RX, axis=1, keepdims=True))
-    weights_RX = jnp.exp(found_RX - largest_R1)
+    largest_R1 = jnp.maximum(before_R1, jnp.max(logits_RX, axis=1, keepdims=True))
+    weights_RX = jnp.exp(logits_RX - largest_R1)
     shrunk_R1 = jnp.exp(before_R1 - largest_R1)
     scratch.largest[...] = largest_R1
     scratch.total[...] = scratch.total[...] * shrunk_R1 + jnp.sum(weights_RX, axis=1, keepdims=True)

@@ -1,10 +1,11 @@
-"""A block of queries at a time, in one of two ways, chosen by the entries that it lists.
+"""Prefill on TPUs, one block of queries per grid step, in one of two ways.
 
-Among few entries all are read, for all queries of the block at once, under a mask made of their
-lists: matmuls of a thousand rows cost less than copies of single entries. Among many each query's
-entries are gathered, the next query's while one is computed.
+If a block lists only entries below `FEW`, all entries up to the last one listed are read once for
+all its queries, under a mask built from their lists: matmuls of a thousand rows cost less than
+copies of single entries. Otherwise each query's entries are gathered, the next query's while the
+current one is computed.
 
-Axis letters: as in the package; Q queries of a block, Y = window + Q keys of its window.
+Axis letters: as in the package; Q queries per block, Y = window + Q keys of its window.
 """
 
 import dataclasses
@@ -25,25 +26,25 @@ from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.sparse_attention.tpu_softmax import attend
 from pallas_kernels.tpu_attention_pull import lowest_key
 
-# Rows of a block, a query of one head each: more fill the MXU no better.
+# Rows per block, queries x heads: more do not fill the MXU any better.
 _ROWS = 1024
 _QUERIES = 16
-# Where a query costs about as much either way: more on v6e and tpu7x, less on v5p.
+# Where both ways cost about the same per query; larger on v6e and tpu7x, smaller on v5p.
 FEW = 8192
 _VMEM = 48 * 2**20
 
 
 def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
-    """The kernel; S is a multiple of the rows that a tile of the pool has."""
+    """Run the kernel; S must be a multiple of the rows of a tile of the pool."""
     q_BTHK, pool_LBSK, first_BT = inputs.q_BTHK, inputs.pool_LBSK, inputs.first_BT
     start_B = inputs.start_B.astype(jnp.int32)
     batch, queries, heads, _ = q_BTHK.shape
     block = min(queries, _QUERIES, max(8, _ROWS // heads))
     blocks = pl.cdiv(queries, block)
-    whole = lambda x, fill: jnp.pad(
+    pad = lambda x, fill: jnp.pad(
         x, ((0, 0), (0, blocks * block - queries), (0, 0)), constant_values=fill
     )
-    indices_BTk = whole(gather.in_lanes(inputs.indices_BTk, -1), -1)
+    indices_BTk = pad(gather.in_lanes(inputs.indices_BTk, -1), -1)
     low_BN1Q = None if first_BT is None else in_blocks(lowest_key(first_BT, start_B, window), block)
     return pl.pallas_call(
         functools.partial(_kernel, window=window, scale=scale),
@@ -58,7 +59,7 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
             vmem_limit_bytes=_VMEM,
-            disable_bounds_checks=True,  # half of a copy's cost; word_rows are inside
+            disable_bounds_checks=True,  # half the cost of a copy; word_rows are in bounds
         ),
         name="sparse_attention_prefill",
     )(
@@ -69,7 +70,7 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
         q_BTHK,
         inputs.sink_H.astype(jnp.float32)[:, None],
         low_BN1Q,
-        whole(inputs.window_BXK, 0),
+        pad(inputs.window_BXK, 0),
         in_hbm(pool_LBSK),
     )
 
@@ -82,30 +83,23 @@ def _grid(
     *,
     bounded: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
-    """What each step holds: a block of queries, their lists, and room for either way."""
+    """The blocks of each step: queries and their lists; and scratch for both ways."""
     indices_BTk, q_BTHK, pool_LBSK = arrays
     k, (heads, dim) = indices_BTk.shape[2], q_BTHK.shape[2:]
     few = min(FEW, pl.cdiv(pool_LBSK.shape[2], masked.STEP) * masked.STEP)
-    per_block = lambda *dims: pl.BlockSpec(
-        (1, block, *dims), lambda b, i, *_: (b, i, *[0] * len(dims))
-    )
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=grid,
         in_specs=[
-            pl.BlockSpec(
-                (1, 1, 1, block * k), lambda b, i, *_: (b, i, 0, 0), memory_space=pltpu.SMEM
-            ),
-            per_block(k),
-            per_block(heads, dim),
-            pl.BlockSpec((heads, 1), lambda b, i, *_: (0, 0)),
-            pl.BlockSpec((None, None, 1, block), lambda b, i, *_: (b, i, 0, 0))
-            if bounded
-            else None,
+            pl.BlockSpec((1, 1, 1, block * k), _stacked_query_block, memory_space=pltpu.SMEM),
+            _per_block(block, k),
+            _per_block(block, heads, dim),
+            pl.BlockSpec((heads, 1), _constant),
+            pl.BlockSpec((None, None, 1, block), _stacked_query_block) if bounded else None,
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=per_block(heads, dim),
+        out_specs=_per_block(block, heads, dim),
         scratch_shapes=[
             pltpu.VMEM((window + block, dim), q_BTHK.dtype),
             gather.Lists.room(k, pool_LBSK),
@@ -113,6 +107,24 @@ def _grid(
             masked.scratch(block, heads, dim, few, q_BTHK.dtype),
         ],
     )
+
+
+def _per_block(block: int, *dims: int) -> pl.BlockSpec:
+    """Spec of an array [B, T, *dims], read one block of queries at a time."""
+
+    def query_block(row: Any, query_block: Any, *_: Any) -> Any:
+        return row, query_block, *[0] * len(dims)
+
+    return pl.BlockSpec((1, block, *dims), query_block)
+
+
+def _stacked_query_block(row: Any, query_block: Any, *_: Any) -> Any:
+    """For arrays [B, N, 1, _], whose blocks of queries are an axis of their own."""
+    return row, query_block, 0, 0
+
+
+def _constant(row: Any, query_block: Any, *_: Any) -> Any:
+    return 0, 0
 
 
 def _kernel(
@@ -127,7 +139,7 @@ def _kernel(
     pool_ref: Any,  # HBM [L, B, S, K]
     out_ref: Any,  # [1, Q, H, K]
     near_ref: Any,  # [Y, K]
-    listed_ref: Any,  # room for two lists
+    listed_ref: Any,  # scratch for two lists
     sems: Any,
     scratch: masked.Scratch,
     *,
@@ -144,17 +156,17 @@ def _kernel(
     last = jnp.max(indices_ref[0])
     few = scratch.listed.shape[1] * gather.LANES
     low_1Q = None if low_ref is None else jnp.maximum(low_ref[...] - first, 0)
-    seen = _Seen(near_ref.shape[0], window, window - start_ref[row] - first, low_1Q)
+    mask = _WindowMask(near_ref.shape[0], window, window - start_ref[row] - first, low_1Q)
 
     @pl.when(last < few)
     def _() -> None:
-        masked.note(indices_ref, scratch)
+        masked.mark_listed(indices_ref, scratch)
         near.wait()
-        band_QY = seen.band(0, queries)
-        near_YK = seen.or_zero(near_ref)
+        near_QY = mask.of_queries(0, queries)
+        near_YK = mask.zero_unseen(near_ref)
         q_RK = q_ref[0].reshape(-1, q_ref.shape[3])
         entries = masked.Entries(entries_ref, last, scratch, sems)
-        out_RK = masked.attend(q_RK, sink_ref[...], (near_YK, band_QY), entries, scale)
+        out_RK = masked.attend(q_RK, sink_ref[...], (near_YK, near_QY), entries, scale)
         out_ref[0] = out_RK.reshape(q_ref.shape[1:]).astype(out_ref.dtype)
 
     @pl.when(last >= few)
@@ -162,13 +174,13 @@ def _kernel(
         lists = gather.Lists(listed_ref, sems)
         lists.start(words_ref, jnp.int32(0), entries_ref)
         near.wait()
-        near_YK = seen.or_zero(near_ref)
+        near_YK = mask.zero_unseen(near_ref)
 
         def query(t: Any, _: Any) -> None:
             pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
             indices_1k = indices_ref[0, pl.ds(t, 1)]
             keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)
-            parts = [(near_YK, seen.band(t, 1)), (keys_kK, indices_1k >= 0)]
+            parts = [(near_YK, mask.of_queries(t, 1)), (keys_kK, indices_1k >= 0)]
             out_HK = attend(q_ref[0, t], parts, sink_ref[...], scale)
             out_ref[0, t] = out_HK.astype(out_ref.dtype)
 
@@ -176,13 +188,13 @@ def _kernel(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _WindowMask:
     """Which keys of its block's window each query sees.
 
     Attributes:
-      keys: of the block's window, Y.
+      keys: keys of the block's window, Y.
       window: keys that a query sees.
-      missing: keys at positions below 0.
+      missing: leading keys whose position is negative.
       low_1Q: the first key that each query may see; None: 0.
     """
 
@@ -191,8 +203,8 @@ class _Seen:
     missing: Any
     low_1Q: Any
 
-    def band(self, first: Any, queries: int) -> Bool[Array, "Q Y"]:
-        """From query `first` of the block on."""
+    def of_queries(self, first: Any, queries: int) -> Bool[Array, "Q Y"]:
+        """Masks of `queries` queries of the block, from query `first` on."""
         shape = (queries, self.keys)
         query_QY = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         key_QY = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -200,8 +212,8 @@ class _Seen:
         near_QY &= key_QY >= self.missing
         return near_QY if self.low_1Q is None else near_QY & (key_QY >= self._low(first, queries))
 
-    def or_zero(self, near_ref: Any) -> Float[Array, "Y K"]:
-        """The block's window; its first key is its predecessor's."""
+    def zero_unseen(self, near_ref: Any) -> Float[Array, "Y K"]:
+        """The block's window, zero where no query sees a key: the first key always is."""
         row_Y1 = jax.lax.broadcasted_iota(jnp.int32, (self.keys, 1), 0)
         seen_Y1 = row_Y1 >= jnp.maximum(self.missing, 1)
         if self.low_1Q is not None:
@@ -211,5 +223,5 @@ class _Seen:
     def _low(self, first: Any, queries: int) -> Int32[Array, "Q 1"]:
         shape = (queries, self.low_1Q.shape[1])
         query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        own = query == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return jnp.max(jnp.where(own, self.low_1Q, 0), axis=1, keepdims=True)
+        same = query == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        return jnp.max(jnp.where(same, self.low_1Q, 0), axis=1, keepdims=True)

@@ -11,10 +11,12 @@ from jaxtyping import Array, Bool, Float, Float32
 
 
 def logits(q_HK: Float[Array, "H K"], keys_XK: Float[Array, "X K"], scale: float) -> Any:
-    """Float32 [H, X]."""
+    """Scaled logits, float32 [H, X]."""
     contract_last = (((1,), (1,)), ((), ()))
-    found = jax.lax.dot_general(q_HK, keys_XK, contract_last, preferred_element_type=jnp.float32)
-    return found * scale
+    logits_HX = jax.lax.dot_general(
+        q_HK, keys_XK, contract_last, preferred_element_type=jnp.float32
+    )
+    return logits_HX * scale
 
 
 def attend(
@@ -23,7 +25,7 @@ def attend(
     sink_H1: Float[Array, "H 1"],
     scale: float,
 ) -> Float32[Array, "H K"]:
-    """Keys, which are the values too, and who of them is seen. Keys are finite."""
+    """Attend to parts, each of finite keys, which are also the values, and a mask of those seen."""
     masked = [
         jnp.where(mask_1X, logits(q_HK, keys_XK, scale), -jnp.inf) for keys_XK, mask_1X in parts
     ]

@@ -1,6 +1,6 @@
-"""A few queries at a time: each one's entries, gathered or under a mask, beside its own window.
+"""A block of queries at a time: the window, then entries, either gathered or under a mask.
 
-Axis letters: as in the package; Q queries of a block, Y keys of its window.
+Axis letters: as in the package; Q queries per block, Y keys of its window.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ def decode(
 ) -> Float[Array, "B T H K"]:
     pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BRK.dtype
 
-    def one(row: Any) -> Any:
+    def attend_row(row: Any) -> Any:
         entries = blocks.Entries(pool, layer, row, inputs.indices_BTk[row], dtype)
         near = inputs.window_BRK[row], inputs.window_mask_BTR[row]
         return _attend(inputs.q_BTHK[row], *near, entries, inputs.sink_H, scale)
 
-    return jax.lax.map(one, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
+    return jax.lax.map(attend_row, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
 def prefill(
@@ -47,7 +47,7 @@ def prefill(
     firsts = inputs.first_BT
     firsts = None if firsts is None else pad(firsts.astype(jnp.int32), NOWHERE)
 
-    def one(index: Any) -> Any:
+    def attend_block(index: Any) -> Any:
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
         first_Q = jax.tree.map(take, firsts)
@@ -56,7 +56,7 @@ def prefill(
         near = take(keys, block + window), mask_QY
         return _attend(take(q), *near, entries, inputs.sink_H, scale, all_entries=all_entries)
 
-    out = jax.lax.map(one, jnp.arange(batch * count, dtype=jnp.int32))
+    out = jax.lax.map(attend_block, jnp.arange(batch * count, dtype=jnp.int32))
     return out.reshape(batch, count * block, heads, dim)[:, :queries]
 
 
@@ -73,11 +73,11 @@ def _attend(
     """All heads of a block of queries of one row: the window, then entries."""
     queries, heads, dim = q_QHK.shape
     window_YK = where_seen(window_YK, jnp.any(mask_QY, axis=0))
-    # Rows are query by query here, so that a query's heads lie together.
+    # Rows are query by query here, so that a query's heads are adjacent.
     q_RK = q_QHK.reshape(queries * heads, dim)
     near = softmax.part(q_RK, window_YK, jnp.repeat(mask_QY, heads, axis=0), scale)
     if all_entries:
-        entries_SK, seen_QS = entries.whole()
+        entries_SK, seen_QS = entries.all()
         far = softmax.part(q_RK, entries_SK, jnp.repeat(seen_QS, heads, axis=0), scale)
     else:
         far = _by_query(q_QHK, entries.listed(), entries.indices_Qk >= 0, scale)
@@ -91,14 +91,14 @@ def _by_query(
     listed_Qk: Bool[Array, "Q k"],
     scale: float,
 ) -> softmax.Part:
-    """Each query's own entries; rows query after query."""
+    """The part of each query's own entries; rows are query by query."""
     queries, heads, _ = q_QHK.shape
 
-    def entries(q_HK: Any, chosen_kK: Any, listed_k: Any) -> softmax.Part:
+    def attend(q_HK: Any, chosen_kK: Any, listed_k: Any) -> softmax.Part:
         mask_Hk = jnp.broadcast_to(listed_k[None], (heads, listed_k.shape[0]))
         return softmax.part(q_HK, chosen_kK, mask_Hk, scale)
 
     if queries == 1:
-        return entries(q_QHK[0], chosen_QkK[0], listed_Qk[0])
-    far = jax.vmap(entries)(q_QHK, chosen_QkK, listed_Qk)
+        return attend(q_QHK[0], chosen_QkK[0], listed_Qk[0])
+    far = jax.vmap(attend)(q_QHK, chosen_QkK, listed_Qk)
     return jax.tree.map(lambda x: x.reshape(queries * heads, *x.shape[2:]), far)

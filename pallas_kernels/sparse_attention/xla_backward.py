@@ -1,6 +1,6 @@
-"""Gradients a few queries at a time: logits are computed anew, never kept.
+"""Gradients, a block of queries at a time: logits are recomputed, never stored.
 
-Axis letters: as in the package; Q queries of a block, Y keys of its window, R = Q x H rows, query
+Axis letters: as in the package; Q queries per block, Y keys of its window, R = Q x H rows, query
 by query.
 """
 
@@ -26,10 +26,10 @@ def decode_backward(
     *,
     scale: float,
 ) -> Gradients:
-    """Gradients of queries, window, pool and sink; None of rows of bytes."""
+    """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
     pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BRK.dtype
 
-    def one(carry: Any, row: Any) -> Any:
+    def row_gradients(carry: Any, row: Any) -> Any:
         pool_grad, sink_grad_H = carry
         heads = (inputs.q_BTHK[row], grad_BTHK[row], out_BTHK[row], inputs.sink_H)
         near = (inputs.window_BRK[row], inputs.window_mask_BTR[row])
@@ -39,7 +39,7 @@ def decode_backward(
 
     empty = _empty(pool), jnp.zeros(inputs.sink_H.shape, jnp.float32)
     rows_B = jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32)
-    (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(one, empty, rows_B)
+    (pool_grad, sink_grad_H), (q_grad, window_grad) = jax.lax.scan(row_gradients, empty, rows_B)
     return Gradients(
         q_grad.astype(inputs.q_BTHK.dtype),
         window_grad.astype(dtype),
@@ -56,7 +56,7 @@ def prefill_backward(
     window: int,
     scale: float,
 ) -> Gradients:
-    """Gradients of queries, window, pool and sink; None of rows of bytes."""
+    """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
     batch, queries, head_count, dim = inputs.q_BTHK.shape
     pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BXK.dtype
     all_entries = blocks.against_all(pool, inputs.indices_BTk.shape[2])
@@ -66,7 +66,7 @@ def prefill_backward(
     indices, firsts = pad(inputs.indices_BTk, -1), inputs.first_BT
     firsts = None if firsts is None else pad(firsts.astype(jnp.int32), NOWHERE)
 
-    def one(carry: Any, index: Any) -> Any:
+    def block_gradients(carry: Any, index: Any) -> Any:
         window_grad, pool_grad, sink_grad_H = carry
         row, first = index // count, index % count * block
         take = lambda x, size=block: jax.lax.dynamic_slice_in_dim(x[row], first, size)
@@ -89,7 +89,7 @@ def prefill_backward(
         jnp.zeros(inputs.sink_H.shape, jnp.float32),
     )
     steps = jnp.arange(batch * count, dtype=jnp.int32)
-    (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(one, empty, steps)
+    (window_grad, pool_grad, sink_grad_H), q_grad = jax.lax.scan(block_gradients, empty, steps)
     q_grad = q_grad.reshape(batch, count * block, head_count, dim)[:, :queries]
     return Gradients(
         q_grad.astype(inputs.q_BTHK.dtype),
@@ -108,7 +108,7 @@ def _block(
     *,
     all_entries: bool = False,
 ) -> Any:
-    """Gradients of a block's queries and window, of the whole pool so far, of the sinks."""
+    """Gradients of a block's queries and window, of the pool so far, and of the sinks."""
     (q_QHK, grad_QHK, out_QHK, sink_H), (window_YK, mask_QY) = heads, near
     queries, head_count, _ = q_QHK.shape
     window_YK = where_seen(window_YK, jnp.any(mask_QY, axis=0))
@@ -118,31 +118,31 @@ def _block(
 
     q_RK, grad_RK = _as_rows(q_QHK), _as_rows(grad_QHK)
     entries = (_All if all_entries else _Listed)(far, q_QHK, scale)
-    whole = softmax.merge(softmax.part(q_RK, window_YK, mask_RY, scale), entries.part())
-    log_total_R = softmax.log_total(whole, _as_rows(sink_QH))
+    total = softmax.merge(softmax.part(q_RK, window_YK, mask_RY, scale), entries.part())
+    log_total_R = softmax.log_total(total, _as_rows(sink_QH))
 
-    below = softmax.RowTerms(log_total_R, grad_RK, _as_rows(delta_QH))
-    near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, below)
-    far_grad_RK, pool_grad = entries.pull(below, pool_grad)
+    terms = softmax.RowTerms(log_total_R, grad_RK, _as_rows(delta_QH))
+    near_grad_RK, window_grad_YK = softmax.pull(q_RK, window_YK, mask_RY, scale, terms)
+    far_grad_RK, pool_grad = entries.pull(terms, pool_grad)
     sink_grad_QH = jnp.exp(sink_QH - log_total_R.reshape(sink_QH.shape)) * delta_QH
     q_grad_QHK = (near_grad_RK + far_grad_RK).reshape(q_QHK.shape).astype(q_QHK.dtype)
     return q_grad_QHK, window_grad_YK, pool_grad, -jnp.sum(sink_grad_QH, axis=0)
 
 
 class _All:
-    """All entries of the pool's row, under a mask."""
+    """All entries of a batch row, under a mask."""
 
     def __init__(self, far: blocks.Entries, q_QHK: Array, scale: float) -> None:
         self.row = far.row
-        entries_SK, seen_QS = far.whole()
+        entries_SK, seen_QS = far.all()
         mask_RS = jnp.repeat(seen_QS, q_QHK.shape[1], axis=0)
         self.args = _as_rows(q_QHK), entries_SK, mask_RS, scale
 
     def part(self) -> softmax.Part:
         return softmax.part(*self.args)
 
-    def pull(self, below: softmax.RowTerms, pool_grad: Any) -> Any:
-        q_grad_RK, entries_grad_SK = softmax.pull(*self.args, below)
+    def pull(self, terms: softmax.RowTerms, pool_grad: Any) -> Any:
+        q_grad_RK, entries_grad_SK = softmax.pull(*self.args, terms)
         if pool_grad is not None:
             pool_grad = pool_grad.at[self.row].add(entries_grad_SK)
         return q_grad_RK, pool_grad
@@ -164,28 +164,28 @@ class _Listed:
         parts = functools.partial(softmax.part, scale=self.scale)
         return jax.tree.map(_as_rows, jax.vmap(parts)(self.q_QHK, self.chosen_QkK, self.mask_QHk))
 
-    def pull(self, below: softmax.RowTerms, pool_grad: Any) -> Any:
+    def pull(self, terms: softmax.RowTerms, pool_grad: Any) -> Any:
         as_queries = lambda x_R: x_R.reshape(*self.q_QHK.shape[:2], *x_R.shape[1:])
-        pull = lambda q, keys, mask, below: softmax.pull(q, keys, mask, self.scale, below)
-        below = jax.tree.map(as_queries, below)
-        q_grad_QHK, chosen_grad = jax.vmap(pull)(self.q_QHK, self.chosen_QkK, self.mask_QHk, below)
+        pull = lambda q, keys, mask, terms: softmax.pull(q, keys, mask, self.scale, terms)
+        terms = jax.tree.map(as_queries, terms)
+        q_grad_QHK, chosen_grad = jax.vmap(pull)(self.q_QHK, self.chosen_QkK, self.mask_QHk, terms)
         if pool_grad is not None:
             pool_grad = pool_grad.at[self.row, jnp.maximum(self.indices_Qk, 0)].add(chosen_grad)
         return _as_rows(q_grad_QHK), pool_grad
 
 
 def _as_rows(x_QH: Array) -> Array:
-    """Query after query."""
+    """Heads as rows, query by query."""
     return x_QH.reshape(-1, *x_QH.shape[2:])
 
 
 def _empty(pool: Pool) -> Any:
-    """What one layer's gradient starts from."""
+    """Zero gradient of one layer."""
     return None if isinstance(pool, Fp8Rows) else jnp.zeros(pool.shape[1:], jnp.float32)
 
 
 def _of_stack(pool_grad: Any, pool: Any, layer: Int[Array, ""]) -> Any:
-    """The other layers were not read."""
+    """Gradient of the stack, 0 in the other layers."""
     if pool_grad is None:
         return None
     zeros = jnp.zeros(pool.shape, pool.dtype)

@@ -1,6 +1,6 @@
-"""Blocks of queries and their entries, as the forward and the backward form in XLA read them.
+"""Blocks of queries and their entries, shared by the forward and the backward pass in XLA.
 
-Axis letters: as in the package; Q queries of a block, S entries of the pool.
+Axis letters: as in the package; Q queries per block.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 _QUERIES = 16
-# Rows of a block (queries times heads) against the whole pool: products are large, and logits
-# stay in the cache.
+# Rows per block (queries x heads) against the entire pool: products are large, and logits stay in
+# the cache.
 _ROWS = 1024
-# One product with so many entries for each that is listed takes less time than gathering those.
+# One product with up to this many entries per listed entry is faster than gathering those listed.
 _SHARE = 8
 
 
 def against_all(pool: Pool, listed: int) -> bool:
-    """Whether a prompt's queries meet all entries, under a mask, instead of their own list."""
+    """Whether a prompt's queries attend to all entries, under a mask, instead of gathered ones."""
     return pool.shape[2] <= _SHARE * listed
 
 
 def split(
     queries: int, heads: int, *, all_entries: bool
 ) -> tuple[int, int, Callable[[Any, int], Any]]:
-    """Queries of a block, blocks, and what fills arrays [B, T, ...] up to whole blocks."""
+    """Queries per block, number of blocks, and a function that pads [B, T, ...] to full blocks."""
     block = min(queries, max(_QUERIES, _ROWS // heads) if all_entries else _QUERIES)
     count = -(-queries // block)
     spare = count * block - queries
@@ -42,13 +42,13 @@ def split(
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What the queries of a block see of a pool.
+    """The entries of a pool that the queries of a block see.
 
     Attributes:
       pool: entries of all layers of a stack.
-      layer, row: which of them are read.
+      layer, row: the layer and the batch row to read.
       indices_Qk: each query's list, -1 for none.
-      dtype: of entries that are decoded.
+      dtype: dtype of decoded entries.
     """
 
     pool: Pool
@@ -62,8 +62,8 @@ class Entries:
         chosen = self._read(self.layer, self.row, jnp.maximum(self.indices_Qk, 0))
         return jnp.where((self.indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
 
-    def whole(self) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
-        """All entries of a row, zero where no query sees them, and which of them each sees."""
+    def all(self) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
+        """All entries of the row, zero where no query sees them, and which each query sees."""
         entries_SK = self._read(self.layer, self.row)
         (queries, _), size = self.indices_Qk.shape, entries_SK.shape[0]
         column_Qk = jnp.where(self.indices_Qk >= 0, self.indices_Qk, size)

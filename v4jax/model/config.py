@@ -1,4 +1,4 @@
-"""The configuration: frozen, hashable, complete; it refuses what the model does not define."""
+"""The configuration: frozen, hashable and complete; rejects what the model does not define."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ ExpertDtype = Literal["fp4", "fp8"]
 
 @dataclasses.dataclass(frozen=True, order=True)
 class LayerKind:
-    """What one layer is made of (report, section 2.3).
+    """The kind of one layer (report, section 2.3).
 
     Attributes:
       attention: sliding window alone, or with compressed entries: CSA (overlapping windows of
@@ -33,12 +33,12 @@ class LayerKind:
         if (self.attention == "sliding") != (self.ratio == 0):
             raise ValueError(
                 f"A {self.attention} layer cannot have ratio {self.ratio}: "
-                "sliding layers have 0, compressed layers 1 or more."
+                "sliding layers need 0, compressed layers 1 or more."
             )
 
     @property
     def overlap(self) -> int:
-        """Windows that one entry reads: 2 for CSA, 1 for HCA, whatever the ratio; 0 for sliding."""
+        """Windows that one entry reads, whatever the ratio: 2 for CSA, 1 for HCA, 0 for sliding."""
         return {"sliding": 0, "csa": 2, "hca": 1}[self.attention]
 
 
@@ -55,14 +55,14 @@ class Yarn:
         config_ranges.check_all(vars(self))
         if self.beta_fast < self.beta_slow:
             raise ValueError(
-                f"beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}; YaRN turns that "
-                "round."
+                f"beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}; YaRN needs the "
+                "opposite."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class DSpark:
-    """The drafter of the 0731 checkpoints: carried through conversion, not run."""
+    """The drafter of the 0731 checkpoints: kept by conversion, never run."""
 
     block_size: int
     markov_rank: int
@@ -78,7 +78,7 @@ class DSpark:
 class ModelConfig:
     """Everything that the mathematics and the checkpoint's layout depend on, and nothing else.
 
-    Names are those of the released `config.json`; `layers` stands for its per-layer lists.
+    Names are those of the released `config.json`; `layers` replaces its per-layer lists.
     """
 
     vocab_size: int
@@ -141,15 +141,15 @@ class ModelConfig:
             )
 
     def _check_divisions(self) -> None:
-        for whole in ("head_dim", "index_head_dim"):
-            if not 0 < self.qk_rope_head_dim <= getattr(self, whole):
+        for field in ("head_dim", "index_head_dim"):
+            if not 0 < self.qk_rope_head_dim <= getattr(self, field):
                 raise ValueError(
                     f"qk_rope_head_dim {self.qk_rope_head_dim} does not fit in "
-                    f"{whole} {getattr(self, whole)}: RoPE turns each head's last dims."
+                    f"{field} {getattr(self, field)}: RoPE rotates each head's last dims."
                 )
         if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE pairs need it even."
+                f"qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even: RoPE rotates pairs."
             )
         if self.num_attention_heads % self.o_groups:
             raise ValueError(

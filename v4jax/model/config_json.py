@@ -1,4 +1,4 @@
-"""`ModelConfig` from and to `config.json`, in DeepSeek's spelling and in transformers'."""
+"""`ModelConfig` from and to `config.json`, in DeepSeek's or transformers' spelling."""
 
 import difflib
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ _CSA_RATIO, _HCA_RATIO = 4, 128
 
 
 def from_json(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
-    """Read a configuration in either spelling; facts told twice must agree.
+    """Read a configuration in either spelling; whatever is given twice must agree.
 
-    A ratio of 4 in `compress_ratios` means CSA (overlapping windows, indexer) and any other ratio
-    above 0 means HCA, as in DeepSeek's runtime; with `layer_types` the type decides and
-    `compress_rates` gives any ratio.
+    In `compress_ratios`, 0 means sliding, 4 CSA (overlapping windows, indexer) and any other ratio
+    HCA, as in DeepSeek's runtime. With `layer_types`, each kind has its ratio in `compress_rates`,
+    by default 4 for CSA and 128 for HCA.
 
     Raises:
       ValueError: a key is missing, has a value that the model does not define, or is unknown.
@@ -49,10 +49,10 @@ def from_json(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelCon
 
 
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
-    """The configuration as a `config.json` that both DeepSeek's tools and transformers read.
+    """The configuration as a `config.json` in DeepSeek's spelling, which transformers reads too.
 
-    Layer lists are written as `compress_ratios` and `num_hash_layers` where those can say it, else
-    in transformers' spelling.
+    Layers that `compress_ratios` or `num_hash_layers` cannot express are written in transformers'
+    spelling. Raises ValueError for compression ratios that neither spelling can express.
     """
     out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"]}
     out |= {key: allowed[0] for key, allowed in keys.FIXED.items()}
@@ -92,7 +92,7 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def end_tokens(value: Any, vocab_size: int) -> tuple[int, ...]:
-    """The tokens of an `eos_token_id`: one or a list; a ValueError if it is neither."""
+    """The tokens of an `eos_token_id`, one or a list; raises ValueError for anything else."""
     listed = value if isinstance(value, list) else [value]
     for token in listed:
         config_ranges.check_token("eos_token_id", token, vocab_size)
@@ -107,7 +107,7 @@ def _first_token(raw: Mapping[str, Any]) -> int | None:
 
 
 def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
-    for key, allowed in (keys.FIXED | keys.FIXED_IF_TOLD).items():
+    for key, allowed in (keys.FIXED | keys.FIXED_IF_GIVEN).items():
         if key in raw:
             _check_fixed(key, raw[key], allowed)
     for key, kind in (*((k, list | tuple) for k in keys.LISTS), *((k, dict) for k in keys.OBJECTS)):
@@ -118,8 +118,7 @@ def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
         hint = f"did you mean '{near[0]}'?" if near else "this model does not define it."
         raise ValueError(
             f"{where}: unknown key '{key}' ({raw[key]!r:.100}) could change the mathematics; "
-            f"{hint} Remove it if it is a note: ignored are keys that begin with '_', and those "
-            "known to be of bookkeeping, generation and training's losses."
+            f"{hint} Remove it, or prefix it with '_', if it is only a note."
         )
     for alias, key in keys.ALIASES.items():
         if alias in raw and raw[alias] != _need(raw, key, where):
@@ -127,15 +126,15 @@ def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without keys that have none, at any depth: null says nothing."""
+    """The value without keys that are null, at any depth: null is the same as no key."""
     if not isinstance(value, Mapping):
         return value
     return {key: _without_nulls(part) for key, part in value.items() if part is not None}
 
 
 def _check_fixed(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    # By type too: JSON's true is 1 to Python.
-    if not any(type(value) is type(one) and value == one for one in allowed):
+    # Types too: JSON's true equals 1 in Python.
+    if not any(type(value) is type(item) and value == item for item in allowed):
         raise ValueError(
             f"{key} is {value!r:.100}; DeepSeek-V4 defines {allowed[0]!r} only. "
             "Use a DeepSeek-V4 checkpoint."
@@ -158,7 +157,7 @@ def _same_names(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in raw:
-        raise ValueError(f"{where}: '{key}' is missing; every DeepSeek-V4 configuration has it.")
+        raise ValueError(f"{where}: '{key}' is missing; this configuration needs it.")
     return raw[key]
 
 
@@ -168,24 +167,24 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _rope_dim(raw: Mapping[str, Any], where: str) -> int:
-    told = {}
+    sizes = {}
     if "qk_rope_head_dim" in raw:
         config_ranges.check("qk_rope_head_dim", raw["qk_rope_head_dim"])
-        told["qk_rope_head_dim"] = raw["qk_rope_head_dim"]
+        sizes["qk_rope_head_dim"] = raw["qk_rope_head_dim"]
     parts = {f"rope_parameters.{label}": part for label, part in _nested_rope(raw).items()}
     for label, part in {"config.json": raw, **parts}.items():
         if "partial_rotary_factor" in part:
             factor = _number(part, "partial_rotary_factor", 1.0)
-            told[f"{label}: partial_rotary_factor x head_dim"] = int(raw["head_dim"] * factor)
-    if not told:
+            sizes[f"{label}: partial_rotary_factor x head_dim"] = int(raw["head_dim"] * factor)
+    if not sizes:
         raise ValueError(f"{where}: neither qk_rope_head_dim nor partial_rotary_factor is given.")
-    if len(set(told.values())) > 1:
-        raise ValueError(f"{where}: the rotary size is told twice, differently: {told}.")
-    return next(iter(told.values()))
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{where}: different values of the rotary size are given: {sizes}.")
+    return next(iter(sizes.values()))
 
 
 def _nested_rope(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The parts of `rope_parameters` in transformers' spelling: for sliding layers, for others."""
+    """The nested parts of `rope_parameters`: "main" for sliding layers, "compress" for others."""
     rope = raw.get("rope_parameters") or {}
     parts = {label: rope[label] for label in ("main", "compress") if label in rope}
     for label, part in parts.items():
@@ -199,10 +198,11 @@ def _nested_rope(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
     nested = _nested_rope(raw)
     for label, theta in (("main", "rope_theta"), ("compress", "compress_rope_theta")):
-        told = nested.get(label, {}).get("rope_theta", raw[theta])
-        if told != raw[theta]:
+        value = nested.get(label, {}).get("rope_theta", raw[theta])
+        if value != raw[theta]:
             raise ValueError(
-                f"{where}: rope_parameters.{label} says theta {told}, {theta} {raw[theta]}."
+                f"{where}: rope_parameters.{label}.rope_theta is {value}, but {theta} is "
+                f"{raw[theta]}; remove one."
             )
     if "main" in nested:
         main_type = _rope_type(nested["main"])
@@ -211,21 +211,21 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
         _refuse_unknown(nested["main"], keys.ROPE_KNOWN, "rope_parameters.main")
     flat = {} if nested else raw.get("rope_parameters") or {}
     parts = [part for part in (nested.get("compress"), raw.get("rope_scaling"), flat) if part]
-    told = [_scaling(part, where) for part in parts]
-    if any(one != told[0] for one in told):
-        raise ValueError(f"{where}: RoPE's scaling is told twice, differently; remove one.")
-    return told[0] if told else None
+    scalings = [_scaling(part, where) for part in parts]
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise ValueError(f"{where}: RoPE scaling is given twice, differently; remove one.")
+    return scalings[0] if scalings else None
 
 
 def _rope_type(part: Mapping[str, Any]) -> Any:
     kinds = [part[key] for key in ("rope_type", "type") if key in part] or ["default"]
     if any(kind != kinds[0] for kind in kinds):
-        raise ValueError(f"RoPE has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove one.")
+        raise ValueError(f"RoPE has rope_type {kinds[0]!r} but type {kinds[1]!r}; remove one.")
     return kinds[0]
 
 
 def _scaling(part: Mapping[str, Any], where: str) -> Yarn | None:
-    """What `rope_scaling` or its like says."""
+    """The scaling in `rope_scaling` or in a part of `rope_parameters`."""
     kind = _rope_type(part)
     if kind not in ("default", "yarn"):
         raise ValueError(f"{where}: RoPE scaling '{kind}'; DeepSeek-V4 defines 'yarn' only.")
@@ -234,9 +234,7 @@ def _scaling(part: Mapping[str, Any], where: str) -> Yarn | None:
     if kind == "default":
         return None
     if part.get("attention_factor", 1.0) != 1.0 or part.get("truncate", True) is not True:
-        raise ValueError(
-            f"{where}: DeepSeek-V4's YaRN has attention_factor 1 and truncated bounds."
-        )
+        raise ValueError(f"{where}: DeepSeek-V4's YaRN needs attention_factor 1 and truncate true.")
     length = "original_max_position_embeddings"
     config_ranges.check(length, _need(part, length, where))
     _need(part, "factor", where)
@@ -274,19 +272,20 @@ def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any
             config_ranges.check("ratio", ratio, name="A number in compress_ratios")
         if len(ratios) < count:
             raise ValueError(
-                f"{where}: compress_ratios must hold {count} or more numbers, one a layer "
-                f"(MTP layers last); it is {ratios}."
+                f"{where}: compress_ratios has {len(ratios)} numbers, but num_hidden_layers is "
+                f"{count}; it must have one per layer."
             )
         if any(ratios[count:]):
             raise ValueError(
-                f"{where}: MTP layers are sliding; compress_ratios ends {ratios[count:]}."
+                f"{where}: compress_ratios has {ratios[count:]} after its {count} layers; the rest "
+                "must be 0, as MTP layers are sliding."
             )
-        kinds = {0: "sliding", _CSA_RATIO: "csa"}
-        by_number = [(kinds.get(ratio, "hca"), ratio) for ratio in ratios[:count]]
+        kind_of = {0: "sliding", _CSA_RATIO: "csa"}
+        by_number = [(kind_of.get(ratio, "hca"), ratio) for ratio in ratios[:count]]
         if wrong := {(k, ratio) for k, ratio in by_number if ratio != rates.get(k, ratio)}:
             raise ValueError(
-                f"{where}: compress_ratios has {sorted(wrong)}, and the rates told are {rates}; "
-                "remove one."
+                f"{where}: compress_ratios has {sorted(wrong)}, but the compression rates given "
+                f"are {rates}; remove one."
             )
     names = _named_kinds(raw, "layer_types", _LAYER_TYPES, count, where)
     by_name = None
@@ -297,15 +296,15 @@ def _attention_kinds(raw: Mapping[str, Any], count: int, where: str) -> list[Any
 
 
 def _compress_rates(raw: Mapping[str, Any], where: str) -> dict[str, int]:
-    """The ratios that are told by kind of attention."""
-    told = {"csa": raw.get("compress_rate_csa"), "hca": raw.get("compress_rate_hca")}
+    """The compression ratios that are given per kind of attention."""
+    given = {"csa": raw.get("compress_rate_csa"), "hca": raw.get("compress_rate_hca")}
     for name, rate in raw.get("compress_rates", {}).items():
         if name not in _LAYER_TYPES:
             raise ValueError(
                 f"{where}: compress_rates names '{name}'; known: {list(_LAYER_TYPES)}."
             )
-        told[_LAYER_TYPES[name]] = rate
-    rates = {kind: rate for kind, rate in told.items() if rate is not None}
+        given[_LAYER_TYPES[name]] = rate
+    rates = {kind: rate for kind, rate in given.items() if rate is not None}
     for kind, rate in rates.items():
         config_ranges.check("ratio", rate, name=f"The compression rate of '{kind}'")
     return rates
@@ -320,7 +319,9 @@ def _named_kinds(
     if bad := sorted({str(name) for name in listed} - names.keys()):
         raise ValueError(f"{where}: {key} has {bad}; known: {list(names)}.")
     if len(listed) != count:
-        raise ValueError(f"{where}: {key} lists {len(listed)} layers, num_hidden_layers {count}.")
+        raise ValueError(
+            f"{where}: {key} has {len(listed)} entries, but num_hidden_layers is {count}."
+        )
     return [names[name] for name in listed]
 
 
@@ -331,9 +332,9 @@ def _agree(
         raise ValueError(f"{where}: neither {first_key} nor {second_key} is given.")
     if first is not None and second is not None and first != second:
         raise ValueError(f"{where}: {first_key} and {second_key} disagree; remove one.")
-    found = first if first is not None else second
-    assert found is not None
-    return found
+    kinds = first if first is not None else second
+    assert kinds is not None
+    return kinds
 
 
 def _mtp_layers(raw: Mapping[str, Any]) -> int:
@@ -363,7 +364,7 @@ def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype | None:
         if quantization.get(key) is not None:
             _check_fixed(f"quantization_config.{key}", quantization[key], allowed)
     _refuse_unknown(quantization, keys.QUANTIZATION_KNOWN, "quantization_config")
-    # The first release of April 2026 has FP4 experts and no key that says so.
+    # The first release of April 2026 has FP4 experts but no key for it.
     dtype = raw.get("expert_dtype", quantization.get("expert_dtype", "fp4"))
     if dtype not in ("fp4", "fp8"):
         raise ValueError(f"{where}: expert_dtype is {dtype!r}; known: 'fp4', 'fp8'.")
@@ -386,7 +387,8 @@ def _layers_json(cfg: ModelConfig) -> dict[str, Any]:
         for kind, ratio in attention:
             if ratio and rates.setdefault(names[kind], ratio) != ratio:
                 raise ValueError(
-                    f"config.json cannot tell two {kind} ratios with a CSA ratio not 4."
+                    f"config.json cannot express {kind} ratios {rates[names[kind]]} and {ratio}: a "
+                    "kind must have one ratio, unless exactly the csa layers have ratio 4."
                 )
         out["compress_rates"] = rates
     if ffn[:hashed] == ["hash"] * hashed:

@@ -1,14 +1,13 @@
-"""The keys of config.json that are known, and what each is to us.
+"""The known keys of config.json, and how each is treated.
 
-Where the line is: a key that no table names is refused, as it could change the mathematics. Ignored
-are keys that transformers, Unsloth and DeepSeek write for bookkeeping, for the settings of
-generation, for how a program computes the same numbers, and for losses of training; and whatever
-begins with `_` or `unsloth_`.
+A key that no table names is rejected, as it could change the mathematics. Ignored are keys that
+transformers, Unsloth and DeepSeek write for bookkeeping, generation settings, training losses and
+how a program computes the same numbers, and keys that start with `_` or `unsloth_`.
 """
 
 from typing import Any
 
-# `ModelConfig` has these under the same name.
+# Fields of `ModelConfig` with the same name.
 SAME_NAME = (
     *("vocab_size", "hidden_size", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups"),
     *("o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk"),
@@ -20,9 +19,9 @@ FLOATS = frozenset(
     {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta"}
     | {"compress_rope_theta"}
 )
-# transformers' other names for some of them: where both are given, they must agree.
+# transformers' aliases: if both are given, they must agree.
 ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
-# The values that the model defines; any other is another model. The first is written.
+# The values that the model defines; others mean another model. The first is written.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("deepseek_v4",),
     "num_key_value_heads": (1,),
@@ -35,13 +34,13 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
 }
-# The same, not written.
-FIXED_IF_TOLD: dict[str, tuple[Any, ...]] = {
+# The same, but never written.
+FIXED_IF_GIVEN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_dropout", "router_jitter_noise"), (0.0, 0)),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
     "pruned_heads": ({}, []),
 }
-# Each read by the function that knows what it means, and what JSON's type of it is.
+# Keys that config_json reads one by one, by their JSON type.
 LISTS = frozenset({"compress_ratios", "layer_types", "mlp_layer_types", "dspark_target_layer_ids"})
 OBJECTS = frozenset({"compress_rates", "rope_scaling", "rope_parameters", "quantization_config"})
 OTHERS = frozenset(
@@ -86,10 +85,10 @@ _GENERATION = frozenset(
 _IGNORED = _BOOKKEEPING | _COMPUTING | _LOSSES | _GENERATION
 _NOTES = ("_", "unsloth_")
 KNOWN = frozenset(
-    {*SAME_NAME, *ALIASES, *FIXED, *FIXED_IF_TOLD} | LISTS | OBJECTS | OTHERS | _IGNORED
+    {*SAME_NAME, *ALIASES, *FIXED, *FIXED_IF_GIVEN} | LISTS | OBJECTS | OTHERS | _IGNORED
 )
 
-# Of quantization_config: what the model defines, and what says nothing that the tensors do not.
+# Keys of quantization_config: values that the model defines, and keys that may be present.
 QUANTIZATION_FIXED: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
@@ -106,5 +105,5 @@ YARN_KNOWN |= {"beta_slow", "attention_factor", "truncate"}
 
 
 def is_unknown(key: str) -> bool:
-    """Whether a key could change the mathematics, for all that we know."""
+    """Whether a key is unknown, and so could change the mathematics."""
     return key not in KNOWN and not key.startswith(_NOTES)

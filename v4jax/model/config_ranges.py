@@ -1,18 +1,18 @@
-"""What each number of a configuration may be: one table, for config.json and for Python alike."""
+"""The range of each number in a configuration: one table for config.json and Python alike."""
 
 import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-_MOST_WHOLE = 2**31 - 1  # what the devices count with
-_MOST_REAL, _LEAST_REAL = 3.4028234663852886e38, 1.1754943508222875e-38  # float32, normal
-_MANY = 10_000  # of what Python makes one object each for
+_MAX_INTEGER = 2**31 - 1  # int32
+_MAX_REAL, _MIN_REAL = 3.4028234663852886e38, 1.1754943508222875e-38  # normal float32
+_MAX_COUNT = 10_000  # for things of which Python creates an object each
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`; whole ones only, or any."""
+    """Numbers from `least` to `most`; integers only if `whole`."""
 
     least: int | float
     most: int | float
@@ -20,8 +20,8 @@ class Range:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a finite number"
-        least = "above 0" if self.least == _LEAST_REAL else f"of {self.least:g} or more"
-        most = "" if self.most in (_MOST_WHOLE, _MOST_REAL) else f", at most {self.most:g}"
+        least = "above 0" if self.least == _MIN_REAL else f"of {self.least:g} or more"
+        most = "" if self.most in (_MAX_INTEGER, _MAX_REAL) else f", at most {self.most:g}"
         return f"{kind} {least}{most}"
 
     def __contains__(self, value: Any) -> bool:
@@ -32,14 +32,14 @@ class Range:
         return bool(self.least <= number <= self.most)
 
 
-def _whole(least: int, most: int = _MOST_WHOLE) -> Range:
+def _whole(least: int, most: int = _MAX_INTEGER) -> Range:
     return Range(least, most, whole=True)
 
 
-_SIZE, _COUNT = _whole(1), _whole(1, _MANY)
-_POSITIVE = Range(_LEAST_REAL, _MOST_REAL)
-_FRACTION = Range(_LEAST_REAL, 1)
-# Of `ModelConfig`, of its parts, and of keys that are read into them.
+_SIZE, _COUNT = _whole(1), _whole(1, _MAX_COUNT)
+_POSITIVE = Range(_MIN_REAL, _MAX_REAL)
+_FRACTION = Range(_MIN_REAL, 1)
+# Fields of `ModelConfig` and its parts, and keys that are read into them.
 RANGES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "head_dim", "qk_rope_head_dim"), _SIZE),
     **dict.fromkeys(("q_lora_rank", "o_groups", "o_lora_rank", "sliding_window"), _SIZE),
@@ -49,36 +49,36 @@ RANGES = {
     **dict.fromkeys(("block_size", "markov_rank"), _SIZE),
     **dict.fromkeys(("num_hidden_layers", "n_routed_experts", "num_experts_per_tok"), _COUNT),
     **dict.fromkeys(("hc_mult", "hc_sinkhorn_iters", "stages"), _COUNT),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_hash_layers"), _whole(0, _MANY)),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_hash_layers"), _whole(0, _MAX_COUNT)),
     **dict.fromkeys(("ratio", "target_layer_ids", "noise_token_id"), _whole(0)),
     **dict.fromkeys(("routed_scaling_factor", "swiglu_limit"), _POSITIVE),
     **dict.fromkeys(("beta_fast", "beta_slow"), _POSITIVE),
     **dict.fromkeys(("hc_eps", "rms_norm_eps", "partial_rotary_factor"), _FRACTION),
-    **dict.fromkeys(("rope_theta", "compress_rope_theta", "factor"), Range(1, _MOST_REAL)),
-    "initializer_range": Range(0, _MOST_REAL),
+    **dict.fromkeys(("rope_theta", "compress_rope_theta", "factor"), Range(1, _MAX_REAL)),
+    "initializer_range": Range(0, _MAX_REAL),
 }
 
 
 def check(field: str, value: Any, *, name: str = "") -> None:
-    """Raise a ValueError unless the field's number is in its range; `name` is what is told."""
+    """Raise ValueError unless a field's value is in its range; the message uses `name` if given."""
     if value not in RANGES[field]:
         refuse(name or field, value, str(RANGES[field]))
 
 
 def check_all(values: Mapping[str, Any]) -> None:
-    """Check the numbers, and tuples of numbers, that are in the table."""
+    """Check those values, numbers or tuples of numbers, whose fields are in the table."""
     for field in values.keys() & RANGES.keys():
         value = values[field]
-        for one in value if isinstance(value, tuple) else (value,):
-            check(field, one)
+        for item in value if isinstance(value, tuple) else (value,):
+            check(field, item)
 
 
 def check_token(name: str, value: Any, vocab_size: int) -> None:
-    """Raise a ValueError unless a value is a token of the vocabulary."""
+    """Raise ValueError unless a value is a token id of the vocabulary."""
     if value not in _whole(0, vocab_size - 1):
         refuse(name, value, f"a token id, a whole number from 0 to {vocab_size - 1}")
 
 
-def refuse(name: str, value: Any, wanted: str) -> NoReturn:
-    """Raise the ValueError of a value that is not as it must be."""
-    raise ValueError(f"{name} is {value!r:.100}; it must be {wanted}.")
+def refuse(name: str, value: Any, expected: str) -> NoReturn:
+    """Raise a ValueError that says what a value must be."""
+    raise ValueError(f"{name} is {value!r:.100}; it must be {expected}.")

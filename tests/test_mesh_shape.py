@@ -101,7 +101,7 @@ def test_a_mesh_that_does_not_divide_a_large_weight_is_refused(
 def test_the_suggested_mesh_works_and_the_bytes_are_per_device() -> None:
     pro = presets.preset("pro")
     # 384 experts in each of 62 layers, three matrices of 7168 x 3072, at 4.25 bits a weight.
-    with pytest.raises(ValueError, match=r"hold it whole: 778\.1 GiB of .* and 29 others"):
+    with pytest.raises(ValueError, match=r"hold all of it: 778\.1 GiB of .* and 29 others"):
         placed(pro, expert=256)
     placed(pro, data=2, expert=128)
 
@@ -158,7 +158,7 @@ def test_loading_refuses_a_mesh_before_it_reads(tmp_path: Any) -> None:
     ],
 )
 def test_invalid_mesh_texts_are_answered_with_the_known_axes(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no mesh; .*data, fsdp, expert, tensor.* 8, the"):
+    with pytest.raises(ValueError, match=r"is not a mesh; .*data, fsdp, expert, tensor.* 8, the"):
         sharding.read_mesh(text)
 
 

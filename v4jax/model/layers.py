@@ -1,6 +1,6 @@
 """Norms, rotary embedding and linear maps.
 
-Axis letters: B batch, T tokens, D channels of the value at hand, H heads, K head dim, Q rotary
+Axis letters: B batch, T tokens, D channels of the array at hand, H heads, K head dim, Q rotary
 pairs.
 """
 
@@ -26,11 +26,11 @@ from v4jax.model.numerics import Numerics
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InStack:
-    """What one layer has of a stack, not sliced: it is read, and written, where it lies.
+    """One layer of a stack that is not sliced, but read and written in place.
 
     Attributes:
       stack: an array, a quantised weight or a tree of them, [L, ...].
-      layer: which of them.
+      layer: index of the layer.
     """
 
     stack: Any
@@ -40,12 +40,12 @@ class InStack:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """The first factor of a low-rank update in training: it does not see all of its input.
+    """The first factor of a low-rank update, with dropout on its input, for training.
 
     Attributes:
-      a: float [..., r, K].
+      a: the factor, float [..., r, K].
       key: raw random keys, [..., 2].
-      rate: share of each token's channels that are left out.
+      rate: fraction of each token's channels that are dropped.
     """
 
     a: Any
@@ -69,25 +69,25 @@ def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
 def _updated(
     x: Float[Array, "*rows K"], weight: LoraWeight, precision: Any = None
 ) -> Float[Array, "*rows N"]:
-    """Base and update; with a precision, all of it is in x's dtype, which is float32."""
-    seen, a = x, weight.a
+    """Base and update; with a precision, everything is in x's dtype, which is float32."""
+    inputs, a = x, weight.a
     if isinstance(a, Dropped):
-        kept = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
-        seen, a = jnp.where(kept, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
+        mask = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
+        inputs, a = jnp.where(mask, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
     plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
-    delta = plain(plain(seen, a), weight.b).astype(jnp.float32)
+    delta = plain(plain(inputs, a), weight.b).astype(jnp.float32)
     product = linear if precision is None else linear_float32
     return (product(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
 
 
 def _matrix(weight: Any) -> tuple[Any, Any]:
-    """A weight, and which layer's where it is a stack, else None."""
+    """A weight and None, or a stack of weights and the index of the layer."""
     weight = value(weight)
     return (weight.stack, weight.layer) if isinstance(weight, InStack) else (weight, None)
 
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
-    """The same in float32 throughout, at full precision on every device."""
+    """`linear` in float32 throughout, at full precision on every device."""
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
     if isinstance(matrix, LoraWeight):
         return _updated(x32, matrix, highest)
@@ -95,7 +95,7 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
-    """Each group's own map: the weight's rows are the groups' outputs one after another."""
+    """One linear map per group; the weight's rows are the groups' outputs, concatenated."""
     weight_QP, layer = _matrix(weight_QP)
     if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
         return saveable(_by_group(x_BTGP, weight_QP, layer))
@@ -117,7 +117,7 @@ def _by_group(
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Any, eps: float) -> Float[Array, "*rows D"]:
-    """Root-mean-square norm in float32, the weight included, cast once to x's dtype."""
+    """Root-mean-square norm in float32, including the scale, cast once to x's dtype."""
     return _rms_norm(eps, x, value(scale_D))
 
 
@@ -141,10 +141,10 @@ def _rms_norm_backward(
     x, scale_D = saved
     x32, inverse, scale = _normed(eps, x, scale_D)
     grad32 = grad.astype(jnp.float32)
-    normed, wanted = x32 * inverse, grad32 * scale
-    mean = sums.dot(wanted, normed)[..., None] / x.shape[-1]
+    normed, scaled = x32 * inverse, grad32 * scale
+    mean = sums.dot(scaled, normed)[..., None] / x.shape[-1]
     dscale_D = jnp.sum(grad32 * normed, axis=tuple(range(x.ndim - 1)))
-    dx = inverse * (wanted - normed * mean)
+    dx = inverse * (scaled - normed * mean)
     return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype)
 
 
@@ -183,8 +183,8 @@ def rope_table(
     theta, yarn = (cfg.compress_rope_theta, cfg.yarn) if compressed else (cfg.rope_theta, None)
     frequency_Q = jnp.asarray(inverse_frequencies(cfg.qk_rope_head_dim, theta, yarn), jnp.float32)
     angle_BTQ = position_BT[..., None].astype(jnp.float32) * frequency_Q[None, None]
-    kept = jnp.float32 if numerics.float32_islands else dtype
-    return jnp.cos(angle_BTQ).astype(kept), jnp.sin(angle_BTQ).astype(kept)
+    table_dtype = jnp.float32 if numerics.float32_islands else dtype
+    return jnp.cos(angle_BTQ).astype(table_dtype), jnp.sin(angle_BTQ).astype(table_dtype)
 
 
 def rotate(
@@ -195,7 +195,7 @@ def rotate(
     inverse: bool = False,
     heads: str | None = "heads",
 ) -> Float[Array, "B T H K"]:
-    """RoPE on the last 2Q channels after `norm`; `inverse` turns back. `heads` names the axis."""
+    """RoPE on the last 2Q channels, after `norm`; `inverse` undoes it. `heads` is H's axis."""
     cos_BTQ, sin_BTQ = table
     axes = ("batch", None, heads)
     return sharding.per_device(
@@ -208,12 +208,12 @@ def rotate(
 
 def round_kv(x: Float[Array, "*rows D"], rope_dim: int) -> Float[Array, "*rows D"]:
     """FP8 rounding of all but the rotary channels, in blocks of 64 (report, section 3.10)."""
-    plain, turned = x[..., :-rope_dim], x[..., -rope_dim:]
+    plain, rotated = x[..., :-rope_dim], x[..., -rope_dim:]
     if plain.shape[-1] == 0:
         return x
-    return jnp.concatenate([quantize.fake_quant_fp8(plain, block=64), turned], axis=-1)
+    return jnp.concatenate([quantize.fake_quant_fp8(plain, block=64), rotated], axis=-1)
 
 
 def round_index(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-    """Hadamard transform, then FP4 rounding in blocks of 32: the indexer's queries and keys."""
+    """Hadamard transform, then FP4 rounding in blocks of 32, for the indexer's queries and keys."""
     return quantize.fake_quant_fp4(quantize.hadamard(x).astype(x.dtype), block=32)

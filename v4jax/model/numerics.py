@@ -1,4 +1,4 @@
-"""The two numerics that a checkpoint can be run in, named."""
+"""The two numerics that a checkpoint can be run in, by name."""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +8,7 @@ Name = Literal["hf", "official"]
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Where rounding happens. In float32 only `rounded_cache` changes results noticeably.
+    """Where rounding happens. In float32, only `rounded_cache` changes results noticeably.
 
     Attributes:
       float32_islands: RoPE tables, router, compressor and hyper-connection weights stay float32;
@@ -28,10 +28,10 @@ OFFICIAL = Numerics(float32_islands=True, rounded_cache=True, weight_first=True)
 
 
 def get(name: Name) -> Numerics:
-    """`hf` agrees with transformers 5.23, `official` with DeepSeek's own inference code.
+    """`hf` matches transformers 5.23, `official` DeepSeek's own inference code.
 
     Raises:
-      ValueError: another name.
+      ValueError: the name is neither.
     """
     match name:
         case "hf":

@@ -1,7 +1,7 @@
-"""A weight is declared once: its shape, logical axes, stored format and initialiser.
+"""Each weight is declared once: its shape, logical axes, stored format and initialiser.
 
 Modules are built with `ParamSpec` leaves by `Declare`; `abstract`, `init`, shardings and the
-converter are maps over that one tree. Matrices are [out, in], as in the checkpoint.
+converter map over that one tree. Matrices are [out, in], as in the checkpoint.
 """
 
 import dataclasses
@@ -26,13 +26,14 @@ class ParamSpec:
     """One weight, as the release stores it.
 
     Attributes:
-      shape: logical shape, the stack of layers (and experts) first, then [out, in].
-      axes: a logical axis for each dim; `sharding.RULES` says where on the mesh it lies.
+      shape: logical shape: stack dims (layers, experts) first, then [out, in].
+      axes: logical axis of each dim; `sharding.RULES` maps them to mesh axes.
       stored: bf16 and f32 as named; fp8: E4M3 in 128x128 blocks; expert: the configuration's
         `expert_dtype`; i64: a table of integers. f32 and i64 keep their precision whatever the
         model's dtype.
-      init: how `init` fills it: 'normal' with standard deviation `scale`, a constant, or distinct
-        expert ids in each row ('experts', below `scale`).
+      init: how `init` fills it: 'normal' with standard deviation `scale`, 'constant' with `scale`,
+        or 'experts' with distinct ids below `scale` in each row.
+      scale: see `init`.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +56,7 @@ class ParamSpec:
 
 
 class Declare:
-    """Makes the `nnx.Param`s of a module whose layers are stacked `repeats` times (None: once)."""
+    """Creates the `nnx.Param`s of a module, stacked over `repeats` layers (None: not stacked)."""
 
     def __init__(self, repeats: int | None = None, std: float = 0.02) -> None:
         self._repeats, self._std = repeats, std
@@ -87,7 +88,7 @@ class Declare:
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Each weight's dotted name and value (a ParamSpec, an array, a quantised weight)."""
+    """Each weight's dotted name and value: a ParamSpec, an array or a quantised weight."""
     is_param = lambda node: isinstance(node, nnx.Variable)
     for path, param in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)[0]:
         yield path_name(path), param.get_value()
@@ -116,8 +117,8 @@ def leaf_struct(spec: ParamSpec, dtype: Any, expert_format: ExpertDtype | None =
 
     Args:
       spec: the declaration.
-      dtype: of everything that need not be float32 or integer.
-      expert_format: of experts, which stay quantised as FP8 weights then do; None: nothing is
+      dtype: dtype of everything that need not be float32 or integer.
+      expert_format: format of quantised experts; FP8 weights stay quantised too. None: nothing is
         quantised.
     """
     if spec.stored == "i64":
@@ -141,12 +142,12 @@ def _quantized_struct(shape: tuple[int, ...], stored: str) -> Any:
 
 
 def abstract(declared: Tree, dtype: Any, expert_format: ExpertDtype | None = None) -> Tree:
-    """The tree with ShapeDtypeStructs: enough to trace, lower and compile without memory."""
+    """The tree with ShapeDtypeStructs: enough to trace, lower and compile without weights."""
     return map_leaves(lambda _, spec: leaf_struct(spec, dtype, expert_format), declared)
 
 
 def init(declared: Tree, key: jax.Array, dtype: Any) -> Tree:
-    """Random weights in one dtype. A weight's values depend on the key and its name only."""
+    """Random weights in `dtype`. Each weight's values depend only on the key and its name."""
 
     def fill(name: str, spec: ParamSpec) -> jax.Array:
         struct = leaf_struct(spec, dtype)
@@ -168,5 +169,5 @@ def _distinct_ids(key: jax.Array, shape: tuple[int, ...], experts: int) -> jax.A
 
 
 def count(declared: Any) -> int:
-    """Parameters declared; integer tables are not parameters."""
+    """Number of declared parameters, not counting integer tables."""
     return sum(spec.size for _, spec in leaves(declared) if spec.stored != "i64")

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JAX's trees."""
+"""Frozen dataclasses as JAX pytrees."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -10,11 +10,11 @@ _T = TypeVar("_T")
 
 
 def pytree(cls: type[_T]) -> type[_T]:
-    """Decorates a dataclass whose fields are children of a tree.
+    """Register a dataclass as a pytree whose children are its fields.
 
-    JAX rebuilds trees with leaves that are no arrays: shardings, booleans, placeholders. So, unlike
-    `jax.tree_util.register_dataclass`, a tree is rebuilt without `__init__`, where tests check the
-    annotated shapes and dtypes of the fields.
+    JAX rebuilds pytrees with leaves that are not arrays: shardings, booleans, placeholders. So,
+    unlike with `jax.tree_util.register_dataclass`, they are rebuilt without `__init__`, where tests
+    check the annotated shapes and dtypes of the fields.
     """
     names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
 

@@ -1,7 +1,7 @@
-"""Layers grouped into segments of a repeating pattern, so that a program does not grow with depth.
+"""Group layers into segments of a repeating pattern, so that programs do not grow with depth.
 
 Flash is 2 x [sliding + hash], [CSA + hash], [HCA + hash], 20 x [CSA, HCA] and so on: each segment
-is one `lax.scan` over its repeats whatever their number.
+is one `lax.scan` over its repeats, whatever their number.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ class Segment:
         return len(self.pattern) * self.repeats
 
     def layer_index(self, position: int, repeat: int) -> int:
-        """The model's layer at `position` in the pattern's copy number `repeat`."""
+        """Index of the layer at `position` in copy `repeat` of the pattern."""
         return self.first + repeat * len(self.pattern) + position
 
 
 def segments(layers: tuple[LayerKind, ...]) -> tuple[Segment, ...]:
-    """Cut a schedule into segments, fewest layer bodies first.
+    """Cut a schedule into segments with the fewest layer bodies.
 
-    Deterministic and total: the segments' layers, in order, are `layers`. A shortest path over cut
-    points, whose cost is the number of bodies to compile, then the number of segments.
+    Deterministic and total: the segments' layers, in order, are `layers`. This is a shortest path
+    over cut points; its cost is the number of bodies to compile, then the number of segments.
     """
     count = len(layers)
     best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]

@@ -1,4 +1,4 @@
-"""Where logical axes lie on the mesh: the one table, and what reads it.
+"""Logical axes and the mesh: one table of rules, and what applies it.
 
 Mesh axes: data (replicas), fsdp (weights' hidden dims), expert (routed experts) and tensor (heads,
 shared expert, vocabulary). Batches are split over data, fsdp and expert.
@@ -21,7 +21,7 @@ from v4jax.arguments import checked, optional, sequence, whole
 from v4jax.model.params import ParamSpec, map_leaves
 
 AnyMesh = Mesh | AbstractMesh
-# A weight that the mesh does not divide is whole on every device if it has fewer bytes than this.
+# A weight that the mesh does not divide is replicated if it has fewer bytes than this.
 _SMALL = 16 * 2**20
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -35,7 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "index_heads": "tensor",
     "compress": None,
     "ffn": "tensor",
-    # Experts are kept whole, so that an optimiser that orthogonalises each needs no gather.
+    # Experts are not split, so that an optimiser that orthogonalises each needs no gather.
     "experts": ("expert", "fsdp"),
 }
 
@@ -47,12 +47,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:
-    """A mesh with the four axes, over the given devices (all, by default).
+    """A mesh with the four axes, over the given devices (by default all).
 
-    Devices that are next to each other on an axis are so on a TPU's torus, as far as it allows.
+    Neighbours on an axis are neighbours in a TPU's torus, as far as the torus allows.
 
     Raises:
-      ValueError: a size below 1, or sizes that do not multiply to the number of devices.
+      ValueError: a size is below 1, or their product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     shape = (data, fsdp, expert, tensor)
@@ -62,24 +62,24 @@ def make_mesh(
         )
     try:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except AssertionError:  # Some chips of a slice that are no block of it.
+    except AssertionError:  # chips that do not form a block of their slice
         arranged = np.asarray(devices).reshape(shape)
     return Mesh(arranged, AXES)
 
 
 def read_mesh(text: str) -> Mesh:
-    """The mesh over all devices that a text such as 'expert=4,tensor=2' says.
+    """Parse a mesh over all devices, such as 'expert=4,tensor=2'.
 
     Raises:
-      ValueError: it says none, or one of another number of devices.
+      ValueError: it is malformed, or its sizes do not multiply to the number of devices.
     """
-    found = [
+    matches = [
         re.fullmatch(r"\s*(\w+)=([1-9]\d{0,5})\s*", part, re.ASCII) for part in text.split(",")
     ]
-    sizes = {match[1]: int(match[2]) for match in found if match}
-    if len(sizes) < len(found) or sizes.keys() - set(AXES):
+    sizes = {match[1]: int(match[2]) for match in matches if match}
+    if len(sizes) < len(matches) or sizes.keys() - set(AXES):
         raise ValueError(
-            f"'{text}' is no mesh; give sizes as in 'expert=4,tensor=2', of {', '.join(AXES)}, "
+            f"'{text}' is not a mesh; give sizes of {', '.join(AXES)}, as in 'expert=4,tensor=2', "
             f"that multiply to {jax.device_count()}, the number of devices."
         )
     return make_mesh(**sizes)
@@ -99,25 +99,25 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def shardings(declared: Any, mesh: AnyMesh, like: Any) -> Any:
     """A NamedSharding for each array in `like`, a tree of weights declared by `declared`.
 
-    A small array that its mesh axes do not divide is whole on every device. Scales of quantised
-    weights lie with their codes where their coarser grid divides too.
+    A dim of a small array that its mesh axes do not divide is not split. Scales of quantised
+    weights are split like their codes if their coarser grid divides too.
 
     Raises:
       ValueError: the mesh has other axes, or does not divide a large array.
     """
     if mesh.axis_names != AXES:
         raise ValueError(
-            f"The mesh has the axes {', '.join(map(str, mesh.axis_names))}; make one with "
-            f"v4jax.model.sharding.make_mesh, of {', '.join(AXES)}."
+            f"The mesh has the axes {', '.join(map(str, mesh.axis_names))}; create one with the "
+            f"axes {', '.join(AXES)}, using v4jax.model.sharding.make_mesh."
         )
     if undivided := _undivided(declared, mesh, like):
         raise ValueError(f"{_why(undivided)} {_nearest(declared, mesh, like)}")
 
-    def lies(_: str, spec: ParamSpec, leaf: Any) -> Any:
+    def sharding_of(_: str, spec: ParamSpec, leaf: Any) -> Any:
         axes = _axes_of(spec, leaf)
         return jax.tree.map(lambda array: place(axes, array.shape, mesh), leaf)
 
-    return map_leaves(lies, declared, like)
+    return map_leaves(sharding_of, declared, like)
 
 
 def _axes_of(spec: ParamSpec, leaf: Any) -> tuple[str | None, ...]:
@@ -127,7 +127,7 @@ def _axes_of(spec: ParamSpec, leaf: Any) -> tuple[str | None, ...]:
 
 
 class _Undivided(NamedTuple):
-    """A large array with a dim that would be whole on every device, and what that would hold."""
+    """A large array with a dim that no device could split, and the bytes that each would hold."""
 
     name: str
     size: int
@@ -136,40 +136,40 @@ class _Undivided(NamedTuple):
 
 
 def _undivided(declared: Any, mesh: AnyMesh, like: Any) -> list[_Undivided]:
-    found = []
+    undivided = []
 
-    def look(name: str, spec: ParamSpec, leaf: Any) -> None:
+    def check(name: str, spec: ParamSpec, leaf: Any) -> None:
         axes = _axes_of(spec, leaf)
         for array in jax.tree.leaves(leaf):
-            wanted, fits = partition_spec(axes), _fitting_spec(axes, array.shape, mesh)
-            held = array.size * array.dtype.itemsize
-            if held < _SMALL or wanted == fits:
+            ideal, fitting = partition_spec(axes), _fitting_spec(axes, array.shape, mesh)
+            nbytes = array.size * array.dtype.itemsize
+            if nbytes < _SMALL or ideal == fitting:
                 continue
-            dim = next(i for i, part in enumerate(wanted) if part != fits[i])
-            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _names(wanted[dim]))
-            held //= math.prod(mesh.shape[axis] for part in fits for axis in _names(part))
-            found.append(_Undivided(name, array.shape[dim], ways, held))
+            dim = next(i for i, part in enumerate(ideal) if part != fitting[i])
+            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _names(ideal[dim]))
+            nbytes //= math.prod(mesh.shape[axis] for part in fitting for axis in _names(part))
+            undivided.append(_Undivided(name, array.shape[dim], ways, nbytes))
 
-    map_leaves(look, declared, like)
-    return found
+    map_leaves(check, declared, like)
+    return undivided
 
 
 def _why(undivided: list[_Undivided]) -> str:
     name, size, ways, _ = undivided[0]
-    held = sum(array.bytes for array in undivided) / 2**30
+    gibibytes = sum(array.bytes for array in undivided) / 2**30
     others = f" and {len(undivided) - 1} others" if len(undivided) > 1 else ""
     return (
-        f"A mesh of {ways} does not divide a dim of {size}, and every device would hold it whole: "
-        f"{held:.1f} GiB of {name}{others}."
+        f"A mesh of {ways} does not divide a dim of {size}, and every device would hold all of it: "
+        f"{gibibytes:.1f} GiB of {name}{others}."
     )
 
 
 def _nearest(declared: Any, mesh: AnyMesh, like: Any) -> str:
-    """The mesh of as many devices that is least different and divides all that is large."""
-    asked = [mesh.shape[axis] for axis in AXES]
+    """The most similar mesh of as many devices that divides all large arrays, as a sentence."""
+    requested = [mesh.shape[axis] for axis in AXES]
 
     def distance(shape: tuple[int, ...]) -> tuple[float, list[int]]:
-        steps = [abs(math.log2(new / old)) for new, old in zip(shape, asked, strict=True)]
+        steps = [abs(math.log2(new / old)) for new, old in zip(shape, requested, strict=True)]
         return round(sum(steps), 6), [-size for size in shape]
 
     shapes = sorted(_shapes(mesh.size, len(AXES)), key=distance)
@@ -178,7 +178,7 @@ def _nearest(declared: Any, mesh: AnyMesh, like: Any) -> str:
 
 
 def _shapes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to arrange so many devices on so many axes."""
+    """All shapes with this number of axes and of devices."""
     if axes == 1:
         yield (devices,)
         return
@@ -188,7 +188,7 @@ def _shapes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
 
 
 def place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
-    """Where an array whose first dims have these axes lies; a dim that does not divide is whole."""
+    """The sharding of an array whose first dims have these axes; undivided dims are not split."""
     return NamedSharding(mesh, _fitting_spec(axes, shape[: len(axes)], mesh))
 
 
@@ -207,22 +207,22 @@ def _names(part: Any) -> tuple[str, ...]:
 
 
 def row_groups(mesh: Mesh | None) -> int:
-    """How many groups of devices share the rows of a batch."""
+    """Number of groups of devices that share the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
 
 
 def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:
-    """The groups that a process, by default this one, has devices of."""
+    """The groups that a process (by default this one) has devices in."""
     if mesh is None:
         return [0]
     groups, process = row_groups(mesh), jax.process_index() if process is None else process
     places = place(("batch",), (groups,), mesh).devices_indices_map((groups,))
-    here = (rows for device, (rows,) in places.items() if device.process_index == process)
-    return sorted({rows.start or 0 for rows in here})
+    local = (rows for device, (rows,) in places.items() if device.process_index == process)
+    return sorted({rows.start or 0 for rows in local})
 
 
 def check_rows(batch: int, mesh: Mesh) -> None:
-    """Refuse a batch that would lie whole on every device; one row has to."""
+    """Reject a batch, of more than one row, that groups of devices cannot share evenly."""
     groups = row_groups(mesh)
     if batch > 1 and batch % groups:
         raise ValueError(
@@ -232,18 +232,18 @@ def check_rows(batch: int, mesh: Mesh) -> None:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that arrays lie on; None where they are on one device."""
-    lies = getattr(jax.tree.leaves(tree)[0], "sharding", None)
-    return getattr(lies, "mesh", None)
+    """The mesh of a tree of arrays; None if they are on one device."""
+    placement = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return getattr(placement, "mesh", None)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which programs for the mesh are compiled and run."""
+    """The context in which to compile and run programs for the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Ask for a layout by logical axes; does nothing outside `jax.set_mesh`.
+    """Constrain an array's sharding by logical axes; does nothing outside `jax.set_mesh`.
 
     A dim that the mesh does not divide is left to the compiler.
     """
@@ -261,26 +261,26 @@ def per_device(
     out: tuple[str | None, ...],
     kernels: bool = True,
 ) -> Any:
-    """`run(*args)` by each device on its own part: the compiler does not partition kernels.
+    """`run(*args)` on each device's own shards, as the compiler does not partition kernels.
 
     Args:
-      run: keeps apart what lies on the split axes.
+      run: a function that does not mix elements along split axes.
       args: arrays, or trees of arrays that share their leading dims; None stays None.
-      axes: the logical axes of each argument; None for a dim that every device has whole. A named
-        axis is split where all dims of that name divide.
-      out: the axes of the result, or of all arrays in it.
-      kernels: `run` has some, of which JAX does not see what of their results is the same on
-        several devices, so that gradients are summed over those as well.
+      axes: logical axes of each argument; None for a dim that is not split. A named axis is split
+        if all dims of that name divide.
+      out: logical axes of the result, or of all arrays in it.
+      kernels: whether `run` calls kernels. JAX cannot tell which of their results are replicated,
+        so gradients are then summed over replicas too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(*args)
-    whole = set()
+    unsplit = set()
     for arg, names in zip(args, axes, strict=True):
         for leaf in jax.tree.leaves(arg):
-            fits = _fitting_spec(names, leaf.shape[: len(names)], mesh)
-            whole |= {name for name, part in zip(names, fits, strict=True) if part is None}
-    spec = lambda names: partition_spec(tuple(None if n in whole else n for n in names))
+            fitting = _fitting_spec(names, leaf.shape[: len(names)], mesh)
+            unsplit |= {name for name, part in zip(names, fitting, strict=True) if part is None}
+    spec = lambda names: partition_spec(tuple(None if n in unsplit else n for n in names))
     return jax.shard_map(
         run,
         mesh=mesh,

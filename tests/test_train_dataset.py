@@ -149,7 +149,7 @@ def test_the_last_batch_of_a_finite_source_is_padded() -> None:
 
 
 def test_a_document_that_is_too_long_is_named_by_file_and_line() -> None:
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2 has 300 tokens and seq_len is 256"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2 has 300 tokens, but seq_len is 256"):
         Packs(documents([10, 300]), PackSettings(seq_len=256))
 
 

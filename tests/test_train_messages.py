@@ -70,10 +70,10 @@ def test_a_user_message_may_say_that_it_is_not_trained() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"rationale": "r"}, "messages[1].rationale is no field of a message of assistant"),
+        ({"rationale": "r"}, "messages[1].rationale is not a field of assistant messages"),
         (
             {"reasoning_contents": "r"},
-            "messages[1].reasoning_contents is no field of a message of ",
+            "messages[1].reasoning_contents is not a field of assistant messages",
         ),
         ({"reasoning": ["r"]}, "messages[1].reasoning is list; give a string."),
         ({"reasoning": "r", "thinking": "s"}, "messages[1] has reasoning in two places"),
@@ -82,13 +82,13 @@ def test_a_user_message_may_say_that_it_is_not_trained() -> None:
         ({"reasoning": "<think>r"}, "messages[1].reasoning_content has <think>"),
         ({"weight": 0.5}, "messages[1].weight is 0.5; give 0 or 1"),
         ({"loss_mask": "0"}, "messages[1].loss_mask is '0'; give 0 or 1"),
-        ({"weight": 0, "train": True}, "messages[1] says train True and weight 0"),
-        ({"mask": 1}, "messages[1].mask is no field of a message of assistant; say 'train'"),
-        ({"no_loss": True}, "messages[1].no_loss is no field"),
-        ({"function_call": {"name": "f"}}, "messages[1].function_call is no field"),
-        ({"name": "Bob"}, "messages[1].name is no field"),
-        ({"prefix": True}, "messages[1].prefix is no field"),
-        ({"tools": [{"function": {}}]}, "messages[1].tools is no field"),
+        ({"weight": 0, "train": True}, "messages[1] has train True and weight 0"),
+        ({"mask": 1}, "messages[1].mask is not a field of assistant messages; use 'train'"),
+        ({"no_loss": True}, "messages[1].no_loss is not a field"),
+        ({"function_call": {"name": "f"}}, "messages[1].function_call is not a field"),
+        ({"name": "Bob"}, "messages[1].name is not a field"),
+        ({"prefix": True}, "messages[1].prefix is not a field"),
+        ({"tools": [{"function": {}}]}, "messages[1].tools is not a field"),
         ({"wo_eos": "false"}, "messages[1].wo_eos is 'false'; give true or false."),
         ({"content": None}, "messages[1] has neither content nor tool_calls"),
         (
@@ -103,11 +103,11 @@ def test_a_user_message_may_say_that_it_is_not_trained() -> None:
         ({"content": [{"type": "text", "text": None}]}, "messages[1].content[0].text is missing"),
         (
             {"content": [{"type": "text", "text": "a", "lang": "de", "bold": True}]},
-            "messages[1].content[0].bold is no field of a part",
+            "messages[1].content[0].bold is not a field of content parts",
         ),
         (
             {"content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "r"}]},
-            "messages[1].content[1] is reasoning behind text",
+            "messages[1].content[1] is reasoning after text",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_what_is_not_understood_is_rejected_by_name(fields: dict[str, Any], prob
     ],
 )
 def test_fields_that_a_role_does_not_have_are_rejected(message: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^messages\[0\]\.\w+ is (no field of a message|1 in)"):
+    with pytest.raises(ValueError, match=r"^messages\[0\]\.\w+ is (not a field of \w+ messages|1 in)"):
         parse({"messages": [message, *answered()["messages"]]})
 
 
@@ -142,7 +142,7 @@ def test_null_and_provenance_are_ignored() -> None:
 
 def test_ignored_fields_are_removed_first() -> None:
     row = answered(score=3, reasoning="r") | {"quality": 0.5}
-    with pytest.raises(ValueError, match=r"^quality is no field of a row of messages; remove it"):
+    with pytest.raises(ValueError, match=r"^quality is not a field of messages rows; remove it"):
         parse(row)
     parsed = parse(row, ignore=("quality", "score", "reasoning"))
     assert parsed == ChatRow(messages=answered()["messages"])
@@ -175,16 +175,16 @@ def test_other_template_settings_are_read() -> None:
         ({"thinking": {"type": "adaptive"}}, "thinking.type is 'adaptive'"),
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens has no"),
         ({"thinking": "on"}, "thinking is str; give a bool"),
-        ({"chat_template_kwargs": {"think": True}}, "chat_template_kwargs.think is no setting"),
+        ({"chat_template_kwargs": {"think": True}}, "chat_template_kwargs.think is not a setting"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs is list; give a dict"),
         (
             {"chat_template_kwargs": {"thinking": True}, "thinking": {"type": "disabled"}},
             "chat_template_kwargs.thinking contradicts thinking 'chat'",
         ),
-        ({"reasoning": {"effort": "low"}}, "reasoning is no field of a row of messages"),
-        ({"weight": 0.5}, "weight is no field of a row of messages"),
-        ({"train_on_inputs": True}, "train_on_inputs is no field of a row of messages"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls is no field"),
+        ({"reasoning": {"effort": "low"}}, "reasoning is not a field of messages rows"),
+        ({"weight": 0.5}, "weight is not a field of messages rows"),
+        ({"train_on_inputs": True}, "train_on_inputs is not a field of messages rows"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls is not a field"),
     ],
 )
 def test_row_settings_that_are_not_understood_are_rejected(fields, problem) -> None:
@@ -195,12 +195,12 @@ def test_row_settings_that_are_not_understood_are_rejected(fields, problem) -> N
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"text": "t", "thinking_mode": "chat"}, "thinking_mode is no field of a row of text"),
+        ({"text": "t", "thinking_mode": "chat"}, "thinking_mode is not a field of text rows"),
         (
             {"prompt": "p", "completion": "c", "reasoning": "r"},
-            "reasoning is no field of a row of c",
+            "reasoning is not a field of completion rows",
         ),
-        ({"prompt": [USER], "completion": [USER]}, "prompt is list; give a string. Messages go"),
+        ({"prompt": [USER], "completion": [USER]}, "prompt is list; give a string. Messages belong"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "The row has none of messages"),
         ({"text": None, "messages": None}, "The row has none of messages, prompt and completion"),
     ],

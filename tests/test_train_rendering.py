@@ -153,7 +153,7 @@ def test_tools_of_a_row_belong_to_its_system_message() -> None:
 @pytest.mark.parametrize(
     ("messages", "fields", "problem"),
     [
-        (TALK, {}, "thinking_mode is stated neither in the row nor in the settings"),
+        (TALK, {}, "thinking_mode is set neither in the row nor in the settings"),
         ([*TALK, {"role": "bot"}], {"thinking_mode": "chat"}, "messages[4].role is 'bot'"),
         (["u"], {"thinking_mode": "chat", "tools": [TOOL]}, "messages[0] is str"),
         (

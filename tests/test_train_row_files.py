@@ -74,11 +74,11 @@ def test_alpaca_instructions_are_read() -> None:
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "conversations[0].from is ['x']"),
         (
             {"conversations": [{"from": "function_call", "value": "f()"}]},
-            "conversations[0].value is no call",
+            "conversations[0].value is not a call",
         ),
         (
             {"conversations": [{"from": "gpt", "value": "x", "content": "y"}]},
-            "conversations[0].content stands beside from and value",
+            "conversations[0].content duplicates from and value",
         ),
         (
             {"conversations": [{"from": "gpt", "value": "x", "mood": 1}]},
@@ -87,18 +87,18 @@ def test_alpaca_instructions_are_read() -> None:
         ({"conversations": []}, "conversations is empty or null"),
         (
             {"conversation": TALK},
-            "conversation is no field of a row; did you mean 'conversations'?",
+            "conversation is not a field of rows; did you mean 'conversations'?",
         ),
         ({"instruction": "i", "output": ["o"]}, "output is list; give a string."),
         ({"instruction": "i", "output": ""}, "output is empty; there is nothing to train."),
         (
             {"instruction": "i", "output": "o", "history": [["a", "b"]]},
-            "history is no field of a row of alpaca",
+            "history is not a field of alpaca rows",
         ),
         ({"question": "q", "answer": "a"}, "The row has none of messages, prompt and completion"),
         (
             {"messages": TALK, "conversations": TALK},
-            "The row has messages, conversations; a row is",
+            "The row has messages, conversations; a row must be of one kind",
         ),
         ({"messages": TALK, "system": "s", "tools": "[1"}, "tools is str; give a list"),
     ],
@@ -153,7 +153,7 @@ def test_every_container_yields_the_same_documents(
 
 def test_an_invalid_list_entry_is_named_by_its_index(tmp_path: Path) -> None:
     content = json.dumps([*ROWS, {"text": 3}]).encode()
-    message = r"rows\.json\[3\]: text is int; give a string\. \(Wrong: 1 of 4 rows\.\)"
+    message = r"rows\.json\[3\]: text is int; give a string\. \(Invalid: 1 of 4 rows\.\)"
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "rows.json", content)
     loaded = load(tmp_path / "rows.json", content, skip_wrong=True)
@@ -163,16 +163,16 @@ def test_an_invalid_list_entry_is_named_by_its_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.parquet", b"PAR1rest", "is a Parquet file; make JSON lines of it: pandas.read_parquet"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is packed by zstd; unpack it"),
-        ("a.jsonl.bz2", b"BZh91", "is packed by bzip2"),
+        ("a.parquet", b"PAR1rest", "is a Parquet file; convert it to JSON lines: pandas.read_parquet"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed with zstd; decompress it"),
+        ("a.jsonl.bz2", b"BZh91", "is compressed with bzip2"),
         ("a.zip", b"PK\x03\x04", "is a zip archive"),
-        ("a.csv", b"text\nhello\n", "is a table; make JSON lines of it: pandas.read_csv"),
-        ("a.json", b'{\n "text": "a"\n}', "its first row goes over several lines"),
-        ("a.json", b'[{"text": "a"}', "is no JSON list of rows (Expecting"),
+        ("a.csv", b"text\nhello\n", "is a table; convert it to JSON lines: pandas.read_csv"),
+        ("a.json", b'{\n "text": "a"\n}', "its first row spans several lines"),
+        ("a.json", b'[{"text": "a"}', "is not a JSON list of rows (Expecting"),
         ("a.json", b"[]", "the file has no rows"),
-        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "is no JSON list of rows (Extra data"),
-        ("a.json", b"[" * 10_000, "is no JSON list of rows"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "is not a JSON list of rows (Extra data"),
+        ("a.json", b"[" * 10_000, "is not a JSON list of rows"),
         ("a.gz", gzip.compress(LINES, mtime=0)[:-12], "is damaged"),
         ("a.gz", b"\x1f\x8bnothing", "is damaged"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "it is in UTF-16; save it in UTF-8"),

@@ -60,10 +60,10 @@ def test_fields_that_no_kind_defines_are_ignored() -> None:
         (b"{", "The line is not JSON in UTF-8 (Expecting property name"),
         (b'{"text": "\xff"}', "The line is not JSON in UTF-8 ('utf-8' codec"),
         (b"[" * 100_000, "The line is not JSON in UTF-8 (maximum recursion"),
-        (b"[1]", "The line is list; a row is an object."),
-        (line(id=1), "The row has none of messages, prompt and completion, text but ['id']."),
-        (line(prompt="p"), "The row has none of messages, prompt and completion, text but"),
-        (line(text="t", messages=TALK), "The row has messages, text; a row is of one kind."),
+        (b"[1]", "The line is list; a row must be an object."),
+        (line(id=1), "The row has none of messages, prompt and completion, text, only ['id']."),
+        (line(prompt="p"), "The row has none of messages, prompt and completion, text, only"),
+        (line(text="t", messages=TALK), "The row has messages, text; a row must be of one kind."),
         (line(text=1), "text is int; give a string."),
         (line(text=""), "text is empty; there is nothing to train."),
         (line(prompt=["p"], completion="c"), "prompt is list; give a string."),
@@ -71,7 +71,7 @@ def test_fields_that_no_kind_defines_are_ignored() -> None:
         (line(messages={}), "messages is dict; give a list"),
         (line(messages=[]), "messages is empty or null"),
         (line(messages=TALK, tools="f"), "tools is str; give a list, or leave it out."),
-        (line(messages=TALK, tool=[]), "tool is no field of a row; did you mean 'tools'?"),
+        (line(messages=TALK, tool=[]), "tool is not a field of rows; did you mean 'tools'?"),
         (line(messages=TALK, thinking_mode="on"), "thinking_mode is 'on'; use one of chat, think"),
         (line(messages=TALK, enable_thinking="yes"), "enable_thinking is str; give a bool"),
         (
@@ -104,7 +104,7 @@ def test_an_invalid_row_is_named_by_file_line_and_field_and_the_others_counted(
     mixed: Path, renderer: Renderer
 ) -> None:
     message = f"{mixed}:3: messages[1].content is int; give a string or a list of text parts."
-    with pytest.raises(ValueError, match=re.escape(f"{message} (Wrong: 7 of 10 rows.)")):
+    with pytest.raises(ValueError, match=re.escape(f"{message} (Invalid: 7 of 10 rows.)")):
         documents.load(mixed, renderer)
 
 
@@ -139,5 +139,5 @@ def test_a_file_without_a_valid_row_is_rejected(tmp_path: Path, renderer: Render
     with pytest.raises(ValueError, match=r"rows\.jsonl: the file has no rows"):
         documents.load(file, renderer)
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*Wrong: 1 of 1 rows"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*Invalid: 1 of 1 rows"):
         documents.load(file, renderer, skip_wrong=True)

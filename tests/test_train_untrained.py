@@ -63,7 +63,7 @@ def test_a_truncated_answer_makes_no_step(write: Any) -> None:
     assert loaded[0]["trained"].any()
     plan = loaded.packing(0)
     assert (plan.untrained, plan.too_long, len(plan)) == (2, 2, 1)
-    message = "2 documents or pieces of them have no token to train within seq_len, 128"
+    message = "2 documents or pieces of documents have no token to train within seq_len, 128"
     assert message in loaded.notes()[0]
     assert message in preview_of(config)
     tokenizer = preparation.text_tokenizer(config)
@@ -106,7 +106,7 @@ def test_untrained_documents_are_an_error_on_request(rows: list[dict], write: An
 def test_files_without_trained_tokens_are_rejected(evaluation: bool, write: Any) -> None:
     good, untrained = write(chat(3)), write(chat(300), chat(400), name="cut.jsonl")
     tables = {"evaluation" if evaluation else "data": {"files": [untrained]}}
-    with pytest.raises(ValueError, match=r"cut\.jsonl:1 has no token.*so have 2 of 2 documents"):
+    with pytest.raises(ValueError, match=r"cut\.jsonl:1 has no token.*true of 2 of 2 documents"):
         preview_of(settings(good, **tables))
     if evaluation:
         config = settings(good, **tables)
@@ -148,4 +148,4 @@ def test_mostly_empty_packs_are_warned_about(write: Any) -> None:
 
 def test_skipped_rows_are_reported(write: Any) -> None:
     config = settings(write(chat(100), {"text": 3}), data={"skip_wrong": True})
-    assert "1 of 2 rows are wrong and left out" in packs(config).notes()[0]
+    assert "1 of 2 rows are invalid and left out" in packs(config).notes()[0]

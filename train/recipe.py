@@ -1,8 +1,7 @@
 """A run's settings: from a TOML file, overridden by flags, to frozen dataclasses.
 
-The file's tables are the classes below, its keys their fields. `[adapter]` trains low-rank updates,
-`[full]` the weights themselves; a recipe has one of the two. `v4jax-train train --help` shows the
-lines under `Attributes` as the meaning of each field.
+The file's tables are the classes below, its keys their fields; `v4jax-train train --help` shows
+what `Attributes` say. A recipe has either `[adapter]`, for low-rank updates, or `[full]`.
 """
 
 import dataclasses
@@ -44,15 +43,13 @@ class ModelSource:
 class Data:
     """Training data.
 
-    The classes in `described_by` describe the fields that are not listed here.
-
     Attributes:
       files: JSONL files to train on. A weight may follow a name: 'chats.jsonl:2' gets twice as many
         packs as 'more.jsonl'.
       skip_wrong: leave out invalid rows and report how many, instead of failing.
     """
 
-    described_by = (RowSettings, PackSettings, RenderSettings)
+    described_by = (RowSettings, PackSettings, RenderSettings)  # fields not listed above
 
     files: tuple[str, ...] = ()
     format: str = "auto"
@@ -229,9 +226,7 @@ class Evaluation:
             at_least(self, name, 1)
         at_least(self, "patience", 0)
         if self.patience and not self.files:
-            raise ValueError(
-                f"patience is {self.patience}, but there are no files whose loss could improve."
-            )
+            raise ValueError(f"patience is {self.patience}, but there are no files to evaluate.")
         for name in self.files:
             if weighted(name)[0] != name:
                 raise ValueError(f"files has {name}; evaluation files take no weights.")
@@ -324,10 +319,7 @@ class Recipe:
             if self.losses.mtp and not self.full.mtp:
                 raise ValueError("losses.mtp is set and full.mtp is false; set both or neither.")
             if bool(self.losses.indexer) != self.full.indexers:
-                raise ValueError(
-                    "losses.indexer trains the indexers and needs full.indexers; set both or"
-                    " neither."
-                )
+                raise ValueError("losses.indexer needs full.indexers; set both or neither.")
         if self.steps.steps is None and self.steps.epochs is None:
             raise ValueError("The run has no end; set steps.steps or steps.epochs.")
         if self.steps.epochs is not None and len(self.data.files) > 1:

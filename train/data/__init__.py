@@ -1,1 +1,1 @@
-"""From rows of files to packed batches."""
+"""Training data: from rows in files to packed batches."""

@@ -1,4 +1,4 @@
-"""Conversations as ShareGPT has them, as messages."""
+"""Conversion of ShareGPT conversations to messages."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ _CALL = "function_call"
 
 
 def from_sharegpt(turns: list[Any]) -> list[Any]:
-    """Messages of turns with `from` and `value`; others are left as they are.
+    """Convert turns with `from` and `value` to messages; other turns are returned unchanged.
 
     Raises:
-      ValueError: a speaker that no role is known for, or a call that is none.
+      ValueError: an unknown speaker, or an invalid call.
     """
     return [
         _message(turn, f"conversations[{i}]")
@@ -34,17 +34,17 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     speaker, value = rest.pop("from"), rest.pop("value", None)
     for key in ("role", "content", "tool_calls"):
         if rest.get(key) is not None:
-            raise ValueError(f"{where}.{key} stands beside from and value; keep one way to say it.")
+            raise ValueError(f"{where}.{key} duplicates from and value; keep one of the forms.")
     if speaker == _CALL:
         return rest | {"role": "assistant", "content": None, "tool_calls": _calls(value, where)}
     if not isinstance(speaker, str) or speaker not in _ROLES:
         known = ", ".join((*_ROLES, _CALL))
-        raise ValueError(f"{where}.from is {speaker!r}; it is one of {known}.")
+        raise ValueError(f"{where}.from is {speaker!r}; it must be one of {known}.")
     return rest | {"role": _ROLES[speaker], "content": value}
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls that a turn's JSON text has: an object with name and arguments, or a list."""
+    """The calls in a turn's JSON text: an object with name and arguments, or a list of them."""
     try:
         value = json.loads(value, object_pairs_hook=unique_keys)
     except (TypeError, ValueError, RecursionError):
@@ -53,6 +53,6 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     is_call = lambda call: isinstance(call, dict) and call.keys() == {"name", "arguments"}
     if not (calls and all(map(is_call, calls))):
         raise ValueError(
-            f"{where}.value is no call; give the JSON text of an object with name and arguments."
+            f"{where}.value is not a call; give the JSON text of an object with name and arguments."
         )
     return [{"type": "function", "function": call} for call in calls]

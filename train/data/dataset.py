@@ -1,9 +1,9 @@
-"""Batches of packed documents, by their number alone.
+"""Batches of packed documents, with random access.
 
-Batch n is a function of the files and the settings: it does not depend on how many processes there
-are, nor on which batches were read before it. So the state of the data is the number of the step.
+Batch n is a function of the files and the settings: it depends neither on the number of processes
+nor on the batches read before it. So the state of the data is just the step number.
 
-Letters: T tokens of a pack.
+Axis letters: T tokens of a pack.
 """
 
 import bisect
@@ -24,20 +24,20 @@ _WELL_FILLED = 0.5
 
 
 class Packs:
-    """The packs of one file, epoch after epoch, for random access.
+    """The packs of one file over all epochs, with random access.
 
-    Pack i is a dictionary of arrays [T]: `tokens` int32; `trained` bool, whether a token is to be
-    predicted from those before it (never the first of a document); `document` int32, 0 at padding
-    and 1, 2, ... at the pack's documents; `position` int32, of the token in its document.
+    Pack i is a dictionary of arrays [T]: `tokens` int32; `trained` bool, whether the token is a
+    training target (never the first of a document); `document` int32, 0 for padding and 1, 2, ...
+    for the pack's documents; `position` int32, the token's position in its document.
     """
 
     def __init__(self, documents: Documents, settings: PackSettings, *, epochs: int | None = None):
         """Pack the first epoch.
 
         Args:
-          documents: of one file.
-          settings: how they are packed.
-          epochs: None goes on without end.
+          documents: documents of one file.
+          settings: how to pack them.
+          epochs: number of epochs; None: unlimited.
 
         Raises:
           ValueError: see `packing.pack`.
@@ -46,7 +46,7 @@ class Packs:
         self._settings = settings
         self._epochs = epochs
         self._packings: dict[int, Packing] = {}
-        self._first = [0]  # pack of each epoch that is planned, and of the next
+        self._first = [0]  # first pack of each packed epoch, and of the next one
         self._lock = threading.RLock()
         self.packing(0)
         if epochs is not None:
@@ -57,7 +57,7 @@ class Packs:
         """The packing of one epoch, counted from 0."""
         with self._lock:
             if epoch not in self._packings:
-                # Where an epoch ends, threads may still read both.
+                # Around the end of an epoch, threads may still read two epochs.
                 while len(self._packings) > 1:
                     del self._packings[min(self._packings)]
                 self._packings[epoch] = packing.pack(
@@ -70,31 +70,31 @@ class Packs:
             return self._packings[epoch]
 
     def notes(self, *, waste: bool = True) -> list[str]:
-        """Sentences on what of the file is not used, and on positions that are wasted."""
+        """Sentences about unused parts of the file, and with `waste` about unfilled packs."""
         path, report, first = self._documents.path, self._documents.report, self.packing(0)
         notes = []
         if report.wrong:
-            notes.append(f"{report.wrong:,} of {report.rows:,} rows are wrong and left out.")
+            notes.append(f"{report.wrong:,} of {report.rows:,} rows are invalid and left out.")
         if report.unspoken:
             notes.append(
                 f"the reasoning of {report.unspoken:,} messages is left out: thinking_mode is"
-                " 'chat', drop_thinking leaves out that of earlier turns, or they answer a task."
+                " 'chat', drop_thinking removes it from earlier turns, or they answer a task."
             )
         if first.untrained:
             notes.append(
-                f"{first.untrained:,} documents or pieces of them have no token to train within"
-                f" seq_len, {first.seq_len:,}, and are left out."
+                f"{first.untrained:,} documents or pieces of documents have no token to train"
+                f" within seq_len, {first.seq_len:,}, and are left out."
             )
         if waste and first.efficiency < _WELL_FILLED:
             notes.append(
-                f"only {first.efficiency:.0%} of the packs' positions hold a token; documents begin"
+                f"only {first.efficiency:.0%} of the packs' positions hold a token; documents start"
                 f" at multiples of {packing.ALIGNMENT}, so join short ones, or lower seq_len if"
-                " packs stay unfilled."
+                " packs are not filled."
             )
         return [f"{path}: {note}" for note in notes]
 
     def __len__(self) -> int:
-        """Packs of all epochs."""
+        """Number of packs in all epochs."""
         return sys.maxsize if self._epochs is None else self._first[-1]
 
     def __getitem__(self, index: int) -> Arrays:
@@ -114,17 +114,16 @@ def batches(
     part: Sequence[int] | None = None,
     weights: Sequence[int | float] | None = None,
 ) -> grain.MapDataset:
-    """The batches as a dataset of grain, whose element n is step n's part for this process.
+    """A grain dataset whose element n is this process's part of step n's batch.
 
     Args:
-      sources: files to mix. A source that ends must be alone; its last batch is filled up with
-        padding.
-      batch: packs of a step in all processes together.
-      part: which of them this process loads, see `share`; None is all.
-      weights: share of each source in the packs; None is equal shares.
+      sources: files to mix. A finite source must be the only one; its last batch is padded.
+      batch: packs per step, over all processes.
+      part: indices of the packs that this process loads, see `share`; None: all.
+      weights: relative share of each source; None: equal shares.
 
     Raises:
-      ValueError: sources, a part or weights that make no batch.
+      ValueError: sources, part or weights are invalid.
     """
     part = range(batch) if part is None else part
     weights = [1.0] * len(sources) if weights is None else weights
@@ -133,7 +132,7 @@ def batches(
     if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
         raise ValueError(f"weights are {list(weights)}; give {len(sources)} numbers above 0.")
     if not part or min(part) < 0 or max(part) >= batch:
-        raise ValueError(f"part is {part} of a batch of {batch}; give some of its packs.")
+        raise ValueError(f"part is {part}; give indices of packs in a batch of {batch}.")
     if len(sources) > 1 and any(len(source) < sys.maxsize for source in sources):
         raise ValueError("Sources with a number of epochs cannot be mixed; leave epochs out.")
     datasets = [grain.MapDataset.source(source) for source in sources]
@@ -142,10 +141,10 @@ def batches(
 
 
 def share(batch: int, group: int, groups: int) -> range:
-    """The packs of a batch that one of several groups of devices has: as many each, side by side.
+    """The packs of a batch that one of several groups of devices gets: a contiguous, equal share.
 
     Raises:
-      ValueError: the batch cannot be shared out evenly.
+      ValueError: the batch cannot be divided evenly.
     """
     if batch % groups:
         raise ValueError(f"batch is {batch}; use a multiple of the {groups} groups of devices.")
@@ -154,7 +153,7 @@ def share(batch: int, group: int, groups: int) -> range:
 
 
 def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grain.DatasetIterator:
-    """Read batches from a step on, `ahead` of them before they are asked for.
+    """Iterate over batches from a step on, prefetching `ahead` of them.
 
     The iterator's state, `{"next_index": step}`, is the same in every process.
     """
@@ -165,7 +164,7 @@ def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grai
 
 
 class _Batches:
-    """One process's part of every batch, for random access."""
+    """One process's part of every batch, with random access."""
 
     def __init__(self, packs: Any, batch: int, part: Sequence[int]):
         self._packs = packs

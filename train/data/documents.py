@@ -1,6 +1,6 @@
-"""A file of rows becomes documents in memory, with a report on the rows that are wrong.
+"""Documents in memory, read from a file of rows, with a report on invalid rows.
 
-Letters: N tokens of a document, D documents, S tokens of all of them one after the other.
+Axis letters: N tokens of a document, D documents, S tokens of all documents, concatenated.
 """
 
 import collections
@@ -21,17 +21,17 @@ _SHOWN = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What was found in a file.
+    """Statistics of a file.
 
     Attributes:
-      rows: lines that are not blank, or entries of a list.
-      wrong: rows that are not used.
+      rows: number of nonblank lines, or entries of a list.
+      wrong: number of invalid rows, which are not used.
       first_wrong: sentences about the first of these, with file, line and field.
-      tokens: of the rows that are used.
-      trained: those of them that are trained.
-      container: what holds the rows.
-      kinds: how many of the used rows are of each kind.
-      unspoken: messages whose reasoning is not written, though the rows have it.
+      tokens: number of tokens in the used rows.
+      trained: number of these that are trained.
+      container: the form of the file, e.g. 'JSON lines'.
+      kinds: number of used rows of each kind.
+      unspoken: number of messages whose reasoning is in the rows but not in the tokens.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class LoadReport:
 
     @property
     def form(self) -> str:
-        """What holds the rows, and of which kinds they are."""
+        """The form of the file, and the kinds of its rows."""
         kinds = ", ".join(f"{count:,} of {kind}" for kind, count in self.kinds.items())
         return f"{self.container}, {kinds}"
 
@@ -55,13 +55,13 @@ class Documents:
     """The documents of one file.
 
     Attributes:
-      path: of the file.
-      ids_S: tokens of all documents.
-      trained_S: which of them are trained.
-      ends_D: where each document ends in them.
-      lines_D: the number of the row that each document comes from.
-      report: on the whole file.
-      is_list: the file is one JSON list, so that the numbers are of its entries.
+      path: path of the file.
+      ids_S: token ids of all documents.
+      trained_S: whether each token is trained.
+      ends_D: where each document ends in `ids_S`.
+      lines_D: number of the row of each document.
+      report: statistics of the file.
+      is_list: whether the file is one JSON list, whose entries are numbered.
     """
 
     path: str
@@ -101,14 +101,14 @@ def load(
     """Read and render a file of rows.
 
     Args:
-      path: of the file; `row_files` and `rows` tell its form.
-      renderer: makes tokens of the rows.
-      skip_wrong: leave out rows that are wrong, and report them, where at least one is right.
+      path: path of the file; see `row_files` and `rows` for its format.
+      renderer: turns rows into tokens.
+      skip_wrong: leave out and report invalid rows, if at least one row is valid.
       settings: how rows are read.
 
     Raises:
-      ValueError: rows are wrong (the first is named with its line and field, the others counted),
-        or the file has none.
+      ValueError: rows are invalid (names the line and field of the first and counts the others),
+        or the file has no rows.
     """
     settings = settings or RowSettings()
     file = row_files.find(path)
@@ -129,7 +129,7 @@ def load(
             if len(problems) < _SHOWN:
                 problems.append(visible(f"{file.where(number)}: {error}"))
     if wrong and not (skip_wrong and documents):
-        raise ValueError(f"{problems[0]} (Wrong: {wrong:,} of {count:,} rows.)")
+        raise ValueError(f"{problems[0]} (Invalid: {wrong:,} of {count:,} rows.)")
     if not documents:
         raise ValueError(f"{path}: the file has no rows; give one JSON object a line.")
     trained_S = np.concatenate([document.trained_N for document in documents])

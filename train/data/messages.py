@@ -1,7 +1,7 @@
-"""Messages of training data, in the spellings that are in use, as `v4jax.text.chat` has them.
+"""Messages of training data: common spellings, normalised to the keys of `v4jax.text.chat`.
 
-What V4 does not write is refused by name: a key that is ignored would be trained as if the message
-did not have it.
+Keys that V4's encoding does not use are rejected by name: if they were ignored, the message would
+be trained as if it did not have them.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from v4jax.text.chat import END_THINK, TEXT_PARTS, THINK
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "loss_weight", "weight")
-# A part of an assistant's content that is its reasoning, and the key of its text.
+# Types of content parts that are an assistant's reasoning, and the key of their text.
 _REASONING_PARTS = {"thinking": "thinking", "reasoning": "text", "reasoning_text": "text"}
 _SECTIONS = ("tools", "response_format", "task")
-# Beside `role`, `content` and the flags, what a message of a role may have.
+# Keys allowed in a message of each role besides `role`, `content` and the flags.
 _KEYS = {
     "system": _SECTIONS,
     "developer": _SECTIONS,
@@ -24,7 +24,7 @@ _KEYS = {
     "tool": ("tool_call_id",),
     "latest_reminder": ("task",),
 }
-# What only says where a row or a message is from.
+# Keys that only describe the origin of a row or message.
 _NOTES = frozenset(
     [
         *("id", "idx", "index", "uid", "uuid", "hash", "source", "dataset", "origin", "subset"),
@@ -37,32 +37,32 @@ _NOTES = frozenset(
 IGNORE = "remove it, or name it in data.ignore."
 _REMEDIES = {
     "function_call": "give it as tool_calls.",
-    **dict.fromkeys(("mask", "masked"), "say 'train': true or false."),
+    **dict.fromkeys(("mask", "masked"), "use 'train': true or false."),
 }
-# What answers of an API and caching add to a part.
+# Keys that API responses and caching add to a part.
 _PART_NOTES = ("annotations", "cache_control", "citations", "logprobs", "signature")
 
 
 def is_note(key: str) -> bool:
-    """Whether a key only says where something is from."""
+    """Whether a key only describes where a row or message is from."""
     return key in _NOTES or (key.endswith("_id") and key != "tool_call_id")
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing, as those do that fill up a table."""
+    """Whether a value is empty, like those that fill up a table."""
     return value in (None, "", [], {})
 
 
 def read(message: Any, where: str, ignored: Container[str] = ()) -> Any:
-    """A message with the keys of `v4jax.text.chat`; `train` where it says whether it is trained.
+    """Normalise a message to the keys of `v4jax.text.chat`, and `train` if it has such a flag.
 
     Args:
-      message: as in the file. What is no message at all is left for the encoder to refuse.
-      where: its place in the row.
-      ignored: keys that are taken away first.
+      message: the message in the file. The encoder rejects what is not a message at all.
+      where: location of the message in the row.
+      ignored: keys to drop first.
 
     Raises:
-      ValueError: a key or a value that has no meaning here; begins with its place.
+      ValueError: a key or value is not allowed; the error begins with its location.
     """
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or role not in _KEYS:
@@ -70,25 +70,25 @@ def read(message: Any, where: str, ignored: Container[str] = ()) -> Any:
     rest = {k: v for k, v in message.items() if v is not None and k not in ignored}
     trained = _flag(rest, role, where)
     content, thoughts = _content(rest.pop("content", None), role, f"{where}.content")
-    kept = {"role": rest.pop("role"), "content": content}
+    normalised = {"role": rest.pop("role"), "content": content}
     if role == "assistant":
         thoughts += [_text(rest.pop(key), f"{where}.{key}") for key in REASONING if key in rest]
-        kept |= _reasoning(thoughts, where)
-    kept |= {key: rest.pop(key) for key in _KEYS[role] if key in rest}
+        normalised |= _reasoning(thoughts, where)
+    normalised |= {key: rest.pop(key) for key in _KEYS[role] if key in rest}
     if role == "tool" or rest.get("type") == "message":
         rest.pop("name" if role == "tool" else "type", None)
-    _refuse_rest(rest, role, where)
-    if role == "assistant" and content is None and not kept.get("tool_calls"):
+    _reject_rest(rest, role, where)
+    if role == "assistant" and content is None and not normalised.get("tool_calls"):
         raise ValueError(f"{where} has neither content nor tool_calls; there is nothing to train.")
-    if not isinstance(kept.get("wo_eos", False), bool):
-        raise ValueError(f"{where}.wo_eos is {kept['wo_eos']!r}; give true or false.")
-    return kept if trained is None else kept | {"train": trained}
+    if not isinstance(normalised.get("wo_eos", False), bool):
+        raise ValueError(f"{where}.wo_eos is {normalised['wo_eos']!r}; give true or false.")
+    return normalised if trained is None else normalised | {"train": trained}
 
 
 def _flag(rest: dict[str, Any], role: str, where: str) -> bool | None:
-    """Whether the message says that it is trained, in any of the spellings."""
-    said = {key: rest.pop(key) for key in FLAGS if key in rest}
-    for key, value in said.items():
+    """The message's flag for being trained, in any of the spellings; None without one."""
+    flags = {key: rest.pop(key) for key in FLAGS if key in rest}
+    for key, value in flags.items():
         is_flag = isinstance(value, bool) or (key != "train" and value in (0, 1))
         if not is_flag:
             allowed = "true or false" if key == "train" else "0 or 1, true or false"
@@ -97,15 +97,16 @@ def _flag(rest: dict[str, Any], role: str, where: str) -> bool | None:
         if value and role != "assistant":
             shown = str(value).lower()
             raise ValueError(
-                f"{where}.{key} is {shown} in a message that no assistant writes; leave it out."
+                f"{where}.{key} is {shown} in a message not by the assistant; leave it out."
             )
-    if len(set(map(bool, said.values()))) > 1:
-        raise ValueError(f"{where} says {_listed(said)}, which contradict each other; keep one.")
-    return next(map(bool, said.values()), None)
+    if len(set(map(bool, flags.values()))) > 1:
+        listed = " and ".join(f"{key} {value!r}" for key, value in flags.items())
+        raise ValueError(f"{where} has {listed}, which contradict each other; keep one.")
+    return next(map(bool, flags.values()), None)
 
 
 def _content(content: Any, role: str, where: str) -> tuple[Any, list[str]]:
-    """The content, and the reasoning in it."""
+    """Split content into the answer and the reasoning."""
     if isinstance(content, list):
         return _parts(content, role, where)
     if role != "assistant" or not isinstance(content, str):
@@ -115,64 +116,64 @@ def _content(content: Any, role: str, where: str) -> tuple[Any, list[str]]:
         before, _, content = content.partition(END_THINK)
         thoughts.append(before.lstrip().removeprefix(THINK).strip("\n"))
         content = content.lstrip("\n")
-    _refuse_marks(content, where)
+    _reject_marks(content, where)
     return content, thoughts
 
 
 def _parts(content: list[Any], role: str, where: str) -> tuple[list[Any], list[str]]:
-    kept: list[Any] = []
+    answer: list[Any] = []
     thoughts: list[str] = []
     for i, part in enumerate(content):
         if not isinstance(part, Mapping):
-            kept.append(part)
+            answer.append(part)
             continue
         kind: Any = part.get("type")
         place = f"{where}[{i}]"
         is_reasoning = role == "assistant" and isinstance(kind, str) and kind in _REASONING_PARTS
         if not is_reasoning and kind not in TEXT_PARTS:
             known = ", ".join(TEXT_PARTS)
-            raise ValueError(f"{place}.type is {kind!r}; only text is read: {known}.")
+            raise ValueError(f"{place}.type is {kind!r}; it must be a type of text: {known}.")
         field = _REASONING_PARTS[kind] if is_reasoning else "text"
         text = _text(part.get(field), f"{place}.{field}")
         rest = {k: v for k, v in part.items() if k not in (*_PART_NOTES, "type", field)}
-        _refuse_rest(rest, "part", place)
-        if is_reasoning and kept:
-            raise ValueError(f"{place} is reasoning behind text; V4 reasons before it answers.")
+        _reject_rest(rest, "part", place)
+        if is_reasoning and answer:
+            raise ValueError(f"{place} is reasoning after text; V4 reasons before it answers.")
         if role == "assistant":
-            _refuse_marks(text, f"{place}.{field}")
+            _reject_marks(text, f"{place}.{field}")
         if is_reasoning:
             thoughts.append(text)
         else:
-            kept.append({"type": "text", "text": text})
-    return kept, ["\n\n".join(thoughts)] if thoughts else []
+            answer.append({"type": "text", "text": text})
+    return answer, ["\n\n".join(thoughts)] if thoughts else []
 
 
 def _reasoning(thoughts: list[str], where: str) -> dict[str, str]:
-    different = set(filter(None, thoughts))
-    if len(different) > 1:
-        raise ValueError(f"{where} has reasoning in two places, not the same; keep one.")
-    for text in different:
-        _refuse_marks(text, f"{where}.reasoning_content")
+    distinct = set(filter(None, thoughts))
+    if len(distinct) > 1:
+        raise ValueError(f"{where} has reasoning in two places that differ; keep one.")
+    for text in distinct:
+        _reject_marks(text, f"{where}.reasoning_content")
     return {"reasoning_content": thoughts[0] or max(thoughts)} if thoughts else {}
 
 
-def _refuse_marks(text: str, where: str) -> None:
+def _reject_marks(text: str, where: str) -> None:
     for mark in (THINK, END_THINK):
         if mark in text:
             raise ValueError(
-                f"{where} has {mark}, which would begin or end reasoning there; give the reasoning"
+                f"{where} has {mark}, which would start or end reasoning there; give the reasoning"
                 " as reasoning_content, without marks."
             )
 
 
-def _refuse_rest(rest: Mapping[str, Any], kind: str, where: str) -> None:
+def _reject_rest(rest: Mapping[str, Any], kind: str, where: str) -> None:
     known = (*_KEYS.get(kind, ()), "content", *FLAGS, *(REASONING if kind == "assistant" else ()))
     for key, value in rest.items():
         if not (is_note(key) or is_empty(value)):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             remedy = f"did you mean '{near[0]}'?" if near else _REMEDIES.get(key, IGNORE)
-            owner = kind if kind == "part" else f"message of {kind}"
-            raise ValueError(f"{where}.{key} is no field of a {owner}; {remedy}")
+            owner = "content parts" if kind == "part" else f"{kind} messages"
+            raise ValueError(f"{where}.{key} is not a field of {owner}; {remedy}")
 
 
 def _text(value: Any, where: str) -> str:
@@ -180,7 +181,3 @@ def _text(value: Any, where: str) -> str:
         kind = "missing or null" if value is None else type(value).__name__
         raise ValueError(f"{where} is {kind}; give a string.")
     return value
-
-
-def _listed(said: Mapping[str, Any]) -> str:
-    return " and ".join(f"{key} {value!r}" for key, value in said.items())

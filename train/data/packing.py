@@ -1,9 +1,9 @@
-"""Documents laid into sequences of one length, planned from their lengths and trained tokens.
+"""Packing of documents into sequences of equal length, from their lengths and trained tokens.
 
-Every document begins at a multiple of 128, so that no window that V4 compresses holds tokens of two
-documents and a packed document is computed as if it stood alone.
+Every document starts at a multiple of 128, so that no window compressed by V4 has tokens of two
+documents, and a packed document is computed as if it were alone.
 
-Letters: D documents, P pieces of documents, K packs, S tokens of all documents.
+Axis letters: D documents, P pieces of documents, K packs, S tokens of all documents.
 """
 
 import dataclasses
@@ -53,19 +53,19 @@ class PackSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:
-    """One epoch: which piece of which document stands where.
+    """The packing of one epoch: the position of each piece of a document.
 
     Attributes:
-      seq_len: tokens of a pack.
-      document_P: the document of each piece.
-      begin_P: where the piece begins in its document.
-      length_P: its tokens.
-      start_P: where it begins in its pack.
-      first_K1: the first piece of each pack, and the number of pieces.
-      too_long: documents that were truncated or split.
-      untrained: pieces that are in no pack, since none of their tokens is trained.
-      dropped: tokens that are in no pack.
-      trained: tokens that are trained.
+      seq_len: tokens per pack.
+      document_P: document of each piece.
+      begin_P: start of each piece in its document.
+      length_P: number of tokens in each piece.
+      start_P: start of each piece in its pack.
+      first_K1: first piece of each pack, and finally the number of pieces.
+      too_long: number of documents that were truncated or split.
+      untrained: number of pieces left out because none of their tokens is trained.
+      dropped: number of tokens that are in no pack.
+      trained: number of trained tokens.
     """
 
     seq_len: int
@@ -85,12 +85,12 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all packs."""
+        """Number of tokens in all packs."""
         return int(self.length_P.sum())
 
     @property
     def efficiency(self) -> float:
-        """Share of the packs' positions that hold a token."""
+        """Fraction of the packs' positions that hold a token."""
         return self.tokens / (len(self) * self.seq_len)
 
 
@@ -102,14 +102,14 @@ def pack(
     where: Callable[[int], str] = "document {}".format,
     trained_S: Bool[np.ndarray, " S"] | None = None,
 ) -> Packing:
-    """Pack every document once; the same arguments give the same packing on any machine.
+    """Pack every document once; equal arguments give the same packing on any machine.
 
     Args:
-      lengths_D: tokens of each document.
-      settings: see there.
-      epoch: each has an order of its own.
-      where: names a document in an error.
-      trained_S: which tokens are trained; None: all of them.
+      lengths_D: number of tokens in each document.
+      settings: how to pack.
+      epoch: number of the epoch; each has its own order.
+      where: describes a document in an error, by its index.
+      trained_S: whether each token is trained; None: all are.
 
     Raises:
       ValueError: a document is longer than a pack or has nothing to train, and the settings make
@@ -130,15 +130,15 @@ def pack(
     shuffled_P = _order(len(length_P), settings.seed, epoch, 0)
     for first in range(0, len(length_P), settings.window):
         window = shuffled_P[first : first + settings.window]
-        found = best_fit(blocks_P[window].tolist(), settings.seq_len // ALIGNMENT)
-        pack_P[window] = np.array(found) + packs
-        packs += max(found) + 1
+        placement = best_fit(blocks_P[window].tolist(), settings.seq_len // ALIGNMENT)
+        pack_P[window] = np.array(placement) + packs
+        packs += max(placement) + 1
     pack_P = _order(packs, settings.seed, epoch, 1)[pack_P]
 
     order_P = np.argsort(pack_P, kind="stable")
     first_K1 = np.cumsum([0, *np.bincount(pack_P)])
-    taken_P = np.cumsum(blocks_P[order_P]) - blocks_P[order_P]
-    start_P = taken_P - np.repeat(taken_P[first_K1[:-1]], np.diff(first_K1))
+    before_P = np.cumsum(blocks_P[order_P]) - blocks_P[order_P]
+    start_P = before_P - np.repeat(before_P[first_K1[:-1]], np.diff(first_K1))
     return Packing(
         seq_len=settings.seq_len,
         document_P=document_P[order_P],
@@ -154,35 +154,35 @@ def pack(
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """The pack of each size: largest first, each goes to the fullest pack that has room for it."""
-    placed = [0] * len(sizes)
+    """The pack of each item: largest first, each goes to the fullest pack that has room for it."""
+    pack_of = [0] * len(sizes)
     packs = 0
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where by_room[r] has a pack, so that the least room is found at once
+    rooms = 0  # bit r is set if by_room[r] has a pack, to find the least sufficient room at once
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[item]
-        if enough := rooms >> size:
-            room = size + (enough & -enough).bit_length() - 1
+        if sufficient := rooms >> size:
+            room = size + (sufficient & -sufficient).bit_length() - 1
             pack = by_room[room].pop()
             rooms ^= 0 if by_room[room] else 1 << room
         else:
             room, pack, packs = capacity, packs, packs + 1
-        placed[item] = pack
+        pack_of[item] = pack
         by_room[room - size].append(pack)
         rooms |= 1 << (room - size)
-    return placed
+    return pack_of
 
 
 def _pieces(
     lengths_D: Int[np.ndarray, " D"], settings: PackSettings, where: Callable[[int], str]
 ) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
-    """The document and the beginning of each piece; none is longer than a pack."""
+    """The document and the start of each piece; none is longer than a pack."""
     long = np.flatnonzero(lengths_D > settings.seq_len)
     if len(long) and settings.too_long == "error":
         raise ValueError(
-            f"{where(int(long[0]))} has {lengths_D[long[0]]:,} tokens and seq_len is"
-            f" {settings.seq_len:,} (so have {len(long):,} of {len(lengths_D):,} documents); raise"
-            " it, or set too_long to truncate or split."
+            f"{where(int(long[0]))} has {lengths_D[long[0]]:,} tokens, but seq_len is"
+            f" {settings.seq_len:,} ({len(long):,} of {len(lengths_D):,} documents are too long);"
+            " raise it, or set too_long to truncate or split."
         )
     if settings.too_long == "truncate":
         return np.arange(len(lengths_D)), np.zeros(len(lengths_D), np.int64)
@@ -197,8 +197,8 @@ def _count_trained(
     start_P: Int[np.ndarray, " P"],
     length_P: Int[np.ndarray, " P"],
 ) -> Int[np.ndarray, " P"]:
-    """Trained tokens of each piece; its first has none before it and is never one."""
-    # One more, so that the last piece may end there.
+    """Number of trained tokens in each piece; its first token never counts."""
+    # One more element, so that the last piece may end there.
     marks = np.append(trained_S, False)
     marks[start_P] = False
     edges = np.stack([start_P, start_P + length_P], axis=1).ravel()
@@ -215,11 +215,11 @@ def _check_trained(
     if len(untrained) and (settings.untrained == "error" or not kept_P.any()):
         raise ValueError(
             f"{where(int(untrained[0]))} has no token to train within seq_len, {settings.seq_len:,}"
-            f" (so have {len(untrained):,} of {len(kept_P):,} documents or pieces of them); raise"
-            " it, or leave such rows out."
+            f" (the same is true of {len(untrained):,} of {len(kept_P):,} documents or pieces);"
+            " raise it, or leave such rows out."
         )
 
 
 def _order(count: int, *seed: int) -> Int[np.ndarray, " count"]:
-    """A random order. NumPy keeps the raw stream of a bit generator, and no other, for ever."""
+    """A random permutation. NumPy guarantees stability only for raw streams of bit generators."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")

@@ -1,6 +1,6 @@
-"""A row of training data becomes token ids and the marks of those that are trained.
+"""Rendering of rows of training data as token ids, with marks for the trained ones.
 
-Letters: N tokens of a document, S bytes of its text, V tokens of the vocabulary.
+Axis letters: N tokens of a document, S bytes of its text, V tokens of the vocabulary.
 """
 
 import dataclasses
@@ -51,9 +51,9 @@ class RenderSettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """The tokens of one row, and for each whether it is to be predicted from those before it.
+    """The tokens of one row, and whether each is a training target.
 
-    `unspoken` counts the assistant's messages whose reasoning is not among them.
+    `unspoken` counts the assistant messages whose reasoning is not among the tokens.
     """
 
     ids_N: Int32[np.ndarray, " N"]
@@ -62,13 +62,13 @@ class Document:
 
 
 class Renderer:
-    """Writes rows with one tokenizer and one set of settings."""
+    """Renders rows with one tokenizer and one set of settings."""
 
     def __init__(self, tokenizer: Tokenizer, settings: RenderSettings):
-        """Measure the vocabulary.
+        """Look up the size in bytes of every token.
 
         Raises:
-          ValueError: the tokenizer has no token that begins or ends a sentence.
+          ValueError: the tokenizer has no BOS or EOS token.
         """
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise ValueError(
@@ -82,15 +82,15 @@ class Renderer:
     def render(self, row: Row) -> Document:
         """The tokens of a row.
 
-        A conversation has the tokens of the whole text of `chat.encode_chat`; trained are those of
-        assistant messages, ends of sentence included. A token that lies partly in what is not
-        trained is not trained. A prompt and its completion are made tokens apart, as they are when
-        the model continues the prompt. Text is trained whole. Beginning and end of sentence are
-        added to prompts, completions and texts that do not have them.
+        A conversation has the tokens of the text from `chat.encode_chat`; those of assistant
+        messages, including EOS, are trained. A token that is only partly inside such a message is
+        not. A prompt and its completion are tokenized separately, as when the model continues the
+        prompt. Texts are trained entirely. BOS and EOS are added to prompts, completions and texts
+        that lack them.
 
         Raises:
-          ValueError: the row cannot be written, has nothing to train, or does not state its
-            thinking mode and neither do the settings.
+          ValueError: the row cannot be rendered, has nothing to train, or neither it nor the
+            settings state a thinking mode.
         """
         match row:
             case ChatRow():
@@ -106,7 +106,7 @@ class Renderer:
         mode = row.thinking_mode or settings.thinking_mode
         if mode is None:
             raise ValueError(
-                "thinking_mode is stated neither in the row nor in the settings; use 'chat' or "
+                "thinking_mode is set neither in the row nor in the settings; use 'chat' or "
                 "'thinking'."
             )
         drop = settings.drop_thinking if row.drop_thinking is None else row.drop_thinking
@@ -135,15 +135,15 @@ class Renderer:
         def trained(segment: Segment) -> bool:
             if segment.message is None or (segment.reasoning and not settings.reasoning):
                 return False
-            own = messages[segment.message].get("train")
-            return (settings.turns == "all" or segment.message == last) if own is None else own
+            flag = messages[segment.message].get("train")
+            return (settings.turns == "all" or segment.message == last) if flag is None else flag
 
         return [trained(segment) for segment in segments]
 
     def _inside(
         self, ids_N: Int32[np.ndarray, " N"], segments: Sequence[Segment], flags: Sequence[bool]
     ) -> Bool[np.ndarray, " N"]:
-        """Which tokens lie in trained segments with all their bytes."""
+        """Whether all bytes of each token are in trained segments."""
         trained_S = np.repeat(flags, [len(segment.text.encode()) for segment in segments])
         sizes_N = self._sizes_V[ids_N]
         ends_N = np.cumsum(sizes_N)
@@ -154,7 +154,7 @@ class Renderer:
 
 
 def _with_head(row: ChatRow) -> list[dict]:
-    """The row's messages, its own system text and tools in the system message before them."""
+    """The row's messages, with its system text and tools in a system message at the start."""
     head: dict[str, Any] = {"content": row.system, "tools": row.tools}
     head = {field: value for field, value in head.items() if value}
     if not head:
@@ -163,14 +163,14 @@ def _with_head(row: ChatRow) -> list[dict]:
         chat.encode_chat([{"role": "system", **head}])
     except ValueError as error:
         raise ValueError(str(error).removeprefix("messages[0].")) from None
-    # Refused as they stand, so that the error counts the row's own messages.
+    # Rejected before a system message is added, so that an error has the row's own indices.
     chat.encode_chat(row.messages)
     first = row.messages[0]
     if first["role"] != "system":
         return [{"role": "system", **head}, *row.messages]
     for field, name in (("tools", "tools are"), ("content", "system is")):
         if field in head and first.get(field):
-            raise ValueError(f"{name} given by the row and by messages[0]; leave one of them out.")
+            raise ValueError(f"{name} given by the row and by messages[0]; leave one out.")
     return [{**first, **head}, *row.messages[1:]]
 
 

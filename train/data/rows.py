@@ -1,15 +1,15 @@
 """Rows of training data: one JSON object each, of one of five kinds.
 
-{"messages": [...]} is a conversation in the form of `v4jax.encode_chat`; `messages.read` says what
-else its messages may have. Beside it may stand `system`, `tools`, `thinking_mode` ("chat" or
-"thinking"), `enable_thinking` or `thinking`, `reasoning_effort` and `drop_thinking`, also in
+{"messages": [...]} is a conversation in the form of `v4jax.encode_chat`; see `messages.read` for
+other keys its messages may have. Next to it there may be `system`, `tools`, `thinking_mode` ("chat"
+or "thinking"), `enable_thinking` or `thinking`, `reasoning_effort` and `drop_thinking`, also in
 `chat_template_kwargs`.
-{"conversations": [...]} is one as ShareGPT has it, with `from` and `value`.
+{"conversations": [...]} is a conversation in ShareGPT's form, with `from` and `value`.
 {"instruction": "...", "input": "...", "output": "..."} is a question and its answer, as in Alpaca.
-{"prompt": "...", "completion": "..."} is a text to continue and what follows it.
+{"prompt": "...", "completion": "..."} is a text to continue and its continuation.
 {"text": "..."} is a document.
-What is null is not there. Fields that no kind defines are refused, unless they only say where a row
-is from.
+Null counts as missing. Fields that no kind defines are rejected, unless they only describe where a
+row is from.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from v4jax.text.files import decode, unique_keys
 
 from . import conversations, messages, thinking
 
-# The fields that a row of a kind must have, and those that it may.
+# Required fields of each kind of row; `_OPTIONAL` has the others.
 _NEEDED = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
@@ -34,7 +34,7 @@ _NEEDED = {
 FORMATS = ("auto", *_NEEDED)
 _CHAT = ("system", "tools", *thinking.FIELDS)
 _OPTIONAL = {
-    # Data sets of conversations repeat the first question.
+    # Datasets of conversations repeat the first question here.
     "messages": (*_CHAT, "prompt"),
     "completion": (),
     "text": (),
@@ -42,7 +42,7 @@ _OPTIONAL = {
     "alpaca": (*_CHAT, "input"),
 }
 _FIELDS = tuple(dict.fromkeys((*sum(_NEEDED.values(), ()), *sum(_OPTIONAL.values(), ()))))
-_ALIKE = 0.85  # "tool" and "tools" are alike, "prompt_id" and "prompt" are not
+_ALIKE = 0.85  # "tool" and "tools" are similar enough, "prompt_id" and "prompt" are not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +66,15 @@ class RowSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRow:
-    """A conversation; what is None is left to the settings.
+    """A conversation; for fields that are None the settings apply.
 
     Attributes:
-      messages: as `messages.read` gives them; the encoder checks all of them but `train`.
-      system: the text before them.
-      tools: of the whole conversation.
-      thinking_mode: "chat" or "thinking".
-      reasoning_effort: of the encoder's revision.
-      drop_thinking: whether earlier turns lose their reasoning.
+      messages: messages from `messages.read`; the encoder validates all keys but `train`.
+      system: system text of the conversation.
+      tools: tools of the conversation.
+      thinking_mode: 'chat' or 'thinking'.
+      reasoning_effort: an effort of the encoder's revision.
+      drop_thinking: whether to leave out the reasoning of earlier turns.
     """
 
     messages: list[Any]
@@ -87,7 +87,7 @@ class ChatRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRow:
-    """A text and what follows it; only the second is trained."""
+    """A text and its continuation; only the continuation is trained."""
 
     prompt: str
     completion: str
@@ -95,7 +95,7 @@ class CompletionRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """A document, trained from beginning to end."""
+    """A document, trained entirely."""
 
     text: str
 
@@ -112,36 +112,36 @@ def read(line: bytes, settings: RowSettings) -> tuple[str, Row]:
     """The kind of a row in a JSON text, and the row.
 
     Raises:
-      ValueError: it is no row; one sentence that begins with the field.
+      ValueError: the row is invalid; one sentence that begins with the field.
     """
     try:
         row = json.loads(decode(line), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The line is not JSON in UTF-8 ({error}).") from None
     if not isinstance(row, dict):
-        raise ValueError(f"The line is {_name(row)}; a row is an object.")
+        raise ValueError(f"The line is {_name(row)}; a row must be an object.")
     row = {k: v for k, v in row.items() if v is not None and k not in settings.ignore}
     kind = _kind(row, settings.format)
     known = (*_NEEDED[kind], *_OPTIONAL[kind])
     for field, value in row.items():
-        others = settings.format != "auto" and field in _FIELDS
-        left = others or messages.is_note(field) or messages.is_empty(value)
-        if not (field in known or left):
-            raise ValueError(f"{field} is no field of a row of {kind}; {messages.IGNORE}")
+        is_other_kind = settings.format != "auto" and field in _FIELDS
+        is_ignored = is_other_kind or messages.is_note(field) or messages.is_empty(value)
+        if not (field in known or is_ignored):
+            raise ValueError(f"{field} is not a field of {kind} rows; {messages.IGNORE}")
     return kind, _READ[kind](row, settings)
 
 
-def _kind(row: Mapping[str, Any], wanted: str) -> str:
-    """The kind whose fields are all there, or that is wanted."""
+def _kind(row: Mapping[str, Any], format: str) -> str:
+    """The kind of a row: the required format, or with 'auto' the kind whose fields it has."""
     for field in row:
         if (meant := _meant(field)) and not messages.is_note(field):
-            raise ValueError(f"{field} is no field of a row; did you mean '{meant}'?")
+            raise ValueError(f"{field} is not a field of rows; did you mean '{meant}'?")
     title = lambda kind: " and ".join(_NEEDED[kind])
     present = [kind for kind, fields in _NEEDED.items() if all(field in row for field in fields)]
-    if wanted != "auto":
-        if wanted in present:
-            return wanted
-        raise ValueError(f"The row has no {title(wanted)}, which format '{wanted}' has.")
+    if format != "auto":
+        if format in present:
+            return format
+        raise ValueError(f"The row has no {title(format)}, which format '{format}' requires.")
     match present:
         case [kind]:
             return kind
@@ -149,29 +149,29 @@ def _kind(row: Mapping[str, Any], wanted: str) -> str:
             own = ", ".join(map(title, ("messages", "completion", "text")))
             foreign = " and ".join(map(title, ("sharegpt", "alpaca")))
             raise ValueError(
-                f"The row has none of {own} but {sorted(row)}. Rename its fields to those of one"
-                f" kind; {foreign} are read too."
+                f"The row has none of {own}, only {sorted(row)}. Rename its fields to those of one"
+                f" kind; {foreign} are supported too."
             )
         case several:
             fields, kinds = ", ".join(map(title, several)), " or ".join(map(repr, several))
             raise ValueError(
-                f"The row has {fields}; a row is of one kind. Set data.format to {kinds}."
+                f"The row has {fields}; a row must be of one kind. Set data.format to {kinds}."
             )
 
 
 @functools.cache
 def _meant(field: str) -> str | None:
-    """The field that this looks like, unless it is one."""
+    """The field that a similar name probably means; None if it is a field itself."""
     near = difflib.get_close_matches(field, _FIELDS, n=1, cutoff=_ALIKE)
     return near[0] if near and field not in _FIELDS else None
 
 
-def _chat(row: Mapping[str, Any], given: list[Any], where: str, settings: RowSettings) -> ChatRow:
-    if not given:
+def _chat(row: Mapping[str, Any], turns: list[Any], where: str, settings: RowSettings) -> ChatRow:
+    if not turns:
         raise ValueError(f"{where} is empty or null; give at least one message.")
     read_one = functools.partial(messages.read, ignored=settings.ignore)
     return ChatRow(
-        messages=[read_one(message, f"{where}[{i}]") for i, message in enumerate(given)],
+        messages=[read_one(message, f"{where}[{i}]") for i, message in enumerate(turns)],
         system=_typed(row, "system", str) or None,
         tools=_tools(row),
         **thinking.read(row),
@@ -188,15 +188,15 @@ def _sharegpt(row: Mapping[str, Any], settings: RowSettings) -> ChatRow:
 
 
 def _alpaca(row: Mapping[str, Any], settings: RowSettings) -> ChatRow:
-    asked = [_string(row, "instruction"), _typed(row, "input", str) or ""]
-    question = {"role": "user", "content": "\n\n".join(filter(None, asked))}
+    paragraphs = [_string(row, "instruction"), _typed(row, "input", str) or ""]
+    question = {"role": "user", "content": "\n\n".join(filter(None, paragraphs))}
     answer = {"role": "assistant", "content": _string(row, "output")}
     return _chat(row, [question, answer], "messages", settings)
 
 
 def _completion(row: Mapping[str, Any], _: RowSettings) -> CompletionRow:
     if isinstance(row["prompt"], list):
-        raise ValueError("prompt is list; give a string. Messages go into one list, 'messages'.")
+        raise ValueError("prompt is list; give a string. Messages belong in 'messages'.")
     prompt, completion = _string(row, "prompt", empty=True), _string(row, "completion")
     return CompletionRow(prompt=prompt, completion=completion)
 
@@ -215,7 +215,7 @@ _READ: dict[str, Callable[[Mapping[str, Any], RowSettings], Row]] = {
 
 
 def _tools(row: Mapping[str, Any]) -> list[Any]:
-    """The tools, or what their JSON text says: some libraries hold lists of objects as text."""
+    """The tools, as a list or as JSON text, which some libraries store for lists of objects."""
     try:
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else None
     except (ValueError, RecursionError):

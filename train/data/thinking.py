@@ -1,4 +1,4 @@
-"""What a row says of thinking, in the spellings of DeepSeek's API, of servers and of libraries."""
+"""A row's settings of thinking, in the spellings of DeepSeek's API, servers and libraries."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,10 +25,10 @@ def _switch(value: Any, where: str) -> str:
     switches = {"enabled": "thinking", "disabled": "chat"}
     kind = value.get("type")
     if not isinstance(kind, str) or kind not in switches:
-        raise ValueError(f"{where}.type is {kind!r}; it is 'enabled' or 'disabled'.")
+        raise ValueError(f"{where}.type is {kind!r}; it must be 'enabled' or 'disabled'.")
     for key in value:
         if key != "type":
-            raise ValueError(f"{where}.{key} has no meaning in training; remove it.")
+            raise ValueError(f"{where}.{key} has no effect in training; remove it.")
     return switches[kind]
 
 
@@ -39,7 +39,7 @@ def _of(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-# What each spelling says, and how.
+# The setting that each spelling stands for, and the reader of its value.
 _SPELLINGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {
     "thinking_mode": ("thinking_mode", _mode),
     "enable_thinking": ("thinking_mode", _enabled),
@@ -52,24 +52,26 @@ FIELDS = (*_SPELLINGS, _TEMPLATE)
 
 
 def read(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `thinking_mode`, `reasoning_effort` and `drop_thinking` those that the row states.
+    """The row's `thinking_mode`, `reasoning_effort` and `drop_thinking`, as far as it has them.
 
     Raises:
-      ValueError: a value that is none of theirs, or two that contradict each other.
+      ValueError: a value is not allowed, or two contradict each other.
     """
     template = row.get(_TEMPLATE, {})
     for key in _of(dict, template, _TEMPLATE):
         if key not in _SPELLINGS:
             known = ", ".join(_SPELLINGS)
-            raise ValueError(f"{_TEMPLATE}.{key} is no setting of V4's encoding; it has {known}.")
-    said: dict[str, tuple[str, Any]] = {}
+            raise ValueError(
+                f"{_TEMPLATE}.{key} is not a setting of V4's encoding; it must be one of {known}."
+            )
+    settings: dict[str, tuple[str, Any]] = {}
     for prefix, fields in (("", row), (f"{_TEMPLATE}.", template)):
         for spelling, (setting, read_one) in _SPELLINGS.items():
             if fields.get(spelling) is None:
                 continue
             where = prefix + spelling
             value = read_one(fields[spelling], where)
-            before, other = said.setdefault(setting, (where, value))
+            first, other = settings.setdefault(setting, (where, value))
             if other != value:
-                raise ValueError(f"{where} contradicts {before} '{other}'; leave one out.")
-    return {setting: value for setting, (_, value) in said.items()}
+                raise ValueError(f"{where} contradicts {first} '{other}'; leave one out.")
+    return {setting: value for setting, (_, value) in settings.items()}

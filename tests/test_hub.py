@@ -367,11 +367,11 @@ def test_an_invalid_repository_is_refused_before_any_shard_is_downloaded(
 ):
     if kind == "no index":
         del server.files["model.safetensors.index.json"]
-        reason = "org/name: the Hub's repository lacks a file that a checkpoint has"
+        reason = "org/name: the Hub's repository lacks a file that a checkpoint must have"
     elif kind == "bad header":
         content = server.files[SHARD_NAMES[1]]
         server.files[SHARD_NAMES[1]] = content.replace(b"[5000,4]", b"[5000,3]")
-        reason = f"org/name/{SHARD_NAMES[1]}: tensor 't1' (F32 [5000, 3]) takes 60,000 bytes"
+        reason = f"org/name/{SHARD_NAMES[1]}: tensor 't1' (F32 [5000, 3]) needs 60,000 bytes"
     else:
         index = json.loads(server.files["model.safetensors.index.json"])
         index["weight_map"]["t1"] = SHARD_NAMES[0]

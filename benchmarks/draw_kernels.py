@@ -1,10 +1,10 @@
-"""Draws docs/images/kernels: what each TPU kernel moves between HBM and VMEM.
+"""Draw docs/images/kernels: what each TPU kernel moves between HBM and VMEM.
 
     python -m benchmarks.draw_kernels
 
-`pictures.toml` there says what they show. Boxes stand in four columns, HBM, two of VMEM, and HBM
-again; an arrow runs from a box to one further right, or to a neighbour in its column. The output
-depends on nothing else, so that a test can compare it with the files.
+The contents come from `pictures.toml` in that folder. Boxes are in four columns: HBM, two of VMEM,
+and HBM again. An arrow runs from a box to one further right or to a neighbour in its column. The
+output depends on nothing else, so a test can compare it with the files.
 """
 
 import tomllib
@@ -30,7 +30,7 @@ _LEGEND = (
 
 
 class Box(NamedTuple):
-    """A box: a name for arrows, what it is (a key of `_FILL`), a heading and lines below it."""
+    """A box: a name for arrows, a kind (key of `_FILL`), a heading and lines below it."""
 
     key: str
     kind: str
@@ -39,7 +39,7 @@ class Box(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a box is."""
+    """The position and height of a box."""
 
     left: int
     top: int
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 
 def pictures() -> dict[str, str]:
-    """The text of each file, by name."""
+    """The text of each file by name."""
     with (FOLDER / "pictures.toml").open("rb") as file:
         return {f"{name}.svg": _svg(picture) for name, picture in tomllib.load(file).items()}
 
@@ -84,7 +84,7 @@ def _svg(picture: dict[str, Any]) -> str:
 
 
 def _placed(columns: list[list[Box]]) -> Iterator[tuple[str, Place]]:
-    """Each box's place by its key; columns are centred."""
+    """Place of each box by its key; columns are centred vertically."""
     height = lambda box: 2 * _PADDING + _LINE * (1 + len(box.lines))
     total = lambda column: sum(height(box) + _GAP for box in column) - _GAP
     tallest = max(total(column) for column in columns)

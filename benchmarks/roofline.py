@@ -1,15 +1,15 @@
-"""The TPU compiler's schedules next to the roofline, as the table in docs/kernels.md.
+"""The TPU compiler's schedules against the roofline: the table in docs/kernels.md.
 
     python -m benchmarks.roofline [--write]
 
-Reads what `benchmarks.tpu_cycles` recorded and compiles nothing. A kernel's cycles are the bundles
-of each part of its schedule times how often the part runs. The schedule itself gives most trip
-counts; the readers below supply the others from the shapes of the case and say where they cannot.
-A number is then a bound: '<=' if branches that most steps skip are counted on every step, '>='
-if a part is left out because its length depends on the data.
+Reads the results of `benchmarks.tpu_cycles` and compiles nothing. A kernel's cycles are the bundles
+of each part of its schedule times how often the part runs. Most trip counts are in the schedule;
+the readers below derive the others from the shapes of the case if they can. If they cannot, the
+number is a bound: '<=' if branches that most steps skip are counted on every step, '>=' if a part
+is left out because its length depends on the data.
 
 The roofline is max(bytes / HBM bandwidth, flops / bf16 peak) of one JAX device (`tpu_cycles.CHIPS`)
-for the bytes and flops that a case needs at least (`kernel_cases.Case`).
+for the minimum bytes and flops of a case (`kernel_cases.Case`).
 """
 
 import argparse
@@ -32,9 +32,9 @@ RECORDS = ROOT / "benchmarks" / "results" / "tpu_cycles.jsonl"
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- schedules: begin -->", "<!-- schedules: end -->"
 
-_CORES = {"v5p": 2, "v6e": 1, "tpu7x": 1}  # of a JAX device; they share a grid's parallel steps
-_PIPELINE = 2  # iterations of a grid's loop beyond its steps: the first read, the last write
-_SMALL = 30  # bundles of a loop that may count once on every step, its trips unknown
+_CORES = {"v5p": 2, "v6e": 1, "tpu7x": 1}  # per JAX device; they share a grid's parallel steps
+_PIPELINE = 2  # extra iterations of a grid's loop: the first read and the last write
+_SMALL = 30  # bundles of a loop of unknown trip count that may be counted once per step
 _LANES = 128
 
 
@@ -50,9 +50,9 @@ class Run:
     """A case on a chip.
 
     Attributes:
-      case: with the kernels' shapes.
-      arrays: structs of the case's arguments.
-      cores: of the device.
+      case: benchmark case.
+      arrays: shapes and dtypes of the case's arguments.
+      cores: cores per device.
     """
 
     case: Case
@@ -68,23 +68,23 @@ def runs(parts: Parts, *, grid: bool = True) -> list[float]:
     """How often each part runs.
 
     Args:
-      parts: of a schedule in which every loop has a trip count. A part without one belongs to the
-        loop that ends with the next part at its depth.
+      parts: parts of a schedule in which every loop has a trip count. A part without one belongs to
+        the loop that ends with the next part at its depth.
       grid: whether the loop at depth 1 is over a grid.
 
     Raises:
       ValueError: a loop has no trip count.
     """
     trips: dict[int, float] = {}
-    found = []
+    counts = []
     for part in reversed(parts):
         trips = {depth: count for depth, count in trips.items() if depth <= part.depth}
         if part.trips:
             trips[part.depth] = part.trips - (_PIPELINE if grid and part.depth == 1 else 0)
         if len(trips) < part.depth:
             raise ValueError(f"no trip count at depth {part.depth}")
-        found.append(math.prod(trips.values()))
-    return found[::-1]
+        counts.append(math.prod(trips.values()))
+    return counts[::-1]
 
 
 def _total(parts: Parts, counts: Sequence[float]) -> float:
@@ -92,7 +92,7 @@ def _total(parts: Parts, counts: Sequence[float]) -> float:
 
 
 def _steps(parts: Parts) -> int:
-    """Of the grid, on one core."""
+    """Grid steps on one core."""
     return max(part.trips for part in parts if part.depth == 1) - _PIPELINE
 
 
@@ -102,7 +102,7 @@ def _every(parts: Parts, run: Run) -> Count:
 
 
 def _select(parts: Parts, run: Run) -> Count:
-    """The scores alone: how long bisection takes depends on them."""
+    """Only the scores: the length of the bisection depends on their values."""
     deeper = next(i for i, part in enumerate(parts) if part.depth == 3)
     scores = max(part.bundles for part in parts[:deeper] if part.depth == 2)
     queries = min(8, run.arrays[0].shape[1])
@@ -110,12 +110,12 @@ def _select(parts: Parts, run: Run) -> Count:
 
 
 def _dense(parts: Parts, run: Run) -> Count:
-    """Window, whole block, cut block and end are one part: of a step's four branches few run."""
+    """All four branches of a step (window, full and partial block, end) are one part; few run."""
     return _every(parts, run)._replace(bound="<=")
 
 
 def _gathered(parts: Parts, run: Run) -> Count:
-    """The case lists entries too far apart for the masked branch: each query's are gathered."""
+    """The case's entries are too far apart for the masked branch, so each query's are gathered."""
     queries, listed = run.arrays[0].shape[1], run.arrays[5].shape[2]
     steps = _steps(parts)
     block, groups = queries // (steps * run.cores), listed // 16
@@ -127,24 +127,24 @@ def _gathered(parts: Parts, run: Run) -> Count:
             counts.append(0)
         elif i == first:
             counts.append(groups * steps)
-        else:  # The next query's copies start while there is a next query.
+        else:  # Depth 3 starts the next query's copies, except for the last query.
             inside = {0: 1, 1: steps, 2: block * steps, 3: groups * (block - 1) * steps}
             counts.append(inside[part.depth])
     return Count(_total(parts, counts))
 
 
 def _entries(parts: Parts, run: Run) -> Count:
-    """Groups of windows pooled in each column of channels, entries finished in the last one."""
+    """Groups of windows are pooled in each column of channels and finished in the last one."""
     ratio, columns = run.arrays[3].shape[0], run.arrays[4].shape[0] // _LANES
     overlap = run.arrays[3].shape[1] // run.arrays[4].shape[0]
     parts, bound = list(parts), ""
     loops = [i for i, part in enumerate(parts) if part.depth == 2]
     if overlap > 1:
-        # From the second group on; the count of the schedule is the loop's end.
+        # The loop starts at the second group; the schedule's count is its end.
         groups = parts[loops[0]].trips - 1
     else:
-        # A chunk that begins with a window needs no tokens before it: that branch does not run,
-        # nor does the finish in all columns but one, and neither stands apart.
+        # A chunk that begins with a window needs no tokens before it, so that branch does not run,
+        # and only one column runs the finish; neither is a part of its own.
         windows, bound = 2**21 // (2 * ratio * _LANES * 4), "<="
         groups = windows // 2
     parts[loops[0]] = dataclasses.replace(parts[loops[0]], trips=groups)
@@ -156,7 +156,7 @@ def _entries(parts: Parts, run: Run) -> Count:
 
 
 def _many_rows(parts: Parts, run: Run) -> Count:
-    """A tile is dequantised for the first block of rows only."""
+    """A tile is dequantised only for the first block of rows."""
     blocks = -(-run.arrays[0].shape[0] // 512)
     counts = runs(parts)
     inner = [i for i, part in enumerate(parts) if part.depth == 2]
@@ -166,7 +166,7 @@ def _many_rows(parts: Parts, run: Run) -> Count:
 
 
 def _streams(parts: Parts, run: Run) -> Count:
-    """Channels and Sinkhorn's passes share a loop; what is left over of the channels follows."""
+    """Channels and Sinkhorn passes share a loop; the remaining channels follow in their own."""
     (_, tokens, channels), passes = run.arrays[0].shape, 19
     chunks, parts = channels // 4 // 256, list(parts)
     if chunks > passes:
@@ -180,8 +180,8 @@ class Experts:
     """Steps of the grouped matmuls.
 
     Attributes:
-      steps: a tile of rows for one expert each.
-      used: experts with rows.
+      steps: number of steps, each a tile of rows for one expert.
+      used: number of experts with rows.
       few: whether products are scaled instead of weights.
     """
 
@@ -194,12 +194,12 @@ _ROUTED: dict[tuple[int, ...], Experts] = {}
 
 
 def _routed(run: Run) -> Experts:
-    """For the routing that the case draws; its weights are never made."""
+    """Steps for the case's random routing, computed without creating its weights."""
     experts, choices = run.arrays[3].shape[1], run.arrays[1].size
     if (experts, choices) not in _ROUTED:
         drawn = np.asarray(jax.jit(lambda: run.case.inputs()[1])())
         rows, few = plan.tile_rows(choices, experts), 16
-        tiles = {(expert, place // rows) for place, expert in enumerate(sorted(drawn.flat))}
+        tiles = {(expert, position // rows) for position, expert in enumerate(sorted(drawn.flat))}
         used = len({expert for expert, _ in tiles})
         _ROUTED[experts, choices] = Experts(len(tiles), used, rows <= few)
     return _ROUTED[experts, choices]
@@ -216,9 +216,9 @@ def _down(parts: Parts, run: Run) -> Count:
 
 
 def _grouped(parts: Parts, run: Run, *, inputs: int, outputs: int, terms: int) -> Count:
-    """A grid of blocks of output channels and the plan's steps.
+    """The grid is blocks of output channels times the plan's steps.
 
-    Where weights are dequantised first, that is once per expert and block.
+    Weights that are dequantised first are so once per expert and block.
     """
     kind = run.case.name.split(",")[0].split()[1]
     routed = _routed(run)
@@ -240,7 +240,7 @@ def _grouped(parts: Parts, run: Run, *, inputs: int, outputs: int, terms: int) -
 
 
 def _block(kind: str, inputs: int, outputs: int, terms: int, *, few: bool) -> int:
-    """Output channels of a block, as `grouped_matmul.tpu_matmul` cuts them."""
+    """Output channels per block, as chosen by `grouped_matmul.tpu_matmul`."""
     each = inputs * terms * {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5 + 1 / 32}[kind]
     dense = 0 if few or kind == "bf16" else 2 * inputs * terms
     most = min((9 if few else 16) * 2**19 / each, 36 * 2**20 / (2 * each + dense))
@@ -270,10 +270,10 @@ class Row:
     """A case on a chip, in microseconds.
 
     Attributes:
-      schedule: of the Pallas kernels; None where the compiler refused the program.
+      schedule: time of the Pallas kernels' schedules; None if the program did not compile.
       bound: as in `Count`.
-      roofline: the least time.
-      limit: 'HBM' or 'MXU', what the roofline is made of.
+      roofline: minimum time.
+      limit: 'HBM' or 'MXU', whichever sets the roofline.
     """
 
     schedule: float | None
@@ -283,14 +283,14 @@ class Row:
 
 
 def rows() -> Iterator[tuple[Case, dict[str, Row]]]:
-    """Each case that a TPU kernel takes, by chip."""
+    """Each case that has a TPU kernel, by chip."""
     recorded = {}
     for line in RECORDS.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         recorded[record["case"], record["chip"]] = record["kernels"]
     for case in sorted(cases(), key=lambda case: case.op):
         kernels = {chip: recorded[f"{case.op} {case.name}", chip] for chip in CHIPS}
-        if not all("Unsupported" in found.get("refused", "") for found in kernels.values()):
+        if not all("Unsupported" in kernel.get("refused", "") for kernel in kernels.values()):
             arrays = jax.eval_shape(case.inputs)
             yield case, {chip: _row(case, arrays, chip, kernels[chip]) for chip in CHIPS}
 
@@ -312,7 +312,7 @@ def _row(case: Case, arrays: Any, chip: str, kernels: dict[str, Any]) -> Row:
 
 
 def table() -> str:
-    """Markdown."""
+    """The table in Markdown."""
     head = " | ".join(f"{chip} schedule | roofline | ratio" for chip in CHIPS)
     lines = [f"| op | case | {head} |", "|---|---|" + "--:|" * 3 * len(CHIPS)]
     for case, chips in rows():
@@ -345,7 +345,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
     if parser.parse_args().write:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:

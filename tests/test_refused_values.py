@@ -1,4 +1,4 @@
-"""Anything at all in every place of every door: it is refused by name, and no array is printed."""
+"""Arbitrary values for each argument of each operation: refused by name, no array is printed."""
 
 import traceback
 from pathlib import Path
@@ -53,8 +53,8 @@ VALUES: dict[str, Any] = {
     "update": LoraWeight(jnp.ones(3), [1.0], None, 1.0),
     "layer's": LayerWeight([1.0], [1.0]),
 }
-# Settings take numbers; what may be left out takes None; a matmul takes a weight.
-TAKES = {
+# Settings take numbers; optional arguments take None; a matmul takes a weight.
+ACCEPTED = {
     **{name: {"-1", "2.5"} for name in ("scale", "eps", "norm_eps", "limit", "amax_floor")},
     **{name: {"None"} for name in ("hidden_BT", "first_BT", "norm")},
     "layer": {"-1"},
@@ -62,31 +62,31 @@ TAKES = {
 }
 DENSE = {"visible_BT": cases.INTEGERS}
 SPARSE = {"indices_BTk": cases.INTEGERS[..., None]}
-DOORS: dict[str, tuple[Any, dict[str, Any], dict[str, set[str]]]] = {
+OPERATIONS: dict[str, tuple[Any, dict[str, Any], dict[str, set[str]]]] = {
     "indexer_topk.select": (indexer_topk.select, cases.INDEXER | {"hidden_BT": None}, {}),
     "indexer_topk.scores": (
         indexer_topk.scores,
-        {"q_BTIJ": cases.of(2, 3, 4, 64), "weights_BTI": cases.of(2, 3, 4)}
-        | {"keys_BSJ": cases.of(2, 5, 64)},
+        {"q_BTIJ": cases.ones(2, 3, 4, 64), "weights_BTI": cases.ones(2, 3, 4)}
+        | {"keys_BSJ": cases.ones(2, 5, 64)},
         {},
     ),
     "grouped_matmul.expert_mlp": (grouped_matmul.expert_mlp, cases.EXPERTS, {}),
     "quantize.linear": (
         quantize.linear,
-        {"x": cases.of(2, 256), "w": cases.MATRIX, "layer": None, "groups": 1},
+        {"x": cases.ones(2, 256), "w": cases.MATRIX, "layer": None, "groups": 1},
         {"layer": {"None"}, "w": {"weight"}, "groups": set()},
     ),
     "quantize.fake_quant_fp8": (
         quantize.fake_quant_fp8,
-        {"x": cases.of(2, 64), "block": 32, "amax_floor": 1e-4},
+        {"x": cases.ones(2, 64), "block": 32, "amax_floor": 1e-4},
         {"x": {"seven dims", "empty"}},
     ),
     "quantize.fake_quant_fp4": (
         quantize.fake_quant_fp4,
-        {"x": cases.of(2, 64), "block": 32},
+        {"x": cases.ones(2, 64), "block": 32},
         {"x": {"seven dims", "empty"}},
     ),
-    "quantize.hadamard": (quantize.hadamard, {"x": cases.of(2, 64)}, {"x": {"seven dims"}}),
+    "quantize.hadamard": (quantize.hadamard, {"x": cases.ones(2, 64)}, {"x": {"seven dims"}}),
     "hyper.pre": (hyper.pre, cases.PRE, {}),
     "hyper.post": (hyper.post, cases.POST, {}),
     "hyper.head": (hyper.head, cases.HEAD, {}),
@@ -119,41 +119,45 @@ DOORS: dict[str, tuple[Any, dict[str, Any], dict[str, set[str]]]] = {
 
 @pytest.fixture(autouse=True)
 def as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only in tests is an annotation checked."""
+    """Turn off the annotation checks, which only tests have."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-def fault(op: str, door: Any, args: dict[str, Any], takes: bool) -> str:
-    """What is wrong with the answer: a refusal begins with the operation, and is ours."""
+def fault(op: str, function: Any, args: dict[str, Any], accepted: bool) -> str:
+    """What is wrong with the outcome: a refusal must begin with the operation and be ours."""
     try:
         # Traced, not run.
-        jax.eval_shape(lambda: door(**args, impl="xla"))
+        jax.eval_shape(lambda: function(**args, impl="xla"))
     except (TypeError, ValueError, NotImplementedError) as error:
-        told, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
-        ours = Path(where).is_relative_to(PACKAGE) and told.startswith(op)
-        printed = any(part in told for part in ("Array", "array(", "[1."))
-        return f"{error!r} of {where}" if takes or printed or not ours else ""
-    return "" if takes else "takes it"
+        message, where = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
+        ours = Path(where).is_relative_to(PACKAGE) and message.startswith(op)
+        printed = any(part in message for part in ("Array", "array(", "[1."))
+        return f"{error!r} of {where}" if accepted or printed or not ours else ""
+    return "" if accepted else "is accepted"
 
 
-def test_a_value_is_taken_or_refused_by_name() -> None:
+def test_values_are_accepted_or_refused_by_name() -> None:
     faults = [
-        f"{op}({name}={what}): {wrong}"
-        for op, (door, right, own) in DOORS.items()
-        for name in right
+        f"{op}({name}={what}): {problem}"
+        for op, (function, args, accepted) in OPERATIONS.items()
+        for name in args
         if name != "dtype"
         for what, value in VALUES.items()
-        if (wrong := fault(op, door, right | {name: value}, what in (TAKES | own).get(name, ())))
+        if (
+            problem := fault(
+                op, function, args | {name: value}, what in (ACCEPTED | accepted).get(name, ())
+            )
+        )
     ]
     assert not faults, "\n".join(faults)
 
 
-def test_another_form_is_refused_whatever_it_is() -> None:
-    for op, (door, right, _) in DOORS.items():
+def test_unknown_forms_are_refused() -> None:
+    for op, (function, args, _) in OPERATIONS.items():
         for value in (None, ["tpu"], 5, "mosaic"):
             try:
-                door(**right, impl=value)
+                function(**args, impl=value)
             except NotImplementedError as error:
                 assert str(error).startswith(f"{op} has no ")  # noqa: PT017
             else:
-                raise AssertionError(f"{op} takes impl={value}")
+                raise AssertionError(f"{op} accepts impl={value}")

@@ -98,6 +98,6 @@ def test_gpus_keep_one_copy_of_the_heads() -> None:
 @pytest.mark.parametrize(("T", "H", "K"), [(64, 8, 64), (63, 8, 128), (64, 1, 128)])
 def test_unsupported_shapes_are_refused_or_left_to_xla(T: int, H: int, K: int) -> None:
     args = inputs(1, T, H, K, 8, jnp.float32)
-    with pytest.raises(Unsupported, match=r"The TPU form takes .*, not "):
+    with pytest.raises(Unsupported, match=r"The TPU kernel takes .*, not "):
         rotary.rotate(*args, impl="tpu")
     assert rotary.rotate(*args).shape == args[0].shape

@@ -1,1 +1,1 @@
-"""Kernels: they know arrays, not models."""
+"""Kernels of DeepSeek-V4: they know arrays, not models."""

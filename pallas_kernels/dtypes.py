@@ -1,4 +1,4 @@
-"""Which dtype sums are kept in."""
+"""The dtype in which sums are accumulated."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ import jax.numpy as jnp
 
 
 def accumulator(dtype: Any) -> Any:
-    """float32, or the dtype itself where it is wider."""
+    """float32, or the dtype itself if it is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32

@@ -1,7 +1,7 @@
-"""How a door finds the form that answers: by wish, or by the compile target.
+"""How a public function picks the form that runs: by request, or by the compile target.
 
-A form is a module whose functions keep the door's contract: 'tpu' and 'gpu' hold Pallas kernels,
-'xla' plain XLA for every platform, 'reference' the plain maths.
+A form is a module whose functions keep the public function's contract: 'tpu' and 'gpu' hold Pallas
+kernels, 'xla' is plain XLA for every platform, 'reference' plain maths.
 """
 
 import dataclasses
@@ -16,26 +16,30 @@ from jax.interpreters import ad, batching, mlir
 
 Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
-_KINDS = {"signed integers": jnp.signedinteger, "booleans": jnp.bool_, "floats": jnp.floating}
+_KINDS = {
+    "signed integer": jnp.signedinteger,
+    "boolean": jnp.bool_,
+    "floating-point": jnp.floating,
+}
 _Form = Callable[..., Any]
 
 
 class Unsupported(NotImplementedError):
-    """A form does not take these arguments; raised while tracing, before anything is built."""
+    """A form does not support these arguments; raised while tracing, before anything is built."""
 
 
 def require(op: str, impl: str, known: Collection[str]) -> None:
-    """Refuse what there is not, never silently.
+    """Reject an unknown form.
 
     Raises:
-      NotImplementedError: naming what there is.
+      NotImplementedError: listing the known ones.
     """
     if not isinstance(impl, str) or impl not in known:
         raise NotImplementedError(f"{op} has no {shown(impl)} form; pass one of {sorted(known)}.")
 
 
 def shown(value: Any) -> str:
-    """A value in a refusal: of an array the shape, of other objects the type."""
+    """A value as error messages show it: an array's shape, another object's type."""
     if isinstance(value, str | bool | int | float) or value is None:
         return repr(value)
     if isinstance(value, jax.Array | np.ndarray):
@@ -51,84 +55,84 @@ def check_arrays(
     booleans: Collection[str] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Refuse arrays that are not what their names say: x_BTD has dims B, T and D, scale_3 has 3.
+    """Check arrays against their names: x_BTD has dims B, T and D, scale_3 has 3 elements.
 
-    Doors ask before any form is traced, so that a mistake gets one answer whatever form runs.
+    Called before any form is traced, so that a mistake gets the same error whichever form runs.
 
     Args:
-      op: for messages.
-      arrays: by name; one without an underscore is a scalar.
-      integers: which of them are of signed integers.
-      booleans: which of them are of booleans; the others are of floats.
-      sizes: of letters that are known already.
+      op: the operation, for error messages.
+      arrays: arrays by name; a name without an underscore is a scalar.
+      integers: names of the signed integer arrays.
+      booleans: names of the boolean arrays; all others are floating-point.
+      sizes: sizes of the letters known so far.
 
     Returns:
       The sizes of all letters.
 
     Raises:
-      TypeError: another dtype.
-      ValueError: another number of dims, or a size that differs from that of an array before.
+      TypeError: wrong dtype.
+      ValueError: wrong number of dims, or a size that contradicts an earlier array.
     """
-    found = dict(sizes or {})
+    known = dict(sizes or {})
     for name, array in arrays.items():
-        kind = "floats"
+        kind = "floating-point"
         if name in integers or name in booleans:
-            kind = "signed integers" if name in integers else "booleans"
+            kind = "signed integer" if name in integers else "boolean"
         dtype = dtype_of(op, name, array)
         if not jnp.issubdtype(dtype, _KINDS[kind]):
-            raise TypeError(f"{op}: {name} is {dtype}; it takes {kind}.")
-        found |= check_shape(op, name, array, found)
-    return found
+            raise TypeError(f"{op}: {name} is {dtype}; it must have a {kind} dtype.")
+        known |= check_shape(op, name, array, known)
+    return known
 
 
 def dtype_of(op: str, name: str, array: Any) -> Any:
-    """The dtype of an array or a plain number.
+    """The dtype of an array or a Python number.
 
     Raises:
-      TypeError: it is neither.
+      TypeError: neither of them.
     """
     if isinstance(array, bool | int | float):
         return jnp.result_type(array)
     dtype = getattr(array, "dtype", None)
     if not isinstance(dtype, np.dtype):
-        raise TypeError(f"{op}: {name} is {shown(array)}; it takes an array.")
+        raise TypeError(f"{op}: {name} is {shown(array)}; it must be an array.")
     return dtype
 
 
 def check_whole(op: str, name: str, value: Any, *, least: int = 1) -> None:
-    """Refuse what is no whole number, or less than the least.
+    """Require an integer of at least `least`.
 
     Raises:
-      ValueError: with what it is.
+      ValueError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{op}: {name} is {shown(value)}; it takes whole numbers from {least} on.")
+        raise ValueError(f"{op}: {name} is {shown(value)}; it must be an integer >= {least}.")
 
 
 def check_number(op: str, **values: Any) -> None:
-    """Refuse settings that are no plain numbers.
+    """Require settings that are numbers, not arrays.
 
     Raises:
-      TypeError: with what it is.
+      TypeError: anything else.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-            raise TypeError(f"{op}: {name} is {shown(value)}; it takes a number.")
+            raise TypeError(f"{op}: {name} is {shown(value)}; it must be a number.")
 
 
 def check_flag(op: str, **values: Any) -> None:
-    """Refuse settings that are neither True nor False.
+    """Require settings that are True or False.
 
     Raises:
-      TypeError: with what it is.
+      TypeError: anything else.
     """
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{op}: {name} is {shown(value)}; it takes True or False.")
+            raise TypeError(f"{op}: {name} is {shown(value)}; it must be True or False.")
 
 
 def check_shape(op: str, name: str, array: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of the letters of a name.
+    """Check an array's shape against its name; returns the sizes of the name's letters.
 
     Raises:
       ValueError: as for `check_arrays`.
@@ -138,21 +142,21 @@ def check_shape(op: str, name: str, array: Any, sizes: Mapping[str, int]) -> dic
     known = {axis: int(axis) for axis in axes if axis.isdigit()} | dict(sizes)
     same = all(known.get(axis, size) == size for axis, size in zip(axes, shape, strict=False))
     if len(axes) != len(shape) or not same:
-        told = lambda axis: axis.isdigit() or axis not in known
-        wanted = ", ".join(axis if told(axis) else f"{axis}={known[axis]}" for axis in axes)
-        raise ValueError(f"{op}: {name} has shape {shape}, not ({wanted}).")
+        as_is = lambda axis: axis.isdigit() or axis not in known
+        expected = ", ".join(axis if as_is(axis) else f"{axis}={known[axis]}" for axis in axes)
+        raise ValueError(f"{op}: {name} has shape {shape}, not ({expected}).")
     return dict(zip(axes, shape, strict=True))
 
 
 def check_dtype(op: str, name: str, array: Any, *dtypes: Any) -> None:
-    """Refuse other dtypes than these.
+    """Require one of these dtypes.
 
     Raises:
-      TypeError: naming them.
+      TypeError: listing them.
     """
-    if (dtype := dtype_of(op, name, array)) not in [jnp.dtype(wanted) for wanted in dtypes]:
-        wanted = " or ".join(jnp.dtype(wanted).name for wanted in dtypes)
-        raise TypeError(f"{op}: {name} is {dtype}; it takes {wanted}.")
+    if (dtype := dtype_of(op, name, array)) not in [jnp.dtype(allowed) for allowed in dtypes]:
+        expected = " or ".join(jnp.dtype(allowed).name for allowed in dtypes)
+        raise TypeError(f"{op}: {name} is {dtype}; it must be {expected}.")
 
 
 def dispatch(
@@ -160,37 +164,38 @@ def dispatch(
 ) -> Any:
     """Run the function `name` of one form.
 
-    'auto' leaves the choice to the compile target, not to the host that traces. Where there is no
-    kernel, it does not take these arguments or the compiler would have to partition it, XLA's form
-    serves.
+    'auto' leaves the choice to the compile target, not to the tracing host. XLA's form runs where
+    there is no kernel, where the kernel does not support these arguments, and where the compiler
+    would have to partition it.
 
     Args:
-      op: for messages.
-      name: the function.
+      op: the operation, for error messages.
+      name: the function's name.
       impl: 'auto', or a key of `forms`.
-      forms: modules; 'xla' is among them.
-      args: arrays, trees of arrays, None.
-      static: what is no array.
+      forms: modules by name; 'xla' is among them.
+      args: arrays, trees of arrays, or None.
+      static: arguments that are not arrays.
+
     Raises:
-      NotImplementedError: there is no such form, or it does not take these arguments.
+      NotImplementedError: no such form, or it does not support these arguments.
     """
-    having = {key for key, form in forms.items() if hasattr(form, name)}
-    require(f"{op}.{name}", impl, having | {"auto"})
+    available = {key for key, form in forms.items() if hasattr(form, name)}
+    require(f"{op}.{name}", impl, available | {"auto"})
     run = lambda key: lambda *args: getattr(forms[key], name)(*args, **static)
     if impl in _PLATFORMS and _partitioned():
-        raise Unsupported(f"{op}.{name}: compilers do not partition kernels: use jax.shard_map.")
+        raise Unsupported(f"{op}.{name}: compilers do not partition kernels; use jax.shard_map.")
     if impl != "auto":
         return run(impl)(*args)
     kernels = {
         platform: _or_else(run(key), run("xla"))
         for key, platform in _PLATFORMS.items()
-        if key in having and not _partitioned()
+        if key in available and not _partitioned()
     }
     return _by_target(f"{op}.{name}", run("xla"), kernels, args)
 
 
 def _partitioned() -> bool:
-    """Whether what is traced here is for the compiler to split over a mesh."""
+    """Whether the compiler is to partition what is being traced over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and set(mesh.axis_names) > set(mesh.manual_axes)
 
@@ -207,10 +212,10 @@ def _or_else(kernel: _Form, other: _Form) -> _Form:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Choice:
-    """The forms of one call: functions of its flat arrays to flat results.
+    """The forms of one call, as functions from flat arrays to flat results.
 
-    One opaque parameter of the primitive: JAX looks into parameters that are jaxprs, and expects
-    more rules of a primitive that has such.
+    A single opaque parameter of the primitive: JAX inspects parameters that are jaxprs, and expects
+    more rules of a primitive that has them.
     """
 
     name: str
@@ -220,10 +225,10 @@ class _Choice:
     results: Sequence[Any]
 
 
-# As `jax.lax.platform_dependent`, except that a kernel is not traced before its platform is known:
+# Like `jax.lax.platform_dependent`, except that a kernel is traced only once its platform is known:
 # tracing all of them makes tracing and lowering a step for a CPU 2 to 4 times as slow
-# (`benchmarks.tracing`). By the rules that JAX documents for primitives of one's own;
-# `tests/test_implementations.py` names what is relied on.
+# (`benchmarks.tracing`). It follows the rules that JAX documents for custom primitives;
+# `tests/test_implementations.py` lists the ones it relies on.
 _choice_p = Primitive("kernel_choice")
 _choice_p.multiple_results = True
 
@@ -271,9 +276,9 @@ for _platform in _PLATFORMS.values():
 
 
 def _batched(leaves: Any, dims: Any, *, choice: _Choice) -> Any:
-    over = lambda form: jax.vmap(form, in_axes=tuple(dims))
-    forms = {platform: over(form) for platform, form in choice.kernels.items()}
-    outs = _by_target(choice.name, over(choice.default), forms, tuple(leaves))
+    batched = lambda form: jax.vmap(form, in_axes=tuple(dims))
+    kernels = {platform: batched(form) for platform, form in choice.kernels.items()}
+    outs = _by_target(choice.name, batched(choice.default), kernels, tuple(leaves))
     return outs, [0] * len(outs)
 
 
@@ -283,9 +288,9 @@ batching.primitive_batchers[_choice_p] = _batched
 def _differentiated(*_: Any, choice: _Choice) -> Any:
     raise NotImplementedError(
         f"{choice.name} has no derivative of this order with impl='auto'; "
-        "impl='reference' may have."
+        "impl='reference' may have one."
     )
 
 
-# Doors define the derivatives that there are before they come here.
+# Public functions define their derivatives before they get here.
 ad.primitive_jvps[_choice_p] = _differentiated

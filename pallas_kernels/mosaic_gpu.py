@@ -1,4 +1,4 @@
-"""What Mosaic GPU kernels share: how matrices lie, what JAX's versions say differently."""
+"""Helpers shared by Mosaic GPU kernels: layouts of matrices, differences between JAX versions."""
 
 from typing import Any
 
@@ -8,31 +8,31 @@ from jaxtyping import Array
 
 
 def tiles(shape: tuple[int, int], swizzle: int) -> tuple[Any, Any]:
-    """Transforms of a matrix in shared memory: tiles of this shape, swizzled by so many bytes."""
-    # JAX 0.12 types both as a protocol whose methods raise: pyright takes them for abstract.
+    """Transforms of a matrix in shared memory: tiles of this shape, this swizzle in bytes."""
+    # JAX 0.12 types both as a protocol whose methods raise, so pyright considers them abstract.
     return (
         plgpu.TilingTransform(shape),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
 
 
-# Of matrices of 16 bits for tensor cores, and of bytes.
+# For 16-bit matrices that tensor cores read, and for matrices of bytes.
 TILED = tiles((8, 64), 128)
 BYTES_TILED = tiles((8, 128), 128)
 
-# JAX 0.10 wants the index as an argument of its own.
+# JAX 0.10 takes the index as a separate argument.
 _INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 
 
 def load(ref: Any, layout: Any) -> Array:
-    """What a reference holds, as a register array of this layout; bank conflicts are accepted."""
+    """Read a reference into a register array of this layout; bank conflicts are accepted."""
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def store(ref: Any, value: Array) -> None:
     """Write a register array to a reference; bank conflicts and partial sectors are accepted."""
-    # Before JAX 0.12 there is no such function, and plain assignments accept them.
-    if known := getattr(plgpu, "store", None):
-        known(ref, value, optimized=False)
+    # New in JAX 0.12; before, plain assignments accept both.
+    if plgpu_store := getattr(plgpu, "store", None):
+        plgpu_store(ref, value, optimized=False)
     else:
         ref[...] = value

@@ -1,4 +1,4 @@
-"""What Mosaic TPU kernels share."""
+"""Helpers shared by Mosaic TPU kernels."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 def in_hbm(arrays: Any) -> Any:
-    """Arguments of which a kernel reads parts, from where they lie.
+    """Pin arrays to HBM that a kernel reads in parts.
 
-    XLA would bring any to VMEM whole that fit there, such as the scales of all experts.
+    XLA would copy any that fit, such as the scales of all experts, to VMEM in full.
     """
     pin = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
     return jax.tree.map(pin, arrays)

@@ -1,7 +1,7 @@
-"""Programs for accelerators that are not here: what their compilers make of a function.
+"""Compile functions for accelerators that are not attached.
 
 TPU programs need libtpu (`pip install 'jax[tpu]'`) and `TPU_SKIP_MDS_QUERY=1` in the environment;
-GPU programs the plugin of `jax[cuda13]`, of which no driver is asked.
+GPU programs need the plugin of `jax[cuda13]`, but no driver.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Target = Literal["v5p", "v6e", "tpu7x", "h200"]
 TPU_TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
-# What XLA's compiler asks of a GPU; the figures of NVIDIA's H200 SXM.
+# What XLA's compiler needs to know about a GPU; the figures are those of NVIDIA's H200 SXM.
 _H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -34,21 +34,21 @@ device_description_str: "NVIDIA H200"
 
 @functools.lru_cache
 def devices(target: Target) -> tuple[Any, ...]:
-    """Devices that one can compile for.
+    """Devices to compile for.
 
     Raises:
-      ValueError: no such target.
+      ValueError: unknown target.
     """
     if target in TPU_TOPOLOGIES:
         name = TPU_TOPOLOGIES[target]
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     elif target == "h200":
-        described = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=_H200
         )
     else:
-        raise ValueError(f"No target '{target}'; there are {[*TPU_TOPOLOGIES, 'h200']}.")
-    return tuple(described.devices)
+        raise ValueError(f"Unknown target '{target}'; pass one of {[*TPU_TOPOLOGIES, 'h200']}.")
+    return tuple(topology.devices)
 
 
 def lowered(target: Target, function: Callable[..., Any], *structs: Any) -> jax.stages.Lowered:
@@ -56,14 +56,14 @@ def lowered(target: Target, function: Callable[..., Any], *structs: Any) -> jax.
 
     Args:
       target: the chip.
-      function: takes trees of arrays.
-      structs: trees of `jax.ShapeDtypeStruct`, without sharding.
+      function: a function of trees of arrays.
+      structs: its arguments, trees of `jax.ShapeDtypeStruct` without sharding.
     """
     mesh = Mesh(np.array(devices(target)[:1]), ("x",))
-    place = NamedSharding(mesh, PartitionSpec())
-    here = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).lower(*jax.tree.map(here, structs))
+        return jax.jit(function).lower(*jax.tree.map(placed, structs))
 
 
 def compiled(target: Target, function: Callable[..., Any], *structs: Any) -> jax.stages.Compiled:
@@ -72,7 +72,7 @@ def compiled(target: Target, function: Callable[..., Any], *structs: Any) -> jax
 
 
 def temporaries(program: jax.stages.Compiled) -> int:
-    """Bytes of device memory that a program needs beside its arguments and results."""
+    """Bytes of device memory that a program needs besides its arguments and results."""
     analysis = program.memory_analysis()
-    assert analysis is not None, "this compiler does not tell"
+    assert analysis is not None, "this compiler reports no memory analysis"
     return analysis.temp_size_in_bytes

@@ -113,7 +113,7 @@ def test_unsupported_shapes_and_dtypes_are_rejected() -> None:
         (Shape(4, 64, 1, 32, "none"), F32, "multiple of 128"),
         (Shape(4, 128, 1, 32, "none"), jnp.float16, "float16"),
         (Shape(4, 256, 1, 32, "fp4"), F32, "FP4, not 32 of 256"),
-        (Shape(4, 256, 1, 192, "none"), F32, "turns up to 128"),
+        (Shape(4, 256, 1, 192, "none"), F32, "rotates up to 128"),
     ]
     for shape, dtype, message in cases:
         args = chunk(shape, text(shape, 1, 4), [0], 4)

@@ -1,16 +1,16 @@
 """Compression of token windows into entries (report, sections 2.3.1 and 2.3.2).
 
-Entry i of ratio M pools the tokens of window i, i * M .. i * M + M - 1, by a softmax per channel.
-With overlap (CSA) each token has two series side by side: the first half of its channels serves
-the next window's entry, the second half its own. What was pooled, in float32, is rounded to the
-model's dtype, normed, turned to the position of its window's first token (RoPE on the last 2Q
-channels, neighbouring channels paired) and rounded as the cache keeps it:
+With ratio M, entry i pools window i, tokens i * M .. i * M + M - 1, by a softmax per channel. With
+overlap (CSA) each token has two series side by side: the first half of its channels serves
+the next window's entry, the second half its own. The pooled sum, in float32, is rounded to the
+model's dtype, normed, rotated to the position of its window's first token (RoPE on the last 2Q
+channels, adjacent channels paired) and rounded as the cache stores it:
 
-  none  as it is;
-  fp8   all but the turned channels to E4M3, in blocks of 64;
+  none  unchanged;
+  fp8   all but the rotated channels to E4M3, in blocks of 64;
   fp4   a Hadamard transform of all channels, then E2M1 in blocks of 32.
 
-Gradients are computed anew from the tokens, by XLA; they pass straight through the rounding.
+XLA recomputes gradients from the tokens; they pass straight through the rounding.
 
 Axis letters: L layers of a stack, B batch, T tokens, M ratio, C channels (overlap * K), K entry
 channels, C2 = 2 * C of kv and gate side by side, P = overlap * M tokens before a chunk, R ring
@@ -52,28 +52,28 @@ def prefill(
     dtype: Any,
     impl: Impl = "auto",
 ) -> Float[Array, "B n K"]:
-    """The entries of windows start // M, start // M + 1, ... that a chunk may complete.
+    """Entries of the windows that a chunk may complete: start // M, start // M + 1, ...
 
     Args:
-      rows_BTC: the chunk's tokens at positions start, start + 1, ...
-      before_BPC: the P tokens before them; those below position 0 count for nothing.
-      start_B: position of each row's first token, any.
+      rows_BTC: the chunk's tokens, at positions start, start + 1, ...
+      before_BPC: the P tokens before them; positions below 0 are ignored.
+      start_B: position of each row's first token, which need not begin a window.
       bias_MC: added to the gate by position in the window (the checkpoint's `ape`).
-      scale_K: the norm's weight.
+      scale_K: weight of the norm.
       table: cosine and sine for each entry.
-      overlap: 1 or 2 windows per entry.
-      eps: the norm's.
-      rounding: how entries are rounded at last.
-      dtype: of the entries, and of what is rounded between.
-      impl: 'auto' takes the best form for the compile target.
+      overlap: windows per entry, 1 or 2.
+      eps: eps of the norm.
+      rounding: how entries are finally rounded.
+      dtype: dtype of the entries and of intermediate rounding.
+      impl: 'auto' picks the best form for the compile target.
 
     Returns:
       ceil(T / M) entries. Those whose windows the chunk does not complete are arbitrary.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: a dtype that is not the contract's.
-      ValueError: shapes that do not fit together, another overlap or rounding.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: a dtype that the contract does not allow.
+      ValueError: shapes that do not match, or an unknown overlap or rounding.
     """
     tokens = {"rows_BTC": rows_BTC, "before_BPC": before_BPC, "start_B": start_B}
     rest = bias_MC, scale_K, table
@@ -97,14 +97,14 @@ def decode(
     dtype: Any,
     impl: Impl = "auto",
 ) -> Float[Array, "B 1 K"]:
-    """The entry of a window that has just been completed, for each row where one has.
+    """The entry of the window that each row has just completed, if any.
 
     Args:
-      ring_LBRC: tokens of all layers of a stack, that of position p in row p mod R; a window may
-        begin in any row and wrap.
+      ring_LBRC: tokens of all layers of a stack, position p in row p mod R; a window may begin in
+        any row and wrap around.
       layer: the layer to read.
-      window_B: the window, all of whose tokens, and those of the one before, are in the ring.
-        Negative where no entry is wanted: it becomes 0, and nothing is read.
+      window_B: index of the window; the ring must have all of its tokens, and those of the window
+        before. Negative for no entry: the result is then 0.
       bias_MC: as for `prefill`.
       scale_K: as for `prefill`.
       table: as for `prefill`.
@@ -141,13 +141,13 @@ def pool(
       kv_BXC: tokens of the windows first - overlap + 1 .. first + n - 1: (n + overlap - 1) * M.
       gate_BXC: their gate logits, without the positional bias.
       bias_MC: as for `prefill`.
-      first_B: index of the first entry wanted; windows of negative index count for nothing.
+      first_B: index of the first entry; windows with a negative index are ignored.
       overlap: as for `prefill`.
       impl: as for `prefill`.
 
     Returns:
-      One row per entry, in float32. What a window's tokens beyond the text hold is the caller's
-      affair: such entries are not visible yet.
+      One row per entry, in float32. Tokens beyond the end of the text are pooled like others: the
+      caller must not use such entries.
 
     Raises:
       NotImplementedError, TypeError, ValueError: as for `prefill`.
@@ -166,10 +166,10 @@ def pool(
 
 
 def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
-    """Sizes M, C, K and P."""
+    """The sizes M, C, K and P."""
     check_whole(op, "overlap", overlap)
     if overlap not in (1, 2):
-        raise ValueError(f"{op}: overlap is {overlap}; it takes 1 and 2.")
+        raise ValueError(f"{op}: overlap is {overlap}; it must be 1 or 2.")
     sizes = check_arrays(op, {"bias_MC": bias_MC})
     if not sizes["M"] or sizes["C"] % overlap:
         raise ValueError(f"{op}: bias_MC has shape {bias_MC.shape}, not (M, {overlap} * K).")
@@ -177,15 +177,16 @@ def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
 
 
 def _check_entries(op: str, tokens: Any, rest: Any, overlap: int, rounding: str) -> None:
-    """Entries are as many as the windows of a chunk, or one."""
+    """Check arguments of `prefill` (an entry per window of the chunk) or `decode` (one entry)."""
     if not isinstance(rounding, str) or rounding not in get_args(Rounding):
-        raise ValueError(f"{op}: rounding is {shown(rounding)}; it takes {get_args(Rounding)}.")
+        known = get_args(Rounding)
+        raise ValueError(f"{op}: rounding is {shown(rounding)}; it must be one of {known}.")
     bias_MC, scale_K, table = rest
     sizes = _check_windows(op, bias_MC, overlap)
     integers = ("start_B", "layer", "window_B")
     sizes = check_arrays(op, tokens, integers=integers, sizes=sizes | {"C": 2 * sizes["C"]})
     if not isinstance(table, tuple | list) or len(table) != 2:
-        raise TypeError(f"{op}: table is {shown(table)}; it takes cosine and sine.")
+        raise TypeError(f"{op}: table is {shown(table)}; it must be (cosine, sine).")
     sizes["n"] = -(-sizes.get("T", 1) // sizes["M"])
     ends = {"scale_K": scale_K, "table[0]_BnQ": table[0], "table[1]_BnQ": table[1]}
     sizes = check_arrays(op, ends, sizes=sizes)
@@ -203,7 +204,7 @@ def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
 
 
 def _backward(name: str, impl: Impl, static: Any, args: Any, grad: Any) -> Any:
-    """Of the reference, whatever ran forward."""
+    """Gradients of the reference, whichever form ran forward."""
     run = functools.partial(getattr(reference, name), **dict(static))
     grads = jax.vjp(run, *args)[1](grad)
     return (jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, grads),)

@@ -1,9 +1,9 @@
-"""Entries on NVIDIA GPUs from Hopper on: tokens are read once, where they lie, and entries written.
+"""Entries on NVIDIA GPUs from Hopper on: tokens are read once, in place, and entries written once.
 
 A block of threads has a warpgroup for every 128 channels of its windows' entries. Each pools its
-own (`gpu_pool`); norm, RoPE, Hadamard transform and rounding follow in registers (`gpu_finish`).
-XLA only writes the rotary table's values twice each, as long as channels: a thread cannot choose
-what it reads by its own number, in JAX 0.10 or 0.11.
+channels (`gpu_pool`); norm, RoPE, Hadamard transform and rounding follow in registers
+(`gpu_finish`). XLA only repeats the rotary table's values so that there is one per channel: in JAX
+0.10 and 0.11 a thread cannot index what it reads by its number.
 
 Axis letters: as in the package; W windows of a block, V channels of a warpgroup, D a token's kv and
 gate, H tokens of the first windows.
@@ -27,8 +27,8 @@ from pallas_kernels.implementations import Unsupported
 
 # A block has up to 1024 threads.
 _WARPGROUPS = 8
-# References, row of the batch, first entry, columns of a series (of kv, or of the gate) -> how a
-# piece is brought, where its tokens are, and whether the entry is wanted if it may not be.
+# References, row of the batch, first entry, columns of a series (of kv, or of the gate) -> function
+# that loads a piece, where its tokens are, whether the entry is wanted (None: always).
 _Source = Callable[..., tuple[Callable[..., None], gpu_pool.Place, Any]]
 
 
@@ -40,11 +40,11 @@ def pool(
     *,
     overlap: int,
 ) -> Float32[Array, "B n K"]:
-    """As the package says.
+    """See the package.
 
     Raises:
-      Unsupported: unless entries have a multiple of 128 channels, 1024 at most, in bfloat16 or
-        float32.
+      Unsupported: entries without a multiple of 128 channels or with over 1024, another dtype than
+        bfloat16 and float32.
     """
     _require(bias_MC, overlap, kv_BXC, gate_BXC)
     M, (B, X, _) = bias_MC.shape[0], kv_BXC.shape
@@ -81,10 +81,10 @@ def prefill(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B n K"]:
-    """As the package says. Only the first windows, which begin before the chunk, are copied.
+    """See the package. Only the first windows, which begin before the chunk, are copied.
 
     Raises:
-      Unsupported: as for `pool`; more than 128 turned channels; FP4 of other than 128 channels.
+      Unsupported: as for `pool`; over 128 rotated channels; FP4 with other than 128 channels.
     """
     _require(bias_MC, overlap, rows_BTC, before_BPC)
     finish = _finish(scale_K, table, eps, rounding, dtype)
@@ -119,7 +119,7 @@ def decode(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B 1 K"]:
-    """As the package says. Reads the whole ring of a row, which is little longer than its windows.
+    """See the package. Reads a row's entire ring, which is little longer than its windows.
 
     Raises:
       Unsupported: as for `prefill`.
@@ -135,7 +135,7 @@ def decode(
         del entry
         ring_ref, layer_ref, window_ref = refs
         window = window_ref[row]
-        # The last piece reaches back.
+        # The last piece begins early, to end with the ring.
         start = lambda piece: jnp.minimum(piece * N, R - N)
 
         def bring(piece: Any, tiles: Any, here: Any) -> None:
@@ -146,7 +146,7 @@ def decode(
                     plgpu.copy_gmem_to_smem(tokens, tile.at[series], here)
 
         def place(_: Any, series: int, piece: Any, i: Any) -> Any:
-            # A whole number of rings is added lest the remainder be negative.
+            # A multiple of R is added so that the remainder is not negative.
             begins = (window + series - overlap + 1) * M + -(-overlap * M // R) * R
             after = start(piece) + i - jax.lax.rem(begins, R)
             token = jnp.where(after < 0, after + R, after)
@@ -183,7 +183,7 @@ def _finish(scale_K: Any, table: Any, eps: float, rounding: str, dtype: Any) -> 
     channels, rotated = len(scale_K), 2 * table[0].shape[-1]
     if rotated > CHANNELS or (rounding == "fp4" and channels != CHANNELS):
         raise Unsupported(
-            f"The GPU kernel turns up to {CHANNELS} channels and rounds entries of {CHANNELS} to"
+            f"The GPU kernel rotates up to {CHANNELS} channels and rounds entries of {CHANNELS} to"
             f" FP4, not {rotated} of {channels} with rounding {rounding!r}."
         )
     return Finish(channels, rotated, eps, rounding, dtype)
@@ -192,7 +192,7 @@ def _finish(scale_K: Any, table: Any, eps: float, rounding: str, dtype: Any) -> 
 def _pieces(
     bias_MC: Any, overlap: int, entries: int, dtypes: tuple[Any, Any], *, each_window: bool
 ) -> Pieces:
-    """Of whole windows if they are short, of one window otherwise; by one copy, or one for each."""
+    """Pieces of several short windows or part of a long one, with one copy in all or per window."""
     M, C = bias_MC.shape
     most = gpu_pool.most_tokens(*dtypes, overlap)
     tokens = max(n for n in range(1, min(M, most) + 1) if M % n == 0)
@@ -202,7 +202,7 @@ def _pieces(
 
 
 def _chunk_source(pieces: Pieces, ratio: int, tokens: int) -> _Source:
-    """Windows of a chunk of so many tokens, the first of them from the head."""
+    """Windows of a chunk of `tokens` tokens; the first of them are read from the head."""
     overlap, N = pieces.overlap, pieces.tokens
     gate = overlap * pieces.warpgroups * CHANNELS
 
@@ -217,19 +217,19 @@ def _chunk_source(pieces: Pieces, ratio: int, tokens: int) -> _Source:
                     to = tile.at[series, pl.ds(window * N, N)]
                     plgpu.copy_gmem_to_smem(part, to, here)
 
-            def one(series: int, window: Any) -> None:
-                # Windows count from that of the chunk's first token, which the head ends with.
+            def load(series: int, window: Any) -> None:
+                # Windows are counted from that of the chunk's first token, the last in the head.
                 index = entry + window + series - overlap + 1
                 first = index * ratio + piece * N
                 in_head = first + (overlap - 1) * ratio
                 pl.when(index <= 0)(lambda: copy(head_ref, in_head, series, window))
                 if tokens > ratio:
-                    # What an incomplete window reads does not matter, but must be there.
+                    # An incomplete window may read any tokens, but within bounds.
                     in_rows = jnp.minimum(first - jax.lax.rem(start, ratio), tokens - N)
                     pl.when(index > 0)(lambda: copy(rows_ref, in_rows, series, window))
 
             for series in range(overlap):
-                pl.loop(0, pieces.windows)(functools.partial(one, series))
+                pl.loop(0, pieces.windows)(functools.partial(load, series))
 
         return bring, _in_order(jax.lax.div(start, ratio) + entry, overlap, N), None
 
@@ -237,7 +237,7 @@ def _chunk_source(pieces: Pieces, ratio: int, tokens: int) -> _Source:
 
 
 def _in_order(first: Any, overlap: int, tokens: int) -> gpu_pool.Place:
-    """Where a block's tokens are whose first window is `first`, copied window by window."""
+    """Places of the tokens of a block that begins with window `first`, copied window by window."""
 
     def place(window: Any, series: int, piece: Any, i: Any) -> Any:
         exists = first + window + series >= overlap - 1
@@ -247,7 +247,7 @@ def _in_order(first: Any, overlap: int, tokens: int) -> gpu_pool.Place:
 
 
 def _head(rows_BTC: Any, before_BPC: Any, start_B: Any, ratio: int) -> Float[Array, "B H D"]:
-    """Tokens of the windows up to that of the chunk's first token; beyond the chunk zero."""
+    """Tokens of the windows up to that of the chunk's first token; zeros beyond the chunk."""
     missing = max(0, ratio - rows_BTC.shape[1])
     soon_BMC = jnp.pad(rows_BTC[:, :ratio], ((0, 0), (0, missing), (0, 0)))
     tokens_BXC = jnp.concatenate([before_BPC, soon_BMC], axis=1)
@@ -260,12 +260,12 @@ class _Call:
     """One kernel.
 
     Attributes:
-      name: of the kernel.
-      source: of a block's tokens.
-      pieces: of them.
-      dtypes: of kv and gate.
+      name: name of the kernel.
+      source: where a block's tokens come from.
+      pieces: how they are cut.
+      dtypes: dtypes of kv and gate.
       entries: B and n.
-      finish: what follows; without, sums are written as they are.
+      finish: what follows pooling; if None, the sums are written.
     """
 
     name: str
@@ -281,7 +281,7 @@ class _Call:
         bias_MC: Float[Array, "M C"],
         norm: tuple[Array, ...] = (),
     ) -> Float[Array, "B n K"]:
-        """Entries, given the source's arrays, the bias, and the arrays of `finish`."""
+        """The entries, from the arrays of `source`, the bias and the arrays of `finish`."""
         (B, n), W, warpgroups = self.entries, self.pieces.windows, self.pieces.warpgroups
         dtype = self.finish.dtype if self.finish else jnp.float32
 
@@ -316,7 +316,7 @@ class _Call:
     def _make(
         self, sources: Any, bias_MC: Any, norm: Any, span: Any, entries_WV: Any, smem: Any
     ) -> None:
-        """One warpgroup's channels of a block's entries."""
+        """Compute one warpgroup's channels of a block's entries."""
         pieces, warpgroup = self.pieces, jax.lax.axis_index("warpgroup")
         channels = pieces.warpgroups * CHANNELS
 

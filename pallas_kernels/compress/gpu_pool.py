@@ -1,9 +1,9 @@
 """The softmax over windows' tokens inside a kernel: a thread keeps a channel in registers.
 
-Each warpgroup of a block brings its 128 channels of the tokens to shared memory (TMA), a piece of
-each window at a time and a few pieces ahead, under a running maximum.
+Each warpgroup of a block loads its 128 channels of the tokens into shared memory (TMA), a piece of
+each window at a time and a few pieces ahead, and keeps a running maximum.
 
-Axis letters: as in gpu.py; N tokens of a piece, of one window and series, D pieces under way.
+Axis letters: as in gpu.py; N tokens of a piece, of one window and series, D pieces in flight.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from jaxtyping import Array, Float32
 from pallas_kernels.compress import gpu_finish
 from pallas_kernels.compress.gpu_finish import CHANNELS
 
-# Bytes of a piece, per warpgroup: two blocks of four share a multiprocessor where pieces are whole
-# windows, and one has three pieces under way where they are not.
+# Bytes of a piece, per warpgroup: two blocks of four warpgroups fit on a multiprocessor if pieces
+# are whole windows; if not, one block has three pieces in flight.
 _PIECE_BYTES, _DEPTH = 16 * 2**10, 3
-# Tokens between two looks at the running maximum.
+# Tokens between updates of the running maximum.
 _STEP = 8
-# Of what no maximum is less: a piece may have no token that counts.
+# Finite start of the running maximum: a piece may have no tokens that count.
 _LEAST = float(np.finfo(np.float32).min)
 
-# A window's series and piece, token of the piece -> its row of the tile, its place in the window,
+# Window, series, piece, token of the piece -> its row in the tile, its position in the window,
 # whether it counts.
 Place = Callable[[Any, int, Any, Any], tuple[Any, Any, Any]]
 
@@ -42,10 +42,10 @@ class Pieces:
     Attributes:
       windows: W.
       tokens: N.
-      count: of pieces.
-      overlap: series.
-      warpgroups: of a block, each with 128 channels.
-      copies: that bring a piece.
+      count: number of pieces.
+      overlap: number of series.
+      warpgroups: warpgroups per block, each with 128 channels.
+      copies: copies per piece.
     """
 
     windows: int
@@ -67,7 +67,7 @@ class Pieces:
 
 
 def most_tokens(kv: Any, gate: Any, overlap: int) -> int:
-    """Of one series that a piece holds."""
+    """The most tokens of one series that fit into a piece."""
     return _PIECE_BYTES // (overlap * CHANNELS * (kv.itemsize + gate.itemsize))
 
 
@@ -82,12 +82,12 @@ def run(
     """Leave a warpgroup's pooled windows in its `line`.
 
     Args:
-      pieces: of what.
-      bring: starts copies of a piece to the two tiles it is given, with a barrier.
+      pieces: how the tokens are cut.
+      bring: (piece, the tiles of kv and gate, barrier) starts the copies of a piece.
       place: where tokens are.
-      biases: reference to the bias of each series, [M, V].
-      warpgroup: which.
-      smem: `Pieces.scratch` and `gpu_finish.scratch`.
+      biases: references to the bias of each series, [M, V].
+      warpgroup: index of the warpgroup.
+      smem: buffers of `Pieces.scratch` and `gpu_finish.scratch`.
     """
     depth, line = pieces.depth, smem["line"].at[warpgroup]
     tiles = lambda slot: tuple(smem[name].at[warpgroup, slot] for name in ("kv", "gate"))
@@ -95,14 +95,14 @@ def run(
     fetch = lambda piece, slot: bring(piece, tiles(slot), here(slot))
     for piece in range(depth):
         fetch(jnp.int32(piece), piece)
-    nothing = tuple(_per_thread(value) for value in (_LEAST, 0.0, 0.0))
+    initial = tuple(_per_thread(value) for value in (_LEAST, 0.0, 0.0))
 
     def add(window: Any, piece: Any, slot: Any, running: Any) -> Any:
         for series in range(pieces.overlap):
             kv_XV, gate_XV = (tile.at[series] for tile in tiles(slot))
             where = functools.partial(place, window, series, piece)
-            some = functools.partial(_add_tokens, kv_XV, gate_XV, biases[series], where, pieces)
-            running = jax.lax.fori_loop(0, pieces.tokens // _step(pieces), some, running)
+            add_some = functools.partial(_add_tokens, kv_XV, gate_XV, biases[series], where, pieces)
+            running = jax.lax.fori_loop(0, pieces.tokens // _step(pieces), add_some, running)
         return running
 
     def put(window: Any, running: Any) -> None:
@@ -110,10 +110,10 @@ def run(
 
     if pieces.count == 1:
         plgpu.barrier_wait(here(0))
-        pl.loop(0, pieces.windows)(lambda window: put(window, add(window, 0, 0, nothing)))
+        pl.loop(0, pieces.windows)(lambda window: put(window, add(window, 0, 0, initial)))
         return
 
-    def one(piece: Any, running: Any) -> Any:
+    def add_piece(piece: Any, running: Any) -> Any:
         slot = jax.lax.rem(piece, depth)
         plgpu.barrier_wait(here(slot))
         running = add(0, piece, slot, running)
@@ -125,11 +125,11 @@ def run(
 
         return running
 
-    put(0, jax.lax.fori_loop(0, pieces.count, one, nothing))
+    put(0, jax.lax.fori_loop(0, pieces.count, add_piece, initial))
 
 
 def _per_thread(value: float) -> Array:
-    """A constant in the layout of what is read, as a loop's carry needs it."""
+    """A constant in the layout of what is read, as a loop carry must be."""
     constant = jnp.full((CHANNELS,), value, jnp.float32)
     return plgpu.layout_cast(constant, plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
 
@@ -147,7 +147,7 @@ def _add_tokens(
     step: Any,
     running: tuple[Float32[Array, " V"], ...],
 ) -> tuple[Float32[Array, " V"], ...]:
-    """Take a few tokens into the running maximum, sum of weights and weighted sum."""
+    """Add a few tokens to the running maximum, sum of weights and weighted sum."""
     count = _step(pieces)
     largest, total, weighted = running
     tokens = [place(step * count + i) for i in range(count)]
@@ -158,8 +158,8 @@ def _add_tokens(
         for logit, (_, _, counts) in zip(logits, tokens, strict=True)
     ]
     new = functools.reduce(jnp.maximum, logits, largest)
-    kept = jnp.exp(largest - new)
-    total, weighted = total * kept, weighted * kept
+    rescale = jnp.exp(largest - new)
+    total, weighted = total * rescale, weighted * rescale
     for logit, (at, _, counts) in zip(logits, tokens, strict=True):
         weight = jnp.exp(logit - new)
         total += weight

@@ -1,4 +1,4 @@
-"""The chain in plain maths: pool, norm, turn, round.
+"""Compression in plain maths: pool, norm, rotate, round.
 
 Axis letters: as in the package.
 """
@@ -33,7 +33,7 @@ def pool(
     series = lambda x: jnp.concatenate([x[:, o : o + n, :, o] for o in range(overlap)], axis=2)
     gate_BnJK, kv_BnJK = series(gate_BWMOK), series(kv_BWMOK)
     if overlap > 1:
-        # Only window 0 has no predecessor; its missing half must not add to the softmax.
+        # Only window 0 has no predecessor: mask the missing half out of its softmax.
         window_Bn = first_B[:, None] + jnp.arange(n)[None]
         earlier_J = jnp.arange(gate_BnJK.shape[2]) < M
         missing = (window_Bn == 0)[..., None, None] & earlier_J[None, None, :, None]
@@ -55,7 +55,7 @@ def prefill(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B n K"]:
-    """Whole windows first: tokens beyond the chunk are zero."""
+    """Gather whole windows first; tokens beyond the chunk are zero."""
     rows_BXC = _windows(rows_BTC, before_BPC, start_B, bias_MC.shape[0], overlap)
     kv_BXC, gate_BXC = jnp.split(rows_BXC, 2, axis=-1)
     pooled_BnK = pool(kv_BXC, gate_BXC, bias_MC, start_B // bias_MC.shape[0], overlap=overlap)
@@ -75,7 +75,7 @@ def decode(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B 1 K"]:
-    """The tokens in order of their positions, then as for a chunk."""
+    """Gather the tokens in order of position, then proceed as for a chunk."""
     M, rows = bias_MC.shape[0], ring_LBRC.shape[2]
     wanted_B11 = (window_B >= 0)[:, None, None]
     window_B = jnp.maximum(window_B, 0)
@@ -92,19 +92,19 @@ def decode(
 def _windows(
     rows_BTC: Any, before_BPC: Any, start_B: Any, ratio: int, overlap: int
 ) -> Float[Array, "B X C2"]:
-    """The tokens of every window that the chunk may complete, and of the one before."""
+    """The tokens of all windows that the chunk may complete, and of the one before them."""
     batch, tokens, channels = rows_BTC.shape
     after_BMC = jnp.zeros((batch, ratio, channels), rows_BTC.dtype)
     rows_BXC = jnp.concatenate([before_BPC, rows_BTC, after_BMC], axis=1)
-    wanted = (-(-tokens // ratio) + overlap - 1) * ratio
-    cut = lambda rows_XC, start: jax.lax.dynamic_slice_in_dim(rows_XC, start, wanted)
+    size = (-(-tokens // ratio) + overlap - 1) * ratio
+    cut = lambda rows_XC, start: jax.lax.dynamic_slice_in_dim(rows_XC, start, size)
     return jax.vmap(cut)(rows_BXC, ratio - start_B % ratio)
 
 
 def _finish(
     x_BnK: Float[Array, "B n K"], scale_K: Any, table: Any, eps: float, rounding: str
 ) -> Float[Array, "B n K"]:
-    """Norm, RoPE and rounding, each in float32 and returned in x's dtype."""
+    """Norm, RoPE and rounding, each computed in float32 and returned in x's dtype."""
     x32_BnK = x_BnK.astype(jnp.float32)
     inverse_Bn1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BnK), axis=-1, keepdims=True) + eps)
     scale_11K = scale_K.astype(jnp.float32)[None, None]

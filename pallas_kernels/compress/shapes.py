@@ -20,7 +20,7 @@ class Shape:
 
     @property
     def ring(self) -> int:
-        """Rows that a cache keeps: the windows of an entry and eight to spare."""
+        """Rows of a cache's ring: the windows of an entry and eight spare ones."""
         return self.overlap * self.ratio + 8
 
 

@@ -1,4 +1,4 @@
-"""Pallas kernels for TPUs: one for a chunk's entries, one for those of a step.
+"""Pallas TPU kernels: one for the entries of a chunk, one for those of a decoding step.
 
 Axis letters: as in the package.
 """
@@ -12,7 +12,7 @@ from pallas_kernels.compress.tpu_finish import LANES
 from pallas_kernels.compress.tpu_pool import SUBLANES
 from pallas_kernels.implementations import Unsupported
 
-_TOKENS = 256  # of an entry, of which VMEM holds several times as many
+_TOKENS = 256  # most tokens per entry; VMEM holds several times as many
 
 
 def prefill(
@@ -26,7 +26,7 @@ def prefill(
     overlap: int,
     **settings: Any,
 ) -> Any:
-    """As the package says.
+    """See the package.
 
     Raises:
       Unsupported: another dtype, K or ratio.
@@ -48,7 +48,7 @@ def decode(
     overlap: int,
     **settings: Any,
 ) -> Any:
-    """As the package says.
+    """See the package.
 
     Raises:
       Unsupported: another dtype, K or ratio.
@@ -73,7 +73,7 @@ def _require(
     dim, ratio = len(scale_K), len(bias_MC)
     if tokens.dtype != jnp.float32 or dtype not in (jnp.bfloat16, jnp.float32):
         raise Unsupported(
-            f"{takes} tokens in float32 and makes entries in bfloat16 or float32, not"
+            f"{takes} tokens in float32 and writes entries in bfloat16 or float32, not"
             f" {tokens.dtype} and {jnp.dtype(dtype)}."
         )
     if dim % LANES or (rounding == "fp4" and dim != LANES):

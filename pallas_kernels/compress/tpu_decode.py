@@ -1,7 +1,7 @@
-"""The entries that a step completes on TPUs, out of the ring as the cache keeps it.
+"""The entries that a decoding step completes on TPUs, read from the cache's ring in place.
 
-Grid: rows of the batch. A row's whole ring comes to VMEM, little more than the windows; there it
-is laid out twice over, so that windows never wrap.
+Grid: rows of the batch. A row's entire ring, little more than the windows, is copied to VMEM; there
+it is repeated once, so that windows never wrap around.
 
 Axis letters: as in the package; V channels of a column (128), U = 2 * overlap columns at a time.
 """
@@ -32,11 +32,17 @@ def decode(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B 1 K"]:
-    """As the package says."""
+    """See the package."""
     _, batch, rows, channels = ring_LBRC.shape
     dim, window_B = len(scale_K), window_B.astype(jnp.int32)
-    per_row = lambda width: pl.BlockSpec((1, 1, width), lambda b, *_: (b, 0, 0))
-    whole = lambda array: pl.BlockSpec(array.shape, lambda *_: (0, 0))
+    per_row = lambda width: pl.BlockSpec((1, 1, width), lambda row, *_: (row, 0, 0))
+    # Always the same block: read once, then resident for all rows.
+    resident = lambda array: pl.BlockSpec(array.shape, lambda row, *_: (0, 0))
+
+    def ring(row: Any, layer_ref: Any, window_ref: Any, rows_read_ref: Any) -> Any:
+        # Not read for a row without an entry: the previous row's ring stays (`_rows_read`).
+        return layer_ref[0], rows_read_ref[row], 0, 0
+
     settings = {"eps": eps, "rounding": rounding, "dtype": dtype}
     return pl.pallas_call(
         functools.partial(_kernel, overlap, settings),
@@ -44,11 +50,9 @@ def decode(
             num_scalar_prefetch=3,
             grid=(batch,),
             in_specs=[
-                pl.BlockSpec(
-                    (1, 1, rows, channels), lambda b, layer, _, of: (layer[0], of[b], 0, 0)
-                ),
-                whole(bias_MC),
-                whole(scale_K[None]),
+                pl.BlockSpec((1, 1, rows, channels), ring),
+                resident(bias_MC),
+                resident(scale_K[None]),
                 *(per_row(part.shape[2]) for part in table),
             ],
             out_specs=per_row(dim),
@@ -72,7 +76,7 @@ def decode(
 
 
 def _rows_read(window_B: Int32[Array, " B"]) -> Int32[Array, " B"]:
-    """Whose ring is there: of a row that wants no entry, that of the one before."""
+    """The row whose ring is in VMEM: for a row without an entry, the last before it with one."""
     row_B = jnp.arange(len(window_B), dtype=jnp.int32)
     return jnp.maximum(jax.lax.cummax(jnp.where(window_B >= 0, row_B, -1)), 0)
 

@@ -1,4 +1,4 @@
-"""What is done to entries once they are pooled, inside a kernel: norm, RoPE, rounding.
+"""What follows pooling inside a kernel: norm, RoPE, rounding.
 
 Channels come in columns of 128, as many as the lanes of a vector register.
 
@@ -28,30 +28,30 @@ def finish(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "R K"]:
-    """Entries in `dtype`.
+    """Finish pooled entries; returns them in `dtype`.
 
     Args:
-      columns_RV: float32 sums.
-      scale_1K: the norm's weight.
-      cos_RV: of the last column, in its last `rotated` lanes, as `in_pairs` gives it.
-      sin_RV: the same.
-      rotated: channels, 2Q.
-      eps: the norm's.
+      columns_RV: pooled sums.
+      scale_1K: weight of the norm.
+      cos_RV: cosine for the last `rotated` lanes of the last column, as `in_pairs` returns it.
+      sin_RV: sine, likewise.
+      rotated: number of rotated channels, 2Q.
+      eps: eps of the norm.
       rounding: as in the package.
       dtype: as in the package.
     """
-    kept = lambda x: x.astype(dtype).astype(jnp.float32)
-    columns_RV = [kept(x_RV) for x_RV in columns_RV]
+    to_dtype = lambda x: x.astype(dtype).astype(jnp.float32)
+    columns_RV = [to_dtype(x_RV) for x_RV in columns_RV]
     squares_RV = functools.reduce(jnp.add, [x_RV * x_RV for x_RV in columns_RV])
     channels = LANES * len(columns_RV)
     mean_R1 = jnp.sum(squares_RV, axis=1, keepdims=True) / channels
     inverse_R1 = jax.lax.rsqrt(mean_R1 + eps)
     scale_1K = scale_1K.astype(jnp.float32)
     for i, x_RV in enumerate(columns_RV):
-        columns_RV[i] = kept(x_RV * inverse_R1 * scale_1K[:, i * LANES : (i + 1) * LANES])
-    columns_RV[-1] = kept(turn(columns_RV[-1], cos_RV, sin_RV, rotated))
+        columns_RV[i] = to_dtype(x_RV * inverse_R1 * scale_1K[:, i * LANES : (i + 1) * LANES])
+    columns_RV[-1] = to_dtype(turn(columns_RV[-1], cos_RV, sin_RV, rotated))
     if rounding == "fp4":
-        x_RV = kept(_hadamard(columns_RV[0], dtype))
+        x_RV = to_dtype(_hadamard(columns_RV[0], dtype))
         columns_RV = [formats.rounded(x_RV, _amax(x_RV, FP4_BLOCK), formats.E2M1)]
     elif rounding == "fp8":
         straight = channels - rotated
@@ -60,11 +60,11 @@ def finish(
 
 
 def in_pairs(part: Float[Array, "..."], dim: int) -> Float32[Array, "R V"]:
-    """A table's values twice each, in the last lanes: a matmul with ones, exact at full precision.
+    """Each value of a table twice, in the last lanes: a matmul with ones, exact at full precision.
 
     Args:
-      part: [R, Q] or [Q, R].
-      dim: which of them is Q.
+      part: cosine or sine, [R, Q] or [Q, R].
+      dim: index of the dim Q.
     """
     pairs = part.shape[dim]
     shape = (pairs, LANES)
@@ -85,7 +85,7 @@ def _lane(x: Any) -> Int32[Array, "R V"]:
 
 
 def _hadamard(x_RV: Float32[Array, "R V"], dtype: Any) -> Float32[Array, "R V"]:
-    """The transform's signs are those of the bits that row and column share; products are exact."""
+    """Signs are the parity of the bits that row and column share; products are exact."""
     shape = (LANES, LANES)
     shared_VV = jax.lax.broadcasted_iota(jnp.int32, shape, 0) & jax.lax.broadcasted_iota(
         jnp.int32, shape, 1

@@ -1,7 +1,7 @@
 """The softmax over a window's tokens inside a kernel, for a column of 128 channels.
 
-Short windows lie on the sublanes of registers: a load takes the token at one position of each, by
-stride. Of long ones, whose stride no load can take, a register holds eight tokens.
+Short windows are spread over the sublanes of a register: a strided load reads the token at one
+position of each. Long windows, whose stride no load supports, have eight tokens to a register.
 
 Axis letters: as in the package; V channels of a column (128), G windows of a group, N tokens at a
 time, Y a register's rows: G windows or 8 tokens.
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 SUBLANES = 8
-_TOKENS = 128  # of a window, at a time
+_TOKENS = 128  # tokens of a window at a time
 
-# Of a unit (kv of each series, then gate), from the row which is the first that the group's first
-# entry pools: so many rows after it, how many, and their stride.
+# (unit: kv of each series, then gate; first row, relative to the first that the group's first entry
+# pools; number of rows; their stride) -> rows.
 Read = Callable[[int, Any, int, int], Float32[Array, "Y V"]]
 
 
@@ -34,19 +34,19 @@ def pool(
     """A group's entries.
 
     Args:
-      read: tokens.
-      bias: of a series, from a position in the window on, so many.
+      read: reads tokens.
+      bias: (series, first position in the window, count) -> rows of the bias.
       ratio: M.
       overlap: windows per entry.
-      windows: G; 1 if M is a multiple of 8.
+      windows: G; pooled one by one if M is a multiple of 8.
       first: the group's first window, if it may be window 0, which has no predecessor.
     """
     if windows > 1 and ratio % SUBLANES == 0:
         shifted = lambda w: lambda u, at, *size: read(u, w * ratio + at, *size)
-        one = lambda w: pool(
+        pool_one = lambda w: pool(
             shifted(w), bias, ratio, overlap, 1, None if first is None else first + w
         )
-        return jnp.concatenate([one(w) for w in range(windows)])
+        return jnp.concatenate([pool_one(w) for w in range(windows)])
     return _together(read, bias, ratio, overlap, windows, first)
 
 
@@ -58,7 +58,7 @@ def _together(
     windows: int,
     first: Any,
 ) -> Float32[Array, "G V"]:
-    """Some tokens of each series at a time, under a running maximum."""
+    """Pool N tokens of each series at a time, with a running maximum."""
     rows = windows if ratio % SUBLANES else SUBLANES
     step = math.gcd(ratio, _TOKENS)
     missing = None
@@ -66,7 +66,7 @@ def _together(
         row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         missing = (first + (row if ratio % SUBLANES else 0 * row)) == 0
 
-    def some(turn: Any) -> tuple[list[Any], list[Any]]:
+    def tokens(turn: Any) -> tuple[list[Any], list[Any]]:
         """Logits and values of N tokens of each series."""
         logits, values = [], []
         for s in range(overlap):
@@ -88,13 +88,13 @@ def _together(
 
     def add(turn: Any, running: Any) -> Any:
         before, total_YV, sum_YV = running
-        logits, values = some(turn)
+        logits, values = tokens(turn)
         new = jnp.maximum(before, largest(logits))
-        kept = jnp.exp(before - new)
+        rescale = jnp.exp(before - new)
         more_YV, products_YV = _sums(logits, values, new)
-        return new, total_YV * kept + more_YV, sum_YV * kept + products_YV
+        return new, total_YV * rescale + more_YV, sum_YV * rescale + products_YV
 
-    logits, values = some(0)
+    logits, values = tokens(0)
     most = largest(logits)
     running = most, *_sums(logits, values, most)
     _, total_YV, sum_YV = jax.lax.fori_loop(1, ratio // step, add, running)
@@ -111,7 +111,7 @@ def _sums(logits: list[Any], values: list[Any], largest: Any) -> tuple[Any, Any]
 
 
 def _tree(combine: Callable[[Any, Any], Any], parts: list[Any]) -> Any:
-    """All parts combined pairwise, so that few wait for others."""
+    """Combine all parts pairwise, which keeps chains of dependent operations short."""
     while len(parts) > 1:
         pairs = [combine(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[len(pairs) * 2 :]

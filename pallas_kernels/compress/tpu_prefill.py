@@ -1,4 +1,4 @@
-"""A chunk's entries on TPUs: the tokens are read once, and nothing is written but the entries.
+"""The entries of a chunk on TPUs: tokens are read once, and only entries are written.
 
 Grid: rows of the batch, blocks of windows, columns of 128 channels. The last column of a block
 finishes its entries.
@@ -23,14 +23,14 @@ from pallas_kernels.compress.tpu_pool import SUBLANES, pool
 
 _BLOCK_BYTES = 2**21  # of tokens, read in each step of the grid
 _VMEM = 32 * 2**20
-_UNIT = 16  # windows of a block are a multiple of
+_UNIT = 16  # a block's windows are a multiple of this
 _GROUP = 32  # short windows at a time: four registers, which hide each other's latency
-_FINISHED = 64  # entries at a time
+_FINISHED = 64  # entries finished at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes: M, windows per entry, columns of K, windows of a block, and of a group."""
+    """Sizes: M, windows per entry, columns of K, windows per block, windows per group."""
 
     ratio: int
     overlap: int
@@ -61,12 +61,12 @@ def prefill(
     rounding: str,
     dtype: Any,
 ) -> Float[Array, "B n K"]:
-    """As the package says."""
+    """See the package."""
     (batch, tokens, _), ratio, dim = rows_BTC.shape, len(bias_MC), len(scale_K)
     entries, rotated = pl.cdiv(tokens, ratio), 2 * table[0].shape[2]
     tiling = _tiling(ratio, overlap, dim, entries)
     table, table_specs = _along_lanes(table, tiling)
-    room = lambda columns: pltpu.VMEM((columns, tiling.windows, LANES), jnp.float32)
+    per_window = lambda columns: pltpu.VMEM((columns, tiling.windows, LANES), jnp.float32)
     head = pltpu.VMEM((tiling.units, tiling.before + tiling.group * ratio, LANES), jnp.float32)
     settings = {"rotated": rotated, "eps": eps, "rounding": rounding, "dtype": dtype}
     return pl.pallas_call(
@@ -76,12 +76,12 @@ def prefill(
             grid=(batch, pl.cdiv(entries, tiling.windows), tiling.columns),
             in_specs=[
                 *_token_specs(tiling, rows_BTC.shape[2]),
-                pl.BlockSpec(bias_MC.shape, lambda *_: (0, 0)),
-                pl.BlockSpec((1, dim), lambda *_: (0, 0)),
+                pl.BlockSpec(bias_MC.shape, _resident),
+                pl.BlockSpec((1, dim), _resident),
                 *table_specs,
             ],
             out_specs=_per_block(tiling, dim),
-            scratch_shapes=[head, room(tiling.columns), room(2)],
+            scratch_shapes=[head, per_window(tiling.columns), per_window(2)],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, entries, dim), dtype),
         compiler_params=pltpu.CompilerParams(
@@ -99,47 +99,68 @@ def prefill(
 
 
 def _tiling(ratio: int, overlap: int, dim: int, entries: int) -> _Tiling:
-    of_window = 2 * overlap * ratio * LANES * 4
-    most = max(_UNIT, _BLOCK_BYTES // of_window // _UNIT * _UNIT)
+    window_bytes = 2 * overlap * ratio * LANES * 4
+    most = max(_UNIT, _BLOCK_BYTES // window_bytes // _UNIT * _UNIT)
     windows = min(most, pl.cdiv(entries, SUBLANES) * SUBLANES)
     group = math.gcd(windows, _GROUP) if ratio % SUBLANES else 2
     return _Tiling(ratio, overlap, dim // LANES, windows, group)
 
 
+# Index maps: (row of the batch, block of windows, column of channels, prefetched starts) -> block.
+def _resident(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+    """Always the same block: read once."""
+    return 0, 0
+
+
 def _token_specs(tiling: _Tiling, channels: int) -> list[pl.BlockSpec]:
     """A column of each unit, the tokens before the block, and those before the chunk."""
 
-    def column(u: int, b: Any, j: Any, c: Any, _: Any) -> Any:
-        return b, j, u * tiling.columns + c
+    def column_of_unit(u: int, row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+        return row, block, u * tiling.columns + column
 
-    def earlier(b: Any, j: Any, c: Any, start: Any) -> Any:
-        # What is not used is not read: the block that is there already stays.
-        used = (tiling.overlap > 1) | (start[b] % tiling.ratio != 0)
-        return b, jnp.where(used, jnp.maximum(j * (tiling.windows // tiling.overlap) - 1, 0), 0), 0
+    def before_block(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+        # Clamped: block 0 uses `before_chunk` instead. Where windows begin with their block, none
+        # is used: the index stays at 0, so that nothing more is read.
+        used = (tiling.overlap > 1) | (start_ref[row] % tiling.ratio != 0)
+        index = jnp.maximum(block * (tiling.windows // tiling.overlap) - 1, 0)
+        return row, jnp.where(used, index, 0), 0
+
+    def before_chunk(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+        return row, 0, 0
 
     column_shape = (1, tiling.windows * tiling.ratio, LANES)
-    units = [functools.partial(column, u) for u in range(tiling.units)]
+    units = [functools.partial(column_of_unit, u) for u in range(tiling.units)]
     before_shape = (1, tiling.before, channels)
     return [
         *(pl.BlockSpec(column_shape, unit) for unit in units),
-        pl.BlockSpec(before_shape, earlier),
-        pl.BlockSpec(before_shape, lambda b, *_: (b, 0, 0)),
+        pl.BlockSpec(before_shape, before_block),
+        pl.BlockSpec(before_shape, before_chunk),
     ]
 
 
 def _along_lanes(table: Any, tiling: _Tiling) -> tuple[Any, list[pl.BlockSpec]]:
-    """The table with entries side by side, where a block has as many as there are lanes.
+    """The table with entries along lanes, if a block's entries fill whole lanes.
 
-    XLA keeps arrays of few channels that way round; the other takes four times the room.
+    XLA lays out arrays of few channels that way; the other way takes four times the memory.
     """
     if tiling.windows % LANES:
         return table, [_per_block(tiling, part.shape[2]) for part in table]
-    spec = lambda part: pl.BlockSpec((1, part.shape[2], tiling.windows), lambda b, j, *_: (b, 0, j))
+
+    def entries_along_lanes(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+        return row, 0, block
+
+    shape = lambda part: (1, part.shape[2], tiling.windows)
+    spec = lambda part: pl.BlockSpec(shape(part), entries_along_lanes)
     return [jnp.swapaxes(part, 1, 2) for part in table], [spec(part) for part in table]
 
 
 def _per_block(tiling: _Tiling, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, tiling.windows, width), lambda b, j, *_: (b, j, 0))
+    """A block's windows; the same for all columns, the last of which writes the entries."""
+
+    def windows(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
+        return row, block, 0
+
+    return pl.BlockSpec((1, tiling.windows, width), windows)
 
 
 def _kernel(tiling: _Tiling, settings: dict[str, Any], start_ref: Any, *refs: Any) -> None:
@@ -148,13 +169,13 @@ def _kernel(tiling: _Tiling, settings: dict[str, Any], start_ref: Any, *refs: An
     head_ref, pooled_ref, pairs_ref = refs[-3:]
     b, j, c = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     ratio, G = tiling.ratio, tiling.group
-    past = start_ref[b] % ratio  # tokens of the first window that came before the chunk
+    past = start_ref[b] % ratio  # tokens of the first window that precede the chunk
     lanes = lambda u: pl.ds(pl.multiple_of((u * tiling.columns + c) * LANES, LANES), LANES)
     bias = lambda s, at, rows: bias_ref[pl.ds(at, rows), lanes(s)]
-    one = functools.partial(pool, bias=bias, ratio=ratio, overlap=tiling.overlap, windows=G)
+    pool_group = functools.partial(pool, bias=bias, ratio=ratio, overlap=tiling.overlap, windows=G)
 
     def first_group() -> None:
-        """With the tokens that come before the block."""
+        """Pool the first group, with the tokens before the block."""
         for u, unit_ref in enumerate(unit_refs):
             for here, ref in ((j == 0, before_ref), (j > 0, earlier_ref)):
 
@@ -164,12 +185,13 @@ def _kernel(tiling: _Tiling, settings: dict[str, Any], start_ref: Any, *refs: An
 
             head_ref[u, tiling.before :] = unit_ref[0, : G * ratio]
         read = lambda u, at, *size: head_ref.at[u][_rows(ratio - past + at, *size)]
-        pooled_ref[c, :G] = one(read, first=jax.lax.div(start_ref[b], ratio) + j * tiling.windows)
+        first = jax.lax.div(start_ref[b], ratio) + j * tiling.windows
+        pooled_ref[c, :G] = pool_group(read, first=first)
 
     def group(g: Any, _: Any) -> None:
         base = g * G * ratio - (tiling.overlap - 1) * ratio - past
         read = lambda u, at, *size: unit_refs[u].at[0][_rows(base + at, *size)]
-        pooled_ref[c, pl.ds(g * G, G)] = one(read)
+        pooled_ref[c, pl.ds(g * G, G)] = pool_group(read)
 
     in_block = (past == 0) & (tiling.overlap == 1)
     pl.when(~in_block)(first_group)
@@ -197,10 +219,10 @@ def _finish_block(
         pairs_ref[i] = in_pairs(table_ref[0], 1 if tiling.windows % LANES else 0)
     rows = math.gcd(tiling.windows, _FINISHED)
 
-    def some(i: Any, _: Any) -> None:
+    def finish_rows(i: Any, _: Any) -> None:
         at = pl.ds(i * rows, rows)
         columns = [pooled_ref[column, at] for column in range(tiling.columns)]
         pairs = pairs_ref[0, at], pairs_ref[1, at]
         out_ref[0, at] = finish(columns, scale_ref[...], *pairs, **settings)
 
-    jax.lax.fori_loop(0, tiling.windows // rows, some, None)
+    jax.lax.fori_loop(0, tiling.windows // rows, finish_rows, None)

@@ -1,8 +1,8 @@
-"""The routed experts: each token through its chosen experts' clamped SwiGLU.
+"""The routed experts: each token goes through the clamped SwiGLU of its chosen experts.
 
-Tokens and routing weights get gradients in every form, and so do experts' matrices that are arrays
-and the factors of `LoraWeight`; quantised matrices are constants. Gradients are computed from
-anew computed hidden activations.
+In every form, gradients flow to tokens, routing weights, experts' matrices that are arrays and the
+factors of `LoraWeight`; quantised matrices are constants. The backward pass recomputes the hidden
+activations.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden.
 """
@@ -44,28 +44,28 @@ def expert_mlp(
 
     Args:
       x_TD: tokens.
-      expert_TA: ids of each token's experts. Ids that are not 0 .. E - 1 contribute nothing; a
-        repeated id counts as often as it stands there.
-      weight_TA: routing weights; where an id contributes nothing, any.
-      w1_LEFD: gate matrices of all experts of a stack of layers, an array in x's dtype, quantised,
-        or either with a low-rank update; only the chosen experts of `layer` are read. Or a
-        `LayerWeight`, whose gradient is the layer's alone; then all three are.
+      expert_TA: ids of each token's experts. Ids outside 0 .. E - 1 contribute nothing; a repeated
+        id counts each time.
+      weight_TA: routing weights; arbitrary where an id contributes nothing.
+      w1_LEFD: gate matrices of all experts of a stack of layers: an array in x's dtype, quantised,
+        or either with a low-rank update. Only the chosen experts of `layer` are read. Can be a
+        `LayerWeight`, whose gradient covers that layer only; w3 and w2 must then be one too.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
-      layer: which layer of the stack, 0 to L - 1.
-      limit: gate is at most this, up between its negative and it.
-      weight_first: the routing weight multiplies the hidden activation (DeepSeek's runtime),
-        not the expert's output (transformers).
-      impl: 'reference' puts every token through every expert. 'auto' takes the best form for the
+      layer: index of the layer in the stack, 0 to L - 1.
+      limit: upper bound of gate; up is clipped to [-limit, limit].
+      weight_first: whether the routing weight multiplies the hidden activation (DeepSeek's runtime)
+        or the expert's output (transformers).
+      impl: 'reference' runs every token through every expert. 'auto' picks the best form for the
         compile target.
 
     Returns:
-      float32, or wider if x is.
+      float32, or x's dtype if wider.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: a dtype that is not the contract's.
-      ValueError: shapes that do not fit together.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: a dtype that the contract does not allow.
+      ValueError: shapes that do not match.
     """
     inputs = Inputs(
         x_TD=x_TD,
@@ -96,7 +96,7 @@ def _check(inputs: Inputs) -> None:
         if isinstance(w, LayerWeight):
             check_expert(op, f"own {name}", w.own, sizes | {"L": 1})
     if len({isinstance(w, LayerWeight) for w in inputs.weights}) > 1:
-        raise ValueError(f"{op}: w1, w3 and w2 are LayerWeight all three or none.")
+        raise ValueError(f"{op}: w1, w3 and w2 must be LayerWeight, all three or none.")
 
 
 def _reference(inputs: Inputs, **static: Any) -> Any:
@@ -109,7 +109,7 @@ def _reference(inputs: Inputs, **static: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """For the backward: the inputs, and which of the three weights get a gradient."""
+    """Residuals of the backward pass: the inputs, and which of the three weights get a gradient."""
 
     inputs: Inputs
     learn: tuple[bool, bool, bool] = dataclasses.field(metadata={"static": True})
@@ -134,7 +134,7 @@ def _backward(settings: Any, saved: _Saved, grad_TD: Any) -> Any:
     limit, _, impl = settings
     if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
         return (None,)
-    # Where the routing weight is multiplied in changes no gradient.
+    # No gradient depends on where the routing weight is multiplied in.
     static = {"limit": limit, "learn": saved.learn}
     weights, layer = saved.inputs.weights, saved.inputs.layer
     inputs = saved.inputs.with_weights(*map(stacks.read, weights))
@@ -142,8 +142,8 @@ def _backward(settings: Any, saved: _Saved, grad_TD: Any) -> Any:
         "grouped_matmul", "expert_mlp_backward", impl, _FORMS, grad_TD, inputs, **static
     )
     gate, up, down = (stacks.cotangent(w, layer, g) for w, g in zip(weights, grads, strict=True))
-    integer: Any = None  # what integers have for a cotangent
-    return (Inputs(x_grad, integer, weight_grad, gate, up, down, integer),)
+    of_integers: Any = None
+    return (Inputs(x_grad, of_integers, weight_grad, gate, up, down, of_integers),)
 
 
 _expert_mlp.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,8 +1,8 @@
 """Products of tiles of sorted rows with their experts' matrices, two at a time.
 
-Of a block's four warpgroups two bring tiles to shared memory, one for each product, and two
-multiply, each half of the rows or, where a tile has only 64, of the columns. Only the rows of the
-step are written: in pieces of 2^i rows, as TMA copies have fixed sizes.
+Two of a block's four warpgroups load tiles into shared memory, one for each product; the other two
+multiply, each half of the rows or, if a tile has only 64, half of the columns. Only the step's rows
+are written, in pieces of 2^i rows, as TMA copies have fixed sizes.
 
 Axis letters: as in gpu.py; K input channels, N output channels.
 """
@@ -23,18 +23,18 @@ from pallas_kernels.mosaic_gpu import TILED, load
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS
-TILING = 8  # rows of whose multiples tiles begin
+TILING = 8  # tiles begin at multiples of this many rows
 _UNIT = 64  # rows that a warpgroup multiplies at once
 _SLOTS = 3
 _LAYOUT = plgpu.Layout.WGMMA
 _PREFIX = ("first_", "second_")
 
-# Two sums in registers, numbers of the rows -> what to write, and for which columns of the block.
+# Two sums in registers, a number per row -> what to write, one array per offset of the columns.
 _Finish = Callable[[Array, Array, Array | None], list[Array]]
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """64, or 128 if experts have that many."""
+    """Rows per tile: 64, or 128 if experts have that many."""
     return 64 if rows < 96 * experts else 128
 
 
@@ -48,7 +48,7 @@ def hidden(
     *,
     limit: float,
 ) -> Float[Array, "P F"]:
-    """Gate and up, clamped SwiGLU, times the rows' weights if there are any."""
+    """Gate and up, clamped SwiGLU, times the rows' weights if given."""
 
     def finish(gate: Array, up: Array, weight: Array | None) -> list[Array]:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -64,7 +64,7 @@ def hidden(
 def out(
     steps: Any, hidden_PF: Float[Array, "P F"], w2_LEDF: lora.Weight, layer: Int[Array, ""]
 ) -> Float[Array, "P D"]:
-    """Down: the two products of a block are neighbouring columns."""
+    """Down; the two products of a block are adjacent columns."""
     _, _, D, F = w2_LEDF.shape
     finish = lambda left, right, _: [left, right]
     form, offsets = Format(type(w2_LEDF), COLUMNS), (0, COLUMNS)
@@ -78,13 +78,13 @@ class _Call:
     """One kernel.
 
     Attributes:
-      rows: of a tile.
+      rows: rows per tile.
       channels: K.
       outputs: N.
-      form: of the matrices.
-      offsets: of each product's columns from the block's.
-      columns: of a block.
-      finish: makes results of sums.
+      form: format of the matrices.
+      offsets: offset of each product's columns from the block's first.
+      columns: columns per block.
+      finish: turns sums into results.
     """
 
     rows: int
@@ -104,24 +104,24 @@ class _Call:
         number_P: Float[Array, " P"] | None,
         name: str,
     ) -> Float[Array, "P N"]:
-        of_steps = (steps.expert_S, steps.row_S, steps.count_S)
-        arrays = (x_PK, weights, layer.astype(jnp.int32)[None], number_P, of_steps)
+        plan = (steps.expert_S, steps.row_S, steps.count_S)
+        arrays = (x_PK, weights, layer.astype(jnp.int32)[None], number_P, plan)
         leaves, tree = jax.tree.flatten(arrays)
 
         def body(*refs: Any, **smem: Any) -> None:
-            found = jax.tree.unflatten(tree, refs[: len(leaves)])
+            inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
             step = jax.lax.axis_index("step")
-            expert_S, row_S, count_S = found[4]
+            expert_S, row_S, count_S = inputs[4]
             count = count_S[step]
 
             @pl.when(count > 0)
             def _() -> None:
-                self._step(found, refs[len(leaves)], expert_S[step], row_S[step], count, smem)
+                self._step(inputs, refs[len(leaves)], expert_S[step], row_S[step], count, smem)
 
         return plgpu.kernel(
             body,
             out_type=jax.ShapeDtypeStruct((x_PK.shape[0], self.outputs), x_PK.dtype),
-            # The columns of a tile of rows next to each other: they read the same rows.
+            # Columns are innermost: blocks that run together read the same rows.
             grid=(len(steps.expert_S), self.outputs // self.columns),
             grid_names=("step", "columns"),
             num_threads=4,
@@ -137,7 +137,7 @@ class _Call:
 
     @property
     def _results(self) -> tuple[int, int]:
-        """Of one warpgroup and product: rows and columns."""
+        """Rows and columns of one warpgroup's part of a product."""
         return _UNIT, COLUMNS * self.rows // (2 * _UNIT)
 
     def _scratch(self) -> dict[str, Any]:
@@ -173,12 +173,12 @@ class _Call:
             self._multiply(warpgroup, out, first, row, count, number, smem)
 
     def _bring(self, arrays: Any, at: Any, rows: Any, prefix: str, smem: Any) -> None:
-        """Tiles of one matrix, and of the rows if they are given, to the slots of shared memory."""
-        own = {key[len(prefix) :]: ref for key, ref in smem.items() if key.startswith(prefix)}
+        """Load tiles of one matrix, and of the rows if given, into the slots of shared memory."""
+        buffers = {key[len(prefix) :]: ref for key, ref in smem.items() if key.startswith(prefix)}
         form = self.form
         if form.quantised:
             for k in range(min(STAGES - 1, self._steps)):
-                form.stage(arrays, at(jnp.int32(k)), jnp.int32(k), own)
+                form.stage(arrays, at(jnp.int32(k)), jnp.int32(k), buffers)
 
         @pl.loop(0, self._steps)
         def _(k: Array) -> None:
@@ -189,14 +189,14 @@ class _Call:
                 tile = rows.at[:, pl.ds(k * CHANNELS, CHANNELS)]
                 plgpu.copy_gmem_to_smem(tile, smem["x"].at[slot], here)
             if not form.quantised:
-                form.fetch(arrays, at(k), own["tile"].at[slot], here)
+                form.fetch(arrays, at(k), buffers["tile"].at[slot], here)
                 return
             ahead, stage = k + STAGES - 1, jax.lax.rem(k, STAGES)
-            start = lambda: form.stage(arrays, at(ahead), jax.lax.rem(ahead, STAGES), own)
+            start = lambda: form.stage(arrays, at(ahead), jax.lax.rem(ahead, STAGES), buffers)
             pl.when(ahead < self._steps)(start)
-            plgpu.barrier_wait(own["staged"].at[stage])
-            form.dequantise(arrays, at(k), stage, own["tile"].at[slot], own)
-            # Also keeps the next copies from codes that are still being read.
+            plgpu.barrier_wait(buffers["staged"].at[stage])
+            form.dequantise(arrays, at(k), stage, buffers["tile"].at[slot], buffers)
+            # Also keeps the next copies from overwriting codes that are still being read.
             plgpu.commit_smem()
             plgpu.barrier_arrive(here)
 
@@ -210,7 +210,7 @@ class _Call:
         number_ref: Any,
         smem: Any,
     ) -> None:
-        """Both products, and the results of the step's rows to device memory."""
+        """Compute both products and write the step's rows of the results to device memory."""
         height, width = self._results
         by_rows = width == COLUMNS
         top = warpgroup * _UNIT if by_rows else 0
@@ -225,7 +225,7 @@ class _Call:
                 for prefix, total in zip(_PREFIX, sums, strict=True):
                     tile = smem[prefix + "tile"].at[slot]
                     plgpu.wgmma(total, x, self.form.operand(tile, pl.ds(left, width)))
-                # The products before these two are done.
+                # The products before these two are done: their slot is free.
                 plgpu.wgmma_wait(2)
                 before = jax.lax.rem(k + _SLOTS - 1, _SLOTS)
                 pl.when((k > 0) & (k - 1 + _SLOTS < self._steps))(
@@ -253,10 +253,10 @@ class _Call:
 
 
 def _write(result: Array, tiled: Any, plain: Any, out: Any, start: Array, span: Any) -> None:
-    """The rows of a piece from one to another to `out`, where the piece's first is row `start`.
+    """Write rows span[0] to span[1] of a piece to `out`, where the piece's first is row `start`.
 
-    A product's registers fit tiles without bank conflicts, and any number of rows can be copied
-    from plain shared memory only: so results go through both.
+    The registers of a product write tiles without bank conflicts, but only untiled shared memory
+    allows copies of any number of rows: results go through both.
     """
     tiled[...] = result
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -267,7 +267,7 @@ def _write(result: Array, tiled: Any, plain: Any, out: Any, start: Array, span: 
     first, last = span
     count, size = last - first, _UNIT
     while size:
-        # The larger pieces come first.
+        # Larger pieces come first.
         done = first + (count & ~(2 * size - 1))
 
         def copy(done: Array = done, size: int = size) -> None:

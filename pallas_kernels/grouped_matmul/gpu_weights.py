@@ -1,8 +1,8 @@
 """Tiles of experts' matrices, from device memory to bfloat16 in shared memory.
 
-Arrays come by TMA where tensor cores read them. Codes come to a staging buffer, from where a
-warpgroup turns them into bfloat16: with one number for a tile of E4M3, which lies in one block, and
-with a row of scales for every 32 channels of E2M1.
+TMA copies arrays straight to where tensor cores read them, and codes to a staging buffer, from
+which a warpgroup converts them to bfloat16: with one scale per tile of E4M3, which is always within
+one block, and with a row of scales per 32 channels of E2M1.
 
 Axis letters: N output channels, K input channels (64 of a tile), S slots.
 """
@@ -27,10 +27,10 @@ STAGES = 3
 
 
 def check(w: lora.Weight) -> None:
-    """Refuse weights that tiles cannot be made of.
+    """Reject weights that kernels cannot read.
 
     Raises:
-      Unsupported: a low-rank update, arrays not in bfloat16.
+      Unsupported: a low-rank update, or arrays not in bfloat16.
     """
     if isinstance(w, lora.LoraWeight):
         raise Unsupported("The GPU form takes no low-rank updates.")
@@ -39,7 +39,7 @@ def check(w: lora.Weight) -> None:
 
 
 def arrays_of(w: Any) -> tuple[Array, ...]:
-    """What a kernel reads: an array, or codes and scales; exponents as bytes."""
+    """The arrays a kernel reads: the array, or codes and scales; E8M0 scales as bytes."""
     if not isinstance(w, Fp8Weight | Fp4Weight):
         return (w,)
     if w.scale.dtype == jnp.float8_e8m0fnu:
@@ -49,11 +49,11 @@ def arrays_of(w: Any) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How tiles of a kind of weight are made.
+    """How to load tiles of one kind of weight.
 
     Attributes:
-      kind: the class of the weight.
-      columns: output channels of a tile.
+      kind: class of the weight.
+      columns: output channels per tile.
     """
 
     kind: type
@@ -69,19 +69,19 @@ class Format:
         return 2 if self.kind is Fp4Weight else 1
 
     def scratch(self, slots: int, prefix: str) -> dict[str, Any]:
-        """Shared memory for tiles, and for codes on their way."""
+        """Shared memory for tiles, and for codes in flight."""
         codes = lambda rows, dtype: plgpu.SMEM((STAGES, rows, self.columns), dtype)
         tile = (CHANNELS, self.columns) if self.quantised else (self.columns, CHANNELS)
         matrix = plgpu.SMEM((slots, *tile), jnp.bfloat16, transforms=TILED)
-        found: dict[str, Any] = {"tile": matrix}
+        buffers: dict[str, Any] = {"tile": matrix}
         if self.quantised:
-            found["staged"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=STAGES)
+            buffers["staged"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=STAGES)
         if self.kind is Fp8Weight:
-            found["codes"] = codes(CHANNELS, jnp.float8_e4m3fn)
+            buffers["codes"] = codes(CHANNELS, jnp.float8_e4m3fn)
         if self.kind is Fp4Weight:
-            found["codes"] = codes(CHANNELS // 2, jnp.uint8)
-            found["scale"] = codes(CHANNELS // FP4_BLOCK, jnp.uint8)
-        return {prefix + name: ref for name, ref in found.items()}
+            buffers["codes"] = codes(CHANNELS // 2, jnp.uint8)
+            buffers["scale"] = codes(CHANNELS // FP4_BLOCK, jnp.uint8)
+        return {prefix + name: ref for name, ref in buffers.items()}
 
     def operand(self, tile: Any, columns: Any) -> Any:
         """The right operand of a product: [K, N]."""
@@ -90,13 +90,13 @@ class Format:
         return tile.at[columns, :].transpose((1, 0))
 
     def fetch(self, arrays: Any, at: Any, tile: Any, here: Any) -> None:
-        """Start the copy of an array's tile to shared memory; `at`: layer, expert, k, n."""
+        """Start copying an array's tile to shared memory; `at`: layer, expert, k, n."""
         layer, expert, k, n = at
         there = arrays[0].at[layer, expert, pl.ds(n, self.columns), pl.ds(k, CHANNELS)]
         plgpu.copy_gmem_to_smem(there, tile, here)
 
     def stage(self, arrays: Any, at: Any, slot: Array, smem: Any) -> None:
-        """Start copies of a tile's codes (and scales, if there are many)."""
+        """Start copying a tile's codes (and scales, in FP4) to the staging buffer."""
         layer, expert, k, n = at
         columns, here = pl.ds(n, self.columns), smem["staged"].at[slot]
         rows = CHANNELS // 2 if self.kind is Fp4Weight else CHANNELS
@@ -110,7 +110,7 @@ class Format:
             plgpu.copy_gmem_to_smem(scale, smem["scale"].at[slot], here)
 
     def dequantise(self, arrays: Any, at: Any, slot: Array, tile: Any, smem: Any) -> None:
-        """Make a tile of the codes staged in a slot."""
+        """Convert the codes staged in a slot to a tile."""
         if self.kind is Fp4Weight:
             gpu_codes.write_fp4(smem["codes"].at[slot], smem["scale"].at[slot], tile)
             return

@@ -1,4 +1,4 @@
-"""The arrays of the operation, which its forms read by name; the door says what they are.
+"""The operation's arrays, which forms read by name; the package documents them.
 
 Axis letters: as in the package.
 """
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Inputs(NamedTuple):
-    """Those of `expert_mlp`; weights are arrays, quantised, or either with a low-rank update."""
+    """Arrays of `expert_mlp`; weights are arrays, quantised, or either with a low-rank update."""
 
     x_TD: Float[Array, "T D"]
     expert_TA: Int[Array, "T A"]
@@ -25,5 +25,5 @@ class Inputs(NamedTuple):
         return self.w1_LEFD, self.w3_LEFD, self.w2_LEDF
 
     def with_weights(self, gate: Any, up: Any, down: Any) -> "Inputs":
-        """The same with others."""
+        """The same inputs with other weights."""
         return self._replace(w1_LEFD=gate, w3_LEFD=up, w2_LEDF=down)

@@ -20,7 +20,7 @@ from pallas_kernels.quantize.leaves import check_weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraWeight:
-    """A matrix W + scale * (b a), of which the base gets no gradient.
+    """A matrix W + scale * (b a), whose base W gets no gradient.
 
     Attributes:
       base: [..., N, K], an array or quantised.
@@ -36,7 +36,7 @@ class LoraWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The matrix's: [..., N, K]."""
+        """Shape of the matrix: [..., N, K]."""
         return self.base.shape
 
 
@@ -44,14 +44,14 @@ Weight = Float[Array, "..."] | Fp8Weight | Fp4Weight | LoraWeight
 
 
 def check_expert(op: str, name: str, w: Any, sizes: dict[str, int]) -> dict[str, int]:
-    """Refuse a stack that is not what its name says, or whose parts do not fit together.
+    """Reject a stack that contradicts its name, or whose parts do not match.
 
     Returns:
-      The sizes of the letters, those given and those of the name.
+      The sizes of the letters: those passed in and those of the name.
 
     Raises:
-      TypeError: a dtype.
-      ValueError: a shape.
+      TypeError: wrong dtype.
+      ValueError: wrong shape.
     """
     base = w.base if isinstance(w, LoraWeight) else w
     if isinstance(base, Fp8Weight | Fp4Weight):
@@ -66,7 +66,7 @@ def check_expert(op: str, name: str, w: Any, sizes: dict[str, int]) -> dict[str,
 
 
 def linear(x: Float[Array, "R K"], w: Weight, *, impl: Any) -> Float[Array, "R N"]:
-    """As `quantize.linear`; the base is a constant and the update is rounded with it."""
+    """`quantize.linear` with the update added; the base is a constant, the sum in x's dtype."""
     if not isinstance(w, LoraWeight):
         return quantize.linear(x, w, impl=impl)
     wide = accumulator(x.dtype)
@@ -77,14 +77,14 @@ def linear(x: Float[Array, "R K"], w: Weight, *, impl: Any) -> Float[Array, "R N
 
 
 def learned(w: Weight) -> list[Array]:
-    """What may get a gradient: an array itself, the two factors, nothing of a quantised weight."""
+    """What can get a gradient: an array itself, the two factors, nothing if quantised."""
     if isinstance(w, LoraWeight):
         return [w.a, w.b]
     return [] if isinstance(w, Fp8Weight | Fp4Weight) else [w]
 
 
 def replaced(w: Weight, parts: list[Array]) -> Weight:
-    """The weight with other arrays instead of those."""
+    """The weight with other arrays in place of its `learned` ones."""
     if isinstance(w, LoraWeight):
         a, b = parts
         return dataclasses.replace(w, a=a, b=b)
@@ -92,7 +92,7 @@ def replaced(w: Weight, parts: list[Array]) -> Weight:
 
 
 def gradient(w: Weight, parts: list[Array]) -> Any:
-    """The cotangent of a weight, given those of its `learned`; None for what gets none."""
+    """The cotangent of a weight, given those of its `learned` arrays; None if there are none."""
     if not parts:
         return None
     if isinstance(w, LoraWeight):

@@ -28,8 +28,8 @@ def expert_mlp(
 
     def add_expert(total_TD: Array, expert: Any) -> tuple[Array, None]:
         e, w1_FD, w3_FD, w2_DF = expert
-        own_TA = jnp.where(inputs.expert_TA == e, inputs.weight_TA, 0)
-        weight_T1 = jnp.sum(own_TA, axis=1, keepdims=True)
+        its_weight_TA = jnp.where(inputs.expert_TA == e, inputs.weight_TA, 0)
+        weight_T1 = jnp.sum(its_weight_TA, axis=1, keepdims=True)
         weight_T1 = weight_T1.astype(wide)
         linear = lambda x, w: lora.linear(x, w, impl="reference").astype(wide)
         hidden_TF = activate(linear(x_TD, w1_FD), linear(x_TD, w3_FD), limit)

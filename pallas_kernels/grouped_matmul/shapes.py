@@ -13,10 +13,10 @@ class Shape:
     expert_hidden: int
 
     def divided(self, by: int) -> "Shape":
-        """The same proportions, small enough to test; A stays, D and F stay multiples of 32."""
-        whole = lambda size: max(1, size // by // 32) * 32
+        """The same proportions, small enough to test: same A, D and F in multiples of 32."""
+        scaled = lambda size: max(1, size // by // 32) * 32
         experts = max(self.choices, self.experts // by)
-        return Shape(experts, self.choices, whole(self.hidden), whole(self.expert_hidden))
+        return Shape(experts, self.choices, scaled(self.hidden), scaled(self.expert_hidden))
 
 
 SHAPES = {

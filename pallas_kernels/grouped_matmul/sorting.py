@@ -1,4 +1,4 @@
-"""Rows sorted by expert, sums of a token's sorted rows, one expert of a stack.
+"""Sort rows by expert, sum a token's sorted rows, slice one expert from a stack.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, P = T * A rows.
 """
@@ -20,37 +20,37 @@ def sum_choices(
     choices: int,
     weight_TA: Float[Array, "T A"] | None = None,
 ) -> Float[Array, "T D"]:
-    """Each token's rows, wherever they were sorted to; only the first `real` rows count."""
+    """Sum each token's rows, wherever they were sorted to; only the first `real` rows count."""
     wide = accumulator(out_PD.dtype)
     place_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(order_P.size, dtype=jnp.int32))
     place_TA = place_P.reshape(-1, choices)
 
-    def picked(a: int) -> Array:
+    def choice(a: int) -> Array:
         out_TD = out_PD[place_TA[:, a]].astype(wide)
         if weight_TA is not None:
             out_TD = out_TD * weight_TA[:, a, None]
         return jnp.where((place_TA[:, a] < real)[:, None], out_TD, 0)
 
-    return functools.reduce(jnp.add, map(picked, range(choices)))
+    return functools.reduce(jnp.add, map(choice, range(choices)))
 
 
 def sort_by_expert(
     expert_P: Int[Array, " P"], experts: int
 ) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
-    """Experts in ascending order, and where each stood; ids out of range come last."""
+    """Experts in ascending order, and the row each came from; ids out of range come last."""
     rows = expert_P.size
     assert rows * (experts + 1) < 2**31, "expert and row do not fit into one int32"
     real = (expert_P >= 0) & (expert_P < experts)
     key_P = jnp.where(real, expert_P, experts).astype(jnp.int32)
-    # On a CPU one array of unique keys sorts 5 times as fast as keys with indices beside them.
-    both_P = jnp.sort(key_P * rows + jnp.arange(rows, dtype=jnp.int32))
-    return both_P // rows, both_P % rows
+    # On a CPU an array of unique keys sorts 5 times as fast as keys with separate indices.
+    combined_P = jnp.sort(key_P * rows + jnp.arange(rows, dtype=jnp.int32))
+    return combined_P // rows, combined_P % rows
 
 
 def unsorted(
     x_P: Float[Array, " P_padded"], order_P: Int32[Array, " P"], real: Array, choices: int
 ) -> Float[Array, "T A"]:
-    """A number per row back where it came from; 0 beyond the first `real` rows."""
+    """A number per sorted row, back in the original order; 0 beyond the first `real` rows."""
     x_P = jnp.where(jnp.arange(order_P.size) < real, x_P[: order_P.size], 0)
     return jnp.zeros_like(x_P).at[order_P].set(x_P).reshape(-1, choices)
 

@@ -1,4 +1,4 @@
-"""Weights of a layer within its stack, and where their gradients go.
+"""A layer's weights within their stack, and where their gradients go.
 
 Axis letters: L layers, E experts.
 """
@@ -16,13 +16,13 @@ from pallas_kernels.grouped_matmul import lora
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeight:
-    """Matrices that are read where they lie in their stack, while a gradient is the layer's alone.
+    """Matrices read in place from their stack, with a gradient for one layer only.
 
-    So a scan over layers copies neither: what it slices stands for the gradient, and is not read.
+    A scan over layers then copies neither: its slice only carries the gradient and is never read.
 
     Attributes:
-      stack: [L, E, ...], whose values are constants.
-      own: [1, E, ...], the same matrices of the layer at hand, which get the gradient.
+      stack: [L, E, ...]; its values are constants.
+      own: [1, E, ...], the same matrices of the current layer, which get the gradient.
     """
 
     stack: Any
@@ -30,7 +30,7 @@ class LayerWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The stack's."""
+        """Shape of the stack."""
         return self.stack.shape
 
 
@@ -43,12 +43,12 @@ def read(w: Weight) -> lora.Weight:
 
 
 def learner(w: Weight) -> lora.Weight:
-    """What gets the gradient."""
+    """The part that gets the gradient."""
     return w.own if isinstance(w, LayerWeight) else w
 
 
 def cotangent(w: Weight, layer: Int[Array, ""], grads: list[Array]) -> Any:
-    """Of a weight, given the gradients [E, ...] of what the layer learns; None for nothing."""
+    """A weight's cotangent, given the gradients [E, ...] of the layer's `learned`; None if none."""
     if not grads:
         return None
     if isinstance(w, LayerWeight):

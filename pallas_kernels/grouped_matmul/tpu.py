@@ -1,7 +1,8 @@
-"""The routed experts by Pallas kernels for TPUs: gate, up and activation in one, down in another.
+"""The routed experts as Pallas TPU kernels: gate, up and activation in one, down in another.
 
-Backward, one kernel computes the hidden activations anew and goes back through the down matmul and
-the activation, another through gate and up; outer products give the gradients of arrays.
+In the backward pass, one kernel recomputes the hidden activations and goes back through the down
+matmul and the activation, another goes back through gate and up; outer products give the gradients
+of arrays.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
 P sorted rows (whole tiles), M tiles, R rows of a tile, r rank of a low-rank update.
@@ -32,8 +33,8 @@ def expert_mlp(
     """Sort the rows by expert, two grouped matmuls, sum per token.
 
     Raises:
-      Unsupported: no rows, another dtype than bfloat16 and float32, D or F not in whole blocks,
-        a mesh of many devices outside of shard_map.
+      Unsupported: no rows, a dtype other than bfloat16 and float32, D or F that are not whole
+        blocks, a mesh of several devices outside shard_map.
     """
     _check(inputs)
     A, weight_TA = inputs.expert_TA.shape[1], inputs.weight_TA.astype(jnp.float32)
@@ -44,13 +45,13 @@ def expert_mlp(
         return [hidden_RF * weight_R1 if weight_first else hidden_RF], None
 
     hidden = Products(steps, inputs.layer)
-    x = hidden.take(plan.sorted_rows(steps, inputs.x_TD, A))
-    hidden.add(x, inputs.w1_LEFD, 0)
-    hidden.add(x, inputs.w3_LEFD, 1)
+    x = hidden.add_rows(plan.sorted_rows(steps, inputs.x_TD, A))
+    hidden.add_term(x, inputs.w1_LEFD, 0)
+    hidden.add_term(x, inputs.w3_LEFD, 1)
     weight_M1R = plan.tiled(steps, weight_TA) if weight_first else None
     (hidden_PF,) = hidden.run("experts_hidden", finish=finish, number_M1R=weight_M1R)
     out = Products(steps, inputs.layer)
-    out.add(out.take(hidden_PF), inputs.w2_LEDF, 0)
+    out.add_term(out.add_rows(hidden_PF), inputs.w2_LEDF, 0)
     (out_PD,) = out.run("experts_out")
     weight = None if weight_first else weight_TA
     return sorting.sum_choices(out_PD, steps.order_P, steps.real, A, weight)
@@ -78,9 +79,9 @@ def expert_mlp_backward(
     grad_PD = plan.sorted_rows(steps, grad_TD.astype(x_TD.dtype), A)
 
     hidden = Products(steps, layer)
-    x, grad = hidden.take(x_PD), hidden.take(grad_PD)
-    low1, low3 = hidden.add(x, w1_LEFD, 0), hidden.add(x, w3_LEFD, 1)
-    back2 = hidden.add(grad, w2_LEDF, 2, transposed=True)
+    x, grad = hidden.add_rows(x_PD), hidden.add_rows(grad_PD)
+    low1, low3 = hidden.add_term(x, w1_LEFD, 0), hidden.add_term(x, w3_LEFD, 1)
+    back2 = hidden.add_term(grad, w2_LEDF, 2, transposed=True)
     gate_PF, up_PF, hidden_PF, dweight_M1R = hidden.run(
         "experts_hidden_backward",
         finish=functools.partial(_hidden_backward, limit=limit),
@@ -89,9 +90,9 @@ def expert_mlp_backward(
         summed=True,
     )
     back = Products(steps, layer)
-    gate, up = back.take(gate_PF), back.take(up_PF)
-    back1 = back.add(gate, w1_LEFD, 0, transposed=True)
-    back3 = back.add(up, w3_LEFD, 0, transposed=True)
+    gate, up = back.add_rows(gate_PF), back.add_rows(up_PF)
+    back1 = back.add_term(gate, w1_LEFD, 0, transposed=True)
+    back3 = back.add_term(up, w3_LEFD, 0, transposed=True)
     (dx_PD,) = back.run("experts_out_backward")
     dx_TD = sorting.sum_choices(dx_PD, steps.order_P, steps.real, A).astype(x_TD.dtype)
     dweight_P = dweight_M1R.reshape(-1).astype(weight_TA.dtype)
@@ -106,14 +107,14 @@ def expert_mlp_backward(
         (grad_PD, hidden_PF, low2, back2),
     )
     gate_grad, up_grad, down_grad = (
-        _weight_gradient(steps, w, *side) if wanted else []
-        for w, side, wanted in zip(inputs.weights, sides, learn, strict=True)
+        _weight_gradient(steps, w, *side) if learns else []
+        for w, side, learns in zip(inputs.weights, sides, learn, strict=True)
     )
     return dx_TD, dweight_TA, gate_grad, up_grad, down_grad
 
 
 def _hidden_backward(sums: Sequence[Array], weight_R1: Array, *, limit: float) -> Any:
-    """Gradients of gate and up, the weighted hidden activation; what sums to the weight's."""
+    """Gradients of gate and up, weighted hidden activation; terms of the weight's gradient."""
     gate_RF, up_RF, back_RF = sums
     activate = lambda gate_RF, up_RF: reference.activate(gate_RF, up_RF, limit)
     hidden_RF, pull = jax.vjp(activate, gate_RF, up_RF)
@@ -128,13 +129,13 @@ def _weight_gradient(
     low_Pr: Array | None,
     back_Pr: Array | None,
 ) -> list[Array]:
-    """Of a layer's experts, given rows going in and coming back, and low-rank updates' middles."""
+    """Gradients of a layer's experts, from the rows on both sides and in a low-rank middle."""
     parts = lora.learned(w)
     sides = [(grad_PN, x_PK)]
     if isinstance(w, lora.LoraWeight):
         assert low_Pr is not None
         assert back_Pr is not None
-        # That of b with the rank first, as kernels write it best.
+        # b's gradient has the rank first, which kernels write best.
         sides = [(back_Pr, x_PK), (low_Pr, grad_PN)]
     grads = []
     for part, (left, right) in zip(parts, sides, strict=False):
@@ -154,7 +155,7 @@ def _check(inputs: Inputs) -> None:
         raise Unsupported("The TPU form takes at least one token and expert.")
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes):
-        raise Unsupported("The compiler does not partition TPU kernels: use jax.shard_map.")
+        raise Unsupported("The compiler does not partition TPU kernels; use jax.shard_map.")
     for w in weights:
         base = w.base if isinstance(w, lora.LoraWeight) else w
         quantised = isinstance(base, quantize.Fp8Weight | quantize.Fp4Weight)
@@ -162,4 +163,6 @@ def _check(inputs: Inputs) -> None:
             raise Unsupported(f"The TPU form takes arrays in x's dtype, not {base.dtype}.")
         unit = 256 if isinstance(base, quantize.Fp4Weight) else 128
         if base.shape[2] % unit or base.shape[3] % unit:
-            raise Unsupported(f"The TPU form takes D and F in {unit}s, not {base.shape[2:]}.")
+            raise Unsupported(
+                f"The TPU form takes D and F in multiples of {unit}, not {base.shape[2:]}."
+            )

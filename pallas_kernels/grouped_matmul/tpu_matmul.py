@@ -1,7 +1,7 @@
-"""A matmul of sorted rows with their experts' matrices on TPUs, read from whole stacks.
+"""A matmul of sorted rows with their experts' matrices on TPUs, read from the stacks in place.
 
-The grid goes through blocks of output channels, and within each through the plan's steps: while
-the expert stays, so does its block, dequantised once. All input channels are in a block.
+The grid iterates over blocks of output channels, and within each over the plan's steps: while the
+expert stays the same, its block stays in VMEM, dequantised once. A block has all input channels.
 
 Axis letters: P sorted rows, I input channels, O output channels, M tiles, R rows of a tile,
 W output channels of a block; of a weight's stack L layers, E experts, [N, K] the matrix.
@@ -24,20 +24,20 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
 
 _VMEM_BYTES = 56 * 2**20
-_BLOCK_BYTES = {True: 9 * 2**19, False: 8 * 2**20}  # of a step's weights, by whether rows are few
-_HELD_BYTES = 36 * 2**20  # of two steps' weights and what is dequantised
-_MOST_BYTES = 52 * 2**20  # of these and two steps' rows
+_BLOCK_BYTES = {True: 9 * 2**19, False: 8 * 2**20}  # a step's weights, by whether rows are few
+_HELD_BYTES = 36 * 2**20  # two steps' weights and what is dequantised
+_MOST_BYTES = 52 * 2**20  # these and two steps' rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """Rows times the transpose of a matrix [N, K], or times the matrix.
+    """Rows times the transpose of a matrix [N, K], or times the matrix itself.
 
     Attributes:
-      rows: which of the arrays of rows.
+      rows: index of the array of rows.
       weight: [L, E, N, K] in any format.
-      total: the sum that it is part of.
-      transposed: times the matrix: N are the input channels.
+      total: index of the sum that it is added to.
+      transposed: whether to multiply by the matrix itself, with N as input channels.
     """
 
     rows: int
@@ -47,16 +47,16 @@ class Term:
 
     @property
     def outputs(self) -> int:
-        """Output channels."""
+        """Number of output channels."""
         return self.weight.shape[3 if self.transposed else 2]
 
     @property
     def inputs(self) -> int:
-        """Input channels."""
+        """Number of input channels."""
         return self.weight.shape[2 if self.transposed else 3]
 
 
-# (sums [R, W] in float32, the row's number [R, 1]) -> what to write [R, W], what to sum up [R, W].
+# (sums [R, W] in float32, a number per row [R, 1]) -> arrays to write [R, W], one to sum [R, W].
 Finish = Callable[[Sequence[Array], Array], tuple[Sequence[Array], Array | None]]
 
 
@@ -72,44 +72,45 @@ def grouped(
     outputs: int = 1,
     summed: bool = False,
 ) -> list[Array]:
-    """The terms' sums per row with the row's expert; rows without one hold anything.
+    """The sums of the terms per row, with the row's expert; arbitrary for rows without one.
 
     Args:
       plan: rows and steps.
-      layer: of the stacks.
+      layer: index of the layer in the stacks.
       rows: arrays [P, I] of sorted rows, whole tiles.
-      terms: they give equally many channels.
-      name: the kernel's.
-      finish: what becomes of the sums.
-      number_M1R: a number per row for it.
-      outputs: how many arrays it gives.
-      summed: whether it gives something to sum over the output channels.
+      terms: products, all with the same number of output channels.
+      name: name of the kernel.
+      finish: what to write, given the sums.
+      number_M1R: a number per row, passed to `finish`.
+      outputs: how many arrays `finish` returns.
+      summed: whether `finish` also returns something to sum over the output channels.
 
     Returns:
-      Arrays [P, O] in the dtype of the rows, then the sums [M, 1, R].
+      Arrays [P, O] in the dtype of the rows, then the sums [M, 1, R] if there are any.
     """
     O, R, dtype = terms[0].outputs, plan.rows, rows[0].dtype
     W, held = _columns(terms, R, dtype.itemsize)
     if held + 2 * R * dtype.itemsize * sum(x.shape[1] for x in rows) > _MOST_BYTES:
-        raise Unsupported(f"The TPU form has no room for {name} with rows of {rows[0].shape[1]}.")
+        raise Unsupported(
+            f"The TPU form has no room in VMEM for {name} with rows of {rows[0].shape[1]}."
+        )
     number_M1R = jnp.zeros((plan.tiles, 1, R), jnp.float32) if number_M1R is None else number_M1R
     reader = tpu_weights.Reader(plan, layer, W, dtype)
     weights = [reader.form(t.weight, t.transposed) for t in terms]
-    row = lambda width: pl.BlockSpec((R, width), lambda n, s, l, e, t, *_: (t[s], 0))
     out_specs, out_shape = _written(plan, O, W, dtype, outputs, summed=summed)
     totals = 1 + max(t.total for t in terms)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=(O // W, plan.steps),
         in_specs=[
-            pl.BlockSpec((None, 1, R), lambda n, s, l, e, t, *_: (t[s], 0, 0)),
-            [row(x.shape[1]) for x in rows],
+            pl.BlockSpec((None, 1, R), _numbers_of_tile),
+            [pl.BlockSpec((R, x.shape[1]), _rows_of_tile) for x in rows],
             [w.specs for w in weights],
         ],
         out_specs=out_specs,
         scratch_shapes=[[pltpu.VMEM((R, W), jnp.float32)] * totals, [w.scratch for w in weights]],
     )
-    got = pl.pallas_call(
+    results = pl.pallas_call(
         functools.partial(_step, terms=terms, forms=weights, finish=finish),
         grid_spec=spec,
         out_shape=out_shape,
@@ -127,54 +128,83 @@ def grouped(
         list(rows),
         in_hbm([w.arrays for w in weights]),
     )
-    return [*got[:-1], jnp.sum(got[-1], axis=0)] if summed else list(got)
+    return [*results[:-1], jnp.sum(results[-1], axis=0)] if summed else list(results)
+
+
+# Index maps: (block of output channels, step, prefetched scalars) -> block. A block is copied only
+# when its index changes: consecutive steps on one tile read its rows once, and a tile of results
+# stays in VMEM until the last of the experts that share it has written its rows.
+def _rows_of_tile(
+    _: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *__: Any
+) -> Any:
+    """All input channels."""
+    return tile_ref[step], 0
+
+
+def _numbers_of_tile(
+    _: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *__: Any
+) -> Any:
+    """A number per row."""
+    return tile_ref[step], 0, 0
+
+
+def _outputs_of_tile(
+    channels: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *_: Any
+) -> Any:
+    """One block of output channels."""
+    return tile_ref[step], channels
+
+
+def _sums_of_tile(
+    channels: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *_: Any
+) -> Any:
+    """A number per row and block of output channels: blocks may be on different cores."""
+    return channels, tile_ref[step], 0, 0
 
 
 def _written(
     plan: Plan, width: int, block: int, dtype: Any, outputs: int, *, summed: bool
 ) -> tuple[list[Any], list[Any]]:
-    """Blocks and shapes of what `grouped` gives, sums last: one for each block of columns."""
+    """Specs and shapes of what `grouped` writes; sums come last, one per block of columns."""
     R = plan.rows
-    column = pl.BlockSpec((R, block), lambda n, s, l, e, t, *_: (t[s], n))
-    specs: list[Any] = [column] * outputs
+    specs: list[Any] = [pl.BlockSpec((R, block), _outputs_of_tile)] * outputs
     shapes = [jax.ShapeDtypeStruct((plan.tiles * R, width), dtype)] * outputs
     if summed:
-        index = lambda n, s, l, e, t, *_: (n, t[s], 0, 0)
-        specs.append(pl.BlockSpec((None, None, 1, R), index))
+        specs.append(pl.BlockSpec((None, None, 1, R), _sums_of_tile))
         shapes.append(jax.ShapeDtypeStruct((width // block, plan.tiles, 1, R), jnp.float32))
     return specs, shapes
 
 
 class Products:
-    """Sums of products to be made by one kernel, low-rank updates by kernels before it."""
+    """Sums of products for one kernel to compute, after other kernels for low-rank updates."""
 
     def __init__(self, plan: Plan, layer: Int[Array, ""]) -> None:
         self.plan, self.layer = plan, layer
         self.rows: list[Array] = []
         self.terms: list[Term] = []
 
-    def take(self, x_PI: Float[Array, "P I"]) -> int:
-        """Give it rows; returns how to name them."""
+    def add_rows(self, x_PI: Float[Array, "P I"]) -> int:
+        """Add an array of rows; returns its index."""
         self.rows.append(x_PI)
         return len(self.rows) - 1
 
-    def add(
+    def add_term(
         self, rows: int, weight: lora.Weight, total: int, *, transposed: bool = False
     ) -> Array | None:
-        """A term, as `Term`; returns the rows in the middle of a low-rank update."""
+        """Add a `Term`; returns the rows between the factors of a low-rank update."""
         if not isinstance(weight, lora.LoraWeight):
             self.terms.append(Term(rows, weight, total, transposed))
             return None
         low_Pr = self.low_rank(self.rows[rows], weight, transposed=transposed)
         self.terms.append(Term(rows, weight.base, total, transposed))
         second = weight.a if transposed else _swapped(weight.b)
-        self.terms.append(Term(self.take(low_Pr), second, total, transposed=True))
+        self.terms.append(Term(self.add_rows(low_Pr), second, total, transposed=True))
         return low_Pr
 
     def low_rank(
         self, x_PI: Float[Array, "P I"], weight: lora.LoraWeight, *, transposed: bool = False
     ) -> Float[Array, "P r"]:
-        """Rows times the first factor of an update, and its scale."""
+        """Rows times the first factor of an update and its scale."""
         term = Term(0, _swapped(weight.b) if transposed else weight.a)
         scaled = lambda sums, _: ([sums[0] * weight.scale], None)
         return grouped(
@@ -182,17 +212,17 @@ class Products:
         )[0]
 
     def run(self, name: str, **settings: Any) -> list[Array]:
-        """As `grouped`."""
+        """Call `grouped` on the rows and terms."""
         return grouped(self.plan, self.layer, self.rows, self.terms, name=name, **settings)
 
 
 def _swapped(b_LENr: Array) -> Array:
-    """The rank before the channels: XLA keeps an array so narrow that way round."""
+    """The rank before the channels, as XLA lays out such narrow arrays."""
     return jnp.swapaxes(b_LENr, 2, 3)
 
 
 def _columns(terms: Sequence[Term], R: int, itemsize: int) -> tuple[int, float]:
-    """As many channels as fit, an even number of blocks for chips of two cores; bytes they take."""
+    """Channels per block, an even number of blocks for chips of two cores; bytes of a block."""
     O, few = terms[0].outputs, R <= tpu_weights.FEW
     block = sum(t.inputs * tpu_weights.bytes_each(t.weight) for t in terms)
     quantised = lambda t: not isinstance(t.weight, jax.Array)
@@ -216,33 +246,33 @@ def _step(
     number_ref: Any,  # [1, R]
     row_refs: Any,  # [R, I] each
     weight_refs: Any,
-    *refs: Any,  # outputs [R, W]; sums [R, W] float32; what the weights keep
+    *refs: Any,  # outputs [R, W]; sums [R, W] float32; scratch of the weights
     terms: Sequence[Term],
     forms: Sequence[Any],
     finish: Finish,
 ) -> None:
-    *out_refs, sum_refs, kept_refs = refs
+    *out_refs, sum_refs, scratch_refs = refs
     n, s = pl.program_id(0), pl.program_id(1)
-    new = (s == 0) | (expert_ref[s] != expert_ref[jnp.maximum(s - 1, 0)])
-    for form, weight, kept in zip(forms, weight_refs, kept_refs, strict=True):
-        pl.when(new)(functools.partial(form.prepare, weight, kept, n))
+    new_expert = (s == 0) | (expert_ref[s] != expert_ref[jnp.maximum(s - 1, 0)])
+    for form, weight, scratch in zip(forms, weight_refs, scratch_refs, strict=True):
+        pl.when(new_expert)(functools.partial(form.prepare, weight, scratch, n))
     for sum_ref in sum_refs:
         sum_ref[...] = jnp.zeros_like(sum_ref)
-    for term, form, weight, kept in zip(terms, forms, weight_refs, kept_refs, strict=True):
-        form.add(sum_refs[term.total], row_refs[term.rows], weight, kept)
+    for term, form, weight, scratch in zip(terms, forms, weight_refs, scratch_refs, strict=True):
+        form.add(sum_refs[term.total], row_refs[term.rows], weight, scratch)
 
     R = number_ref.shape[1]
     row = jax.lax.broadcasted_iota(jnp.int32, (R, R), 0)
     diagonal = row == jax.lax.broadcasted_iota(jnp.int32, (R, R), 1)
     number_R1 = jnp.sum(jnp.where(diagonal, number_ref[...], 0.0), axis=1, keepdims=True)
     outputs, to_sum = finish([sum_ref[...] for sum_ref in sum_refs], number_R1)
-    ours = lambda row: (row >= low_ref[s]) & (row < high_ref[s])
+    of_expert = lambda row: (row >= low_ref[s]) & (row < high_ref[s])
     for out_ref, out in zip(out_refs, outputs, strict=False):
         row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
-        kept = jnp.where(ours(row), out, out_ref[...].astype(jnp.float32))
-        out_ref[...] = kept.astype(out_ref.dtype)
+        merged = jnp.where(of_expert(row), out, out_ref[...].astype(jnp.float32))
+        out_ref[...] = merged.astype(out_ref.dtype)
     if to_sum is not None:
         column = jnp.sum(to_sum, axis=1, keepdims=True)
         line = jnp.sum(jnp.where(diagonal, column, 0.0), axis=0, keepdims=True)
         row = jax.lax.broadcasted_iota(jnp.int32, line.shape, 1)
-        out_refs[-1][...] = jnp.where(ours(row), line, out_refs[-1][...])
+        out_refs[-1][...] = jnp.where(of_expert(row), line, out_refs[-1][...])

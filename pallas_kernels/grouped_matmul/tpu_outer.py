@@ -25,18 +25,29 @@ def outer(
     dtype: Any,
     name: str,
 ) -> Float[Array, "E N K"]:
-    """Per expert, the transpose of its rows on the left times those on the right."""
+    """Per expert, the transpose of its left rows times its right rows."""
     (_, N), (_, K), R = left_PN.shape, right_PK.shape, plan.rows
     size = lambda extent, most: next((b for b in range(most, 0, -128) if extent % b == 0), extent)
     bn, bk = size(N, 512), size(K, 1024)
+
+    # The steps are innermost: an expert's block of the result stays in VMEM for all of its steps.
+    def left_rows(n: Any, k: Any, step: Any, expert_ref: Any, tile_ref: Any, *_: Any) -> Any:
+        return tile_ref[step], n
+
+    def right_rows(n: Any, k: Any, step: Any, expert_ref: Any, tile_ref: Any, *_: Any) -> Any:
+        return tile_ref[step], k
+
+    def expert_block(n: Any, k: Any, step: Any, expert_ref: Any, *_: Any) -> Any:
+        return expert_ref[step], n, k
+
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(N // bn, K // bk, plan.steps),
         in_specs=[
-            pl.BlockSpec((R, bn), lambda n, k, s, expert, tile, *_: (tile[s], n)),
-            pl.BlockSpec((R, bk), lambda n, k, s, expert, tile, *_: (tile[s], k)),
+            pl.BlockSpec((R, bn), left_rows),
+            pl.BlockSpec((R, bk), right_rows),
         ],
-        out_specs=pl.BlockSpec((None, bn, bk), lambda n, k, s, expert, *_: (expert[s], n, k)),
+        out_specs=pl.BlockSpec((None, bn, bk), expert_block),
         scratch_shapes=[pltpu.VMEM((bn, bk), jnp.float32)],
     )
     sum_ENK = pl.pallas_call(
@@ -49,9 +60,9 @@ def outer(
         ),
         name=name,
     )(plan.expert_S, plan.tile_S, plan.low_S, plan.high_S, left_PN, right_PK)
-    # What no step wrote may be anything.
-    seen_E = jnp.zeros(experts, bool).at[plan.expert_S].max(plan.high_S > plan.low_S)
-    return jnp.where(seen_E[:, None, None], sum_ENK, jnp.zeros_like(sum_ENK))
+    # Blocks that no step has written hold garbage.
+    has_rows_E = jnp.zeros(experts, bool).at[plan.expert_S].max(plan.high_S > plan.low_S)
+    return jnp.where(has_rows_E[:, None, None], sum_ENK, jnp.zeros_like(sum_ENK))
 
 
 def _step(
@@ -69,14 +80,14 @@ def _step(
     first = (s == 0) | (expert != expert_ref[jnp.maximum(s - 1, 0)])
     last = (s == steps - 1) | (expert != expert_ref[jnp.minimum(s + 1, steps - 1)])
 
-    def ours(ref: Any) -> Array:
+    def expert_rows(ref: Any) -> Array:
         row = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
         wide = ref[...].astype(jnp.float32)
         return jnp.where((row >= low_ref[s]) & (row < high_ref[s]), wide, 0.0).astype(ref.dtype)
 
     products = jax.lax.dot_general(
-        ours(left_ref),
-        ours(right_ref),
+        expert_rows(left_ref),
+        expert_rows(right_ref),
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )

@@ -1,7 +1,8 @@
-"""What a grouped kernel on TPUs reads of a weight in each format, and how it multiplies by it.
+"""What a grouped TPU kernel reads of a weight in each format, and how it multiplies by it.
 
-Few rows are bound by the codes' bytes and their conversion: the products of each block are
-multiplied by its scale, not the weights. Many rows dequantise a block once per expert.
+With few rows, reading and converting the codes is the bottleneck: each block's products are
+multiplied by its scale, rather than the weights. With many rows, a block is dequantised once per
+expert.
 
 Axis letters: R rows of a tile, I input channels, W output channels of a block; of a weight's stack
 L layers, E experts, [N, K] the matrix.
@@ -22,20 +23,20 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight, tpu_codes
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
-FEW = 16  # rows of a tile up to which products are scaled
-_GROUP = FP8_BLOCK // FP4_BLOCK  # blocks of FP4 that one product takes
+FEW = 16  # products are scaled in tiles of up to this many rows
+_GROUP = FP8_BLOCK // FP4_BLOCK  # FP4 blocks per product
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A weight as the kernel takes it.
+    """A weight as the kernel reads it.
 
     Attributes:
       arrays: the stacks.
-      specs: the blocks of a step.
-      scratch: what is kept while the expert stays.
-      prepare: (weights' refs, scratch, block of output channels) fills it.
-      add: (sum [R, W], rows [R, I], weights' refs, scratch) adds the product.
+      specs: a step's blocks of them.
+      scratch: buffers kept while the expert stays the same.
+      prepare: (refs of `arrays`, scratch, block of output channels) fills the scratch.
+      add: (sum [R, W], rows [R, I], refs of `arrays`, scratch) adds the product to the sum.
     """
 
     arrays: list[Array]
@@ -46,26 +47,26 @@ class Form:
 
 
 def bytes_each(w: Any) -> float:
-    """Bytes of one weight."""
+    """Bytes per weight."""
     if isinstance(w, Fp4Weight):
         return 0.5 + 1 / FP4_BLOCK
     return 1.0 if isinstance(w, Fp8Weight) else float(w.dtype.itemsize)
 
 
 def unit(w: Any, transposed: bool) -> int:
-    """Blocks of output channels count in these."""
+    """Blocks of output channels are multiples of this."""
     return 256 if isinstance(w, Fp4Weight) and transposed else 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Makes forms for one kernel.
+    """Builds the forms of one kernel's weights.
 
     Attributes:
       plan: rows and steps.
-      layer: of the stacks.
-      W: output channels of a block.
-      dtype: the rows'.
+      layer: index of the layer in the stacks.
+      W: output channels per block.
+      dtype: dtype of the rows.
     """
 
     plan: Plan
@@ -89,41 +90,44 @@ class Reader:
         return _spec(w.codes, self.W // packed if transposed else 0, 0 if transposed else self.W)
 
     def _fp8_scale(self, w: Fp8Weight) -> tuple[Array, Any]:
-        """Each step's expert's: in the stack, such small matrices lie as kernels cannot read."""
-        # The layer first: from a whole stack, XLA would gather after a copy of it.
+        """Each step's expert's scales: kernels cannot read the stack's layout of small matrices."""
+        # Slice the layer first: to gather from the entire stack, XLA would copy it.
         scale_E = jax.lax.dynamic_index_in_dim(w.scale, self.layer, keepdims=False)
         scale_S = scale_E[self.plan.expert_S]
-        return scale_S, pl.BlockSpec((None, *scale_S.shape[1:]), lambda n, s, *_: (s, 0, 0))
+        of_step = lambda channels, step, *_: (step, 0, 0)
+        return scale_S, pl.BlockSpec((None, *scale_S.shape[1:]), of_step)
 
     def _fp8_few(self, w: Fp8Weight, transposed: bool) -> Form:
         scale_S, scale_spec = self._fp8_scale(w)
-        keeps, blocks = tpu_codes.keeps_e4m3(), self.W // FP8_BLOCK
+        native, blocks = tpu_codes.has_native_e4m3(), self.W // FP8_BLOCK
         return Form(
             [w.codes, scale_S],
             [self._codes_spec(w, transposed), scale_spec],
             [pltpu.VMEM((scale_S.shape[1], self.W), jnp.float32)],
-            lambda refs, kept, n: _spread(refs[1], kept[0], n * blocks, keeps),
-            lambda total, x, refs, kept: _add_fp8_products(total, x, refs[0], kept[0], keeps),
+            lambda refs, scratch, n: _spread(refs[1], scratch[0], n * blocks, native),
+            lambda total, x, refs, scratch: _add_fp8_products(
+                total, x, refs[0], scratch[0], native
+            ),
         )
 
     def _fp8_many(self, w: Fp8Weight, transposed: bool) -> Form:
         if transposed and _divisor(w.shape[2], 512) == FP8_BLOCK < w.shape[2]:
             raise Unsupported(f"The TPU form's gradients do not take {w.shape[2]} FP8 channels.")
         scale_S, scale_spec = self._fp8_scale(w)
-        keeps, blocks = tpu_codes.keeps_e4m3(), self.W // FP8_BLOCK
+        native, blocks = tpu_codes.has_native_e4m3(), self.W // FP8_BLOCK
         shape = (self.W, w.shape[2]) if transposed else (w.shape[3], self.W)
 
-        def prepare(refs: Any, kept: Any, n: Any) -> None:
+        def prepare(refs: Any, scratch: Any, n: Any) -> None:
             row, column = (n * blocks, 0) if transposed else (0, n * blocks)
-            _spread(refs[1], kept[1], column, keeps)
-            _dequantise_fp8(refs[0], kept[1], kept[0], row, keeps)
+            _spread(refs[1], scratch[1], column, native)
+            _dequantise_fp8(refs[0], scratch[1], scratch[0], row, native)
 
         return Form(
             [w.codes, scale_S],
             [self._codes_spec(w, transposed), scale_spec],
             [pltpu.VMEM(shape, self.dtype), pltpu.VMEM((scale_S.shape[1], shape[1]), jnp.float32)],
             prepare,
-            lambda total, x, _, kept: _add(total, x, kept[0], 1 if transposed else 0),
+            lambda total, x, _, scratch: _add(total, x, scratch[0], 1 if transposed else 0),
         )
 
     def _fp4_few(self, w: Fp4Weight, transposed: bool) -> Form:
@@ -136,12 +140,12 @@ class Reader:
         )
 
     def _fp4_many(self, w: Fp4Weight, transposed: bool) -> Form:
-        """Transposed, a block's scales are too few rows for a block of their own: all are read."""
+        """Transposed, all scales are read: a block's scales are too few rows for a block."""
         shape = (self.W, w.shape[2]) if transposed else (w.shape[3], self.W)
         wide = (w.scale.shape[2], shape[1])
 
-        def prepare(refs: Any, kept: Any, n: Any) -> None:
-            dense, wide = kept
+        def prepare(refs: Any, scratch: Any, n: Any) -> None:
+            dense, wide = scratch
             wide[...] = tpu_codes.scale_values(refs[1][...]) * tpu_codes.E2M1_UNIT
             row = pl.multiple_of(n * (self.W // FP4_BLOCK), self.W // FP4_BLOCK)
             _dequantise_fp4(refs[0], wide, dense, row if transposed else 0)
@@ -151,28 +155,30 @@ class Reader:
             [self._codes_spec(w, transposed), _spec(w.scale, 0, 0 if transposed else self.W)],
             [pltpu.VMEM(shape, self.dtype), pltpu.VMEM(wide, jnp.float32)],
             prepare,
-            lambda total, x, _, kept: _add(total, x, kept[0], 1 if transposed else 0),
+            lambda total, x, _, scratch: _add(total, x, scratch[0], 1 if transposed else 0),
         )
 
 
 def _spec(stack: Array, rows: int, columns: int) -> Any:
-    """Blocks along one of a matrix's dims, of this size; 0 stands for the whole of a dim."""
+    """Blocks of this size along one of a matrix's dims; 0 means all of a dim."""
     block = (None, None, rows or stack.shape[2], columns or stack.shape[3])
 
-    def index(n: Any, s: Any, layer: Any, expert: Any, *_: Any) -> Any:
-        return layer[0], expert[s], n if rows else 0, n if columns else 0
+    def expert_block(channels: Any, step: Any, layer_ref: Any, expert_ref: Any, *_: Any) -> Any:
+        # The same for all steps of an expert: copied once.
+        along = channels if rows else 0, channels if columns else 0
+        return layer_ref[0], expert_ref[step], *along
 
-    return pl.BlockSpec(block, index)
+    return pl.BlockSpec(block, expert_block)
 
 
 def _divisor(extent: int, most: int) -> int:
-    """The largest that counts whole 128s, or the whole extent."""
+    """The largest divisor that is a multiple of 128, up to `most`; or the extent itself."""
     sizes = range(most, 0, -128)
     return next((size for size in sizes if extent % size == 0), extent)
 
 
 def _over(extent: int, step: int, run: Callable[[Any], None]) -> None:
-    """`run` at 0, step, 2 step, ..."""
+    """Call `run` with 0, step, 2 * step, ..."""
     if extent == step:
         run(0)
     else:
@@ -181,14 +187,14 @@ def _over(extent: int, step: int, run: Callable[[Any], None]) -> None:
 
 
 def _over_chunks(rows: int, columns: int, run: Callable[[Any, Any, int, int], None]) -> None:
-    """Codes in chunks small enough to unroll: (first row, first column, rows, columns)."""
+    """Call `run(first row, first column, rows, columns)` for chunks small enough to unroll."""
     ck = 1024 if rows % 1024 == 0 else rows
     cn = _divisor(columns, 512)
     _over(columns, cn, lambda n: _over(rows, ck, lambda k: run(k, n, ck, cn)))
 
 
 def _dot(x: Array, w: Array, dim: int = 0) -> Array:
-    """Over `dim` of w."""
+    """Multiply, contracting `dim` of w."""
     dims = (((1,), (dim,)), ((), ()))
     return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
 
@@ -205,7 +211,7 @@ def _add(total_ref: Any, x_ref: Any, w_ref: Any, dim: int) -> None:
 
 
 def _add_fp8_products(
-    total_ref: Any, x_ref: Any, codes_ref: Any, wide_ref: Any, keeps: bool
+    total_ref: Any, x_ref: Any, codes_ref: Any, wide_ref: Any, native: bool
 ) -> None:
     def chunk(k: Any, n: Any, ck: int, cn: int) -> None:
         columns = pl.ds(n, cn)
@@ -213,7 +219,7 @@ def _add_fp8_products(
         scale = wide_ref[_part(k, ck, FP8_BLOCK), columns]
         for b in range(ck // FP8_BLOCK):
             at = _part(k + b * FP8_BLOCK, FP8_BLOCK)
-            values = tpu_codes.e4m3_values(codes_ref[at, columns], keeps)
+            values = tpu_codes.e4m3_values(codes_ref[at, columns], native)
             total += _dot(x_ref[:, at], values) * scale[b : b + 1]
         total_ref[:, columns] = total
 
@@ -221,7 +227,7 @@ def _add_fp8_products(
 
 
 def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any) -> None:
-    """The rows are repeated per block of 32, zero in other blocks: one product sums each apart."""
+    """Rows are repeated per block of 32, zero elsewhere: one product gives each block's sums."""
     R = x_ref.shape[0]
 
     def chunk(k: Any, n: Any, ck: int, cn: int) -> None:
@@ -233,8 +239,8 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
             values = tpu_codes.e2m1_values(codes_ref[packed, columns])
             x = x_ref[:, _part(k + b * FP8_BLOCK, FP8_BLOCK)]
             block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
-            apart = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(_GROUP)]
-            products = _dot(jnp.concatenate(apart), values)
+            per_block = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(_GROUP)]
+            products = _dot(jnp.concatenate(per_block), values)
             for i in range(_GROUP):
                 row = b * _GROUP + i
                 total += products[i * R : (i + 1) * R] * scale[row : row + 1]
@@ -244,7 +250,7 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
 
 
 def _part(start: Any, size: int, per: int = 1) -> Any:
-    """So many channels, of which a row holds `per`; `start` is a multiple of `size`."""
+    """Rows of `size` channels from `start` on, `per` to a row; `start` is a multiple of `size`."""
     if isinstance(start, int):
         return pl.ds(start // per, size // per)
     return pl.ds(pl.multiple_of(jax.lax.div(start, per), size // per), size // per)
@@ -255,21 +261,21 @@ def _fp4_scale(scale_ref: Any, k: Any, columns: Any, ck: int) -> Array:
     return tpu_codes.scale_values(scale) * tpu_codes.E2M1_UNIT
 
 
-def _spread(scale_ref: Any, wide_ref: Any, first: Any, keeps: bool) -> None:
-    """Scales in float32, each repeated for the 128 columns of its block, from block `first` on."""
-    scale = tpu_codes.scale_values(scale_ref[...]) * tpu_codes.e4m3_unit(keeps)
+def _spread(scale_ref: Any, wide_ref: Any, first: Any, native: bool) -> None:
+    """Scales in float32, from block `first` on, each repeated for its block's 128 columns."""
+    scale = tpu_codes.scale_values(scale_ref[...]) * tpu_codes.e4m3_unit(native)
     cn = _divisor(wide_ref.shape[1], 512)
     for n in range(0, wide_ref.shape[1], cn):
         wide_ref[:, n : n + cn] = tpu_codes.spread(scale, first + n // FP8_BLOCK, cn)
 
 
-def _dequantise_fp8(codes_ref: Any, wide_ref: Any, dense_ref: Any, row: Any, keeps: bool) -> None:
+def _dequantise_fp8(codes_ref: Any, wide_ref: Any, dense_ref: Any, row: Any, native: bool) -> None:
     def chunk(k: Any, n: Any, ck: int, cn: int) -> None:
         columns = pl.ds(n, cn)
         for b in range(ck // FP8_BLOCK):
             at = _part(k + b * FP8_BLOCK, FP8_BLOCK)
             scale = wide_ref[pl.ds(row + _part(k, ck, FP8_BLOCK).start + b, 1), columns]
-            values = tpu_codes.e4m3_values(codes_ref[at, columns], keeps).astype(jnp.float32)
+            values = tpu_codes.e4m3_values(codes_ref[at, columns], native).astype(jnp.float32)
             dense_ref[at, columns] = (values * scale).astype(dense_ref.dtype)
 
     _over_chunks(codes_ref.shape[0], codes_ref.shape[1], chunk)

@@ -1,4 +1,4 @@
-"""The routed experts by plain XLA: a loop over rows, or over tiles of rows sorted by expert.
+"""The routed experts in plain XLA: a loop over rows, or over tiles of rows sorted by expert.
 
 Axis letters: T tokens, D hidden, A experts per token, L layers, E experts, F expert hidden,
 P = T * A rows (one per token and choice), R rows of a tile.
@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul.xla_backward import expert_mlp_backward
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
 
-# One expert's layer on rows that share it: (rows, their weights, expert) -> weighted outputs.
+# One expert's MLP on rows that share it: (rows, their weights, expert) -> weighted outputs.
 _Expert = Callable[[Array, Array, Array], Array]
 
 
@@ -27,13 +27,13 @@ def expert_mlp(
     limit: float,
     weight_first: bool,
 ) -> Float[Array, "T D"]:
-    """Read each chosen expert's matrices once or a few times, and no other's."""
+    """Read each chosen expert's matrices once or a few times, and no others."""
     x_TD, expert_TA = inputs.x_TD, inputs.expert_TA
     rows, experts = expert_TA.size, inputs.w1_LEFD.shape[1]
 
     def run_expert(x_RD: Array, weight_R: Array, expert: Array) -> Array:
-        ours = [sorting.take(w, inputs.layer, expert) for w in inputs.weights]
-        return xla_tiles.run_expert(ours, x_RD, weight_R, limit, weight_first=weight_first)
+        its_weights = [sorting.take(w, inputs.layer, expert) for w in inputs.weights]
+        return xla_tiles.run_expert(its_weights, x_RD, weight_R, limit, weight_first=weight_first)
 
     weight_TA = inputs.weight_TA.astype(accumulator(x_TD.dtype))
     if rows <= 2 * experts:
@@ -50,7 +50,7 @@ def one_by_one(
     weight_TA: Float[Array, "T A"],
     experts: int,
 ) -> Float[Array, "T D"]:
-    """A loop over tokens and choices: for few rows, which seldom share an expert."""
+    """A loop over tokens and choices, for few rows, which rarely share an expert."""
     A = expert_TA.shape[1]
 
     def add_choice(p: Array, total_TD: Array) -> Array:
@@ -76,7 +76,7 @@ def by_tiles(
     experts: int,
     sizes: tuple[int, ...],
 ) -> Float[Array, "T D"]:
-    """A loop over tiles of one expert's rows, each of the size that fits what is left of them."""
+    """A loop over tiles of one expert's rows, each of the size that fits the rows left."""
     (T, A), largest = expert_TA.shape, sizes[-1]
     rows = xla_tiles.sort(expert_TA, experts)
     pad = lambda x_P: jnp.pad(x_P, (0, largest))
@@ -89,7 +89,7 @@ def by_tiles(
         out_RD = run_expert(x_TD[token_R], weight_R, tile.expert)
         return jnp.pad(out_RD, ((0, largest - R), (0, 0)))
 
-    # Rows beyond the expert's own are written anew by the experts that come later.
+    # Rows beyond the expert's own are overwritten by later experts.
     put = lambda out_PD, out_RD, tile: jax.lax.dynamic_update_slice_in_dim(
         out_PD, out_RD, tile.row, 0
     )

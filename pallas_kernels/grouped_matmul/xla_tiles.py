@@ -1,4 +1,4 @@
-"""A loop over tiles of rows that share an expert, each of the size that fits what is left of them.
+"""A loop over tiles of rows that share an expert, each of the size that fits the rows left.
 
 Axis letters: T tokens, D hidden, A experts per token, E experts, F expert hidden, P = T * A rows,
 R rows of a tile.
@@ -17,12 +17,12 @@ from pallas_kernels.grouped_matmul import lora, reference, sorting
 
 
 class Sorted(NamedTuple):
-    """Rows sorted by expert; those of no expert come last.
+    """Rows sorted by expert; those without an expert come last.
 
     Attributes:
       key_P: each row's expert.
-      order_P: which of the T * A rows stands there.
-      end_E: the row after each expert's last.
+      order_P: which of the T * A rows is at each place of the order.
+      end_E: row after each expert's last.
     """
 
     key_P: Array
@@ -31,7 +31,7 @@ class Sorted(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some rows of one expert: `left` from `row` on, which may be more than the tile holds."""
+    """Rows of one expert: `left` of them from `row` on, possibly more than the tile holds."""
 
     row: Array
     expert: Array
@@ -39,14 +39,14 @@ class Tile(NamedTuple):
 
 
 def sort(expert_TA: Int[Array, "T A"], experts: int) -> Sorted:
-    """Sort the rows."""
+    """Sort the rows by expert."""
     key_P, order_P = sorting.sort_by_expert(expert_TA.reshape(-1), experts)
     end_E = jnp.searchsorted(key_P, jnp.arange(experts), side="right").astype(jnp.int32)
     return Sorted(key_P, order_P, end_E)
 
 
 def fitting(sizes: tuple[int, ...], rows: int, experts: int) -> tuple[int, ...]:
-    """Those up to one that holds twice an even share of the rows: each is traced and compiled."""
+    """The sizes up to one that holds twice an even share of the rows: each costs a compilation."""
     most = min(rows, 2 * rows / experts)
     return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < most)
 
@@ -60,21 +60,21 @@ def loop(
 ) -> Any:
     """Carry = put(carry, run_tile(R, tile), tile) for every tile, in order.
 
-    What `run_tile` makes has the same shapes for every size. An expert's rows are cut into tiles
-    of the largest size; its last is the smallest that holds the rest. Rows beyond the expert's own
-    in a tile are those of later tiles.
+    `run_tile` must return the same shapes for every size. An expert's rows are cut into tiles of
+    the largest size; its last tile is of the smallest size that holds the rest. A tile's rows
+    beyond the expert's own belong to later tiles.
     """
 
     def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
         row, carry = state
         expert = rows.key_P[row]
         tile = Tile(row, expert, rows.end_E[expert] - row)
-        fits = jnp.sum(tile.left > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
-        made = jax.lax.switch(fits, [functools.partial(run_tile, R) for R in sizes], tile)
-        return row + jnp.minimum(tile.left, sizes[-1]), put(carry, made, tile)
+        size = jnp.sum(tile.left > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+        result = jax.lax.switch(size, [functools.partial(run_tile, R) for R in sizes], tile)
+        return row + jnp.minimum(tile.left, sizes[-1]), put(carry, result, tile)
 
-    more = lambda state: state[0] < rows.end_E[-1]
-    return jax.lax.while_loop(more, step, (jnp.int32(0), carry))[1]
+    rows_left = lambda state: state[0] < rows.end_E[-1]
+    return jax.lax.while_loop(rows_left, step, (jnp.int32(0), carry))[1]
 
 
 def run_expert(

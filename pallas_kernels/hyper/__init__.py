@@ -1,8 +1,8 @@
 """Manifold-constrained hyper-connections (report, section 2.2): collapse, mix and expand streams.
 
-The N residual streams of a token lie side by side, [B, T, N * D], so that no step lays them out
-anew. TPU kernels read the streams once for each of the functions here, where XLA's form keeps them
-in float32 between; on GPUs XLA's form does without. Gradients are computed anew, by XLA.
+The N residual streams of a token are stored side by side, [B, T, N * D], so that no step changes
+their layout. TPU kernels read the streams once per function; XLA's form on TPUs keeps them in
+float32 in between, on GPUs it does not. XLA computes the gradients, with recomputation.
 
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D, Q mixing weights.
 """
@@ -42,27 +42,29 @@ def pre(
     Args:
       x_BTM: the streams.
       fn_QM: the projection, Q = 2N + N * N: to the streams' weights, the output's, and comb.
-      base_Q: added to the logits.
-      scale_3: multiplies the logits of each of the three.
+      base_Q: bias of the logits.
+      scale_3: scale of the logits of each of the three parts.
       streams: N.
       steps: row/column passes of `sinkhorn`, at least 1.
-      eps: added to the streams' weights, and of `sinkhorn`.
-      norm_eps: the norm's.
-      impl: 'auto' takes the best form for the compile target.
+      eps: added to the streams' weights, and eps of `sinkhorn`.
+      norm_eps: eps of the norm.
+      impl: 'auto' picks the best form for the compile target.
 
     Returns:
-      The collapsed streams in x's dtype; the weight of the sublayer's output on each stream;
+      The collapsed streams in x's dtype; the weight of the sublayer's output in each stream;
       comb[j, k], the weight of old stream j in new stream k.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: an array that is not of floats.
-      ValueError: shapes that do not fit together, or no streams or steps.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: an array that is not floating-point.
+      ValueError: shapes that do not match, or no streams or steps.
     """
     for name, value in (("streams", streams), ("steps", steps)):
         check_whole("hyper.pre", name, value, least=0)
     if streams < 1 or steps < 1:
-        raise ValueError(f"hyper.pre: {streams} streams and {steps} steps; it takes at least 1.")
+        raise ValueError(
+            f"hyper.pre: {streams} streams and {steps} steps; both must be at least 1."
+        )
     check_number("hyper.pre", eps=eps, norm_eps=norm_eps)
     arrays = {"x_BTM": x_BTM, "fn_QM": fn_QM, "base_Q": base_Q, "scale_3": scale_3}
     _check("hyper.pre", arrays, streams, Q=streams * (2 + streams))
@@ -80,7 +82,7 @@ def post(
 ) -> Float[Array, "B T M"]:
     """New streams: post[k] * output + sum over j of comb[j, k] * x[j].
 
-    Computed in the weights' dtype, returned in x's.
+    Computed in the dtype of the weights, returned in that of x.
 
     Raises:
       NotImplementedError, TypeError, ValueError: as for `pre`.
@@ -103,7 +105,7 @@ def head(
     norm_eps: float,
     impl: Impl = "auto",
 ) -> Float[Array, "B T D"]:
-    """Collapse the streams once and for all, before the final norm.
+    """Collapse the streams to one, before the final norm.
 
     Raises:
       NotImplementedError, TypeError, ValueError: as for `pre`.
@@ -116,9 +118,9 @@ def head(
 
 
 def _check(op: str, arrays: dict[str, Any], streams: int, **sizes: int) -> None:
-    found = check_arrays(op, arrays, sizes={"N": streams, **sizes})
-    if streams < 1 or found["M"] % streams:
-        raise ValueError(f"{op}: x_BTM has {found['M']} channels, not {streams} equal streams.")
+    channels = check_arrays(op, arrays, sizes={"N": streams, **sizes})["M"]
+    if streams < 1 or channels % streams:
+        raise ValueError(f"{op}: x_BTM has {channels} channels, not {streams} equal streams.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -131,7 +133,7 @@ def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
 
 
 def _backward(name: str, impl: Impl, static: Any, args: Any, grads: Any) -> Any:
-    """Of the reference, whatever ran forward."""
+    """Gradients of the reference, whichever form ran forward."""
     run = functools.partial(getattr(reference, name), **dict(static))
     return (jax.vjp(run, *args)[1](grads),)
 

@@ -1,4 +1,4 @@
-"""Hyper-connections in plain maths; what is linear in the streams with its gradients.
+"""Hyper-connections in plain maths, with custom gradients for what is linear in the streams.
 
 Axis letters: as in the package.
 """
@@ -30,15 +30,15 @@ def sinkhorn(
     """Alternately normalise rows and columns.
 
     Args:
-      logits_BTNN: one N x N matrix per token, any range.
+      logits_BTNN: an N x N matrix of any range per token.
       steps: row/column passes; the checkpoint's `hc_sinkhorn_iters`.
       eps: added to the softmax and to every divisor.
 
     Returns:
-      Non-negative matrices whose columns (summed over the first N) are 1 within eps, and rows
-      nearly so.
+      Non-negative matrices whose columns (summed over the first N) sum to 1 within eps, and whose
+      rows nearly do.
     """
-    # Tokens last: a 4 x 4 matrix per token would leave vector lanes empty.
+    # Tokens last: 4 x 4 matrices in the last dims would leave vector lanes empty.
     m_NNBT = jax.nn.softmax(jnp.moveaxis(logits_BTNN, (2, 3), (0, 1)), axis=1) + eps
     balance = lambda _, m: _normalised(_normalised(m, 1, eps), 0, eps)
     m_NNBT = jax.lax.fori_loop(0, steps - 1, balance, _normalised(m_NNBT, 0, eps))
@@ -49,7 +49,7 @@ def sinkhorn(
 def _normalised(
     m_NNBT: Float32[Array, "N N B T"], axis: int, eps: float
 ) -> Float32[Array, "N N B T"]:
-    """Over the sums along an axis."""
+    """Divided by the sums along an axis."""
     return m_NNBT / (_added(m_NNBT, axis) + eps)
 
 
@@ -70,7 +70,7 @@ _normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 def _added(m_NNBT: Float32[Array, "N N B T"], axis: int) -> Array:
-    """The sums along an axis, which stays; slice by slice, as XLA's sums of four are slow."""
+    """Sums along an axis, keeping it; slice by slice, as XLA is slow at sums of four."""
     parts = [jax.lax.index_in_dim(m_NNBT, i, axis) for i in range(m_NNBT.shape[axis])]
     return functools.reduce(jnp.add, parts)
 
@@ -86,7 +86,7 @@ def pre(
     eps: float,
     norm_eps: float,
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T N"], Float32[Array, "B T N N"]]:
-    """The mixing logits through sigmoids and the Sinkhorn iteration."""
+    """Pass the mixing logits through sigmoids and the Sinkhorn iteration."""
     mix_BTQ = mixes(x_BTM, fn_QM, norm_eps)
     part = lambda start, stop, i: (
         mix_BTQ[..., start:stop] * scale_3[i] + base_Q[None, None, start:stop]
@@ -106,7 +106,7 @@ def post(
     post_BTN: Float[Array, "B T N"],
     comb_BTNN: Float[Array, "B T N N"],
 ) -> Float[Array, "B T M"]:
-    """Stream by stream, side by side as they were."""
+    """Stream by stream; the streams stay side by side."""
     wide = post_BTN.dtype
     output_BTD = output_BTD.astype(wide)
     olds_BTD = jnp.split(x_BTM.astype(wide), post_BTN.shape[-1], axis=-1)
@@ -170,9 +170,9 @@ def _weighted(weight_BTN: Float[Array, "B T N"], parts: list[Array]) -> Float[Ar
 
 
 def _mixed(weight_BTJN: Float[Array, "B T J N"], x_BTM: Float[Array, "B T M"]) -> Array:
-    """J sums of weighted streams side by side, in the weights' dtype.
+    """J weighted sums of the streams, side by side, in the weights' dtype.
 
-    XLA would compute what a CPU does not multiply as matrices anew for each of its readers.
+    On CPU a matmul: XLA would recompute an elementwise sum for each of its readers.
     """
     wide, (J, N) = weight_BTJN.dtype, weight_BTJN.shape[2:]
 
@@ -189,7 +189,7 @@ def _mixed(weight_BTJN: Float[Array, "B T J N"], x_BTM: Float[Array, "B T M"]) -
 
 
 def _outer(weight_BTN: Float[Array, "B T N"], x_BTD: Float[Array, "B T D"]) -> Array:
-    """Copies of x side by side, each times its weight, in the form that each platform fuses."""
+    """Copies of x side by side, each times its weight, written so that each platform fuses it."""
 
     def rows(weight_BTN: Array, x_BTD: Array) -> Array:
         return (weight_BTN[..., None] * x_BTD[:, :, None]).reshape(*x_BTD.shape[:2], -1)
@@ -210,6 +210,6 @@ def head(
     eps: float,
     norm_eps: float,
 ) -> Float[Array, "B T D"]:
-    """Collapse the streams once and for all, before the final norm."""
+    """Collapse the streams to one, before the final norm."""
     mix_BTN = mixes(x_BTM, fn_NM, norm_eps)
     return collapse(x_BTM, jax.nn.sigmoid(mix_BTN * scale_1[0] + base_N[None, None]) + eps)

@@ -1,6 +1,6 @@
 """Hyper-connections on TPUs: each function reads and writes the streams once.
 
-Grid: blocks of tokens, whose streams lie in VMEM whole.
+Grid: blocks of tokens, with all of their streams in VMEM.
 
 Axis letters: as in the package; R tokens of all rows of the batch.
 """
@@ -18,9 +18,9 @@ from pallas_kernels.hyper import tpu_post, tpu_pre
 from pallas_kernels.implementations import Unsupported
 
 LANES = 128
-_TOKENS = 256  # of a block that is collapsed: its matmul takes the weights up once
+_TOKENS = 256  # tokens per block to collapse: its matmul loads the weights once
 _VMEM = 56 * 2**20
-_MOST_BYTES = 2**16  # of a token's streams
+_MOST_BYTES = 2**16  # most bytes of a token's streams
 
 
 def pre(
@@ -34,10 +34,10 @@ def pre(
     eps: float,
     norm_eps: float,
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T N"], Float32[Array, "B T N N"]]:
-    """As the package says. The kernel writes the mixing weights with tokens along lanes.
+    """See the package. The kernel writes the mixing weights with tokens along lanes.
 
     Raises:
-      Unsupported: another dtype or number of streams or channels.
+      Unsupported: another dtype, number of streams or number of channels.
     """
     B, T, N = *x_BTM.shape[:2], streams
     sizes = (N, N, N * N)
@@ -59,7 +59,7 @@ def head(
     eps: float,
     norm_eps: float,
 ) -> Float[Array, "B T D"]:
-    """As `pre`, with the first of its results alone."""
+    """Like `pre`, but only the first of its results."""
     N = len(fn_NM)
     scale_N = jnp.broadcast_to(scale_1, (N,))
     (out_RD,) = _collapse(x_BTM, fn_NM, base_N, scale_N, N, steps=0, eps=eps, norm_eps=norm_eps)
@@ -72,7 +72,7 @@ def post(
     post_BTN: Float[Array, "B T N"],
     comb_BTNN: Float[Array, "B T N N"],
 ) -> Float[Array, "B T M"]:
-    """As the package says.
+    """See the package.
 
     Raises:
       Unsupported: as for `pre`.
@@ -81,7 +81,7 @@ def post(
     _require(x_BTM, N, post_BTN.dtype, comb_BTNN.dtype)
     R, M = x_BTM.shape[0] * x_BTM.shape[1], x_BTM.shape[2]
     weights_QR = jnp.concatenate([post_BTN.reshape(R, N).T, comb_BTNN.reshape(R, N * N).T])
-    # Whole groups, so that each lies where memory is read; of a number of tokens, any.
+    # Rounded up to whole groups, so that the last is within its block for any number of tokens.
     block, along = _blocks(pl.cdiv(R, tpu_post.GROUP) * tpu_post.GROUP, LANES)
     return pl.pallas_call(
         functools.partial(tpu_post.kernel, N),
@@ -104,16 +104,17 @@ def post(
 def _collapse(
     x_BTM: Any, fn_QM: Any, base_Q: Any, scale_Q: Any, streams: int, **static: Any
 ) -> tuple[Any, ...]:
-    """The collapsed streams, and beyond Q = N the weights of output and old streams."""
+    """The collapsed streams and, if Q > N, the weights of the output and of the old streams."""
     _require(x_BTM, streams, base_Q.dtype, scale_Q.dtype)
     R, (Q, M) = x_BTM.shape[0] * x_BTM.shape[1], fn_QM.shape
     block, along = _blocks(R, _TOKENS)
-    whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
+    # Always the same block: read once, then resident for all blocks of tokens.
+    resident = lambda *shape: pl.BlockSpec(shape, lambda token_block: (0, 0))
     weights = [(Q - streams, R)] if streams < Q else []
     outs = pl.pallas_call(
         functools.partial(tpu_pre.kernel, streams, **static),
         grid=(pl.cdiv(R, block),),
-        in_specs=[along((block, M), 0), whole(Q, M), whole(1, Q), whole(1, Q)],
+        in_specs=[along((block, M), 0), resident(Q, M), resident(1, Q), resident(1, Q)],
         out_specs=[along((block, M // streams), 0), *(along((n, block), 1) for n, _ in weights)],
         out_shape=[
             jax.ShapeDtypeStruct((R, M // streams), x_BTM.dtype),
@@ -129,11 +130,14 @@ def _collapse(
 
 
 def _blocks(tokens: int, most: int) -> tuple[int, Any]:
-    """Tokens of a block, and the spec of blocks that follow one another along a dim."""
-    block = min(tokens, most)
-    return block, lambda shape, dim: pl.BlockSpec(
-        shape, lambda i: tuple(i if d == dim else 0 for d in range(2))
-    )
+    """Tokens per block, and a function of (shape, dim): specs of blocks of tokens along `dim`."""
+
+    def along(shape: tuple[int, int], dim: int) -> pl.BlockSpec:
+        rows = lambda token_block: (token_block, 0)
+        columns = lambda token_block: (0, token_block)
+        return pl.BlockSpec(shape, columns if dim else rows)
+
+    return min(tokens, most), along
 
 
 def _require(x_BTM: Any, streams: int, *dtypes: Any) -> None:

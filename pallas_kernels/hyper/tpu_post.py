@@ -1,4 +1,4 @@
-"""A block's new streams.
+"""New streams of a block of tokens.
 
 Axis letters: as in the package; R tokens of a block, G of a group, V channels of a chunk.
 """
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-GROUP = 16  # tokens: a register of bfloat16
-_CHUNK = 512  # channels
+GROUP = 16  # tokens of a bfloat16 register
+_CHUNK = 512  # channels at a time
 
 
 def kernel(
@@ -22,7 +22,7 @@ def kernel(
     out_ref: Any,  # [R, M]
     square_ref: Any,  # [128, 128]
 ) -> None:
-    """Weights of a token come along lanes, and are used along sublanes."""
+    """The weights arrive with tokens along lanes, and are transposed to tokens along sublanes."""
     N, Q, (R, D) = streams, len(weights_ref), output_ref.shape
     square_ref[:Q] = weights_ref[...]
     square_ref[...] = square_ref[...].T
@@ -30,8 +30,8 @@ def kernel(
 
     def tokens(g: Any, _: Any) -> None:
         rows = pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
-        weights_GV = square_ref[rows]
-        weight = lambda q: weights_GV[:, q : q + 1]
+        weights_G128 = square_ref[rows]
+        weight = lambda q: weights_G128[:, q : q + 1]
 
         def channels(c: Any, _: Any) -> None:
             lanes = lambda stream: pl.ds(pl.multiple_of(c * chunk, chunk) + stream * D, chunk)

@@ -1,4 +1,4 @@
-"""A block's mixing weights and collapsed streams, out of one reading of the streams.
+"""A block's mixing weights and collapsed streams, from a single read of the streams.
 
 Axis letters: as in the package; R tokens of a block, V lanes of a chunk of channels.
 """
@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float32
 
 _LANES = 128
-_CHUNK = 2048  # channels of a matmul
-_COLLAPSED = 256  # channels at a time
+_CHUNK = 2048  # channels per matmul
+_COLLAPSED = 256  # channels collapsed at a time
 
 
 def kernel(
@@ -25,12 +25,12 @@ def kernel(
     base_ref: Any,  # [1, Q]
     scale_ref: Any,  # [1, Q]
     out_ref: Any,  # [R, D]
-    *refs: Any,  # [Q - N, R] where Q > N; [256, 128]
+    *refs: Any,  # [Q - N, R] if Q > N; [256, 128]
     steps: int,
     eps: float,
     norm_eps: float,
 ) -> None:
-    """The streams' weights come first of Q; they are used here, the others are written."""
+    """The first N of Q are the streams' weights, used here; the others are written."""
     *weights_refs, square_ref = refs
     N, Q, R = streams, fn_ref.shape[0], x_ref.shape[0]
     mix_RQ = _mixes(x_ref, fn_ref, norm_eps)
@@ -49,7 +49,7 @@ def kernel(
         collapse(i)
         return balance(comb)
 
-    # Each iteration of one waits long for itself; beside the other it costs nothing.
+    # A Sinkhorn step is mostly latency: next to a chunk of the collapse it costs nothing.
     together = min(chunks, steps - 1)
     comb = jax.lax.fori_loop(0, together, both, comb)
     jax.lax.fori_loop(together, chunks, lambda i, _: collapse(i), None)
@@ -61,8 +61,8 @@ def kernel(
 def _mixes(x_ref: Any, fn_ref: Any, eps: float) -> Float32[Array, "R Q"]:
     """The projection of the root-mean-square norm.
 
-    Numbers of bfloat16 meet the weights in three parts of bfloat16 that add up to them exactly:
-    one matmul gives products that are exact, as at the highest precision.
+    bfloat16 streams are multiplied by float32 weights split into three bfloat16 parts that add up
+    to them exactly: the products of one matmul are exact, as at the highest precision.
     """
     (R, M), Q = x_ref.shape, fn_ref.shape[0]
     chunk = math.gcd(M, _CHUNK)
@@ -91,14 +91,14 @@ def _mixes(x_ref: Any, fn_ref: Any, eps: float) -> Float32[Array, "R Q"]:
     padded = -(-Q // 16) * 16 if exact else Q
     init = zeros(_LANES), zeros(thirds * padded)
     squares_RV, products_RQ = jax.lax.fori_loop(0, M // chunk, add, init)
-    # The smallest first.
+    # Add the smallest parts first.
     parts = [products_RQ[:, i * padded : i * padded + Q] for i in reversed(range(thirds))]
     mean_R1 = jnp.sum(squares_RV, axis=1, keepdims=True) / M
     return functools.reduce(jnp.add, parts) * jax.lax.rsqrt(mean_R1 + eps)
 
 
 def _thirds(fn_QM: Float32[Array, "Q M"]) -> list[Float32[Array, "Y M"]]:
-    """Three numbers of eight bits each that add up to each weight; Q up to a multiple of 16."""
+    """Split weights into three parts of eight bits that add up to them; pads Q to 16s."""
     missing = -fn_QM.shape[0] % 16
     if missing:
         zeros = jnp.zeros((missing, fn_QM.shape[1]), jnp.float32)
@@ -114,7 +114,7 @@ def _thirds(fn_QM: Float32[Array, "Q M"]) -> list[Float32[Array, "Y M"]]:
 def _collapse(
     x_ref: Any, out_ref: Any, weight_RN: Float32[Array, "R N"]
 ) -> tuple[Callable[[Any], None], int]:
-    """What writes a chunk of the streams' weighted sum, and how many chunks there are."""
+    """A function that writes one chunk of the streams' weighted sum, and the number of chunks."""
     D, N = out_ref.shape[1], weight_RN.shape[1]
     chunk = math.gcd(D, _COLLAPSED)
 
@@ -132,10 +132,10 @@ def _collapse(
 def _sinkhorn(
     logits_NR: list[Float32[Array, "N R"]], eps: float
 ) -> tuple[list[Float32[Array, "N R"]], Callable[[Any], Any]]:
-    """As `reference.sinkhorn`, of which each row of the matrices has an array of its own.
+    """`reference.sinkhorn`, with one array per row of the matrices.
 
     Returns:
-      The matrices after the first step, and what does another.
+      The matrices after the first step, and a function for another step.
     """
 
     def over_columns(m: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Quantised formats: rounding, weights saved in the checkpoint's bits, matmuls with them.
+"""Quantised formats: rounding, weights kept in the checkpoint's bits, matmuls with them.
 
 Axis letters: K input channels, N output channels, G groups.
 """
@@ -65,27 +65,27 @@ _ROUNDING = {"tpu": tpu_rounding, "xla": reference, "reference": reference}
 def fake_quant_fp8(
     x: Float[Array, "*rows K"], *, block: int, amax_floor: float = 1e-4, impl: Impl = "auto"
 ) -> Float[Array, "*rows K"]:
-    """The values that x has after a trip through FP8 E4M3.
+    """Round x to FP8 E4M3 and back.
 
     Each block of the last axis gets the scale 2^ceil(log2(amax / 448)); values are rounded to
     nearest, ties to even. The gradient passes straight through.
 
-    What is infinite or NaN stays so, and takes all meaning from the rest of its block. A value
-    within half a step of the largest that x's dtype has may become infinite.
+    Infinities and NaNs stay as they are and make the rest of their block meaningless. A value
+    within half a step of the largest finite value of x's dtype may become infinite.
 
     Args:
       x: at least one dim, any float dtype; rounded in float32.
       block: channels per scale; the last block may be shorter.
-      amax_floor: least amax of a block, so that zeros have a scale.
-      impl: 'tpu' takes blocks of 32, 64 and 128; all forms give the same bits of finite blocks.
+      amax_floor: lower bound of a block's amax, so that blocks of zeros have a scale.
+      impl: 'tpu' takes blocks of 32, 64 and 128; all forms agree bit for bit on finite blocks.
 
     Returns:
-      The shape and dtype of x.
+      An array of x's shape and dtype.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: x is no array of floats.
-      ValueError: x has no dims, or the block is not at least 1.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: x is not an array of floats.
+      ValueError: x has no dims, or block is less than 1.
     """
     _check_rows("quantize.fake_quant_fp8", x, block)
     check_number("quantize.fake_quant_fp8", amax_floor=amax_floor)
@@ -96,9 +96,9 @@ def fake_quant_fp8(
 def fake_quant_fp4(
     x: Float[Array, "*rows K"], *, block: int = 32, impl: Impl = "auto"
 ) -> Float[Array, "*rows K"]:
-    """The values that x has after a trip through FP4 E2M1, scale 2^ceil(log2(amax / 6)) per block.
+    """Round x to FP4 E2M1 and back, with the scale 2^ceil(log2(amax / 6)) per block.
 
-    Otherwise as `fake_quant_fp8`.
+    Otherwise like `fake_quant_fp8`.
     """
     _check_rows("quantize.fake_quant_fp4", x, block)
     return _straight_through(x, "fake_quant_fp4", (("block", block),), impl)
@@ -106,9 +106,9 @@ def fake_quant_fp4(
 
 def _check_rows(op: str, x: Any, block: Any = 1) -> None:
     if not jnp.issubdtype(dtype := dtype_of(op, "x", x), jnp.floating):
-        raise TypeError(f"{op}: x is {dtype}; it takes floats.")
+        raise TypeError(f"{op}: x is {dtype}; it must have a floating-point dtype.")
     if not jnp.ndim(x):
-        raise ValueError(f"{op}: x has no dims; its last is that of the channels.")
+        raise ValueError(f"{op}: x has no dims; its last dim must be the channels.")
     check_whole(op, "block", block)
 
 
@@ -130,16 +130,16 @@ def hadamard(x: Float[Array, "*rows K"], *, impl: Impl = "auto") -> Float[Array,
     """Orthonormal Walsh-Hadamard transform of the last axis, in float32, returned in x's dtype.
 
     Raises:
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: x is not an array of floats.
       ValueError: K is not a power of two.
-      TypeError: x is no array of floats.
-      NotImplementedError: no such form, or it does not take these arguments.
     """
     _check_rows("quantize.hadamard", x)
     channels = x.shape[-1]
     if channels < 1 or channels & (channels - 1):
         raise ValueError(
-            f"quantize.hadamard: x has {channels} channels, of which the transform is not defined: "
-            "use a power of two."
+            f"quantize.hadamard: x has {channels} channels; the transform is only defined for a "
+            "power of two."
         )
     return _hadamard(x, impl)
 
@@ -151,12 +151,12 @@ def _hadamard(x: Float[Array, "*rows K"], impl: Impl) -> Float[Array, "*rows K"]
 
 @_hadamard.defjvp
 def _(impl: Impl, primals: Any, tangents: Any) -> Any:
-    # XLA's form, which can be transposed.
+    # XLA's form, because it can be transposed.
     return _hadamard(*primals, impl), reference.hadamard(*tangents)
 
 
 def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
-    """The matrix [..., N, K] that a weight in any format stands for, as an array in `dtype`."""
+    """Dequantise a weight in any format to an array [..., N, K] in `dtype`."""
     return reference.dense(w, dtype)
 
 
@@ -171,32 +171,32 @@ def linear(
 ) -> Float[Array, "*rows N"]:
     """Multiply x by the transpose of w, a matrix [N, K] in any format.
 
-    Differentiable in x, and in w where that is an array: quantised weights are constants.
+    Differentiable in x, and in w if it is an array: quantised weights are constants.
 
     Args:
       x: rows of input channels, or one row.
-      w: an array in x's dtype, or a quantised weight, multiplied out in x's dtype.
-      layer: which matrix to take where w is a stack of them; kernels read it where it lies.
-      groups: G, a divisor of N: N / G outputs each take K channels of x, their group's own.
-      precision: of the matmul, as in `jnp.einsum`.
-      impl: 'reference' dequantises the whole weight first, 'xla' inside the matmul where XLA can,
-        'tpu' and 'gpu' (in bfloat16) tile by tile on the chip; 'auto' takes the best form for
-        the compile target.
+      w: an array in x's dtype, or a quantised weight, which is dequantised to x's dtype.
+      layer: index of the matrix if w is a stack; kernels read it in place.
+      groups: G, a divisor of N: each group of N / G outputs reads its own K channels of x.
+      precision: precision of the matmul, as in `jnp.einsum`.
+      impl: 'reference' dequantises the entire weight first, 'xla' inside the matmul where XLA can,
+        'tpu' and 'gpu' (in bfloat16) tile by tile on the chip; 'auto' picks the best form for the
+        compile target.
 
     Returns:
-      Accumulated in float32 (or wider, if x is), in x's dtype.
+      The product in x's dtype, accumulated in float32, or in x's dtype if wider.
 
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: x is no array of floats, the layer no integer, or parts of w are of other dtypes
-        than `Weight` says.
-      ValueError: shapes that do not fit together.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: x is not an array of floats, layer is not an integer, or parts of w have a dtype
+        that `Weight` does not allow.
+      ValueError: shapes that do not match.
     """
     _check_linear(x, w, layer, groups)
     layer = layer if layer is None else jnp.asarray(layer)
     if isinstance(w, Fp8Weight | Fp4Weight):
         return _linear_quantised(x, w, layer, groups, precision, impl)
-    # XLA multiplies plain arrays best, and differentiates them.
+    # XLA is best at multiplying plain arrays, and differentiates the product.
     impl = "xla" if impl == "auto" else impl
     static = {"groups": groups, "precision": precision}
     return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **static)
@@ -211,13 +211,13 @@ def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
     check_weight(op, "w", w)
     shape: Any = getattr(w, "shape", ())  # A plain number has none.
     if len(shape) != (2 if layer is None else 3):
-        wanted = "a matrix, unless a layer is named" if layer is None else "a stack of matrices"
-        raise ValueError(f"{op}: w stands for {shape}; it takes {wanted}.")
+        expected = "a matrix if no layer is given" if layer is None else "a stack of matrices"
+        raise ValueError(f"{op}: w stands for {shape}; it must be {expected}.")
     N, K = shape[-2:]
     if N % groups or groups * K != x.shape[-1]:
         raise ValueError(
             f"{op}: x has {x.shape[-1]} channels; {groups} groups of a matrix of {N} x {K} take "
-            f"{groups * K}, and groups divide {N}."
+            f"{groups * K}, and groups must divide {N}."
         )
 
 
@@ -240,7 +240,7 @@ def _forward(x: Any, w: Any, layer: Any, groups: int, precision: Any, impl: Impl
 
 def _backward(groups: int, precision: Any, impl: Impl, saved: Any, dy: Any) -> Any:
     w, layer = saved
-    # A layer's number that is known while tracing comes back as NumPy's.
+    # A layer index that is known while tracing comes back as a NumPy scalar.
     layer = layer if layer is None else jnp.asarray(layer)
     static = {"groups": groups, "precision": precision}
     dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, w, layer, **static)

@@ -1,4 +1,4 @@
-"""Between the checkpoint's arrays and ours, on the host: repacking, decoding and encoding in numpy.
+"""Convert between the checkpoint's arrays and ours on the host: repack, decode, encode in NumPy.
 
 The checkpoint stores matrices [N, K]: E4M3 with a scale per 128 x 128 block, or E2M1 with a scale
 per row and 32 columns, byte j of a row holding columns 2j (low nibble) and 2j + 1 (high).
@@ -16,7 +16,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _STRIP = 16
-# Looking codes up in a table is several times faster than ml_dtypes' casts.
+# Table lookups are several times faster than ml_dtypes' casts.
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 _E2M1_VALUES = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float32)
 _BYTE = np.arange(256)
@@ -26,7 +26,7 @@ _E2M1_PAIRS = _E2M1_VALUES[np.stack([_BYTE & 15, _BYTE >> 4], axis=-1)]
 def _transposed(x: Shaped[np.ndarray, "*stack N K"]) -> Shaped[np.ndarray, "*stack K N"]:
     *stack, rows, columns = x.shape
     out = np.empty((*stack, columns, rows), x.dtype)
-    # Narrow strips stay in the cache: 4 times as fast as numpy's own transposing copy.
+    # Narrow strips stay in the cache: 4 times as fast as NumPy's own transposed copy.
     for row in range(0, rows, _STRIP):
         strip = slice(row, row + _STRIP)
         out[..., strip] = np.swapaxes(x[..., strip, :], -1, -2)
@@ -75,7 +75,7 @@ def fp4_to_checkpoint(
 def decode_fp8_blocks(
     codes: Shaped[np.ndarray, "N K"], scale: Shaped[np.ndarray, "n k"]
 ) -> Float32[np.ndarray, "N K"]:
-    """The values of a matrix as the checkpoint stores it in FP8."""
+    """Decode a matrix from the checkpoint's FP8."""
     values = np.take(_E4M3_VALUES, codes.view(np.uint8))
     return values * _spread(scale.astype(np.float32), codes.shape)
 
@@ -83,7 +83,7 @@ def decode_fp8_blocks(
 def decode_fp4_blocks(
     packed: Int8[np.ndarray, "N J"], scale: Shaped[np.ndarray, "N k"]
 ) -> Float32[np.ndarray, "N K"]:
-    """The values of a matrix as the checkpoint stores it in FP4."""
+    """Decode a matrix from the checkpoint's FP4."""
     pairs = np.take(_E2M1_PAIRS, packed.view(np.uint8), axis=0)
     blocks = pairs.reshape(len(packed), -1, FP4_BLOCK) * scale.astype(np.float32)[..., None]
     return blocks.reshape(len(packed), -1)
@@ -92,9 +92,9 @@ def decode_fp4_blocks(
 def encode_fp8_blocks(
     w: Float32[np.ndarray, "N K"],
 ) -> tuple[Shaped[np.ndarray, "N K"], Shaped[np.ndarray, "n k"]]:
-    """A matrix in the checkpoint's FP8: each block's scale is amax / 448, up to a power of two.
+    """Encode a matrix in the checkpoint's FP8; scales are amax / 448 rounded up to a power of two.
 
-    Values that already are E4M3 times such a scale come back unchanged.
+    Values that already are E4M3 times such a scale are encoded exactly.
     """
     scale = fp8_scales(w)
     return fp8_codes(w, scale), scale
@@ -110,7 +110,7 @@ def fp8_scales(w: Float32[np.ndarray, "N K"]) -> Shaped[np.ndarray, "n k"]:
 def fp8_codes(
     w: Float32[np.ndarray, "N K"], scale: Shaped[np.ndarray, "n k"]
 ) -> Shaped[np.ndarray, "N K"]:
-    """A matrix in the checkpoint's FP8 with given scales; what they do not reach is cut off."""
+    """Encode a matrix in the checkpoint's FP8 with given scales; clips values out of range."""
     scaled = w / _spread(scale.astype(np.float32), w.shape)
     return np.clip(scaled, -448, 448).astype(E4M3)
 
@@ -118,9 +118,9 @@ def fp8_codes(
 def encode_fp4_blocks(
     w: Float32[np.ndarray, "N K"],
 ) -> tuple[Int8[np.ndarray, "N J"], Shaped[np.ndarray, "N k"]]:
-    """A matrix in the checkpoint's FP4: each block's scale is amax / 6, up to a power of two.
+    """Encode a matrix in the checkpoint's FP4; scales are amax / 6 rounded up to a power of two.
 
-    Values that already are E2M1 times such a scale come back unchanged.
+    Values that already are E2M1 times such a scale are encoded exactly.
 
     Raises:
       ValueError: K is not a multiple of 32.
@@ -130,17 +130,19 @@ def encode_fp4_blocks(
 
 
 def fp4_scales(w: Float32[np.ndarray, "N K"]) -> Shaped[np.ndarray, "N k"]:
-    """The scales that `encode_fp4_blocks` chooses; it says what is refused."""
+    """The scales that `encode_fp4_blocks` chooses; raises like it."""
     rows, columns = w.shape
     if columns % FP4_BLOCK:
-        raise ValueError(f"FP4 needs rows of whole blocks of {FP4_BLOCK}; these have {columns}.")
+        raise ValueError(
+            f"FP4 needs rows of whole blocks of {FP4_BLOCK}; these have {columns} columns."
+        )
     return _power_of_two_scale(np.abs(w.reshape(rows, -1, FP4_BLOCK)).max(axis=-1), 6.0)
 
 
 def fp4_codes(
     w: Float32[np.ndarray, "N K"], scale: Shaped[np.ndarray, "N k"]
 ) -> Int8[np.ndarray, "N J"]:
-    """A matrix in the checkpoint's FP4 with given scales; what they do not reach is cut off."""
+    """Encode a matrix in the checkpoint's FP4 with given scales; clips values out of range."""
     blocks = w.reshape(len(w), -1, FP4_BLOCK) / scale.astype(np.float32)[..., None]
     code = np.clip(blocks, -6, 6).astype(E2M1).view(np.uint8).reshape(len(w), -1, 2) & 15
     return (code[..., 0] | code[..., 1] << 4).view(np.int8)

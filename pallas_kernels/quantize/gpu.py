@@ -1,7 +1,7 @@
-"""Matmuls with quantised weights on NVIDIA GPUs from Hopper on, by Mosaic GPU.
+"""Matmuls with quantised weights on NVIDIA GPUs from Hopper on, with Mosaic GPU.
 
-Weights are read where they lie: a layer of a stack by the tiles' index, a group's channels by that
-of the rows' tiles.
+Weights are read in place: the index of their tiles picks the layer of a stack, that of the rows'
+tiles a group's channels.
 
 Axis letters: L layers of a stack, G groups, R rows, K input channels, N output channels, Z parts
 of K.
@@ -18,8 +18,8 @@ from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp4Weight, Fp8Weight, Weight, as_stack
 
 _KERNELS = {Fp8Weight: (gpu_fp8.sums, FP8_BLOCK), Fp4Weight: (gpu_fp4.sums, gpu_fp4.CHANNELS)}
-_BLOCKS = 264  # of threads: two on each multiprocessor of an H200
-_PART_BYTES = 2**21  # of float32 sums of parts of K
+_BLOCKS = 264  # blocks of threads: two on each multiprocessor of an H200
+_PART_BYTES = 2**21  # float32 sums of all parts of K
 
 
 def linear(
@@ -30,7 +30,7 @@ def linear(
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows N"]:
-    """As `quantize.linear`, for bfloat16 and quantised weights.
+    """`quantize.linear`, for bfloat16 and quantised weights.
 
     Raises:
       Unsupported: another kind of weight or dtype, or a matrix that is not whole tiles.
@@ -42,8 +42,8 @@ def linear(
     (N, K), x_RK = w.shape[-2:], x.reshape(-1, x.shape[-1])
     if x.dtype != jnp.bfloat16 or N % (groups * COLUMNS) or K % channels or x.size == 0:
         raise Unsupported(
-            f"The GPU form of linear takes bfloat16, N in {COLUMNS}s and K in {channels}s; not"
-            f" {x.dtype} {x.shape} times {groups} groups of {N} x {K}."
+            f"The GPU form of linear takes bfloat16, N per group in multiples of {COLUMNS} and K in"
+            f" multiples of {channels}, not {x.dtype} {x.shape} times {groups} groups of {N} x {K}."
         )
     rows = 128 if len(x_RK) > 64 else 64
     x_RK = jnp.pad(x_RK, ((0, -len(x_RK) % (8 if rows == 64 else rows)), (0, 0)))
@@ -55,7 +55,7 @@ def linear(
 
 
 def _parts(R: int, N: int, tiles: int, rows: int) -> int:
-    """Parts of K summed apart, so that few rows occupy the whole GPU too."""
+    """How many parts of K to sum separately, so that few rows also occupy the entire GPU."""
     blocks = pl.cdiv(R, rows) * (N // COLUMNS)
     most = min(_BLOCKS // blocks, _PART_BYTES // (4 * R * N))
     return next((n for n in range(most, 1, -1) if tiles % n == 0), 1)

@@ -1,4 +1,4 @@
-"""E2M1 codes to numbers inside Mosaic GPU kernels, exactly.
+"""Exact conversion of E2M1 codes inside Mosaic GPU kernels.
 
 Axis letters: K input channels, N output channels.
 """
@@ -15,16 +15,16 @@ from jaxtyping import Array
 from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.quantize.leaves import FP4_BLOCK
 
-_HALF = FP4_BLOCK // 2  # rows of bytes
+_HALF = FP4_BLOCK // 2  # rows of bytes per block
 
 
 def write_fp4(codes: Any, scale: Any, tile: Any) -> None:
-    """Make a tile of numbers of a tile of codes; all three are in shared memory.
+    """Convert a tile of codes to a tile of numbers; all three are in shared memory.
 
     Args:
       codes: bytes [K / 2, N], packed as in `Fp4Weight`.
       scale: exponents as bytes [K / 32, N].
-      tile: bfloat16 [K, N], in swizzles of 128 bytes.
+      tile: bfloat16 [K, N], with a swizzle of 128 bytes.
     """
     layout = tile_layout(_HALF, codes.shape[1])
     for block in range(scale.shape[0]):
@@ -39,15 +39,15 @@ def write_fp4(codes: Any, scale: Any, tile: Any) -> None:
 
 
 def power_of_two(exponent: Array) -> Array:
-    """E8M0 as float32: 2^(e - 127). The least, which would be subnormal, is 0."""
+    """E8M0 as float32: 2^(e - 127), except that the smallest, which would be subnormal, is 0."""
     return jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
 
 
 def e2m1(code: Array) -> Array:
-    """The numbers of E2M1 codes in integers of 32 bits, in float32.
+    """E2M1 codes, as 32-bit integers, to float32.
 
-    Sign, exponent and mantissa move to where a float16 has them, which makes 0 and 0.5 subnormal
-    there as they are here, and all numbers 2^14 times too small.
+    Sign, exponent and mantissa move to where float16 has them: 0 and 0.5 are subnormal there as
+    well, and all numbers are 2^14 times too small.
     """
     bits = (code << 9) + 0x7000 & 0x8E00  # the sign is carried from bit 12 to bit 15
     small = jax.lax.bitcast_convert_type(bits.astype(jnp.int16), jnp.float16)
@@ -56,5 +56,5 @@ def e2m1(code: Array) -> Array:
 
 @functools.cache
 def tile_layout(rows: int, columns: int) -> Any:
-    """Of registers on their way to a tile, so that it is written without bank conflicts."""
+    """Layout of registers from which a tile is written without bank conflicts."""
     return plgpu.Layout.SMEM_GMEM_COPY((rows, columns), jnp.bfloat16, 128)

@@ -1,9 +1,9 @@
-"""Rows times FP4 weights by Mosaic GPU.
+"""Rows times FP4 weights with Mosaic GPU.
 
-A block of threads owns 128 columns. While tensor cores multiply one tile, the threads make the next
-one of its codes and scales, in bfloat16 in the other half of a buffer.
+A block of threads owns 128 columns. While tensor cores multiply one tile, the threads convert the
+codes and scales of the next to bfloat16 in the other half of a double buffer.
 
-Axis letters: as in gpu.py; D tiles under way, S the two tiles of the buffer, X channels of a tile,
+Axis letters: as in gpu.py; D tiles in flight, S the two tiles of the buffer, X channels of a tile,
 J bytes and B blocks of them, M rows and C columns of a block of threads.
 """
 
@@ -20,9 +20,9 @@ from pallas_kernels.quantize import gpu_codes, gpu_tiles
 from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP4_BLOCK, Fp4Weight
 
-CHANNELS = 64  # of a tile
-# Tiles under way. Two blocks of threads fit a multiprocessor's memory, except with 128 rows whose
-# sums are parts.
+CHANNELS = 64  # per tile
+# Tiles in flight. Two blocks of threads fit into a multiprocessor's memory, except with 128 rows
+# and several parts of K.
 _DEPTH = 3
 
 
@@ -35,21 +35,21 @@ def sums(
     rows: int,
     parts: int,
 ) -> Float[Array, "Z R N"]:
-    """Parts of the product, to be summed; `rows` of a block of threads."""
+    """Partial sums of the product; a block of threads has `rows` rows."""
     R, (_, N, K) = len(x_RK), stack.shape
     tiles, taken = K // CHANNELS // parts, min(R, rows)
 
     def body(x: Any, layer: Any, codes: Any, scale: Any, out: Any, **smem: Any) -> None:
         part, column, row = gpu_tiles.place()
-        columns, its_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
+        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
         of_group = column // (N // groups // COLUMNS) * K
 
         def fetch(tile: Any) -> None:
             slot = jax.lax.rem(tile, _DEPTH)
             here, at = smem["here_D"].at[slot], part * tiles + tile
             channels = lambda per: pl.ds(at * (CHANNELS // per), CHANNELS // per)
-            # Rows that there are not hold anything, and stay on their own.
-            x_MX = x.at[its_rows, pl.ds(of_group + at * CHANNELS, CHANNELS)]
+            # Missing rows hold garbage, which does not reach other rows.
+            x_MX = x.at[block_rows, pl.ds(of_group + at * CHANNELS, CHANNELS)]
             plgpu.copy_gmem_to_smem(x_MX, smem["x_DMX"].at[slot, pl.ds(0, taken)], here)
             codes_JC = codes.at[layer[0], channels(2), columns]
             plgpu.copy_gmem_to_smem(codes_JC, smem["codes_DJC"].at[slot], here)
@@ -65,7 +65,7 @@ def sums(
                     smem["codes_DJC"].at[slot], smem["scale_DBC"].at[slot], dense_XC
                 )
                 plgpu.wgmma_wait(0)
-                # All warps are done with the tile before: its slot can be filled.
+                # All warps are done with the previous tile: its slot can be refilled.
                 plgpu.commit_smem()
                 plgpu.wgmma(sum_ref, smem["x_DMX"].at[slot], dense_XC)
                 ahead = tile + _DEPTH - 1
@@ -77,15 +77,15 @@ def sums(
             fetch(jnp.int32(tile))
         accumulator = plgpu.WGMMAAccumulatorRef((rows, COLUMNS), jnp.float32)
         sum_MC = pl.run_scoped(accumulate, accumulator)
-        gpu_tiles.write(sum_MC, smem["out_MC"], out.at[part, its_rows, columns], taken)
+        gpu_tiles.write(sum_MC, smem["out_MC"], out.at[part, block_rows, columns], taken)
 
-    kernel = gpu_tiles.kernel(body, (parts, R, N), rows, _room(rows), "linear_fp4")
+    kernel = gpu_tiles.kernel(body, (parts, R, N), rows, _scratch(rows), "linear_fp4")
     exponents = jax.lax.bitcast_convert_type(stack.scale, jnp.uint8)
     return kernel(x_RK, layer_1, stack.codes, exponents)
 
 
-def _room(rows: int) -> dict[str, Any]:
-    """Shared memory: tiles on their way, and two in bfloat16."""
+def _scratch(rows: int) -> dict[str, Any]:
+    """Shared memory: tiles in flight, and two in bfloat16."""
     bytes_of = lambda per: plgpu.SMEM((_DEPTH, CHANNELS // per, COLUMNS), jnp.uint8)
     return {
         "x_DMX": plgpu.SMEM((_DEPTH, rows, CHANNELS), jnp.bfloat16, transforms=TILED),

@@ -1,9 +1,9 @@
-"""Rows times FP8 weights by Mosaic GPU.
+"""Rows times FP8 weights with Mosaic GPU.
 
 A block of threads owns 128 columns. A 128 x 128 tile of codes has one scale: it becomes bfloat16
 in shared memory, exactly, and its product with the rows is multiplied by the scale in registers.
 
-Axis letters: as in gpu.py; D tiles under way, X channels of a tile, C columns of a tile.
+Axis letters: as in gpu.py; D tiles in flight, X channels of a tile, C columns of a tile.
 """
 
 import functools
@@ -20,7 +20,7 @@ from pallas_kernels.quantize import gpu_tiles
 from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, of_layer
 
-_DEPTH = 3  # tiles under way
+_DEPTH = 3  # tiles in flight
 
 
 def sums(
@@ -32,7 +32,7 @@ def sums(
     rows: int,
     parts: int,
 ) -> Float[Array, "Z R N"]:
-    """Parts of the product, to be summed; `rows` of a block of threads."""
+    """Partial sums of the product; a block of threads has `rows` rows."""
     R, (_, N, K) = len(x_RK), stack.shape
     tiles, taken = K // FP8_BLOCK // parts, min(R, rows)
 
@@ -40,15 +40,15 @@ def sums(
         x_ref: Any, layer_ref: Any, codes_ref: Any, scale_ref: Any, out_ref: Any, **smem: Any
     ) -> None:
         part, column, row = gpu_tiles.place()
-        columns, its_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
+        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
         first, layer = part * tiles, layer_ref[0]
         of_group = column // (N // groups // COLUMNS) * K
 
         def fetch(tile: Any) -> None:
             slot, here = jax.lax.rem(tile, _DEPTH), smem["here_D"].at[jax.lax.rem(tile, _DEPTH)]
             at = (first + tile) * FP8_BLOCK
-            # Rows that there are not hold anything, and stay on their own.
-            x = x_ref.at[its_rows, pl.ds(of_group + at, FP8_BLOCK)]
+            # Missing rows hold garbage, which does not reach other rows.
+            x = x_ref.at[block_rows, pl.ds(of_group + at, FP8_BLOCK)]
             plgpu.copy_gmem_to_smem(x, smem["x_DMX"].at[slot, pl.ds(0, taken)], here)
             codes = codes_ref.at[layer, pl.ds(at, FP8_BLOCK), columns]
             plgpu.copy_gmem_to_smem(codes, smem["codes_DXC"].at[slot], here)
@@ -68,16 +68,16 @@ def sums(
 
         zeros = plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
         sum_MC = jax.lax.fori_loop(0, tiles, add, zeros)
-        gpu_tiles.write(sum_MC, smem["out_MC"], out_ref.at[part, its_rows, columns], taken)
+        gpu_tiles.write(sum_MC, smem["out_MC"], out_ref.at[part, block_rows, columns], taken)
 
-    # A number in 16384: not worth a conversion of its own in each block of threads.
+    # One number per 16384 weights: not worth converting in each block of threads.
     scale_kn = of_layer(stack.scale, layer_1[0]).astype(jnp.float32)
-    kernel = gpu_tiles.kernel(body, (parts, R, N), rows, _room(rows), "linear_fp8")
+    kernel = gpu_tiles.kernel(body, (parts, R, N), rows, _scratch(rows), "linear_fp8")
     return kernel(x_RK, layer_1, stack.codes, scale_kn)
 
 
-def _room(rows: int) -> dict[str, Any]:
-    """Shared memory: tiles on their way, and the one at hand as bfloat16."""
+def _scratch(rows: int) -> dict[str, Any]:
+    """Shared memory: tiles in flight, and the current one in bfloat16."""
     block = FP8_BLOCK
     return {
         "x_DMX": plgpu.SMEM((_DEPTH, rows, block), jnp.bfloat16, transforms=TILED),

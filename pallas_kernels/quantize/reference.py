@@ -23,9 +23,9 @@ from pallas_kernels.quantize.leaves import (
     of_layer,
 )
 
-MANTISSA = 23  # bits of a float32's mantissa
+MANTISSA = 23  # mantissa bits of float32
 BIAS = 127
-E2M1_UNIT = 2.0**6  # E2M1 codes read as E4M3 are this much too small
+E2M1_UNIT = 2.0**6  # E2M1 codes read as E4M3 are too small by this factor
 
 
 def _bits(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
@@ -37,7 +37,7 @@ def _float(bits: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 
 def _scale_bits(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
-    """2^ceil(log2(amax / largest)) exactly: bits are a logarithm, linear within an octave."""
+    """Bits of exactly 2^ceil(log2(amax / largest)): a float's bits are a piecewise linear log2."""
     one = BIAS << MANTISSA
     distance = _bits(amax) + (one - int(np.float32(largest).view(np.int32)))
     return (distance + (1 << MANTISSA) - 1) & -(1 << MANTISSA)
@@ -46,9 +46,9 @@ def _scale_bits(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "
 def _nearest(
     x: Float32[Array, "*dims"], mantissa: int, least_exponent: int
 ) -> Float32[Array, "*dims"]:
-    """The nearest float with so many mantissa bits, ties to even, subnormal below 2^least.
+    """The nearest float with `mantissa` bits, ties to even, subnormal below 2^least_exponent.
 
-    Adding 1.5 * 2^23 steps rounds to whole steps, by the hardware's own rounding; x < 2^100.
+    Adding 1.5 * 2^23 steps makes the hardware round to whole steps; needs |x| < 2^100.
     """
     bits = _bits(x)
     octave = jnp.maximum(bits & 0xFF << MANTISSA, (least_exponent + BIAS) << MANTISSA)
@@ -59,12 +59,12 @@ def _nearest(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a scaled block is rounded to."""
+    """Number format that a scaled block is rounded to."""
 
     largest: float
     mantissa: int
     least_exponent: int
-    floor: float  # least amax of a block
+    floor: float  # lower bound of a block's amax
 
 
 E4M3 = Format(largest=448.0, mantissa=3, least_exponent=-6, floor=1e-4)
@@ -74,7 +74,7 @@ E2M1 = Format(largest=6.0, mantissa=1, least_exponent=0, floor=6 * 2.0**-126)
 def rounded(
     x: Float32[Array, "*dims"], amax: Float32[Array, "*amaxes"], to: Format
 ) -> Float32[Array, "*dims"]:
-    """Values of blocks with these largest magnitudes, rounded with the blocks' scales."""
+    """Round values to the format, with scales from their blocks' largest magnitudes `amax`."""
     scale_bits = _scale_bits(jnp.maximum(amax, to.floor), to.largest)
     scaled = x * _float((2 * BIAS << MANTISSA) - scale_bits)
     return _nearest(scaled, to.mantissa, to.least_exponent) * _float(scale_bits)
@@ -108,12 +108,12 @@ def _signs(n: int) -> np.ndarray:
 
 
 def signs(n: int, dtype: Any) -> Float[Array, "K K"]:
-    """The matrix of the transform, without its factor."""
+    """The transform's matrix without its factor K^-0.5."""
     return jnp.asarray(_signs(n), dtype)
 
 
 def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
-    """A matmul with the matrix of signs, at full precision, times K^-0.5."""
+    """Multiply by the matrix of signs at full precision, then by K^-0.5."""
     n = x.shape[-1]
     wide = accumulator(x.dtype)
     summed = jnp.matmul(x.astype(wide), signs(n, wide), precision=jax.lax.Precision.HIGHEST)
@@ -121,14 +121,14 @@ def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
 
 
 def decode_e2m1(packed_BJN: UInt8[Array, "*stack J N"]) -> Float[Array, "*stack C N"]:
-    """The values of a block's bytes over `E2M1_UNIT`: read as E4M3, whose exponent starts lower."""
+    """A block's bytes to values over `E2M1_UNIT`: read as E4M3, which has a larger bias."""
     code_BCN = jnp.concatenate([packed_BJN & 15, packed_BJN >> 4], axis=-2)
     e4m3_BCN = (code_BCN & 8) << 4 | (code_BCN & 7) << 2
     return jax.lax.bitcast_convert_type(e4m3_BCN, jnp.float8_e4m3fn)
 
 
 def dense_transposed(w: Fp8Weight | Fp4Weight, dtype: Any) -> Float[Array, "*stack K N"]:
-    """The matrix a quantised weight stands for, transposed, multiplied out in float32."""
+    """Dequantise a weight in float32, to the transpose [..., K, N] of its matrix."""
     stack, (rows, N), scale = w.codes.shape[:-2], w.codes.shape[-2:], w.scale.astype(jnp.float32)
     if isinstance(w, Fp4Weight):
         code_BCN = decode_e2m1(w.codes.reshape(*stack, -1, FP4_BLOCK // 2, N))
@@ -173,13 +173,13 @@ def linear_backward(
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows GK"]:
-    """The gradient of x: dy times the matrix, accumulated as `linear` does."""
+    """The gradient of x: dy times the matrix, accumulated as in `linear`."""
     w_NK = dense(of_layer(w, layer), dy.dtype)
     matmul = {"precision": precision, "preferred_element_type": accumulator(dy.dtype)}
     if groups > 1:
         dy_RGn = dy.reshape(-1, groups, w_NK.shape[0] // groups)
         w_GnK = w_NK.reshape(groups, -1, w_NK.shape[1])
-        # Products are exact in float32, to which XLA's CPU backend has no such matmul of bfloat16.
+        # XLA's CPU backend has no such matmul from bfloat16 to float32; float32 products are exact.
         wide = accumulator(dy.dtype)
         dx = jnp.einsum("rgn,gnk->rgk", dy_RGn.astype(wide), w_GnK.astype(wide), **matmul)
     else:

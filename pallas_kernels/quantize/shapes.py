@@ -11,7 +11,7 @@ class Shape:
     k: int
 
     def divided(self, by: int) -> "Shape":
-        """The same proportions, small enough to test; K stays a multiple of 32."""
+        """The same proportions, small enough to test, with K a multiple of 32."""
         return Shape(max(1, self.n // by), max(1, self.k // by // 32) * 32)
 
 

@@ -1,4 +1,4 @@
-"""Codes to numbers inside TPU kernels: exact, in few vector instructions.
+"""Exact conversion of codes inside TPU kernels, in few vector instructions.
 
 Axis letters: K input channels, N output channels, J bytes of packed codes, B blocks of K.
 """
@@ -15,10 +15,10 @@ from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 _LOW7, _SIGN = 0x7F7F7F7F, -0x7F7F7F80  # of each byte of a word
 
 
-def keeps_e4m3() -> bool:
-    """Whether the chip compiled for converts E4M3 in hardware, as TPU7x does.
+def has_native_e4m3() -> bool:
+    """Whether the target chip converts E4M3 in hardware, as TPU7x does.
 
-    Decides about speed only: the bits are the same either way. True where no TPU is in sight.
+    Affects speed only: the bits are the same either way. True if no TPU is known.
     """
     try:
         return pltpu.get_tpu_info().generation >= 7
@@ -26,29 +26,29 @@ def keeps_e4m3() -> bool:
         return True
 
 
-def e4m3_unit(keeps: bool) -> float:
-    """What the values of `e4m3_values` are to be multiplied by."""
-    return 1.0 if keeps else 2.0**4
+def e4m3_unit(native: bool) -> float:
+    """The factor that `e4m3_values` must be multiplied by."""
+    return 1.0 if native else 2.0**4
 
 
-def e4m3_values(codes_KN: Float[Array, "K N"], keeps: bool) -> Float[Array, "K N"]:
-    """Values over `e4m3_unit`, in bfloat16. NaN codes become 480 where the chip lacks E4M3.
+def e4m3_values(codes_KN: Float[Array, "K N"], native: bool) -> Float[Array, "K N"]:
+    """Values over `e4m3_unit`, in bfloat16. NaN codes become 480 unless `native`.
 
-    Chips before TPU7x convert E4M3B11 instead: the same codes with a bias of 11, where 0x80 (here
-    -0) is NaN. Replacing it costs four instructions, the compiler's own conversion about thirty.
+    Chips before TPU7x convert E4M3B11 instead: the same codes with a bias of 11, but 0x80, -0 in
+    E4M3, is NaN. Replacing it takes four instructions, the compiler's own conversion about thirty.
     """
-    if keeps:
+    if native:
         return codes_KN.astype(jnp.bfloat16)
     word = pltpu.bitcast(codes_KN, jnp.int32)
     word = word & (((word & _LOW7) + _LOW7) | _LOW7)
     return pltpu.bitcast(word, jnp.float8_e4m3b11fnuz).astype(jnp.bfloat16)
 
 
-E2M1_UNIT = 2.0**14  # E2M1 codes read as E5M2, which all chips convert, are this much too small
+E2M1_UNIT = 2.0**14  # E2M1 codes read as E5M2, which all chips convert, are too small by this
 
 
 def e2m1_halves(packed_JN: UInt8[Array, "J N"]) -> list[Float[Array, "J N"]]:
-    """The low and the high nibbles' values over `E2M1_UNIT`, in float8_e5m2."""
+    """Values of the low and of the high nibbles over `E2M1_UNIT`, in float8_e5m2."""
     word = pltpu.bitcast(packed_JN, jnp.int32)
     low = (word & 0x07070707) << 1 | (word & 0x08080808) << 4
     high = (word >> 3) & 0x0E0E0E0E | (word & _SIGN)
@@ -56,7 +56,7 @@ def e2m1_halves(packed_JN: UInt8[Array, "J N"]) -> list[Float[Array, "J N"]]:
 
 
 def e2m1_values(packed_JN: UInt8[Array, "J N"]) -> Float[Array, "K N"]:
-    """Values over `E2M1_UNIT` in bfloat16, in the order of K; J is a multiple of 32."""
+    """Values over `E2M1_UNIT` in bfloat16, in the order of K; J must be a multiple of 32."""
     halves = [half.astype(jnp.bfloat16) for half in e2m1_halves(packed_JN)]
     step = FP4_BLOCK // 2
     parts = [half[at : at + step] for at in range(0, len(packed_JN), step) for half in halves]
@@ -64,7 +64,7 @@ def e2m1_values(packed_JN: UInt8[Array, "J N"]) -> Float[Array, "K N"]:
 
 
 def scale_values(scale: Shaped[Array, "*dims"]) -> Float32[Array, "*dims"]:
-    """Scales in float32; E8M0 by its bits."""
+    """Scales in float32; E8M0 is converted by its bits."""
     if scale.dtype == jnp.float32:
         return scale
     exponent = pltpu.bitcast(scale, jnp.uint8).astype(jnp.int32)
@@ -72,7 +72,7 @@ def scale_values(scale: Shaped[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 
 def spread(scale_Bn: Float32[Array, "B n"], first: Any, width: int) -> Float32[Array, "B N"]:
-    """Columns `first`, `first + 1`, ... of the scales, each repeated for a block of N."""
+    """Columns `first`, `first + 1`, ... of the scales, each repeated for its block of N."""
     lane = jax.lax.broadcasted_iota(jnp.int32, scale_Bn.shape, 1)
     pick = lambda column: jnp.sum(jnp.where(lane == column, scale_Bn, 0.0), axis=1, keepdims=True)
     blocks = range(-(-width // FP8_BLOCK))
@@ -83,7 +83,7 @@ def spread(scale_Bn: Float32[Array, "B n"], first: Any, width: int) -> Float32[A
 def rows(
     scale_Bn: Float32[Array, "B n"], first: Int32[Array, ""], count: int
 ) -> Float32[Array, "b n"]:
-    """Rows `first` up to `first + count`, wherever they lie in the registers."""
+    """Rows `first` to `first + count`, at any alignment to registers."""
     row = jax.lax.broadcasted_iota(jnp.int32, scale_Bn.shape, 0)
     pick = lambda at: jnp.sum(jnp.where(row == at, scale_Bn, 0.0), axis=0, keepdims=True)
     return jnp.concatenate([pick(first + i) for i in range(count)])

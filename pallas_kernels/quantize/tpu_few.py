@@ -1,6 +1,6 @@
-"""Few rows times a quantised matrix: the products of each block are scaled, not the weights.
+"""Few rows times a quantised matrix: each block's products are scaled, not its weights.
 
-They are bound by reading the codes.
+Reading the codes is the bottleneck.
 
 Axis letters: R rows, K input channels, N output channels, B blocks of K, L layers of a stack.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.quantize import tpu_codes, tpu_tiles
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight
 
-_TILE_BYTES = 2**21  # of codes: a microsecond or two of HBM time, so that latency is hidden
+_TILE_BYTES = 2**21  # of codes: a microsecond or two of HBM time, which hides latency
 
 
 def matmul(
@@ -27,10 +27,10 @@ def matmul(
     groups: int,
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "R N"]:
-    """Rows times one matrix [N, K] of a stack, of whose N each group takes its own K channels.
+    """Rows times one matrix [N, K] of a stack; each group of N reads its own K channels.
 
     Raises:
-      Unsupported: a K that no tiles divide.
+      Unsupported: a K that tiles do not divide.
     """
     R, (_, N, K) = len(x_RK), stack.shape
     packed = K // stack.codes.shape[1]
@@ -39,25 +39,36 @@ def matmul(
     rows, group_tiles = -(-R // 8) * 8, pl.cdiv(N // groups, bn)
     fp8 = isinstance(stack, Fp8Weight)
     kernel = _fp8_products if fp8 else _fp4_products
-    one_scale = stack.scale.shape[1:]
-    scale_spec = pl.BlockSpec((None, *one_scale), lambda n, k, layer: (layer[0], 0, 0))
+
+    # Index maps: (tile of N, tile of K, prefetched layer) -> block. The sum over K is innermost.
+    def weight_tile(n: Any, k: Any, layer_ref: Any) -> Any:
+        return layer_ref[0], k, n
+
+    def all_scales(n: Any, k: Any, layer_ref: Any) -> Any:
+        # Too few for tiles; one index, so that they are read once.
+        return layer_ref[0], 0, 0
+
+    def group_channels(n: Any, k: Any, layer_ref: Any) -> Any:
+        return 0, jax.lax.div(n, group_tiles) * (K // bk) + k
+
+    scale_shape = stack.scale.shape[1:]
+    scale_spec = pl.BlockSpec((None, *scale_shape), all_scales)
     if not fp8:
-        scale_spec = pl.BlockSpec((None, bk // FP4_BLOCK, bn), lambda n, k, layer: (layer[0], k, n))
-    own = pltpu.VMEM((bk // FP8_BLOCK, rows * FP8_BLOCK // FP4_BLOCK, FP8_BLOCK), x_RK.dtype)
+        scale_spec = pl.BlockSpec((None, bk // FP4_BLOCK, bn), weight_tile)
+    per_block = pltpu.VMEM((bk // FP8_BLOCK, rows * FP8_BLOCK // FP4_BLOCK, FP8_BLOCK), x_RK.dtype)
     scratch = [pltpu.VMEM((rows, bn), jnp.float32)]
-    scratch.append(pltpu.VMEM(one_scale, jnp.float32) if fp8 else own)
-    of_group = lambda n, k, layer: (0, jax.lax.div(n, group_tiles) * (K // bk) + k)
+    scratch.append(pltpu.VMEM(scale_shape, jnp.float32) if fp8 else per_block)
     return pl.pallas_call(
-        functools.partial(kernel, precision=precision, keeps=tpu_codes.keeps_e4m3()),
+        functools.partial(kernel, precision=precision, native=tpu_codes.has_native_e4m3()),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(N, bn), K // bk),
             in_specs=[
-                pl.BlockSpec((rows, bk), of_group),
-                pl.BlockSpec((None, bk // packed, bn), lambda n, k, layer: (layer[0], k, n)),
+                pl.BlockSpec((rows, bk), group_channels),
+                pl.BlockSpec((None, bk // packed, bn), weight_tile),
                 scale_spec,
             ],
-            out_specs=pl.BlockSpec((rows, bn), lambda n, k, layer: (0, n)),
+            out_specs=pl.BlockSpec((rows, bn), lambda n, k, layer_ref: (0, n)),
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((R, N), x_RK.dtype),
@@ -78,16 +89,16 @@ def _fp8_products(
     wide_ref: Any,  # [B, N / 128] float32
     *,
     precision: Any,
-    keeps: bool,
+    native: bool,
 ) -> None:
-    del layer_ref  # its matrix is what arrives here
+    del layer_ref  # the index maps have picked its matrix
     n, k = pl.program_id(0), pl.program_id(1)
     bk, bn = codes_ref.shape
 
     @pl.when(k == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
-        unit = tpu_codes.e4m3_unit(keeps)
+        unit = tpu_codes.e4m3_unit(native)
         wide_ref[...] = tpu_codes.scale_values(scale_ref[...]) * unit
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:
@@ -98,7 +109,7 @@ def _fp8_products(
         total = sum_ref[:, pl.ds(at_n, cn)]
         for b in range(blocks):
             at = pl.ds(at_k + b * FP8_BLOCK, FP8_BLOCK)
-            values = tpu_codes.e4m3_values(codes_ref[at, pl.ds(at_n, cn)], keeps)
+            values = tpu_codes.e4m3_values(codes_ref[at, pl.ds(at_n, cn)], native)
             total += tpu_tiles.dot(x_ref[:, at], values, precision) * scale[b : b + 1]
         sum_ref[:, pl.ds(at_n, cn)] = total
 
@@ -116,17 +127,17 @@ def _fp4_products(
     scale_ref: Any,  # [bk / 32, bn]
     out_ref: Any,  # [R, bn]
     sum_ref: Any,  # [R, bn] float32
-    apart_ref: Any,  # [bk / 128, 4 * R, 128]
+    per_block_ref: Any,  # [bk / 128, 4 * R, 128]
     *,
     precision: Any,
-    keeps: bool,
+    native: bool,
 ) -> None:
-    """The rows are repeated per block of 32, zero in other blocks: one product sums each apart."""
-    del layer_ref, keeps
+    """Rows are repeated per block of 32, zero elsewhere: one product gives each block's sums."""
+    del layer_ref, native
     k = pl.program_id(1)
     R, bk = x_ref.shape
     bn = codes_ref.shape[1]
-    group = FP8_BLOCK // FP4_BLOCK  # blocks of one product
+    group = FP8_BLOCK // FP4_BLOCK  # blocks per product
 
     @pl.when(k == 0)
     def _():
@@ -136,8 +147,8 @@ def _fp4_products(
         # In float32, whose layout does not depend on the number of rows.
         x = x_ref[:, g * FP8_BLOCK : (g + 1) * FP8_BLOCK].astype(jnp.float32)
         block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
-        apart = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(group)]
-        apart_ref[g] = jnp.concatenate(apart).astype(x_ref.dtype)
+        per_block = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(group)]
+        per_block_ref[g] = jnp.concatenate(per_block).astype(x_ref.dtype)
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:
         blocks = ck // FP4_BLOCK
@@ -148,7 +159,7 @@ def _fp4_products(
             at = tpu_tiles.part_of(at_k, ck, 2) + b * FP8_BLOCK // 2
             values = tpu_codes.e2m1_values(codes_ref[pl.ds(at, FP8_BLOCK // 2), pl.ds(at_n, cn)])
             products = tpu_tiles.dot(
-                apart_ref[tpu_tiles.part_of(at_k, ck, FP8_BLOCK) + b], values, precision
+                per_block_ref[tpu_tiles.part_of(at_k, ck, FP8_BLOCK) + b], values, precision
             )
             for i in range(group):
                 row = b * group + i

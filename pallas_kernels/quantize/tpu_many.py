@@ -1,6 +1,6 @@
-"""Many rows times a quantised matrix: each tile is dequantised once, and serves all rows.
+"""Many rows times a quantised matrix: each tile is dequantised once and used for all rows.
 
-Axis letters: R rows, G groups, I and O channels that are summed over and that stay, K input
+Axis letters: R rows, G groups, I channels that are summed over, O channels of the result, K input
 channels, N output channels, B blocks of K, L layers of a stack.
 """
 
@@ -18,7 +18,7 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize import tpu_codes, tpu_tiles
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK, Fp4Weight, Fp8Weight
 
-_DENSE_BYTES = 32 * 2**20  # of dequantised weights kept in VMEM
+_DENSE_BYTES = 32 * 2**20  # dequantised weights kept in VMEM
 
 
 def matmul(
@@ -30,10 +30,10 @@ def matmul(
     *,
     transposed: bool = False,
 ) -> Float[Array, "R O"]:
-    """Sums over K, or over a group's N if `transposed`; the other dim is the grid's outermost.
+    """Sum over K, or over a group's N if `transposed`; the other dim is outermost in the grid.
 
     Raises:
-      Unsupported: a matrix that no tiles divide, or that has too many channels to be kept.
+      Unsupported: a matrix that tiles do not divide, or with too many channels to keep in VMEM.
     """
     R, (_, N, K) = len(x_RI), stack.shape
     packed, group_N = K // stack.codes.shape[1], N // groups
@@ -45,26 +45,37 @@ def matmul(
         bk, bn = tpu_tiles.channels(K, 1024), _own_n(group_N, K, most)
         group_tiles, inner, out_size, block = pl.cdiv(group_N, bn), K // bk, N, bn
     bm = min(512, -(-R // 16) * 16)
-    own = lambda o, m, i, layer: (m, jax.lax.div(o, group_tiles) * inner + i)
     place = functools.partial(_place, group_tiles=group_tiles, inner=inner, transposed=transposed)
 
-    def tile(o: Any, m: Any, i: Any, layer: Any) -> tuple[Any, Any, Any]:
-        # The tiles are read for the first rows; then the last one stays.
-        return (layer[0], *place(o, jnp.where(m == 0, i, inner - 1)))
+    # Index maps: (tile of O, block of rows, tile of I, prefetched layer) -> block.
+    def group_channels(o: Any, rows: Any, i: Any, layer_ref: Any) -> tuple[Any, Any]:
+        return rows, jax.lax.div(o, group_tiles) * inner + i
 
-    scale_spec, wide, dequantise = _of_format(stack, (bk, bn), tile, transposed)
-    settings = {"precision": precision, "transposed": transposed, "keeps": tpu_codes.keeps_e4m3()}
+    def weight_tile(o: Any, rows: Any, i: Any, layer_ref: Any) -> tuple[Any, Any, Any]:
+        # Read with the first block of rows only, when they are dequantised; after that the index
+        # stays at the last tile, so that nothing is copied.
+        return (layer_ref[0], *place(o, jnp.where(rows == 0, i, inner - 1)))
+
+    def result_tile(o: Any, rows: Any, i: Any, layer_ref: Any) -> tuple[Any, Any]:
+        return rows, o
+
+    scale_spec, wide, dequantise = _of_format(stack, (bk, bn), weight_tile, transposed)
+    settings = {
+        "precision": precision,
+        "transposed": transposed,
+        "native": tpu_codes.has_native_e4m3(),
+    }
     return pl.pallas_call(
         functools.partial(_dense_tiles, dequantise=dequantise, place=place, **settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(groups * group_tiles, pl.cdiv(R, bm), inner),
             in_specs=[
-                pl.BlockSpec((bm, bn if transposed else bk), own),
-                pl.BlockSpec((None, bk // packed, bn), tile),
+                pl.BlockSpec((bm, bn if transposed else bk), group_channels),
+                pl.BlockSpec((None, bk // packed, bn), weight_tile),
                 scale_spec,
             ],
-            out_specs=pl.BlockSpec((bm, block), lambda o, m, i, layer: (m, o)),
+            out_specs=pl.BlockSpec((bm, block), result_tile),
             scratch_shapes=[
                 pltpu.VMEM((bm, block), jnp.float32),
                 pltpu.VMEM((inner, bk, bn), x_RI.dtype),
@@ -81,27 +92,33 @@ def matmul(
 
 
 def _of_format(
-    stack: Fp8Weight | Fp4Weight, tile: tuple[int, int], index: Any, transposed: bool
+    stack: Fp8Weight | Fp4Weight, tile: tuple[int, int], weight_tile: Any, transposed: bool
 ) -> tuple[Any, tuple[int, ...], Callable[..., None]]:
-    """What a step reads of the scales, the shape of what it keeps of them, how it dequantises."""
-    (bk, bn), one = tile, stack.scale.shape[1:]
+    """Spec of the scales, shape of the scratch for them in float32, function that dequantises."""
+    (bk, bn), scale_shape = tile, stack.scale.shape[1:]
     if isinstance(stack, Fp4Weight):
-        # Nothing is kept.
-        return pl.BlockSpec((None, bk // FP4_BLOCK, bn), index), (8, 128), _dequantise_fp4
-    whole = pl.BlockSpec((None, *one), lambda o, m, i, layer: (layer[0], 0, 0))
-    return whole, (bk // FP8_BLOCK, one[1]) if transposed else one, _dequantise_fp8
+        # The scratch is not used.
+        return pl.BlockSpec((None, bk // FP4_BLOCK, bn), weight_tile), (8, 128), _dequantise_fp4
+
+    def all_scales(o: Any, rows: Any, i: Any, layer_ref: Any) -> tuple[Any, int, int]:
+        # Too few for tiles; one index, so that they are read once.
+        return layer_ref[0], 0, 0
+
+    spec = pl.BlockSpec((None, *scale_shape), all_scales)
+    scratch_shape = (bk // FP8_BLOCK, scale_shape[1]) if transposed else scale_shape
+    return spec, scratch_shape, _dequantise_fp8
 
 
 def _own_n(N: int, K: int, most: int) -> int:
-    """Columns of which all K weights are kept dequantised, at most so many numbers."""
+    """Columns per tile whose K weights are all kept dequantised, `most` numbers at most."""
     size = tpu_tiles.columns(N, min(1024, most // K))
     if K * size > most:
-        raise Unsupported(f"The TPU form of linear does not take so many input channels: {K}.")
+        raise Unsupported(f"The TPU form of linear takes fewer input channels than {K}.")
     return size
 
 
 def _place(o: Any, i: Any, *, group_tiles: int, inner: int, transposed: bool) -> tuple[Any, Any]:
-    """The matrix's tile, along K and N, that step `i` of the sum for tile `o` takes."""
+    """The matrix's tile, along K and N, of step `i` of the sum for tile `o`."""
     if not transposed:
         return i, o
     group = jax.lax.div(o, group_tiles)
@@ -122,16 +139,16 @@ def _dense_tiles(
     place: Any,
     precision: Any,
     transposed: bool,
-    keeps: bool,
+    native: bool,
 ) -> None:
-    del layer_ref  # its matrix is what arrives here
+    del layer_ref  # the index maps have picked its matrix
     o, m, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dense = dense_ref.at[i]
 
     @pl.when(m == 0)
     def _():
         k, n = place(o, i)
-        dequantise(codes_ref, scale_ref, wide_ref, dense, k=k, n=n, keeps=keeps)
+        dequantise(codes_ref, scale_ref, wide_ref, dense, k=k, n=n, native=native)
 
     @pl.when(i == 0)
     def _():
@@ -145,7 +162,7 @@ def _dense_tiles(
 
 
 def _own_k(stack: Fp8Weight | Fp4Weight, N: int, most: int) -> int:
-    """Channels whose weights for all of a group's N are kept dequantised, at most so many."""
+    """Channels per tile whose weights for a group's N are all kept dequantised, `most` at most."""
     K = stack.shape[-1]
     size = tpu_tiles.divisor(K, min(1024, most // N), 128)
     if size * N > most or (isinstance(stack, Fp4Weight) and size % 1024 and size != K):
@@ -154,38 +171,40 @@ def _own_k(stack: Fp8Weight | Fp4Weight, N: int, most: int) -> int:
 
 
 def _dequantise_fp8(
-    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, keeps: bool
+    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, native: bool
 ) -> None:
     bk, bn = codes_ref.shape
 
     rows = wide_ref.shape[0]
-    own = rows != scale_ref.shape[0]  # k is the outermost: it needs its own rows only
+    partial = rows != scale_ref.shape[0]  # k is outermost: only its tile's rows are needed
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        scale = tpu_codes.scale_values(scale_ref[...]) * tpu_codes.e4m3_unit(keeps)
-        wide_ref[...] = tpu_codes.rows(scale, k * rows, rows) if own else scale
+        scale = tpu_codes.scale_values(scale_ref[...]) * tpu_codes.e4m3_unit(native)
+        wide_ref[...] = tpu_codes.rows(scale, k * rows, rows) if partial else scale
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:
         blocks = ck // FP8_BLOCK
         first = (
-            tpu_tiles.part_of(at_k if own else k * bk + at_k, ck, FP8_BLOCK) if rows > blocks else 0
+            tpu_tiles.part_of(at_k if partial else k * bk + at_k, ck, FP8_BLOCK)
+            if rows > blocks
+            else 0
         )
         scale = tpu_codes.spread(
             wide_ref[pl.ds(first, blocks), :], jax.lax.div(n * bn + at_n, FP8_BLOCK), cn
         )
         for b in range(blocks):
             at = (pl.ds(at_k + b * FP8_BLOCK, FP8_BLOCK), pl.ds(at_n, cn))
-            values = tpu_codes.e4m3_values(codes_ref[at], keeps).astype(jnp.float32)
+            values = tpu_codes.e4m3_values(codes_ref[at], native).astype(jnp.float32)
             dense[at] = (values * scale[b : b + 1]).astype(dense.dtype)
 
     tpu_tiles.over_chunks(bk, bn, chunk)
 
 
 def _dequantise_fp4(
-    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, keeps: bool
+    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, native: bool
 ) -> None:
-    del wide_ref, k, n, keeps
+    del wide_ref, k, n, native
     bk, bn = dense.shape
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:

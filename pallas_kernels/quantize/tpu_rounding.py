@@ -1,6 +1,6 @@
-"""Rounding and the Hadamard transform on TPUs: one reading, one writing.
+"""Rounding and the Hadamard transform on TPUs: x is read once and written once.
 
-XLA's form reshapes rows to blocks, which on TPUs copies them, in float32.
+XLA's form reshapes rows to blocks, which TPUs do by copying them in float32.
 
 Axis letters: R rows, K channels, L lanes.
 """
@@ -19,16 +19,16 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.quantize import reference
 
 _LANES = 128
-_ROWS = 128  # that go through the registers at once
+_ROWS = 128  # rows that are in registers at once
 _BLOCK_BYTES = 2**20
-_MOST_CHANNELS = 2**14  # of which as few rows as go through the registers at once fit
+_MOST_CHANNELS = 2**14  # the most of which a block of `_ROWS` rows fits
 _VMEM_BYTES = 48 * 2**20
 
 
 def fake_quant_fp8(
     x: Float[Array, "*rows K"], block: int, amax_floor: float
 ) -> Float[Array, "*rows K"]:
-    """As `reference.fake_quant_fp8`.
+    """`reference.fake_quant_fp8` as a kernel.
 
     Raises:
       Unsupported: another dtype or block.
@@ -37,7 +37,7 @@ def fake_quant_fp8(
 
 
 def fake_quant_fp4(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*rows K"]:
-    """As `reference.fake_quant_fp4`.
+    """`reference.fake_quant_fp4` as a kernel.
 
     Raises:
       Unsupported: another dtype or block.
@@ -46,7 +46,7 @@ def fake_quant_fp4(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*row
 
 
 def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
-    """As `reference.hadamard`: products with signs are exact in x's own dtype.
+    """`reference.hadamard` as a kernel: products with signs are exact in x's dtype.
 
     Raises:
       Unsupported: another dtype or K.
@@ -57,7 +57,7 @@ def hadamard(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
 
 
 def _transform(x_ref: Any, signs_ref: Any, out_ref: Any) -> None:
-    # One pass of the matrix unit has bfloat16's products whole, but not float32's.
+    # One pass of the matrix unit is exact for bfloat16, but not for float32.
     bfloat16 = x_ref.dtype == jnp.bfloat16
     summed = jax.lax.dot(
         x_ref[...],
@@ -78,20 +78,22 @@ def _fake_quant(
 
 
 def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array) -> Array:
-    """Run a kernel on blocks of rows, its channels up to whole lanes; the others it sees whole."""
+    """Run a kernel on blocks of rows, channels padded to whole lanes; `others` are not divided."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.size == 0:
         raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x.dtype} {x.shape}.")
     if x.shape[-1] > _MOST_CHANNELS:
-        raise Unsupported(f"The TPU form takes {_MOST_CHANNELS} channels, not {x.shape[-1]}.")
+        raise Unsupported(f"The TPU form takes up to {_MOST_CHANNELS} channels, not {x.shape[-1]}.")
     x_RK = x.reshape(-1, x.shape[-1])
     R, K = x_RK.shape
     width = -(-K // _LANES) * _LANES
     rows = min(-(-R // _ROWS), max(_BLOCK_BYTES // (4 * width * _ROWS), 1)) * _ROWS
-    spec = pl.BlockSpec((rows, width), lambda r: (r, 0))
+    spec = pl.BlockSpec((rows, width), lambda row_block: (row_block, 0))
+    # Always the same block: read once, then resident.
+    resident = [pl.BlockSpec(other.shape, lambda row_block: (0, 0)) for other in others]
     y_RK = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(R, rows),),
-        in_specs=[spec, *(pl.BlockSpec(other.shape, lambda r: (0, 0)) for other in others)],
+        in_specs=[spec, *resident],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(x_RK.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -103,7 +105,7 @@ def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array)
 
 
 def _round(
-    x_ref: Any,  # [rows, K up to whole lanes]
+    x_ref: Any,  # [rows, K padded to whole lanes]
     out_ref: Any,  # the same
     *,
     block: int,
@@ -127,11 +129,11 @@ def _round(
 
 
 def _largest(x_RL: Float32[Array, "R L"], block: int) -> Float32[Array, "R l"]:
-    """The largest of each block of lanes, at each of its lanes."""
+    """The largest value of each block of lanes, in each of its lanes."""
     if block == _LANES:
         return jnp.max(x_RL, axis=1, keepdims=True)
     distance = 1
-    while distance < block:  # each lane gets the largest of those before it, ever more of them
+    while distance < block:  # each lane gets the largest of twice as many lanes up to it
         x_RL = jnp.maximum(x_RL, pltpu.roll(x_RL, distance, axis=1))
         distance *= 2
     last_RL = jax.lax.broadcasted_iota(jnp.int32, x_RL.shape, 1) | (block - 1)

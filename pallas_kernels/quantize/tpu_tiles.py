@@ -1,4 +1,4 @@
-"""Sizes of tiles, and how their parts are walked through inside a kernel.
+"""Sizes of tiles, and loops over their parts inside a kernel.
 
 Axis letters: K input channels, N output channels.
 """
@@ -17,22 +17,22 @@ VMEM_BYTES = 56 * 2**20
 
 
 def divisor(extent: int, most: int, unit: int) -> int:
-    """The largest divisor of the extent up to `most` that counts whole units; or one unit."""
+    """The largest divisor of the extent that is a multiple of `unit`, up to `most`; or `unit`."""
     sizes = range(min(most, extent) // unit * unit, unit, -unit)
     return next((size for size in sizes if extent % size == 0), unit)
 
 
 def channels(K: int, most: int) -> int:
-    """Channels per tile: whole thousands, because scales are read in whole tiles of eight rows."""
+    """Channels per tile: multiples of 1024, as scales are read in whole registers of eight rows."""
     if K % 1024 == 0:
         return divisor(K, most, 1024)
     if K <= 4096:
         return K
-    raise Unsupported(f"The TPU form of linear takes K over 4096 in 1024s, not {K}.")
+    raise Unsupported(f"The TPU form of linear takes K over 4096 in multiples of 1024, not {K}.")
 
 
 def columns(N: int, most: int) -> int:
-    """A power of two of columns per tile; an even number of tiles, for chips of two cores."""
+    """Columns per tile: a power of two; an even number of tiles, for chips of two cores."""
     if N <= 128:
         return N
     size = 2 ** int(math.log2(max(min(most, N // 2), 128)))
@@ -42,9 +42,10 @@ def columns(N: int, most: int) -> int:
 
 
 def over_chunks(bk: int, bn: int, run: Any) -> None:
-    """`run(at_k, at_n, ck, cn)` for parts small enough to unroll; one part's start is static."""
+    """Call `run(at_k, at_n, ck, cn)` for parts small enough to unroll."""
     ck, cn = 1024 if bk % 1024 == 0 else bk, bn if bn % 128 else divisor(bn, 512, 128)
     along_k, along_n = bk // ck, bn // cn
+    # The start of a single part is static.
     start = lambda i, size, count: pl.multiple_of(i * size, size) if count > 1 else 0
 
     def body(i: Any, carry: None) -> None:
@@ -55,7 +56,7 @@ def over_chunks(bk: int, bn: int, run: Any) -> None:
 
 
 def part_of(at: Any, multiple: int, by: int) -> Any:
-    """`at / by`, where `at` counts whole multiples."""
+    """`at / by`, where `at` is a multiple of `multiple`."""
     return at if isinstance(at, int) else pl.multiple_of(jax.lax.div(at, by), multiple // by)
 
 

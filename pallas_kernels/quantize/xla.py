@@ -1,4 +1,4 @@
-"""Matmuls with quantised weights by plain XLA, laid out so that it dequantises inside the matmul.
+"""Matmuls with quantised weights in plain XLA, laid out so that it dequantises in the matmul.
 
 Axis letters: R rows, K input channels, N output channels, B blocks of K, C channels of a block.
 """
@@ -46,8 +46,8 @@ def linear(
     matmul = functools.partial(
         jnp.matmul, precision=precision, preferred_element_type=accumulator(x.dtype)
     )
-    # Up to here the sums take no more memory than a copy of the weight in 16 bits, which XLA makes
-    # of the other form for some devices.
+    # Up to here the sums need no more memory than the 16-bit copy of the weight that XLA makes of
+    # the other form on some devices.
     if len(x_RK) <= C // 2:
         x_BRC = jnp.swapaxes(x_RK.reshape(-1, B, C), 0, 1)
         sum_BRN = matmul(x_BRC, code_BCN.astype(x.dtype))
@@ -61,14 +61,14 @@ def linear(
 
 
 def _cuts(w: Fp8Weight | Fp4Weight, groups: int) -> bool:
-    """Whether groups of N are whole blocks."""
+    """Whether groups of N consist of whole blocks."""
     return groups == 1 or isinstance(w, Fp4Weight) or w.shape[0] // groups % FP8_BLOCK == 0
 
 
 def _by_group(
     run: Callable[[Any, Any], Array], x: Float[Array, "*rows C"], w: Any, groups: int
 ) -> Float[Array, "*rows D"]:
-    """One matmul after another, so that no weight is dequantised whole."""
+    """One matmul per group in sequence, so that the weight is never dequantised as a whole."""
     split = lambda part: jnp.split(part, groups, axis=-1)
     weights = map(type(w), split(w.codes), split(w.scale))
     return jnp.concatenate(list(map(run, split(x), weights)), axis=-1)
@@ -82,7 +82,7 @@ def linear_backward(
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*rows GK"]:
-    """The gradient of x, strip by strip of K, so that no dequantised weight is held whole."""
+    """The gradient of x by strips of K, so that the weight is never dequantised as a whole."""
     w = of_layer(w, layer)
     if not _cuts(w, groups):
         return reference.linear_backward(dy, w, groups=groups, precision=precision)
@@ -105,7 +105,7 @@ def linear_backward(
 
 
 def _strips(w: Fp8Weight | Fp4Weight) -> int:
-    """How many equal parts of whole blocks of K to make: the fewest of at most `_STRIP` weights."""
+    """Into how many strips of whole blocks of K to cut: the fewest of at most `_STRIP` weights."""
     (N, K), blocks = w.shape, w.scale.shape[0]
     if K % blocks or K // blocks not in (FP4_BLOCK, FP8_BLOCK):
         return 1
@@ -114,7 +114,7 @@ def _strips(w: Fp8Weight | Fp4Weight) -> int:
 
 
 def _blocks(w: Fp8Weight | Fp4Weight) -> tuple[Float[Array, "B C N"], Float32[Array, "B N"]]:
-    """Codes as FP8 values, block by block of K, and what to multiply them by."""
+    """Codes as FP8 values by blocks of K, and the factors to multiply them by."""
     scale, N = w.scale.astype(jnp.float32), w.codes.shape[-1]
     if isinstance(w, Fp4Weight):
         code_BCN = reference.decode_e2m1(w.codes.reshape(-1, FP4_BLOCK // 2, N))

@@ -394,7 +394,9 @@ def test_export_adapter_refuses_sources_without_an_adapter(
         tmp_path / "moved", tmp_path / "gone", ALL, training_runs.learned(CFG, ALL)
     )
     assert "give --model" in error_message(capsys, "export-adapter", moved, target)
-    assert "has no best state yet" in error_message(capsys, "export-adapter", moved, target, "--best")
+    assert "has no best state yet" in error_message(
+        capsys, "export-adapter", moved, target, "--best"
+    )
     assert not target.exists()
     assert main(["export-adapter", str(moved), str(target), "--model", str(released)]) == 0
     capsys.readouterr()

@@ -1,7 +1,7 @@
 """Sliding, compressed sparse (CSA) and heavily compressed (HCA) attention (report, section 2.3).
 
 One key/value head serves all query heads, and keys are values. A query sees the window of tokens
-that ends with itself and compressed entries: all complete ones (HCA) or the indexer's top k (CSA).
+that ends with itself, and compressed entries: all complete ones (HCA) or the indexer's top k (CSA).
 
 Axis letters: L layers of a stack, B batch, T tokens, D hidden, H heads, K head dim, R q_lora rank,
 G output groups, O rank per group, I index heads, J index head dim, S pool entries, X window keys.
@@ -26,13 +26,13 @@ from v4jax.model.context import Context
 from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 
-# How the arguments of the attention ops are split over devices.
+# Logical axes of the attention ops' arguments.
 _QUERIES = ("batch", None, "heads", None)
 _POOL, _ROWS = (None, "batch"), ("batch",)
 
 
 class Indexer(nnx.Module):
-    """The lightning indexer: scores entries for each query (report, eqs. 13-17)."""
+    """The lightning indexer, which scores entries for each query (report, eqs. 13-17)."""
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         width = cfg.index_n_heads * cfg.index_head_dim
@@ -42,7 +42,7 @@ class Indexer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Weights of one attention layer; `compressor` and `indexer` where its kind has them."""
+    """Weights of an attention layer; `compressor` and `indexer` only if its kind has them."""
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         width = cfg.num_attention_heads * cfg.head_dim
@@ -63,15 +63,16 @@ class Attention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """What the steps of one layer's attention share.
+    """Values that the steps of one layer's attention share.
 
     Attributes:
       x_BTD: the layer's input.
-      latent_BTR: the low-rank latent of the queries.
-      q_BTHK: the queries, turned.
-      window_BXK: keys of positions start - window .. start + T - 1; None where the ring has them.
-      state: the layer's, with the chunk in it.
-      kind, context: of the layer and of the pass.
+      latent_BTR: low-rank latent of the queries.
+      q_BTHK: queries, after RoPE.
+      window_BXK: keys of positions start - window .. start + T - 1; None if the ring has them.
+      state: the layer's state, including the chunk.
+      kind: kind of the layer.
+      context: context of the pass.
     """
 
     x_BTD: Float[Array, "B T D"]
@@ -83,15 +84,15 @@ class _Chunk:
     context: Context
 
     @property
-    def chooses(self) -> bool:
-        """Whether there is room for more entries than CSA takes: else it takes all there are."""
+    def selects(self) -> bool:
+        """Whether CSA must select entries: its pool has room for more than the top k."""
         if self.kind.attention != "csa":
             return False
         return self.state.stack.pool_LBSK.shape[2] > self.context.cfg.index_topk
 
     @property
     def visible_BT(self) -> Int[Array, "B T"]:
-        """Complete entries at each query's position, its window's included; none for padding."""
+        """Number of complete entries at each query's position; 0 for padding."""
         if self.kind.attention == "sliding":
             return jnp.zeros_like(self.context.position_BT)
         entries_BT = (self.context.position_BT + 1) // self.kind.ratio
@@ -99,7 +100,7 @@ class _Chunk:
 
     @property
     def hidden_BT(self) -> Int[Array, "B T"] | None:
-        """Entries at the front that are other documents'."""
+        """Number of leading entries that belong to other documents; None if there are none."""
         if self.context.first_BT is None or self.kind.attention == "sliding":
             return None
         return self.context.first_BT // self.kind.ratio
@@ -117,12 +118,12 @@ def attend(
     Args:
       p: the weights.
       x_BTD: the input.
-      state: a `LayerCache` and the layer's place in it.
-      kind: of the layer.
-      context: of the pass.
+      state: the `LayerCache` of a stack, and the layer's index in it.
+      kind: kind of the layer.
+      context: context of the pass.
 
     Returns:
-      Its output; the cache with the chunk in it, and the indexer's divergence where it is watched.
+      The output; the cache including the chunk, and the indexer's divergence if it is watched.
     """
     cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
     latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
@@ -144,17 +145,17 @@ def attend(
         latent_BTR=latent_BTR,
         q_BTHK=q_BTHK,
         window_BXK=window_BXK,
-        state=_with(state, window_LBRK=ring_LBRK),
+        state=_replace(state, window_LBRK=ring_LBRK),
         kind=kind,
         context=context,
     )
     mixed_BTHK = (_decode if window_BXK is None else _prefill)(p, chunk)
     output_BTD = _output(p, layers.rotate(mixed_BTHK, table, inverse=True), cfg)
-    return output_BTD, (chunk.state.stack, _watched(p, chunk))
+    return output_BTD, (chunk.state.stack, _divergence(p, chunk))
 
 
-def _with(state: InStack, **arrays: Any) -> InStack:
-    """The state with other arrays."""
+def _replace(state: InStack, **arrays: Any) -> InStack:
+    """The state with some arrays replaced."""
     return dataclasses.replace(state, stack=dataclasses.replace(state.stack, **arrays))
 
 
@@ -165,7 +166,7 @@ def _heads(x_BTP: Float[Array, "B T P"], heads: int) -> Float[Array, "B T H K"]:
 def _output(
     p: Attention, mixed_BTHK: Float[Array, "B T H K"], cfg: ModelConfig
 ) -> Float[Array, "B T D"]:
-    """Each group of heads to its own low rank, all ranks to the hidden size."""
+    """Project each group of heads to its low rank, then all ranks to the hidden size."""
     grouped_BTGP = mixed_BTHK.reshape(*mixed_BTHK.shape[:2], cfg.o_groups, -1)
     ranks_BTQ = layers.grouped_linear(grouped_BTGP, p.o_a_QP)
     return layers.linear(ranks_BTQ, p.o_b_DQ)
@@ -174,29 +175,29 @@ def _output(
 def _compress(
     p: Attention, x_BTD: Float[Array, "B T D"], state: InStack, kind: LayerKind, context: Context
 ) -> InStack:
-    """Bring the compressed pools of the layer, if it has any, up to the end of the chunk."""
+    """Update the layer's compressed pools, if it has any, with the chunk."""
     if kind.attention == "sliding":
         return state
-    kept, layer = state.stack, state.layer
+    stack, layer = state.stack, state.layer
     tail_LBRK, pool_LBSK = compress.update(
-        p.compressor, (kept.tail_LBRK, kept.pool_LBSK, layer), x_BTD, kind, context, "fp8"
+        p.compressor, (stack.tail_LBRK, stack.pool_LBSK, layer), x_BTD, kind, context, "fp8"
     )
-    state = _with(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
+    state = _replace(state, tail_LBRK=tail_LBRK, pool_LBSK=pool_LBSK)
     if kind.attention == "hca":
         return state
-    # What trains the indexer trains nothing else.
+    # The indexer's loss must train nothing else.
     x_BTD = jax.lax.stop_gradient(x_BTD)
-    index = (kept.index_tail_LBRK, kept.index_LBSK, layer)
+    index = (stack.index_tail_LBRK, stack.index_LBSK, layer)
     index_tail_LBRK, index_LBSK = compress.update(
         p.indexer.compressor, index, x_BTD, kind, context, "fp4"
     )
-    return _with(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
+    return _replace(state, index_tail_LBRK=index_tail_LBRK, index_LBSK=index_LBSK)
 
 
 def _window(
     kv_BTK: Float[Array, "B T K"], state: InStack, context: Context
 ) -> Float[Array, "B X K"] | None:
-    """Keys of positions start - window .. start + T - 1; None where the ring has them."""
+    """Keys of positions start - window .. start + T - 1; None if the ring has them."""
     if cache.is_decode(kv_BTK.shape[1]):
         return None
     before_W = jnp.arange(-context.cfg.sliding_window, 0, dtype=jnp.int32)
@@ -208,7 +209,7 @@ def _window(
 def _query(
     p: Indexer, x_BTD: Float[Array, "B T D"], latent_BTR: Float[Array, "B T R"], context: Context
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
-    """The indexer's queries, and its weight for each head with all scales in it."""
+    """The indexer's queries, and the weight of each head with all scales folded in."""
     cfg = context.cfg
     q_BTIJ = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.index_n_heads)
     q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed, heads="index_heads")
@@ -218,7 +219,7 @@ def _query(
     return q_BTIJ, layers.linear(x_BTD, p.weights_ID).astype(jnp.float32) * scale
 
 
-def _choose(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
+def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     """The entries that CSA attends to. Every device scores with all index heads."""
     q_BTIJ, weights_BTI = _query(p, chunk.x_BTD, chunk.latent_BTR, chunk.context)
     select = lambda *args: indexer_topk.select(
@@ -234,8 +235,8 @@ def _choose(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     return saveable(indices_BTk)
 
 
-def _watched(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
-    """How far the indexer is from the attention that it serves; None where nobody asks."""
+def _divergence(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
+    """The indexer's divergence from the layer's attention; None if it is not watched."""
     context, state = chunk.context, chunk.state
     if not context.watch_indexer or chunk.kind.attention != "csa" or chunk.window_BXK is None:
         return None
@@ -253,7 +254,7 @@ def _watched(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
 
 
 def _decode(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
-    """Attention of a few tokens, all of whose window is in the ring."""
+    """Attention of a few tokens, whose entire windows are in the ring."""
     context, state = chunk.context, chunk.state
     ring_LBRK, window = state.stack.window_LBRK, context.cfg.sliding_window
     inputs: dict[str, Any] = {
@@ -262,8 +263,8 @@ def _decode(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
             context.end_B, ring_LBRK.shape[2], context.position_BT, window
         ),
     }
-    if chunk.chooses:
-        inputs["indices_BTk"] = _choose(p.indexer, chunk)
+    if chunk.selects:
+        inputs["indices_BTk"] = _select(p.indexer, chunk)
         return _mix(sparse_attention.decode, p, chunk, inputs)
     inputs["visible_BT"] = chunk.visible_BT
     return _mix(dense_attention.decode, p, chunk, inputs)
@@ -277,8 +278,8 @@ def _prefill(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
         "start_B": context.start_B,
         "first_BT": context.first_BT,
     }
-    if chunk.chooses:
-        inputs["indices_BTk"] = _choose(p.indexer, chunk)
+    if chunk.selects:
+        inputs["indices_BTk"] = _select(p.indexer, chunk)
         return _mix(sparse_attention.prefill, p, chunk, inputs, window=window)
     inputs |= {"visible_BT": chunk.visible_BT, "hidden_BT": chunk.hidden_BT}
     return _mix(dense_attention.prefill, p, chunk, inputs, window=window)
@@ -287,7 +288,7 @@ def _prefill(p: Attention, chunk: _Chunk) -> Float[Array, "B T H K"]:
 def _mix(
     run: Callable[..., Any], p: Attention, chunk: _Chunk, inputs: dict[str, Any], **static: Any
 ) -> Float[Array, "B T H K"]:
-    """One of the attention operations, by each device for its rows and heads."""
+    """Run an attention op, on each device for its rows and heads."""
     state = chunk.state
     inputs |= {"q_BTHK": chunk.q_BTHK, "sink_H": layers.value(p.sink_H)}
     inputs |= {"pool_LBSK": state.stack.pool_LBSK, "layer": state.layer}

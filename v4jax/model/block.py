@@ -35,10 +35,10 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """A segment's weights: one Block and one Experts per position of its pattern, L times each.
+    """A segment's weights: a Block and an Experts for each position of its pattern, L times each.
 
-    A scan slices the blocks' arrays layer by layer. Quantised weights and experts stay whole:
-    slicing would copy what a kernel reads where it lies, and of experts also those not chosen.
+    A scan slices the blocks' arrays layer by layer. Quantised weights and experts are not sliced:
+    that would copy what a kernel can read in place, including experts that are not chosen.
     """
 
     def __init__(self, cfg: ModelConfig, pattern: tuple[LayerKind, ...], repeats: int) -> None:
@@ -47,17 +47,17 @@ class Stack(nnx.Module):
         self.experts = nnx.List([moe.Experts(cfg, weight) for _ in pattern])
 
 
-class Seen(NamedTuple):
-    """What training may watch of a layer that has run.
+class LayerTrace(NamedTuple):
+    """Values of a layer that training may watch.
 
-    `divergence_BT` is the indexer's from attention, where the context asks for it.
+    `divergence_BT` is the indexer's divergence from attention, if the context asks for it.
     """
 
     routing: moe.Routing
     divergence_BT: Float32[Array, "B T"] | None
 
 
-Watch = Callable[[LayerKind, Seen, Context], Any]
+Watch = Callable[[LayerKind, LayerTrace, Context], Any]
 
 
 def run_block(
@@ -67,16 +67,16 @@ def run_block(
     state: InStack,
     kind: LayerKind,
     context: Context,
-) -> tuple[Float[Array, "B T M"], LayerCache, Seen]:
+) -> tuple[Float[Array, "B T M"], LayerCache, LayerTrace]:
     """Attention, then the experts, each inside its hyper-connection.
 
     Args:
       p: the layer's weights.
-      experts: `Experts` of a stack, and the layer's place in it.
+      experts: `Experts` of a stack, and the layer's index in it.
       x_BTM: the streams.
-      state: a `LayerCache` of a stack, and the layer's place in it.
-      kind: of the layer.
-      context: of the pass.
+      state: `LayerCache` of a stack, and the layer's index in it.
+      kind: kind of the layer.
+      context: context of the pass.
     """
     attend = lambda x_BTD: attention.attend(p.attention, x_BTD, state, kind, context)
     x_BTM, (updated, divergence_BT) = hyper.around(
@@ -84,7 +84,7 @@ def run_block(
     )
     mix = lambda x_BTD: moe.mixture(p.router, p.shared, experts, x_BTD, context)
     x_BTM, routing = hyper.around(p.ffn_hyper, x_BTM, p.ffn_norm_D, context, mix)
-    return x_BTM, updated, Seen(routing, divergence_BT)
+    return x_BTM, updated, LayerTrace(routing, divergence_BT)
 
 
 def run_stack(
@@ -95,17 +95,17 @@ def run_stack(
     repeats: int,
     context: Context,
 ) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
-    """All layers of a segment. Its caches are carried whole, so that they are updated in place."""
+    """Run all layers of a segment. Its caches are carried entire, so that updates are in place."""
     leaves, tree = jax.tree.flatten(p.blocks, is_leaf=_quantised)
 
     def one_repeat(carry, step):
         x_BTM, states = carry
         layer, arrays = step
-        own = [
+        of_layer = [
             InStack(leaf, layer) if array is None else array
             for leaf, array in zip(leaves, arrays, strict=True)
         ]
-        blocks = tree.unflatten(own)
+        blocks = tree.unflatten(of_layer)
         updated = []
         for position, kind in enumerate(pattern):
             experts, state = (InStack(x[position], layer) for x in (p.experts, states))
@@ -130,44 +130,43 @@ def train_stack(
     unroll: bool = False,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T M"], list[Any]]:
-    """All layers of a segment over whole rows: no layer's state outlives it.
+    """Run all layers of a segment over entire rows: no layer's state outlives it.
 
-    Here the scan slices all weights; of experts, which are read in their stacks here too, the
-    slices stand for their gradients. With `remat` only the streams between repeats of the pattern
-    are kept for the backward pass, without it what `residuals.saveable` names. With `unroll` the
-    program has each repeat by itself, and no loop.
+    Here the scan slices all weights. Experts are still read in their stacks; their slices only
+    receive their gradients. With `remat`, only the streams between repeats of the pattern are saved
+    for the backward pass, otherwise what `residuals.saveable` names. With `unroll`, the program
+    contains every repeat instead of a loop.
 
     Returns:
-      The streams, and for each position of the pattern what `watch` made of its layers, [L, ...].
+      The streams, and for each position of the pattern the results of `watch`, stacked [L, ...].
     """
     cfg, dtype = context.cfg, x_BTM.dtype
     batch, tokens = context.tokens_BT.shape
-    whole = jax.lax.stop_gradient(p.experts)
+    frozen = jax.lax.stop_gradient(p.experts)
 
     def one_repeat(x_BTM, step):
-        layer, blocks, own = step
+        layer, blocks, slices = step
         watched = []
         for position, kind in enumerate(pattern):
             state = InStack(cache.fresh(cfg, kind, batch, tokens, dtype), jnp.int32(0))
-            experts = InStack(_of_layer(whole[position], own[position]), layer)
-            x_BTM, _, seen = run_block(blocks[position], experts, x_BTM, state, kind, context)
-            watched.append(watch(kind, seen, context) if watch else None)
+            experts = InStack(_of_layer(frozen[position], slices[position]), layer)
+            x_BTM, _, trace = run_block(blocks[position], experts, x_BTM, state, kind, context)
+            watched.append(watch(kind, trace, context) if watch else None)
         return x_BTM, watched
 
-    looked_up = lambda leaf: _sliced(leaf, context)
-    blocks = jax.tree.map(looked_up, p.blocks)
+    blocks = jax.tree.map(lambda leaf: _sliced(leaf, context), p.blocks)
     policy = None if remat else residuals.SAVE_NAMED
-    # Outside a loop XLA would find what is to be computed anew, and keep it.
+    # Outside a loop, XLA would merge the recomputation with the forward pass.
     body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
     steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
     return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
 
 
-def _of_layer(whole: moe.Experts, own: moe.Experts) -> moe.Experts:
-    """Experts that are read in their stacks, their gradients that of one layer."""
-    wrap = lambda stack, own: LayerWeight(stack, jax.tree.map(lambda x: x[None], own))
-    matrix = lambda leaf: isinstance(leaf, LoraWeight) or _quantised(leaf)
-    return jax.tree.map(wrap, whole, own, is_leaf=matrix)
+def _of_layer(stacks: moe.Experts, slices: moe.Experts) -> moe.Experts:
+    """Experts that are read in their stacks, and whose gradients go to one layer's slices."""
+    wrap = lambda stack, part: LayerWeight(stack, jax.tree.map(lambda x: x[None], part))
+    is_weight = lambda leaf: isinstance(leaf, LoraWeight) or _quantised(leaf)
+    return jax.tree.map(wrap, stacks, slices, is_leaf=is_weight)
 
 
 def _quantised(leaf: Any) -> bool:
@@ -175,10 +174,10 @@ def _quantised(leaf: Any) -> bool:
 
 
 def _sliced(leaf: Any, context: Context) -> Any:
-    """What a scan slices of a stacked weight; None of quantised ones."""
+    """The part of a stacked weight for a scan to slice; None for quantised weights."""
     if _quantised(leaf):
         return None
     if leaf.dtype == jnp.int32:
-        # Looked up here: inside the scan a TPU would spread a table's rows of six over 128 lanes.
+        # Look up tokens here: inside the scan, a TPU would pad a table's rows of six to 128 lanes.
         return leaf[:, context.tokens_BT]
     return leaf

@@ -1,11 +1,11 @@
 """Decode state of static shape, addressed by absolute position; nothing in it is ever erased.
 
-Token p lies in row p mod R of a ring, entry i in row i of a pool, and `length` alone says which
-of them exist: entries below (p + 1) // ratio are visible to a query at p. So forgetting drafted
-tokens is a subtraction.
+Token p is in row p mod R of a ring, entry i in row i of a pool, and `length_B` alone determines
+which of them exist: a query at p sees entries below (p + 1) // ratio. So forgetting drafted tokens
+is a subtraction.
 
 Axis letters: L layers of a stack, B batch, T new tokens, R rows of a ring, S entries of a pool,
-K channels of the value at hand.
+K channels of the array at hand.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.pytree import pytree
 from v4jax.model.segments import segments
 
-# Rows kept beyond the window, so that rejecting up to this many tokens loses nothing.
+# Rows beyond the window, so that rejecting up to this many tokens loses nothing.
 SPARE = 8
 # Capacities are multiples of this many tokens: lcm(4, 128), the block of a paged pool.
 BLOCK = 128
-# Pools are whole tiles of device memory for every dtype down to 8 bits, as kernels ask.
+# Kernels need pools of entire device memory tiles, for every dtype down to 8 bits.
 _POOL_TILE = 32
-# How states and rows are split over devices, each of which reads and writes its own rows.
+# Logical axes of states and rows: each device reads and writes its own rows.
 _STATE, _ROWS = (None, "batch"), ("batch",)
 _WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
 
@@ -36,13 +36,14 @@ _WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
 @pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """State of one position of a segment's pattern, its L repeats stacked.
+    """State of one position of a segment's pattern, stacked over its L repeats.
 
     Attributes:
       window_LBRK: keys of the newest tokens.
-      tail_LBRK: the compressor's kv and gate, side by side, of the newest tokens (float32).
+      tail_LBRK: the compressor's kv and gate of the newest tokens, concatenated (float32).
       pool_LBSK: compressed entries.
-      index_tail_LBRK, index_LBSK: the same two for the indexer of CSA.
+      index_tail_LBRK: `tail_LBRK` of CSA's indexer.
+      index_LBSK: `pool_LBSK` of CSA's indexer.
     """
 
     window_LBRK: Float[Array, "L B R K"]
@@ -55,12 +56,12 @@ class LayerCache:
 @pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A batch's state: `length_B` tokens of each row are in it.
+    """A batch's state.
 
     Attributes:
-      length_B: int32.
+      length_B: number of tokens of each row in the cache (int32).
       segments: for each segment, a LayerCache for each position of its pattern.
-      mtp: for each MTP block, its LayerCache.
+      mtp: a LayerCache for each MTP block.
     """
 
     length_B: Int[Array, " B"]
@@ -69,16 +70,16 @@ class Cache:
 
 
 def is_decode(tokens: int) -> bool:
-    """Whether chunks of so many tokens are decoded.
+    """Whether chunks of this many tokens are decoded.
 
-    Then each of them finds its window in the ring, where the chunk is written first; of longer
-    chunks, which are prefilled, the window lies partly in the chunk alone.
+    Then the chunk is written to the ring first, and each token finds its window there. Longer
+    chunks are prefilled; part of their windows is only in the chunk.
     """
     return tokens <= SPARE
 
 
 def bucket(tokens: int, limit: int) -> int:
-    """The capacity to make for this many tokens: powers of two times BLOCK, at most the limit.
+    """The capacity for this many tokens: BLOCK times a power of two, at most the limit.
 
     A few capacities serve every text, so that few programs are compiled.
     """
@@ -113,23 +114,23 @@ def make(
 
 
 def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
-    """Where a cache's array of this shape lies: its rows are shared by the mesh."""
+    """The sharding of a cache's array of this shape: the mesh shares its rows."""
     if mesh is None:
         return None
     return sharding.place(_ROWS if len(shape) == 1 else _STATE, shape, mesh)
 
 
 def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
-    """The empty state of one layer, for rows of `tokens` at once."""
+    """The empty state of one layer, for rows of `tokens` processed at once."""
     return _layer_cache(cfg, kind, tokens, _maker(1, batch, dtype, None))
 
 
 def _maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
-    """Makes the empty arrays of a layer, of so many rows and channels."""
+    """A function that creates a layer's empty arrays from numbers of rows and channels."""
 
-    def zeros(rows: int, channels: int, of: Any = dtype) -> Float[Array, "L B R K"]:
+    def zeros(rows: int, channels: int, dtype: Any = dtype) -> Float[Array, "L B R K"]:
         shape = (repeats, batch, rows, channels)
-        return jnp.zeros(shape, of, device=place(shape, mesh))
+        return jnp.zeros(shape, dtype, device=place(shape, mesh))
 
     return zeros
 
@@ -140,7 +141,7 @@ def _layer_cache(
     window = zeros(cfg.sliding_window + SPARE, cfg.head_dim)
     if kind.attention == "sliding":
         return LayerCache(window_LBRK=window)
-    # Beyond the text's own entries a chunk writes the rows of windows that it does not complete.
+    # A chunk also writes the rows of windows that it does not complete, beyond the text's entries.
     entries = -(-capacity // kind.ratio) + 1
     entries += -entries % _POOL_TILE
     tail_rows = kind.overlap * kind.ratio + SPARE
@@ -163,21 +164,21 @@ def rewind(cache: Cache, rejected_B: Int[Array, " B"]) -> Cache:
 
 
 def ring_positions(end_B: Int[Array, " B"], rows: int) -> Int[Array, "B R"]:
-    """The newest position below `end` that each ring row holds; negative where there is none."""
+    """The newest position below `end` in each ring row; negative if there is none."""
     row_R = jnp.arange(rows, dtype=jnp.int32)
     last_B1 = end_B[:, None] - 1
     return last_B1 - jnp.mod(last_B1 - row_R[None], rows)
 
 
 def layer_of(stack: Float[Array, "L ..."], layer: Int[Array, ""]) -> Float[Array, "..."]:
-    """One layer's state out of the stack: for rings, which are small."""
+    """One layer's state, copied out of the stack: for rings, which are small."""
     return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
 
 
 def ring_read(
     ring_LBRK: Float[Array, "L B R K"], layer: Int[Array, ""], position_BX: Int[Array, "B X"]
 ) -> Float[Array, "B X K"]:
-    """Rows of the given positions (any position that the ring still holds)."""
+    """Rows at the given positions, which the ring must still hold."""
 
     def read(ring_LBRK: Array, layer: Array, position_BX: Array) -> Array:
         row_BX = jnp.mod(position_BX, ring_LBRK.shape[2])
@@ -196,7 +197,7 @@ def ring_write(
     start_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B R K"]:
-    """Put tokens start .. start + count - 1 of each row in their ring rows."""
+    """Write tokens start .. start + count - 1 of each row to their ring rows."""
     return sharding.per_device(
         _ring_write,
         *(ring_LBRK, layer, new_BTK, start_B, count_B),
@@ -214,15 +215,15 @@ def _ring_write(
     if is_decode(tokens):
         offset_T = jnp.arange(tokens, dtype=jnp.int32)
         row_BT = jnp.mod(start_B[:, None] + offset_T[None], rows)
-        # Padding goes to a row that does not exist and is dropped.
+        # Padding goes to a row out of range, and is dropped.
         row_BT = jnp.where(offset_T[None] < count_B[:, None], row_BT, rows)
         batch_B1 = jnp.arange(start_B.shape[0])[:, None]
         return ring_LBRK.at[layer, batch_B1, row_BT].set(new_BTK, mode="drop")
     position_BR = ring_positions(start_B + count_B, rows)
     offset_BR = position_BR - start_B[:, None]
-    taken_BRK = jnp.take_along_axis(new_BTK, jnp.maximum(offset_BR, 0)[..., None], axis=1)
+    chunk_BRK = jnp.take_along_axis(new_BTK, jnp.maximum(offset_BR, 0)[..., None], axis=1)
     old_BRK = layer_of(ring_LBRK, layer)
-    ring_BRK = jnp.where((offset_BR >= 0)[..., None], taken_BRK, old_BRK)
+    ring_BRK = jnp.where((offset_BR >= 0)[..., None], chunk_BRK, old_BRK)
     return jax.lax.dynamic_update_index_in_dim(ring_LBRK, ring_BRK, layer, 0)
 
 
@@ -233,7 +234,7 @@ def pool_write(
     first_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B S K"]:
-    """Put entries first .. first + count - 1 of each row in the pool."""
+    """Write entries first .. first + count - 1 of each row to the pool."""
     return sharding.per_device(
         _pool_write,
         *(pool_LBSK, layer, new_BnK, first_B, count_B),
@@ -251,15 +252,15 @@ def _pool_write(
     entries = min(entries, rows)
 
     def write_row(b: Any, pool: Any) -> Any:
-        # Reading back what lies beyond `count` keeps a block write from leaving the pool.
+        # Move the block back if it would leave the pool; outside `count`, rewrite the old rows.
         start = jnp.minimum(first_B[b], rows - entries)
         at = (layer, b, start, jnp.zeros((), jnp.int32))
         old_nK = jax.lax.dynamic_slice(pool, at, (1, 1, entries, pool.shape[3]))[0, 0]
         shift = first_B[b] - start
         moved_nK = jnp.roll(new_BnK[b, :entries], shift, axis=0)
         row_n = jnp.arange(entries) - shift
-        kept = (row_n >= 0) & (row_n < count_B[b])
-        block_nK = jnp.where(kept[:, None], moved_nK, old_nK)
+        new_n = (row_n >= 0) & (row_n < count_B[b])
+        block_nK = jnp.where(new_n[:, None], moved_nK, old_nK)
         return jax.lax.dynamic_update_slice(pool, block_nK[None, None], at)
 
     return jax.lax.fori_loop(0, new_BnK.shape[0], write_row, pool_LBSK)

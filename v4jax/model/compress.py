@@ -1,4 +1,4 @@
-"""Compressors: token windows to entries, for attention (CSA, HCA) and for CSA's indexer.
+"""Compressors: windows of tokens to entries, for attention (CSA, HCA) and for CSA's indexer.
 
 Axis letters: L layers of a stack, B batch, T tokens, D hidden, M ratio, C channels (overlap * K),
 K entry channels, R ring rows, S pool entries, P tokens before a chunk, n entries of a chunk.
@@ -17,12 +17,12 @@ from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.params import Declare
 
-# How the arguments of the op are split over devices.
+# Logical axes of the ops' arguments.
 _RING, _ROWS = (None, "batch"), ("batch",)
 
 
 class Compressor(nnx.Module):
-    """Projections, positional bias and norm of one compressor (report, eqs. 9-12, 20-23)."""
+    """Projections, positional bias and norm of a compressor (report, eqs. 9-12, 20-23)."""
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, dim: int, weight: Declare) -> None:
         channels = kind.overlap * dim
@@ -34,23 +34,23 @@ class Compressor(nnx.Module):
 
 def update(
     compressor: Compressor,
-    kept: tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"], Int[Array, ""]],
+    ring_pool_layer: tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"], Int[Array, ""]],
     x_BTD: Float[Array, "B T D"],
     kind: LayerKind,
     context: Context,
     rounding: compress.Rounding,
 ) -> tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"]]:
-    """Take the chunk in: its tokens go to the ring, the entries it completes to the pool.
+    """Add a chunk: its tokens to the ring, and the entries that it completes to the pool.
 
     Args:
       compressor: the weights.
-      kept: ring and pool of a stack of layers, and which layer.
+      ring_pool_layer: ring and pool of a stack of layers, and the index of the layer.
       x_BTD: the layer's input.
-      kind: of the layer.
-      context: of the pass.
-      rounding: of entries, where the numerics round what is cached.
+      kind: kind of the layer.
+      context: context of the pass.
+      rounding: rounding of entries, if the numerics round the cache.
     """
-    ring_LBRC, pool_LBSK, layer = kept
+    ring_LBRC, pool_LBSK, layer = ring_pool_layer
     first_B = context.start_B // kind.ratio
     complete_B = context.end_B // kind.ratio - first_B
     tail_BTC = _tail(compressor, x_BTD, kind, context)
@@ -58,7 +58,7 @@ def update(
     weights, settings = _settings(compressor, x_BTD, kind, context, rounding)
     tokens = x_BTD.shape[1]
     if cache.is_decode(tokens) and tokens <= kind.ratio:
-        # At most one window is completed, and the ring holds it still.
+        # At most one window is completed, and the ring still holds it.
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
         window_B = jnp.where(complete_B > 0, first_B, -1)
         entries_BnK = sharding.per_device(
@@ -89,7 +89,7 @@ def _settings(
     context: Context,
     rounding: compress.Rounding,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bias, norm and rotary table of the entries that the chunk may complete; what is static."""
+    """Bias, norm and rotary table for the entries of the chunk; the ops' static arguments."""
     cfg, numerics, dtype = context.cfg, context.numerics, x_BTD.dtype
     window_n = jnp.arange(-(-x_BTD.shape[1] // kind.ratio), dtype=jnp.int32)
     position_Bn = (context.start_B[:, None] // kind.ratio + window_n[None]) * kind.ratio
@@ -108,19 +108,19 @@ def _settings(
 def _tail(
     compressor: Compressor, x_BTD: Float[Array, "B T D"], kind: LayerKind, context: Context
 ) -> Float[Array, "B T C2"]:
-    """Each token's kv and gate side by side, as the ring keeps them."""
+    """Each token's kv and gate, concatenated as in the ring."""
     project = layers.linear_float32 if context.numerics.float32_islands else layers.linear
     parts = [project(x_BTD, weight) for weight in (compressor.kv_CD, compressor.gate_CD)]
     kv_BTC, gate_BTC = (part.astype(jnp.float32) for part in parts)
     if context.first_BT is not None and kind.overlap > 1:
-        gate_BTC = _kept_apart(gate_BTC, context.first_BT, kind)
+        gate_BTC = _mask_across_documents(gate_BTC, context.first_BT, kind)
     return jnp.concatenate([kv_BTC, gate_BTC], axis=-1)
 
 
-def _kept_apart(
+def _mask_across_documents(
     gate_BTC: Float[Array, "B T C"], first_BT: Int[Array, "B T"], kind: LayerKind
 ) -> Float[Array, "B T C"]:
-    """Gates closed where a window would lend its first channels to another document's entry."""
+    """Close gates where a window's first channels would go to another document's entry."""
     next_BT = jnp.pad(first_BT[:, kind.ratio :], ((0, 0), (0, kind.ratio)), mode="edge")
     earlier_C = jnp.arange(gate_BTC.shape[2]) < gate_BTC.shape[2] // kind.overlap
     closed_BTC = (next_BT != first_BT)[..., None] & earlier_C[None, None]

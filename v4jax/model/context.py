@@ -18,11 +18,11 @@ from v4jax.model.numerics import Numerics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """The tokens of one call: `count` of T are real, the first at position `start`, per row.
+    """The tokens of one call; in each row, `count` of T are real, the first at position `start`.
 
-    Where a row holds several documents, each begins at a multiple of `cache.BLOCK` tokens, of which
-    all windows that are compressed are a part, and `first_BT` says where each token's begins.
-    `watch_indexer` asks sparse attention how far its indexer is from it.
+    If a row holds several documents, each begins at a multiple of `cache.BLOCK` tokens, so that no
+    compressed window spans two of them, and `first_BT` says where each token's document begins.
+    `watch_indexer` makes sparse attention return its indexer's divergence.
     """
 
     cfg: ModelConfig
@@ -72,10 +72,10 @@ def make(
 ) -> Context:
     """The context of a pass over `tokens_BT`, with activations in `dtype`.
 
-    `document_BT`, 0 at padding, is for rows of several documents, which begin at position 0.
+    `document_BT`, 0 at padding, is for rows of several documents; these rows begin at position 0.
 
     Raises:
-      ValueError: there are documents, and the model's compressed windows would mix them.
+      ValueError: `document_BT` is given, but the model's compressed windows would mix documents.
     """
     if document_BT is not None:
         check_packing(cfg)
@@ -101,10 +101,10 @@ def make(
 
 
 def check_packing(cfg: ModelConfig) -> None:
-    """Refuse models with a window to compress that may hold tokens of two packed documents.
+    """Reject models whose compressed windows may span two packed documents.
 
     Raises:
-      ValueError: a compression ratio does not divide the alignment of documents.
+      ValueError: a compression ratio does not divide the documents' alignment.
     """
     ratios = {kind.ratio for kind in cfg.layers if kind.ratio}
     if wrong := sorted(ratio for ratio in ratios if BLOCK % ratio):
@@ -116,17 +116,19 @@ def check_packing(cfg: ModelConfig) -> None:
 
 
 def of_next(context: Context) -> Context:
-    """The context of each position's next token; padding where its document has none."""
-    later = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+    """The context of each position's next token; padding if its document has none."""
+    shifted = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
     document_BT = context.document_BT
     if document_BT is None:
         document_BT = context.real_BT.astype(jnp.int32)
-    document_BT = jnp.where(later(document_BT) == document_BT, document_BT, 0)
-    return dataclasses.replace(context, tokens_BT=later(context.tokens_BT), document_BT=document_BT)
+    document_BT = jnp.where(shifted(document_BT) == document_BT, document_BT, 0)
+    return dataclasses.replace(
+        context, tokens_BT=shifted(context.tokens_BT), document_BT=document_BT
+    )
 
 
 def firsts(document_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Where each token's document begins; padding belongs to what is before it."""
+    """Where each token's document begins; padding counts with the document before it."""
     before_BT = jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0)))
     begins_BT = (document_BT != before_BT) & (document_BT > 0)
     at_BT = jnp.where(begins_BT, jnp.arange(document_BT.shape[1], dtype=jnp.int32)[None], 0)

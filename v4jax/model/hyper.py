@@ -23,7 +23,7 @@ _ROWS = ("batch",)
 
 
 class HyperConnection(nnx.Module):
-    """How one sublayer reads from and writes to the streams (report, section 2.2)."""
+    """How a sublayer reads from and writes to the streams (report, section 2.2)."""
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         mixes = cfg.hc_mult * (2 + cfg.hc_mult)
@@ -51,7 +51,7 @@ def around(
 ) -> tuple[Float[Array, "B T M"], Any]:
     """Collapse, norm, run `sublayer`, and mix its output into the streams.
 
-    Returns the new streams and whatever else the sublayer gave.
+    Returns the new streams, and the second output of the sublayer.
     """
     cfg = context.cfg
     pre = functools.partial(
@@ -73,7 +73,7 @@ def around(
 
 
 def collapse(p: HyperHead, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """The streams as one, not yet normed."""
+    """The streams combined into one, before the norm."""
     head = functools.partial(hyper.head, eps=cfg.hc_eps, norm_eps=cfg.rms_norm_eps)
     weights = value(p.fn_NM), value(p.base_N), value(p.scale_1)
     return sharding.per_device(head, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS)

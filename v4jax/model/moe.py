@@ -1,6 +1,6 @@
-"""The mixture of experts: routers by score and by token id, routed experts, shared expert.
+"""Mixture of experts: routing by score or by token id, routed experts, shared expert.
 
-Axis letters: L layers of a stack, B batch, T tokens (of all rows in experts), D hidden,
+Axis letters: L layers of a stack, B batch, T tokens (in experts: of all rows), D hidden,
 F expert hidden, E experts, A experts per token, V vocabulary.
 """
 
@@ -28,7 +28,7 @@ _ROWS = ("batch",)
 class Router(nnx.Module):
     """Scores for all experts; `bias_E` (learned choice) or `expert_ids_VA` (choice by token id).
 
-    A block that runs holds instead of the table what it says of the block's tokens, [B, T, A].
+    In a running block, the table is replaced by its rows for the block's tokens, [B, T, A].
     """
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
@@ -42,7 +42,7 @@ class Router(nnx.Module):
 
 
 class SharedExpert(nnx.Module):
-    """The expert that every token goes through."""
+    """The expert that processes every token."""
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         D, F = cfg.hidden_size, cfg.moe_intermediate_size
@@ -52,7 +52,7 @@ class SharedExpert(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts. Never sliced by layer: an op reads the few experts that it needs."""
+    """The routed experts. Never sliced by layer: an op reads only the experts that it needs."""
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         E, D, F = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
@@ -62,9 +62,9 @@ class Experts(nnx.Module):
 
 
 class Routing(NamedTuple):
-    """What a router made of a block's tokens: all its scores, and the experts chosen, -1 for none.
+    """A router's output: scores of all experts, before any bias, and the experts chosen, or -1.
 
-    Training watches it: the scores are before any bias.
+    Training watches it.
     """
 
     score_BTE: Float32[Array, "B T E"]
@@ -88,7 +88,7 @@ def route(
     else:
         expert_BTA = layers.value(p.expert_ids_VA)
     weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)
-    # The floor is transformers'; it is below float32's resolution of any sum that is not zero.
+    # transformers' floor, which is below the float32 resolution of any nonzero sum.
     total_BT1 = jnp.maximum(jnp.sum(weight_BTA, axis=-1, keepdims=True), 1e-20)
     # Padding chooses no expert.
     expert_BTA = jnp.where(context.real_BT[..., None], expert_BTA, -1)
@@ -112,9 +112,9 @@ def mixture(
     x_BTD: Float[Array, "B T D"],
     context: Context,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """The feed-forward sublayer: the chosen experts' weighted sum and the shared expert.
+    """The feed-forward sublayer: the weighted sum of the chosen experts, plus the shared expert.
 
-    `experts` are `Experts` of a stack, and the layer's place in it.
+    `experts` are the `Experts` of a stack, and the layer's index in it.
     """
     cfg = context.cfg
     routing, weight_BTA = route(router, x_BTD, context)
@@ -133,14 +133,13 @@ def mixture(
             weight_first=context.numerics.weight_first,
         )
 
-    own = experts.stack
-
+    stack = experts.stack
     routed_TD = _over_experts(
         run,
         rows(x_BTD),
         rows(routing.expert_BTA),
         rows(weight_BTA),
-        *(layers.value(w) for w in (own.gate_EFD, own.up_EFD, own.down_EDF)),
+        *(layers.value(w) for w in (stack.gate_EFD, stack.up_EFD, stack.down_EDF)),
     )
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
     total_BTD = saveable(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
@@ -152,15 +151,16 @@ def _over_experts(
 ) -> Array:
     """`run(x_TD, expert_TA, weight_TA, *weights)` with each device's own experts only.
 
-    Tokens of a group of devices that together hold all experts are gathered, every device adds
-    what its experts give, and the sums go back to the tokens' owners. Experts are never gathered.
+    A group of devices that together hold all experts gathers its tokens; every device computes the
+    sum over its experts, and the sums are scattered to the tokens' owners. Experts are never
+    gathered.
 
     Args:
-      run: maps tokens to the sum over their experts; ignores ids that are not 0 .. E - 1.
+      run: maps tokens to the sum over their experts; ignores ids that are not in 0 .. E - 1.
       x_TD: tokens.
       expert_TA: each token's experts.
       weight_TA: their routing weights.
-      weights: stacks [L, E, ...], arrays or quantised.
+      weights: stacks [L, E, ...], arrays or quantised weights.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -169,7 +169,7 @@ def _over_experts(
     ways = math.prod(mesh.shape[name] for name in group)
     experts = jax.tree.leaves(weights)[0].shape[1]
     if experts % ways:
-        # Every device has all of them, so tokens stay where they are.
+        # Every device holds all experts, so tokens need not move.
         axes = (*(("batch",) for _ in range(3)), *(() for _ in weights))
         args = (x_TD, expert_TA, weight_TA, *weights)
         return sharding.per_device(run, *args, axes=axes, out=("batch",))
@@ -188,11 +188,11 @@ def _over_experts(
         return jax.lax.psum(total_TD, group)
 
     tokens = PartitionSpec(batch if split else None)
-    whole = sharding.partition_spec((None, "experts"))
+    split_experts = sharding.partition_spec((None, "experts"))
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, *(whole for _ in weights)),
+        in_specs=(tokens, tokens, tokens, *(split_experts for _ in weights)),
         out_specs=tokens,
         check_vma=False,
     )(x_TD, expert_TA, weight_TA, *weights)

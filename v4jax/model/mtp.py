@@ -48,7 +48,7 @@ def run(
       streams_BTM: the backbone's streams, before their final collapse.
       embedded_BTD: the embedding of each position's next token.
       state: the block's own cache.
-      context: of the next tokens, at the positions of `streams_BTM`.
+      context: context of the next tokens, at the positions of `streams_BTM`.
     """
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
@@ -65,12 +65,12 @@ def run_rows(
     remat: bool,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
-    """The same over whole rows without a cache, and what `watch` made of the block."""
+    """`run` over entire rows without a cache: the hidden state, and the results of `watch`."""
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
     pattern = (cfg.mtp_kind,)
-    x_BTM, seen = train_stack(p.stack, x_BTM, pattern, 1, context, remat=remat, watch=watch)
-    return _hidden(p, x_BTM, cfg), seen
+    x_BTM, watched = train_stack(p.stack, x_BTM, pattern, 1, context, remat=remat, watch=watch)
+    return _hidden(p, x_BTM, cfg), watched
 
 
 def _mixed(

@@ -127,7 +127,7 @@ def _axes_of(spec: ParamSpec, leaf: Any) -> tuple[str | None, ...]:
 
 
 class _Undivided(NamedTuple):
-    """A large array with a dim that no device could split, and the bytes that each would hold."""
+    """A large array with an undivided dim, and the bytes of it that each device would hold."""
 
     name: str
     size: int

@@ -21,7 +21,7 @@ from v4jax.model.segments import segments
 
 
 class Model(nnx.Module):
-    """All weights. `Model(cfg)` holds declarations; `params.init` or a loader fills them."""
+    """All weights. `Model(cfg)` holds declarations, which `params.init` or a loader fills."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         weight = Declare(std=cfg.initializer_range)
@@ -46,14 +46,14 @@ def forward(
 
     Args:
       model: the weights.
-      cfg: the configuration that they are of.
+      cfg: the model's configuration.
       numerics: where rounding happens.
-      tokens_BT: token ids; beyond `count_B` they are padding, any valid id.
+      tokens_BT: token ids; beyond `count_B`, any valid ids as padding.
       cache: the state, with room for T more tokens.
-      count_B: real tokens of each row.
+      count_B: number of real tokens in each row.
 
     Returns:
-      The residual streams before their final collapse, and the cache with the chunk in it.
+      The residual streams before their final collapse, and the cache including the chunk.
     """
     embedded_BTD = embed(model, tokens_BT)
     shared = context.make(cfg, numerics, tokens_BT, cache.length_B, count_B, embedded_BTD.dtype)
@@ -77,24 +77,24 @@ def forward_rows(
     watch: Watch | None = None,
     watch_indexer: bool = False,
 ) -> tuple[Float[Array, "B T M"], context.Context, list[list[Any]]]:
-    """Run the backbone over whole rows without a cache, for training.
+    """Run the backbone over entire rows without a cache, for training.
 
     Args:
       model: the weights.
-      cfg: the configuration that they are of.
+      cfg: the model's configuration.
       numerics: where rounding happens.
       tokens_BT: token ids.
-      document_BT: which document of its row a token is of, 0 at padding. Each begins at a multiple
-        of 128 and sees itself only, as if it stood alone. None: each row is one document.
-      remat: compute activations anew in the backward pass, but for the streams between layers;
-        without it, but for what `pallas_kernels.residuals.saveable` names.
-      unroll: compile each layer by itself, instead of a loop over those that are alike.
-      watch: makes of each layer that has run what is to be kept of it.
-      watch_indexer: compare indexers with the attention that they serve.
+      document_BT: number of each token's document in its row, 0 at padding. Documents begin at
+        multiples of 128 and see only themselves, as if alone. None: each row is one document.
+      remat: recompute all activations in the backward pass except the streams between repeats of a
+        segment's pattern; otherwise, all except what `pallas_kernels.residuals.saveable` names.
+      unroll: compile every layer separately, instead of a loop over repeats.
+      watch: maps the trace of each layer to what to return of it.
+      watch_indexer: compute the indexers' divergence from their attention.
 
     Returns:
-      The residual streams before their final collapse; what the MTP blocks need; and for each
-      segment and position of its pattern what `watch` made, its layers stacked.
+      The residual streams before their final collapse; the context, for `draft_rows`; and for each
+      segment and position of its pattern the results of `watch`, stacked over layers.
     """
     embedded_BTD = embed(model, tokens_BT)
     rows, length = tokens_BT.shape
@@ -112,7 +112,7 @@ def forward_rows(
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     watched = []
     for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
-        x_BTM, seen = train_stack(
+        x_BTM, results = train_stack(
             stack,
             x_BTM,
             part.pattern,
@@ -122,7 +122,7 @@ def forward_rows(
             unroll=unroll,
             watch=watch,
         )
-        watched.append(seen)
+        watched.append(results)
     return x_BTM, shared, watched
 
 
@@ -135,17 +135,20 @@ def draft_rows(
     remat: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
-    """Run one MTP block over whole rows: hidden states for `head`, of the token after the next.
+    """Run one MTP block over entire rows.
 
-    The last token of a document has no next one: its place is padding to the block.
+    The last token of a document has no next one, so the block treats it as padding.
 
     Args:
       model: the weights.
       streams_BTM: the backbone's streams, from `forward_rows`.
-      shared: what `forward_rows` gave with them.
-      index: which block.
+      shared: the context that `forward_rows` returned with them.
+      index: index of the block.
       remat: as for `forward_rows`.
-      watch: as for `forward_rows`; what it made of the block is returned too.
+      watch: as for `forward_rows`.
+
+    Returns:
+      Hidden states for `head`, which predict the token after the next, and the results of `watch`.
     """
     shared = context.of_next(shared)
     embedded_BTD = embed(model, shared.tokens_BT)
@@ -168,7 +171,7 @@ def draft(
     """Run one MTP block at positions start, start + 1, ... whose backbone streams are given.
 
     Returns:
-      Hidden states for `head`, the block's streams, and the cache with the block's own state.
+      Hidden states for `head`, the block's streams, and the cache with the block's updated state.
     """
     embedded_BTD = embed(model, next_tokens_BT)
     shared = context.make(cfg, numerics, next_tokens_BT, start_B, count_B, embedded_BTD.dtype)
@@ -192,7 +195,7 @@ def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Floa
 
 
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-    """Logits in float32; what comes back as their gradient is rounded to the weight's dtype."""
+    """Logits in float32; their gradient is rounded to the weight's dtype."""
     weight_VD: Any = layers.value(model.head_VD)
     logits_BTV = products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
     return sharding.constrain(logits_BTV, "batch", None, "vocab")

@@ -16,9 +16,10 @@ from v4jax.presets import preset, preset_names
 ROOT = house.ROOT
 SOURCES = list(house.files().values())
 # Only commands print, and of the libraries' modules only these.
-PRINTING = {ROOT / "v4jax" / "__main__.py"}
+PRINTING = {ROOT / "v4jax" / name for name in ("__main__.py", "waiting.py")}
 PRINTING |= {
-    ROOT / "v4jax" / "commands" / name for name in ("command_line.py", "demo.py", "inspect.py")
+    ROOT / "v4jax" / "commands" / name
+    for name in ("command_line.py", "demo.py", "generate.py", "inspect.py")
 }
 PRINTING |= {ROOT / "train" / name for name in ("__main__.py", "display.py")}
 # A package must not import the layers above it.

@@ -72,7 +72,7 @@ def test_a_preview_reports_what_loading_the_model_would(folder: Path, tmp_path: 
     model.mkdir()
     (model / "tokenizer.json").write_bytes((hub.TINY / "tokenizer.json").read_bytes())
     settings = recipe.read("recipe.toml", {"model.path": str(model)})
-    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no config\.json"):
         preview.show(settings, Console(file=io.StringIO()))
     cfg = json.loads((hub.TINY / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(cfg | {"vocab_size": 512}))

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from v4jax import waiting
 from v4jax.checkpoints import hub, unfinished
 from v4jax.checkpoints.disk import write_file
 from v4jax.model import sharding
@@ -240,7 +241,8 @@ class _Run:
     def _compiled(self, run: Any, batch: Any) -> Any:
         """The step's program, when every process has it: devices wait for each other not long."""
         with self.clock.spent_on("compile"), sharding.on(self.setup.mesh):
-            program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
+            with waiting.compilation("Compiling"):
+                program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
             ocp.multihost.sync_global_processes("compiled", timeout=_PATIENCE)
         return program
 

@@ -39,6 +39,7 @@ def _is_mesh(value: Any) -> bool:
     mesh=arguments.optional(
         arguments.that("a mesh, from v4jax.model.sharding.make_mesh", _is_mesh)
     ),
+    revision=arguments.optional(arguments.TEXT),
     progress=arguments.optional(arguments.FUNCTION),
 )
 def load(
@@ -49,6 +50,7 @@ def load(
     keep_quantised: bool = False,
     adapter: str | Path | None = None,
     mesh: "Mesh | None" = None,
+    revision: str | None = None,
     progress: "Progress | None" = None,
 ) -> "LanguageModel":
     """Load a checkpoint, ready to run.
@@ -61,6 +63,7 @@ def load(
       adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
       mesh: devices to spread weights and cache over (`v4jax.model.sharding.make_mesh`); all
         that the model is asked then runs on them. One device without.
+      revision: branch, tag or commit of a Hub id; the main branch by default.
       progress: called with what is being done, how much is done, and of how much.
 
     Raises:
@@ -77,6 +80,7 @@ def load(
         keep_quantised=keep_quantised,
         adapter=adapter,
         mesh=mesh,
+        revision=revision,
         progress=progress,
     )
 
@@ -86,4 +90,8 @@ def __getattr__(name: str) -> Any:
         from v4jax.language_model import LanguageModel
 
         return LanguageModel
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("v4jax")
     raise AttributeError(f"module 'v4jax' has no attribute {name!r}")

@@ -1,17 +1,13 @@
 """The `v4jax` command."""
 
 import argparse
-import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from v4jax.commands import command_line, help_texts, options
-
-if TYPE_CHECKING:
-    from v4jax.model.config import ModelConfig
+from v4jax.commands import command_line, generate, help_texts, options
 
 # JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
 
@@ -76,6 +72,7 @@ def _add_demo(commands: Any) -> None:
     text = "generate from the small model that comes with v4jax"
     parser = _command(commands, "demo", _demo, text, help_texts.DEMO)
     parser.add_argument("--directory", type=Path, metavar="DIR", help="copy it here first")
+    options.add_no_cache(parser)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -85,6 +82,7 @@ def _add_inspect(commands: Any) -> None:
     more = help_texts.INSPECT.format(presets=", ".join(preset_names()))
     parser = _command(commands, "inspect", _inspect, text, more)
     parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
+    options.add_revision(parser)
 
 
 def _add_convert(commands: Any) -> None:
@@ -98,6 +96,7 @@ def _add_convert(commands: Any) -> None:
         default="keep",
         help="keep FP8 and FP4 as they are (default), or decode everything to one dtype",
     )
+    options.add_revision(parser)
 
 
 def _add_export(commands: Any) -> None:
@@ -105,6 +104,7 @@ def _add_export(commands: Any) -> None:
     parser = _command(commands, "export", _export, text, help_texts.EXPORT)
     parser.add_argument("source", help="a native checkpoint, or a Hub id of one")
     parser.add_argument("target", type=Path, help="the directory to make")
+    options.add_revision(parser)
 
 
 def _add_export_adapter(commands: Any) -> None:
@@ -130,6 +130,7 @@ def _add_merge(commands: Any) -> None:
         required=True,
         help="all dense, or each in the format that it has",
     )
+    options.add_revision(parser)
     _add_state(parser)
 
 
@@ -142,60 +143,48 @@ def _add_state(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(commands: Any) -> None:
     text = "continue a text, or answer in a chat"
-    parser = _command(commands, "generate", _generate, text, help_texts.GENERATE)
-    add = parser.add_argument
-    add("path", help=_SOURCE)
-    add(
-        *("-p", "--prompt"),
-        required=True,
-        metavar="TEXT",
-        help="the text; - reads standard input, without the line break at its end",
-    )
-    add(
-        "--max-tokens",
-        type=options.whole(1),
-        default=256,
-        metavar="N",
-        help="most new tokens (256)",
-    )
-    add(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the text as it comes (default: on a terminal)",
-    )
-    options.add_chat_options(parser.add_argument_group("chat"))
-    options.add_sampling_options(parser.add_argument_group("sampling"))
-    options.add_running_options(parser.add_argument_group("running"))
+    parser = _command(commands, "generate", generate.run, text, help_texts.GENERATE)
+    parser.add_argument("path", help=_SOURCE)
+    generate.add_options(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:
     from v4jax.commands import demo
 
+    options.apply_no_cache(args)
     return demo.main(args.directory)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from v4jax.commands import inspect
 
-    subject = inspect.find(args.path)
+    subject = inspect.find(args.path, revision=args.revision)
     inspect.show(subject.config, what=subject.what, held=subject.held)
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from v4jax import waiting
     from v4jax.checkpoints import convert
 
-    with _progress() as progress:
-        convert.convert(args.source, args.target, weights=args.weights, progress=progress)
+    with waiting.progress() as progress:
+        convert.convert(
+            args.source,
+            args.target,
+            weights=args.weights,
+            revision=args.revision,
+            progress=progress,
+        )
     print(f"Made {args.target}.")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    from v4jax import waiting
     from v4jax.checkpoints import convert
 
-    with _progress() as progress:
-        convert.export(args.source, args.target, progress=progress)
+    with waiting.progress() as progress:
+        convert.export(args.source, args.target, revision=args.revision, progress=progress)
     print(f"Made {args.target}.")
     return 0
 
@@ -203,29 +192,22 @@ def _export(args: argparse.Namespace) -> int:
 def _export_adapter(args: argparse.Namespace) -> int:
     from v4jax.adapters import updates
 
-    run = _state(args.run_directory, args.state)
+    run = options.run_state(args.run_directory, args.state)
     updates.export_adapter(run, args.target, model=args.model, best=args.best)
     print(f"Made {args.target}.")
     return 0
 
 
-def _state(run: str | Path | None, step: int | None) -> Path:
-    """The path of a run, or of the state of a step."""
-    from v4jax.adapters.runs import STATES
-
-    if run is None:
-        raise ValueError("--state is of a training run; name one by --adapter.")
-    return Path(run) if step is None else Path(run) / STATES / str(step)
-
-
 def _merge(args: argparse.Namespace) -> int:
+    from v4jax import waiting
     from v4jax.adapters import merge, requantise
 
-    with _progress() as progress:
+    with waiting.progress() as progress:
         rows = merge.merge(
-            *(args.source, _state(args.change, args.state), args.target),
+            *(args.source, options.run_state(args.change, args.state), args.target),
             weights=args.weights,
             best=args.best,
+            revision=args.revision,
             progress=progress,
         )
     for line in requantise.table(rows):
@@ -235,92 +217,6 @@ def _merge(args: argparse.Namespace) -> int:
     for line in requantise.warnings(rows):
         command_line.say(f"v4jax merge: warning: {line}")
     return 0
-
-
-def _generate(args: argparse.Namespace) -> int:
-    import v4jax
-    from v4jax.checkpoints import hub
-    from v4jax.checkpoints.open_checkpoint import open_checkpoint
-    from v4jax.model import sharding
-
-    chat = args.chat or args.system is not None or args.thinking != "off"
-    prompt = _read_prompt() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise ValueError("the prompt is empty; give a text.")
-    directory = hub.resolve(args.path)
-    # Loading takes minutes: what can be told before is told before.
-    if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
-    if chat:
-        prompt = _chat_prompt(prompt, args, open_checkpoint(directory).config)
-    mesh = None if args.mesh is None else sharding.read_mesh(args.mesh)
-    with _progress() as progress:
-        model = v4jax.load(
-            directory,
-            dtype=args.dtype,
-            numerics=args.numerics,
-            keep_quantised=args.keep_quantised,
-            adapter=args.adapter if args.state is None else _state(args.adapter, args.state),
-            mesh=mesh,
-            progress=progress,
-        )
-    settings = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k", "seed")}
-    if sys.stdout.isatty() if args.stream is None else args.stream:
-        for piece in model.stream(prompt, max_tokens=args.max_tokens, **settings):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print(model.generate(prompt, max_tokens=args.max_tokens, **settings).text)
-    return 0
-
-
-def _read_prompt() -> str:
-    try:
-        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is no text in {error.encoding}.") from error
-
-
-def _chat_prompt(text: str, args: argparse.Namespace, cfg: "ModelConfig") -> str:
-    from v4jax.text.chat import EFFORTS, encode_chat
-
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages = [*system, {"role": "user", "content": text}]
-    revision = "0731" if cfg.dspark else "april"
-    if args.thinking == "off":
-        return encode_chat(messages, "chat", revision=revision)
-    efforts = [effort for effort in EFFORTS[revision] if effort]
-    if args.thinking not in efforts:
-        raise ValueError(
-            f"--thinking {args.thinking}: this checkpoint, of revision {revision}, knows no such "
-            f"effort; use one of {', '.join(efforts)}."
-        )
-    return encode_chat(messages, "thinking", args.thinking, revision=revision)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on a terminal: the callback takes what is done, how much, and of how much."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
 
 
 if __name__ == "__main__":

@@ -281,7 +281,12 @@ FUNCTION = that("a function", callable)
 
 
 # What conversions take alike.
-FILES = {"source": PATH, "target": PATH, "progress": optional(FUNCTION)}
+FILES = {
+    "source": PATH,
+    "target": PATH,
+    "revision": optional(TEXT),
+    "progress": optional(FUNCTION),
+}
 
 
 def _token_ids(value: Any) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from v4jax import arguments
+from v4jax import arguments, waiting
 from v4jax.adapters import updates
 from v4jax.arguments import shown
 from v4jax.checkpoints import tensor_values
@@ -54,7 +54,7 @@ class Generation:
     engine=arguments.instance("a v4jax.decoding.loop.Engine", Engine),
     tokenizer=arguments.optional(arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer)),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
     """A model that is ready to run.
 
@@ -65,6 +65,9 @@ class LanguageModel:
 
     engine: Engine
     tokenizer: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.engine}, {'with' if self.tokenizer else 'without'} tokenizer)"
 
     @property
     def config(self) -> ModelConfig:
@@ -228,7 +231,7 @@ class _Run:
 
     def pieces(self) -> Iterator[str]:
         """Text as it comes."""
-        for (tokens,) in self._blocks:
+        for tokens in self._tokens():
             self._first = self._first or time.perf_counter()
             for token in tokens:
                 self.tokens.append(token)
@@ -250,6 +253,17 @@ class _Run:
             piece += self._stops.flush()
         if piece:
             yield piece
+
+    def _tokens(self) -> Iterator[list[Token]]:
+        """New tokens as they come; on a terminal or in a notebook the wait for them is shown."""
+        waits_for: str | None = "Reading the prompt"
+        while True:
+            with waiting.compilation(waits_for):
+                block = next(self._blocks, None)
+            if block is None:
+                return
+            yield block[0]
+            waits_for = None
 
     def finish(self) -> Generation:
         """Run to the end."""

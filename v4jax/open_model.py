@@ -1,11 +1,13 @@
 """`v4jax.load`: any kind of checkpoint to a model that is ready to run."""
 
+import contextlib
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from v4jax import programs, waiting
 from v4jax.adapters import updates
 from v4jax.checkpoints import hub
 from v4jax.checkpoints.disk import Progress
@@ -23,18 +25,21 @@ def load(
     keep_quantised: bool,
     adapter: str | Path | None,
     mesh: Mesh | None,
+    revision: str | None,
     progress: Progress | None,
 ) -> LanguageModel:
     """See `v4jax.load`."""
+    programs.keep()
     rounding = numerics.get(numerics_name)
-    checkpoint = open_checkpoint(hub.resolve(path))
+    checkpoint = open_checkpoint(hub.resolve(path, revision=revision))
     # Loading takes minutes: what is wrong with an adapter is told before.
     update = None
     if adapter is not None:
         update = updates.read(updates.resolve(adapter), checkpoint.config)
-    model, cfg = checkpoint.load(
-        jnp.dtype(dtype), keep_quantised=keep_quantised, mesh=mesh, progress=progress
-    )
+    with waiting.progress() if progress is None else contextlib.nullcontext(progress) as progress:
+        model, cfg = checkpoint.load(
+            jnp.dtype(dtype), keep_quantised=keep_quantised, mesh=mesh, progress=progress
+        )
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), checkpoint.tokenizer())

@@ -42,8 +42,8 @@ class Subject:
     held: dict[str, int] | None = None
 
 
-@arguments.checked(name=arguments.PATH)
-def find(name: str | Path) -> Subject:
+@arguments.checked(name=arguments.PATH, revision=arguments.optional(arguments.TEXT))
+def find(name: str | Path, *, revision: str | None = None) -> Subject:
     """What exists as a path is that path; else a preset has this name; else it is a Hub id.
 
     Of a checkpoint the headers are read and checked, of the Hub only `config.json`.
@@ -52,15 +52,16 @@ def find(name: str | Path) -> Subject:
       ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
     """
     name = os.fspath(name)
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    is_preset = name in preset_names()
+    path = Path(os.path.expanduser(name)) if is_preset else hub.local(name, revision)
+    if path is not None and path.is_dir():
         return _directory(path)
-    if path.exists():
+    if path is not None and path.exists():
         return Subject(f"{path}", config_file.read(path))
-    if name in preset_names():
+    if is_preset:
         return Subject(f"preset {name}", preset(name))
     try:
-        folder = hub.resolve(name, allow_patterns=[safetensors_directory.CONFIG])
+        folder = hub.resolve(name, revision=revision, allow_patterns=[safetensors_directory.CONFIG])
     except CheckpointError as error:
         near = difflib.get_close_matches(name, preset_names(), n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""

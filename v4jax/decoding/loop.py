@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, Shaped
 from v4jax.decoding import sampling, steps
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.model import cache as caches
-from v4jax.model import sharding
+from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
 from v4jax.model.transformer import Model
@@ -70,7 +70,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Engine:
     """The compiled loop for one model, on one device or on the mesh that its weights lie on.
 
@@ -83,6 +83,16 @@ class Engine:
     cfg: ModelConfig
     numerics: Numerics
     dtype: Any
+
+    def __repr__(self) -> str:
+        """One line: the weights themselves would fill pages."""
+        layers, parameters = len(self.cfg.layers), params.count(Model(self.cfg))
+        megabytes = sum(x.nbytes for x in jax.tree.leaves(self.model)) / 1e6
+        mesh = self.mesh and {axis: n for axis, n in self.mesh.shape.items() if n > 1}
+        return (
+            f"Engine({layers} layers, {parameters:,} parameters in {megabytes:,.1f} MB,"
+            f" computing in {np.dtype(self.dtype).name}{f', on {mesh}' if mesh else ''})"
+        )
 
     @property
     def mesh(self) -> Mesh | None:

@@ -1,0 +1,156 @@
+"""`v4jax generate`: text from prompts on the command line or in a file."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from v4jax.commands import options
+from v4jax.text.files import parse_json, read_text
+
+if TYPE_CHECKING:
+    from v4jax.model.config import ModelConfig
+
+_SAMPLING = (
+    *("max_tokens", "stop", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+_TYPES = {"prompt": str, "messages": list}  # what a row of a .jsonl file has one of
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes, besides the checkpoint."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        *("-p", "--prompt"),
+        metavar="TEXT",
+        help="the text; - reads standard input, without the line break at its end",
+    )
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt per line; in a .jsonl file an object with 'prompt' or 'messages'. "
+        "Implies --json",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text as it is generated (default: on a terminal)",
+    )
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON object per prompt: text, tokens, logprobs, finish_reason, timings",
+    )
+    options.add_chat_options(parser.add_argument_group("chat"))
+    options.add_sampling_options(parser.add_argument_group("sampling"))
+    running = parser.add_argument_group("running")
+    options.add_running_options(running)
+    options.add_revision(running)
+    options.add_no_cache(running)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model and answer every prompt."""
+    import v4jax
+    from v4jax.checkpoints import hub
+    from v4jax.checkpoints.open_checkpoint import open_checkpoint
+    from v4jax.model import sharding
+
+    options.apply_no_cache(args)
+    prompts = texts = _prompts(args)
+    directory = hub.resolve(args.path, revision=args.revision)
+    # Loading takes minutes: whatever can be rejected earlier is.
+    if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        cfg = open_checkpoint(directory).config
+        texts = [p if isinstance(p, str) else _chat_text(p, args, cfg) for p in prompts]
+    model = v4jax.load(
+        directory,
+        dtype=args.dtype,
+        numerics=args.numerics,
+        keep_quantised=args.keep_quantised,
+        adapter=options.run_state(args.adapter, args.state),
+        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
+    )
+    settings = {name: getattr(args, name) for name in _SAMPLING}
+    if args.json or args.prompts is not None:
+        for prompt, text in zip(prompts, texts, strict=True):
+            fields = dataclasses.asdict(model.generate(text, **settings))
+            del fields["top_logprobs"]
+            print(json.dumps({"prompt": prompt, **fields}, ensure_ascii=False), flush=True)
+    elif sys.stdout.isatty() if args.stream is None else args.stream:
+        for piece in model.stream(texts[0], **settings):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print(model.generate(texts[0], **settings).text)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    """Texts as the model gets them, and messages that are still to be encoded.
+
+    Raises:
+      ValueError: a prompt is empty, or a line of the file is none.
+    """
+    if args.prompts is not None:
+        prompts = list(_read_prompts(args.prompts))
+    else:
+        prompts = [_read_input() if args.prompt == "-" else args.prompt]
+    if "" in prompts:
+        raise ValueError("the prompt is empty; give a text.")
+    if not (args.chat or args.system is not None or args.thinking != "off"):
+        return prompts
+    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+
+
+def _read_prompts(path: Path) -> Iterator[Any]:
+    """The prompts in a file: texts, or lists of messages."""
+    text = read_text(path).removesuffix("\n")
+    if not text:
+        raise ValueError(f"{path}: has no prompts; write one per line.")
+    for number, line in enumerate(text.split("\n"), 1):
+        where, prompt = f"{path}, line {number}", line.removesuffix("\r")
+        if path.suffix == ".jsonl":
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not a JSON object ({error}).") from None
+            [(key, prompt)] = row.items() if len(row) == 1 else [("", None)]
+            if _TYPES.get(key) is not type(prompt):
+                raise ValueError(f"{where}: must have 'prompt', a text, or 'messages', a list.")
+        if not prompt:
+            raise ValueError(f"{where}: the prompt is empty; give a text.")
+        yield prompt
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text in {error.encoding}.") from error
+
+
+def _chat_text(messages: list[Any], args: argparse.Namespace, cfg: "ModelConfig") -> str:
+    from v4jax.text.chat import EFFORTS, encode_chat
+
+    if args.system:
+        messages = [{"role": "system", "content": args.system}, *messages]
+    revision = "0731" if cfg.dspark else "april"
+    if args.thinking == "off":
+        return encode_chat(messages, "chat", revision=revision)
+    efforts = [effort for effort in EFFORTS[revision] if effort]
+    if args.thinking not in efforts:
+        raise ValueError(
+            f"--thinking {args.thinking}: this checkpoint, of revision {revision}, has no such "
+            f"effort; use one of {', '.join(efforts)}."
+        )
+    return encode_chat(messages, "thinking", args.thinking, revision=revision)

@@ -166,7 +166,7 @@ def test_full_size_compiles_for_h200(
         (BF16, 129, 64, 128, 1, "up to 128 heads"),
         (BF16, 8, 32, 128, 1, "dim 64 or 128"),
         (BF16, 8, 64, 129, 1, "multiple of 8"),
-        (BF16, 8, 64, 56, 1, "64 at least"),
+        (BF16, 8, 64, 56, 1, "at least 64"),
         (BF16, 8, 64, 128, 4097, "up to 4096"),
     ],
 )

@@ -218,7 +218,7 @@ def test_unsupported_pages_are_refused_or_left_to_xla() -> None:
     args = arrays(q_BTIJ, weights_BTI, visible=[[96]])
     pages = jnp.asarray(keys_LBSJ).reshape(2, 2, 48, 8)
     args.insert(2, PagedKeys(pages, jnp.asarray([[0, 1]])))
-    with pytest.raises(Unsupported, match="pages that divide 1024"):
+    with pytest.raises(Unsupported, match="pages whose size divides 1024"):
         indexer_topk.select(*args, k=2, impl="tpu")
     np.testing.assert_array_equal(
         indexer_topk.select(*args, k=2), indexer_topk.select(*args, k=2, impl="reference")
@@ -228,7 +228,7 @@ def test_unsupported_pages_are_refused_or_left_to_xla() -> None:
 @pytest.mark.parametrize(
     ("dtype", "dim", "k", "match"),
     [
-        (jnp.float16, 64, 8, "not 64 numbers in float16"),
+        (jnp.float16, 64, 8, "not 64 channels in float16"),
         (jnp.float32, 256, 8, "512 bytes each"),
         (jnp.bfloat16, 64, 5000, "k up to 4096"),
     ],

@@ -1,9 +1,8 @@
 """Attention on TPUs: a running softmax over the window's keys, then over blocks of the pool.
 
 A grid step holds a block of queries with all their heads as rows (there is one key head) and one
-block of entries; the window is added in the first step. Nothing is concatenated in HBM: window and
-pool are read in place, the pool's layer through the index map, and only as far as the block's
-queries see. The softmax starts from the sink, which is a key without a value.
+block of entries; the window is added in the first step. Window and pool are read in place, and only
+as far as the block's queries see. The softmax starts from the sink, a key without a value.
 
 Axis letters: as in the package; N blocks of queries, Q queries per block, R = Q x H rows,
 Y keys of a block's window, S entries of a block (in the kernel), W = 128 lanes.
@@ -36,11 +35,9 @@ from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 _LANES = 128
-# Rows and entries per step: their logits, 2 to 4 MB of float32, leave room in VMEM for two buffers
-# of everything else.
+# Their logits, 2 to 4 MB of float32, leave room in VMEM for two buffers of everything else.
 _ROWS = 1024
-_ENTRIES = 512
-_DECODE_ENTRIES = 1024
+_ENTRIES, _DECODE_ENTRIES = 512, 1024
 _VMEM_BYTES = 48 * 2**20
 # Key blocks are full tiles of the narrowest supported dtype.
 _TILE = 16
@@ -165,10 +162,7 @@ def _attend(
     hidden_BN1Q = None if hidden_BT is None else in_blocks(hidden_BT, block)
     most = _SCALARS // (2 if hidden_BN1Q is None else 4)
     if batch * blocks > most:
-        raise Unsupported(
-            f"dense_attention on TPU takes up to {most} blocks of {block} queries, not "
-            f"{batch * blocks}."
-        )
+        raise Unsupported(f"dense_attention on TPU takes up to {most} blocks of {block} queries.")
     width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 
@@ -221,10 +215,10 @@ def _grid(
     def entry_block(query_block: Any, row: Any, step: Any, *scalars: Any) -> Any:
         # Clamped to the blocks that some query sees: a repeated index fetches nothing.
         layer_ref, _, most_ref, _, hidden_refs = scalars
-        at = row * blocks + query_block
-        last = jnp.maximum(jax.lax.div(most_ref[at] + width - 1, width) - 1, 0)
+        of_block = lambda ref: ref[row * blocks + query_block]
+        last = jnp.maximum(jax.lax.div(of_block(most_ref) + width - 1, width) - 1, 0)
         if hidden_refs is not None:
-            step = jnp.maximum(step, jax.lax.div(hidden_refs[0][at], width))
+            step = jnp.maximum(step, jax.lax.div(of_block(hidden_refs[0]), width))
         return layer_ref[0], row, jnp.minimum(step, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
@@ -259,13 +253,13 @@ def _constant(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
     return 0, 0
 
 
+def _stacked_query_block(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+    return row, query_block, 0, 0
+
+
 def _per_query(block: int) -> pl.BlockSpec:
     """Spec of an array [B, N, 1, Q]."""
-
-    def index_map(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
-        return row, query_block, 0, 0
-
-    return pl.BlockSpec((None, None, 1, block), index_map)
+    return pl.BlockSpec((None, None, 1, block), _stacked_query_block)
 
 
 def _hidden_of_blocks(

@@ -1,12 +1,12 @@
 """CSA retrieval: the k best-scored entries for each query (report, section 2.3.1, eqs. 13-17).
 
 The score of entry s for query t is the sum over index heads i of
-weights[t, i] * relu(q[t, i] . key[s]), in float32. The choice is exact: of equal scores the lowest
-index wins, +0.0 and -0.0 are equal, and a NaN counts as larger than any number. Gradients do not
-pass through a choice.
+weights[t, i] * relu(q[t, i] . key[s]), in float32. The choice is exact: ties go to the lowest
+index, +0.0 equals -0.0, and NaN counts as larger than any number. No gradient flows through the
+choice.
 
 Axis letters: L layers of a stack, B batch, T queries, I index heads, J index head dim,
-S entries there is room for, k entries chosen.
+S capacity in entries, k entries chosen.
 """
 
 import functools
@@ -25,8 +25,8 @@ from pallas_kernels.indexer_topk.keys import (
     Keys,
     PagedKeys,
     check,
+    clipped,
     entries,
-    seen,
     to_fp4,
     to_fp8,
 )
@@ -59,33 +59,33 @@ def select(
     k: int,
     impl: Impl = "auto",
 ) -> Int32[Array, "B T k"]:
-    """Indices of the best entries, ascending; -1, at the end, where there are fewer than k.
+    """Indices of the k best entries, ascending, padded with -1 if fewer are visible.
 
     Args:
       q_BTIJ: index queries.
-      weights_BTI: each head's weight, all scale factors in it.
-      keys: index keys of all layers of a stack; quantised ones stand for code times scale.
+      weights_BTI: each head's weight, including all scale factors.
+      keys: index keys of all layers of a stack; a quantised key is its codes times its scale.
       layer: the layer to read, 0 to L - 1.
-      visible_BT: only entries below this exist for the query; the rest may be garbage. Less than
-        0 counts as 0, more than S as S.
-      hidden_BT: entries before this are not seen either, and may be garbage: rows of several
-        documents. From `visible_BT` on it hides all. None is 0; not in GPU kernels.
-      k: entries to choose, at least 1; may exceed S.
-      impl: 'auto' takes the best form for the compile target.
+      visible_BT: the query sees only entries below this; the rest may be garbage. Clipped to
+        0 .. S.
+      hidden_BT: entries below this are not seen and may be garbage, for rows of several documents.
+        All are hidden if it is `visible_BT` or more. None: 0. Not supported by GPU kernels.
+      k: entries to choose, 1 or more; may exceed S.
+      impl: 'auto' picks the best form for the compile target.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: a dtype that is not the contract's.
-      ValueError: shapes that do not fit together, or k below 1.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: a dtype that the contract does not allow.
+      ValueError: shapes that do not match, or k below 1.
     """
     arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "layer": layer}
     arrays |= {"visible_BT": visible_BT}
     arrays |= {} if hidden_BT is None else {"hidden_BT": hidden_BT}
     check("indexer_topk.select", arrays, keys, k)
-    room = entries(keys)
-    if 0 in (*visible_BT.shape, room):
+    capacity = entries(keys)
+    if 0 in (*visible_BT.shape, capacity):
         return jnp.full((*visible_BT.shape, k), -1, jnp.int32)
-    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), seen(visible_BT, room)
-    args += (None if hidden_BT is None else seen(hidden_BT, room),)
+    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), clipped(visible_BT, capacity)
+    args += (None if hidden_BT is None else clipped(hidden_BT, capacity),)
     return dispatch("indexer_topk", "select", impl, _FORMS, *jax.lax.stop_gradient(args), k=k)
 
 
@@ -96,17 +96,19 @@ def scores(
     *,
     impl: Impl = "auto",
 ) -> Float32[Array, "B T S"]:
-    """All scores, for the indexer's own loss; their gradients keep no product of all heads.
+    """All scores, for the indexer's own loss.
+
+    XLA's form stores the products of one head at a time, in its gradients too.
 
     Args:
       q_BTIJ: index queries.
-      weights_BTI: each head's weight, all scale factors in it.
+      weights_BTI: each head's weight, including all scale factors.
       keys_BSJ: one layer's index keys.
-      impl: 'auto' is 'xla', which serves every platform.
+      impl: 'auto' is 'xla', on every platform.
     Raises:
       NotImplementedError: no such form.
-      TypeError: a dtype that is not a float's.
-      ValueError: shapes that do not fit together.
+      TypeError: an array that is not floating-point.
+      ValueError: shapes that do not match.
     """
     arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "keys_BSJ": keys_BSJ}
     check_arrays("indexer_topk.scores", arrays)

@@ -1,11 +1,11 @@
-"""The choice on NVIDIA GPUs from Hopper on: Mosaic GPU kernels, which pass lists from hand to hand.
+"""Top k on NVIDIA GPUs from Hopper on, by two Mosaic GPU kernels: candidates, and their merge.
 
-Each block of threads scores a chunk of entries for one query (`gpu_scores`), keeps the scores in
-shared memory and chooses the chunk's k best (`gpu_select`). Lists of chunks are merged, 8192
-candidates at a time, until one is left. Device memory sees lists only: 8 bytes per candidate.
+Each thread block scores a chunk of entries for one query (`gpu_scores`), keeps the scores in shared
+memory and selects the chunk's k best (`gpu_select`). The chunks' lists are merged, 8192 candidates
+at a time, until one is left. Only lists go through device memory: 8 bytes per candidate.
 
-Axis letters: as in the package; N rows (B * T queries), H chunks, K entries of a list (whole
-blocks), G groups of lists, C candidates of a group.
+Axis letters: as in the package; N rows (B * T queries), H chunks, K entries of a list (k, rounded
+up to full blocks), G groups of lists, C candidates of a group.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ from pallas_kernels.indexer_topk.gpu_scores import HEADS, TILE
 from pallas_kernels.indexer_topk.gpu_select import NOTHING, SIZE
 from pallas_kernels.indexer_topk.keys import Keys, PagedKeys, entries
 
-# Blocks of threads that fill an H200 once.
+# Thread blocks that fill an H200 once.
 _BLOCKS = 128
 _FEWEST_ENTRIES = 1024
-# Bytes of lists at a time: long prompts are taken in turns.
+# Bytes of lists at a time: long prompts are processed in turns.
 _LIST_BYTES = 16 * 2**20
 _PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
@@ -40,53 +40,61 @@ def select(
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    """As the package says.
+    """See the package.
 
     Raises:
       Unsupported: unless queries are bfloat16 or E4M3 and keys bfloat16 or Fp8Keys, pages hold a
-        multiple of 64 entries, heads are at most 128 of dim 64 or 128 (128 with Fp8Keys), the
-        room is a multiple of 8 entries (what TMA tiles), 64 at least, k is at most 4096 and
+        multiple of 64 entries, there are at most 128 heads of dim 64 or 128 (128 with Fp8Keys),
+        the capacity is a multiple of 8 entries (for TMA), at least 64, k is at most 4096, and
         hidden_BT is None.
     """
     if hidden_BT is not None:
         raise Unsupported("The GPU kernel does not take hidden_BT.")
     arrays = gpu_scores.arrays_of(keys)
-    room = entries(keys)
-    _require(q_BTIJ, room, k)
+    capacity = entries(keys)
+    _require(q_BTIJ, capacity, k)
     batch, queries, heads, _ = q_BTIJ.shape
     rows = batch * queries
-    chunk = _chunk(rows, room, k)
-    fits = max(1, _LIST_BYTES // (8 * pl.cdiv(room, chunk) * gpu_select.slots(k)))
+    chunk = _chunk(rows, capacity, k)
+    fits = max(1, _LIST_BYTES // (8 * pl.cdiv(capacity, chunk) * gpu_select.slots(k)))
     turns = pl.cdiv(rows, min(rows, fits))
     block = pl.cdiv(rows, turns)
 
-    def cut_up(x: Array) -> Array:
+    def in_turns(x: Array) -> Array:
         x = x.reshape(rows, *x.shape[2:])
         x = jnp.pad(x, ((0, turns * block - rows), *((0, 0),) * (x.ndim - 1)))
-        # Flat, or XLA would turn all queries at once, which takes as much memory as they do.
+        # Flat: otherwise XLA transposes all queries at once, which needs as much memory as they do.
         return x.reshape(turns, -1)
 
     row_BT = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], (batch, queries))
-    where_BT2 = jnp.stack([row_BT, visible_BT.astype(jnp.int32)], axis=-1)
+    row_and_visible_BT2 = jnp.stack([row_BT, visible_BT.astype(jnp.int32)], axis=-1)
     layer_1 = layer.astype(jnp.int32).reshape(1)
 
-    def one(inputs: Any) -> Array:
+    def select_turn(inputs: Any) -> Array:
         q_NIJ = inputs[0].reshape(block, heads, -1)
-        weights_NI, where_N2 = (x.reshape(block, -1) for x in inputs[1:])
-        # Heads last, as a product of tiles wants them, and as many as its tiles hold.
-        more = ((0, 0), (0, -heads % HEADS))
-        q_NJI = jnp.pad(q_NIJ.astype(jnp.bfloat16).swapaxes(1, 2), ((0, 0), *more))
-        weights_NI = jnp.pad(weights_NI.astype(jnp.float32), more)
+        weights_NI, row_and_visible_N2 = (x.reshape(block, -1) for x in inputs[1:])
+        # Heads last, as products need them, and padded to full tiles.
+        padding = ((0, 0), (0, -heads % HEADS))
+        q_NJI = jnp.pad(q_NIJ.astype(jnp.bfloat16).swapaxes(1, 2), ((0, 0), *padding))
+        weights_NI = jnp.pad(weights_NI.astype(jnp.float32), padding)
         lists = _candidates(
-            (q_NJI, weights_NI, where_N2, layer_1), keys, arrays, heads=heads, chunk=chunk, k=k
+            (q_NJI, weights_NI, row_and_visible_N2, layer_1),
+            keys,
+            arrays,
+            heads=heads,
+            chunk=chunk,
+            k=k,
         )
         return _merged(*lists, k)
 
-    chosen = jax.lax.map(one, (cut_up(q_BTIJ), cut_up(weights_BTI), cut_up(where_BT2)))
+    chosen = jax.lax.map(
+        select_turn, (in_turns(q_BTIJ), in_turns(weights_BTI), in_turns(row_and_visible_BT2))
+    )
     return chosen.reshape(turns * block, -1)[:rows, :k].reshape(batch, queries, k)
 
 
-def _require(q_BTIJ: Any, room: int, k: int) -> None:
+def _require(q_BTIJ: Any, capacity: int, k: int) -> None:
+    """Reject what the kernels do not support."""
     if q_BTIJ.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
         raise Unsupported(f"The GPU kernel takes bfloat16 or E4M3 queries, not {q_BTIJ.dtype}.")
     *_, heads, dim = q_BTIJ.shape
@@ -94,17 +102,17 @@ def _require(q_BTIJ: Any, room: int, k: int) -> None:
         raise Unsupported(
             f"The GPU kernel takes up to 128 heads of dim 64 or 128, not {heads} of {dim}."
         )
-    if room < TILE or room % 8 or gpu_select.slots(k) > SIZE // 2:
+    if capacity < TILE or capacity % 8 or gpu_select.slots(k) > SIZE // 2:
         raise Unsupported(
-            f"The GPU kernel chooses up to {SIZE // 2} where there is room for a multiple of 8"
-            f" entries, {TILE} at least; not {k} of {room}."
+            f"The GPU kernel chooses up to {SIZE // 2} entries from a multiple of 8, at least"
+            f" {TILE}, not {k} from {capacity}."
         )
 
 
-def _chunk(rows: int, room: int, k: int) -> int:
-    """Entries that one block of threads scores: many, unless so few blocks would idle a GPU."""
+def _chunk(rows: int, capacity: int, k: int) -> int:
+    """Entries per thread block: many, unless the blocks would then be too few to fill a GPU."""
     chunk, least = SIZE, max(_FEWEST_ENTRIES, 2 * k)
-    while chunk // 2 >= least and (chunk // 2 >= room or rows * room < _BLOCKS * chunk):
+    while chunk // 2 >= least and (chunk // 2 >= capacity or rows * capacity < _BLOCKS * chunk):
         chunk //= 2
     return chunk
 
@@ -118,25 +126,25 @@ def _candidates(
     chunk: int,
     k: int,
 ) -> tuple[Int32[Array, "N H K"], Int32[Array, "N H K"]]:
-    """Each chunk's best: entries, ascending, then -1; and their keys, then NOTHING.
+    """Each chunk's best: indices, ascending, then -1; and their keys, then NOTHING.
 
     Args:
-      inputs: q_NJI bfloat16, weights_NI float32; row of the batch and visible entries of each
-        query, [N, 2]; the layer, [1].
-      keys: as in the package.
-      arrays: `arrays_of` them.
-      heads: before padding.
-      chunk: entries of a chunk.
-      k: how many.
+      inputs: q_NJI bfloat16, weights_NI float32, each query's batch row and visible entries
+        [N, 2], and the layer [1].
+      keys: index keys.
+      arrays: their `gpu_scores.arrays_of`.
+      heads: heads before padding.
+      chunk: entries per chunk.
+      k: entries to choose.
     """
     rows, dim, padded = inputs[0].shape
-    room, width = entries(keys), gpu_select.slots(k)
-    out = jax.ShapeDtypeStruct((rows, pl.cdiv(room, chunk), width), jnp.int32)
+    capacity, width = entries(keys), gpu_select.slots(k)
+    out = jax.ShapeDtypeStruct((rows, pl.cdiv(capacity, chunk), width), jnp.int32)
 
-    def body(q_ref, weights_ref, where_ref, layer_ref, *refs):
+    def body(q_ref, weights_ref, row_and_visible_ref, layer_ref, *refs):
         *array_refs, entry_out, key_out, score_ref, entry_ref, key_ref = refs
         part, row = jax.lax.axis_index("chunk"), jax.lax.axis_index("row")
-        first, visible = part * chunk, where_ref[row, 1]
+        first, visible = part * chunk, row_and_visible_ref[row, 1]
         score_ref[...] = jnp.full(score_ref.shape, NOTHING, jnp.int32)
         entry_ref[...] = jnp.full(entry_ref.shape, -1, jnp.int32)
         key_ref[...] = jnp.full(key_ref.shape, NOTHING, jnp.int32)
@@ -146,17 +154,17 @@ def _candidates(
             score = gpu_scores.score_chunk(
                 (array_refs, isinstance(keys, PagedKeys)),
                 layer_ref[0],
-                where_ref[row, 0],
+                row_and_visible_ref[row, 0],
                 q_ref.at[row],
                 weights_ref.at[row],
-                span=(first, jnp.minimum(visible, first + chunk), room),
+                span=(first, jnp.minimum(visible, first + chunk), capacity),
                 heads=heads,
             )
             buffers = gpu_scores.buffers(keys, dim, padded)
             pl.run_scoped(lambda **smem: score(score_ref, smem), **buffers)
             gpu_select.select(score_ref, entry_ref, k)
             gpu_select.fetch(score_ref, entry_ref, key_ref)
-            entry_ref[...] = _entries(entry_ref[...], first, room)
+            entry_ref[...] = _entries(entry_ref[...], first, capacity)
 
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(entry_ref, entry_out.at[row, part])
@@ -166,7 +174,7 @@ def _candidates(
     return plgpu.kernel(
         body,
         out_type=(out, out),
-        # Neighbours read the same keys.
+        # Adjacent blocks read the same keys.
         grid=(out.shape[1], rows),
         grid_names=("chunk", "row"),
         scratch_types=[
@@ -179,16 +187,16 @@ def _candidates(
     )(*inputs, *arrays)
 
 
-def _entries(at_K: Array, first: Array, room: int) -> Array:
-    """Entries of places in a chunk."""
-    entry_K = gpu_scores.start_of(first + (at_K & -TILE), room) + (at_K & (TILE - 1))
+def _entries(at_K: Array, first: Array, capacity: int) -> Array:
+    """Indices of the entries at places of a chunk."""
+    entry_K = gpu_scores.start_of(first + (at_K & -TILE), capacity) + (at_K & (TILE - 1))
     return jnp.where(at_K < 0, -1, entry_K)
 
 
 def _merged(
     entry_NHK: Int32[Array, "N H K"], key_NHK: Int32[Array, "N H K"], k: int
 ) -> Int32[Array, "N K"]:
-    """One list of many: the best k, ascending."""
+    """Merge lists into one: the k best, ascending."""
     rows, lists, width = entry_NHK.shape
     together = SIZE // width
     while lists > 1:
@@ -198,28 +206,28 @@ def _merged(
             missing = groups * together - x_NHK.shape[1]
             x_NHK = jnp.pad(x_NHK, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
             x_NGC = x_NHK.reshape(rows, groups, together * width)
-            short = SIZE - together * width
-            return jnp.pad(x_NGC, ((0, 0), (0, 0), (0, short)), constant_values=fill)
+            unused = SIZE - together * width
+            return jnp.pad(x_NGC, ((0, 0), (0, 0), (0, unused)), constant_values=fill)
 
         entry_NGC, key_NGC = gather(entry_NHK, -1), gather(key_NHK, NOTHING)
         at_NGK = _best_of_keys(key_NGC, k)
         pick = lambda x, at: jnp.take_along_axis(x, jnp.maximum(at, 0), axis=2)
-        there_NGK = at_NGK >= 0
-        entry_NHK = jnp.where(there_NGK, pick(entry_NGC, at_NGK), -1)
-        key_NHK = jnp.where(there_NGK, pick(key_NGC, at_NGK), NOTHING)
+        exists_NGK = at_NGK >= 0
+        entry_NHK = jnp.where(exists_NGK, pick(entry_NGC, at_NGK), -1)
+        key_NHK = jnp.where(exists_NGK, pick(key_NGC, at_NGK), NOTHING)
         lists = groups
     return entry_NHK[:, 0]
 
 
 def _best_of_keys(key_NGC: Int32[Array, "N G C"], k: int) -> Int32[Array, "N G K"]:
-    """Places of the k best keys of each 8192."""
+    """Places of the k best of each group of 8192 keys."""
     rows, groups, _ = key_NGC.shape
     width = gpu_select.slots(k)
 
-    def body(key_hbm, at_out, key_ref, at_ref, here):
+    def body(key_hbm, at_out, key_ref, at_ref, barrier):
         group, row = jax.lax.axis_index("group"), jax.lax.axis_index("row")
-        plgpu.copy_gmem_to_smem(key_hbm.at[row, group], key_ref, here)
-        plgpu.barrier_wait(here)
+        plgpu.copy_gmem_to_smem(key_hbm.at[row, group], key_ref, barrier)
+        plgpu.barrier_wait(barrier)
         gpu_select.select(key_ref, at_ref, k)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(at_ref, at_out.at[row, group])

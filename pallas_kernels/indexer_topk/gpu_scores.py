@@ -1,11 +1,11 @@
-"""Scores of a chunk of entries for one query, from keys in device memory to integers in shared.
+"""Scores of a chunk of entries for one query: keys in device memory, scores in shared memory.
 
-Tiles of 64 keys come by TMA, a few ahead of the tensor cores, which multiply them with the query's
-heads; relu, weights and the sum over heads follow in registers. E4M3 codes become bfloat16 on the
-way, which is exact, so that sums are in float32 in earnest (products of 8 bits keep 14 bits here).
+TMA copies tiles of 64 keys, a few ahead of the tensor cores, which multiply them by the query's
+heads; relu, weights and the sum over heads follow in registers. E4M3 codes are converted to
+bfloat16, which is exact, so that products accumulate in full float32 (8-bit products would keep 14
+bits on these GPUs).
 
-Axis letters: as in the package; X entries of a tile, D tiles under way, Y scales read for a
-tile.
+Axis letters: as in the package; X entries per tile, D tiles in flight, Y scales read per tile.
 """
 
 import functools
@@ -24,18 +24,18 @@ from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
 from pallas_kernels.indexer_topk.reference import ordered
 from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load
 
-# Heads come in multiples of 64 too: what a tile of a product holds.
+# Heads are padded to a multiple of 64, a tile of a product, too.
 TILE = HEADS = 64
 _BY_ENTRY, _BY_HEAD = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-# Bytes of tiles under way per block of threads, of which a multiprocessor holds two.
+# Bytes of tiles in flight per thread block; a multiprocessor runs two blocks.
 _AHEAD = 48 * 2**10
 
 
 def arrays_of(keys: Keys) -> tuple[Any, ...]:
-    """What the kernel reads of keys.
+    """The arrays of keys that the kernel reads.
 
     Raises:
-      Unsupported: unless they are bfloat16 (pages: of a multiple of 64 entries) or E4M3.
+      Unsupported: unless they are bfloat16 (with pages of a multiple of 64 entries) or E4M3.
     """
     match keys:
         case Fp8Keys() if keys.codes.shape[3] % 128 == 0:
@@ -48,8 +48,8 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
         case jax.Array() if keys.dtype == jnp.bfloat16:
             return (keys,)
     raise Unsupported(
-        f"The GPU kernel takes bfloat16 keys, in pages of a multiple of {TILE} entries or in one"
-        f" piece, or Fp8Keys of a dim that is a multiple of 128; not {keys}."
+        f"The GPU kernel takes bfloat16 keys, in one array or in pages of a multiple of {TILE}"
+        f" entries, or Fp8Keys with a dim that is a multiple of 128; not {keys}."
     )
 
 
@@ -57,49 +57,49 @@ def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     """Shared memory for `score_chunk`."""
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
     narrow = isinstance(keys, Fp8Keys)
-    # The bfloat16 form of a tile of codes takes its share.
+    # The bfloat16 copy of a tile of codes takes the memory of two.
     depth = (_AHEAD // (TILE * dim) - 2) if narrow else _AHEAD // (TILE * dim * 2)
-    found = {
+    buffers = {
         "q_JI": matrix((dim, heads)),
         "weights_I": plgpu.SMEM((heads,), jnp.float32),
         "here": plgpu.Barrier(num_arrivals=2),
         "tile_here_D": plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=depth),
     }
     if not narrow:
-        return found | {"keys_DXJ": matrix((depth, TILE, dim))}
+        return buffers | {"keys_DXJ": matrix((depth, TILE, dim))}
     codes = plgpu.SMEM((depth, TILE, dim), jnp.float8_e4m3fn, transforms=BYTES_TILED)
     scale = jnp.float32 if keys.scale.dtype == jnp.float32 else jnp.uint8
     scales = plgpu.SMEM((depth, 2 * TILE), scale)
-    return found | {"codes_DXJ": codes, "scale_DY": scales, "keys_XJ": matrix((TILE, dim))}
+    return buffers | {"codes_DXJ": codes, "scale_DY": scales, "keys_XJ": matrix((TILE, dim))}
 
 
 def start_of(nominal: Any, entries: int) -> Any:
-    """Where the tile lies whose first entry should be this: the last one reaches back."""
+    """Start of the tile whose first entry should be `nominal`: the last tile reaches back."""
     return jnp.minimum(nominal, entries - TILE)
 
 
 def score_chunk(
     source: Any, layer: Array, row: Array, q_JI: Any, weights_I: Any, *, span: Any, heads: int
 ) -> Any:
-    """Score entries of a row of the batch.
+    """Score entries of a batch row.
 
     Args:
-      source: references to `arrays_of` keys, and whether they are pages.
+      source: refs to `arrays_of` keys, and whether they are pages.
       layer: the layer to read.
-      row: of the batch.
-      q_JI: reference to the query, heads last.
-      weights_I: reference to its weights.
-      span: first entry, one past the last, entries that there is room for.
-      heads: how many of them there are; the others are padding.
+      row: the batch row to read.
+      q_JI: ref to the query, heads last.
+      weights_I: ref to its weights.
+      span: first entry, one past the last, and capacity in entries.
+      heads: heads of the query; the rest is padding.
     Returns:
-      A function of a reference to i32[R, C], which receives the scores, `ordered`, from its start
-      on, and of the `buffers`.
+      A function that takes a ref to i32[R, C] and the `buffers`, and writes the ordered scores to
+      the ref, from its start on.
     """
-    first, end, room = span
+    first, end, capacity = span
     arrays, _ = source
 
     def fetch(smem: Any, depth: int, tile: Any) -> None:
-        start = start_of(first + tile * TILE, room)
+        start = start_of(first + tile * TILE, capacity)
         _fetch(source, layer, row, start, smem, jax.lax.rem(tile, depth))
 
     def run(score_ref: Any, smem: Any) -> None:
@@ -117,7 +117,7 @@ def score_chunk(
             slot = jax.lax.rem(tile, depth)
             plgpu.barrier_wait(smem["tile_here_D"].at[slot])
             nominal = first + tile * TILE
-            start = start_of(nominal, room)
+            start = start_of(nominal, capacity)
             # Scales first: the product waits until all warps have read what `fetch` overwrites.
             scale_X = None
             if "scale_DY" in smem:
@@ -128,17 +128,17 @@ def score_chunk(
                 score_X *= scale_X if scale_X.dtype == jnp.float32 else _power_of_two(scale_X)
             key_X = ordered(score_X)
             entry_X = start + gpu_select.iota((TILE,), 0, _BY_ENTRY)
-            # The last tile may reach back over entries of the one before.
-            counts_X = (entry_X >= nominal) & (entry_X < end)
+            # The last tile may repeat entries of the one before.
+            in_span_X = (entry_X >= nominal) & (entry_X < end)
             half = pl.ds(jax.lax.rem(tile, 2) * TILE, TILE)
-            score_ref[tile // 2, half] = jnp.where(counts_X, key_X, NOTHING)
+            score_ref[tile // 2, half] = jnp.where(in_span_X, key_X, NOTHING)
             pl.when(tile + depth < tiles)(functools.partial(fetch, smem, depth, tile + depth))
 
     return run
 
 
 def _fetch(source: Any, layer: Array, row: Array, start: Any, smem: Any, slot: Any) -> None:
-    """Begin to copy the tile that starts with this entry, and its scales, to one slot."""
+    """Start copying the tile that starts with this entry, and its scales, to a slot."""
     arrays, paged = source
     here = smem["tile_here_D"].at[slot]
     if paged:
@@ -158,7 +158,7 @@ def _fetch(source: Any, layer: Array, row: Array, start: Any, smem: Any, slot: A
 
 
 def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
-    """Scores of the tile in one slot."""
+    """Scores of the tile in a slot."""
     if "codes_DXJ" in smem:
         codes_XJ = load(smem["codes_DXJ"].at[slot], plgpu.Layout.WGMMA)
         smem["keys_XJ"][...] = codes_XJ.astype(jnp.float32).astype(jnp.bfloat16)
@@ -167,18 +167,18 @@ def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
         dots_XI = gpu_select.product(smem["keys_DXJ"].at[slot], smem["q_JI"])
     terms_XI = jnp.maximum(dots_XI, 0.0) * jax.lax.broadcast_in_dim(weights_I, dots_XI.shape, (1,))
     if heads < dots_XI.shape[1]:
-        # An infinite key makes NaN of heads that are not there.
+        # An infinite key times a padding head of zeros is NaN.
         terms_XI = jnp.where(gpu_select.iota(dots_XI.shape, 1) < heads, terms_XI, 0.0)
     return jnp.sum(terms_XI, axis=1)
 
 
 def _scales_start(start: Any, scale_LBS: Any) -> Any:
-    """Where to read 128 scales, the least that a warpgroup copies, among them a tile's."""
+    """Where to read 128 scales, the least that a warpgroup copies, that include a tile's."""
     return jnp.minimum(start, scale_LBS.shape[2] - 2 * TILE)
 
 
 def _power_of_two(exponent: Array) -> Array:
-    """E8M0 as float32: 2^(e - 127), of which the least is subnormal."""
+    """E8M0 as float32: 2^(e - 127), the smallest of which is subnormal."""
     exponent = exponent.astype(jnp.int32)
     bits = jnp.where(exponent == 0, 1 << 22, jax.lax.shift_left(exponent, jnp.int32(23)))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

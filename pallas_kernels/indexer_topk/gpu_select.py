@@ -1,12 +1,12 @@
-"""The k best of 8192 keys that lie in one multiprocessor's shared memory, without sort or scatter.
+"""The k best of 8192 keys in one multiprocessor's shared memory, without sort or scatter.
 
-Keys are integers in the order of the scores. (1) Bisection on the key's bits finds the cut. (2) A
-product with a triangle of ones ranks equal keys at the cut, and then the chosen ones. (3) Each slot
-of the list finds its row by comparing ranks; a product with that one-hot matrix fetches the row's
-prefix counts, by which the column is found. Keys are fetched likewise, digit by digit. Counts up to
-128 and digits of 11 bits are whole numbers that float16 holds exactly.
+Keys are integers that sort like the scores. (1) Bisection on the key's bits finds the cut. (2) A
+product with a triangle of ones ranks the keys equal to the cut, and then the chosen ones. (3) Each
+slot of the list finds its row by comparing ranks; a product with that one-hot matrix fetches the
+row's prefix counts, which give the column. Keys are fetched the same way, digit by digit. float16
+holds counts up to 128 and digits of 11 bits exactly.
 
-Axis letters: R rows (64), C columns (128): entry R * 128 + C; V slots of a block (64).
+Axis letters: R rows (64), C columns (128): entry R * 128 + C; V slots per block (64).
 """
 
 import functools
@@ -36,12 +36,12 @@ _MATRIX, _BY_ROW, _BY_COLUMN = (
 
 
 def iota(shape: tuple[int, ...], dim: int, layout: Any = _MATRIX) -> Array:
-    """Numbers along a dim, laid out like a product unless told otherwise."""
+    """Numbers along a dim, by default in the layout of a product."""
     return plgpu.layout_cast(jax.lax.broadcasted_iota(_i32, shape, dim), layout)
 
 
 def product(a_ref: Any, b_ref: Any) -> Array:
-    """Matrix product of shared memory on tensor cores, in float32."""
+    """Product of two matrices in shared memory on tensor cores, accumulated in float32."""
     plgpu.commit_smem()
 
     def multiply(acc_ref: Any) -> Array:
@@ -61,17 +61,17 @@ def _along_columns(vector: Array, shape: tuple[int, int]) -> Array:
 
 
 def cut(keys_ref: Any, k: int) -> tuple[Array, Array]:
-    """The least key chosen, and how many of the keys equal to it are chosen."""
+    """The smallest chosen key, and how many of the keys equal to it are chosen."""
     keys_RC = keys_ref[...]
     at_least = lambda key: jnp.sum((keys_RC >= key).astype(_i32))
 
     def narrow(state: Any) -> Any:
         bit, low, count = state
-        # Keys without their sign: low is NOTHING plus the bits found.
-        tried = low | jax.lax.shift_left(jnp.int32(1), bit)
-        reached = at_least(tried ^ NOTHING)
-        keep = reached >= k
-        return bit - 1, jnp.where(keep, tried, low), jnp.where(keep, reached, count)
+        # Keys are offset to be unsigned: `low ^ NOTHING` is the key of the bits found so far.
+        trial = low | jax.lax.shift_left(jnp.int32(1), bit)
+        reached = at_least(trial ^ NOTHING)
+        accept = reached >= k
+        return bit - 1, jnp.where(accept, trial, low), jnp.where(accept, reached, count)
 
     going = lambda state: (state[0] >= 0) & (state[2] > k)
     start = jnp.int32(31), jnp.int32(0), at_least(NOTHING + 1)
@@ -81,17 +81,17 @@ def cut(keys_ref: Any, k: int) -> tuple[Array, Array]:
 
 
 def slots(k: int) -> int:
-    """Entries of a list of k: a warpgroup takes them 128 at a time."""
+    """Length of a list of k entries: a warpgroup processes 128 at a time."""
     return -(-k // (2 * SLOTS)) * (2 * SLOTS)
 
 
 def select(keys_ref: Any, at_ref: Any, k: int) -> None:
-    """Where the k best keys are, ascending, then -1; of equal keys the first are chosen.
+    """Write the places of the k best keys, ascending, then -1; ties go to the first.
 
     Args:
       keys_ref: i32[R, C] in shared memory.
-      at_ref: receives i32[slots(k)]: R * 128 + C.
-      k: how many.
+      at_ref: i32[slots(k)], receives the places, R * 128 + C.
+      k: keys to choose.
     """
 
     def run(**ranks: Any) -> None:
@@ -105,12 +105,12 @@ def select(keys_ref: Any, at_ref: Any, k: int) -> None:
 
 
 def fetch(keys_ref: Any, at_ref: Any, key_ref: Any) -> None:
-    """The keys at these places, NOTHING where there is none.
+    """Write the keys at these places, NOTHING where there is none.
 
     Args:
       keys_ref: i32[R, C] in shared memory.
-      at_ref: i32[slots(k)], as `select` leaves it.
-      key_ref: receives i32[slots(k)].
+      at_ref: i32[slots(k)], written by `select`.
+      key_ref: i32[slots(k)], receives the keys.
     """
 
     def run(digit_RC: Any, row_VR: Any) -> None:
@@ -133,7 +133,7 @@ def _each_block(at_ref: Any, do: Callable[..., None], row_VR: Any) -> None:
 
 
 def _rank_chosen(keys_ref: Any, k: int, ranks: Any, mask_RC: Any, ones_CC: Any) -> None:
-    """Leave in `ranks` how many are chosen up to each key, in its row, and in and before a row."""
+    """Fill `ranks` with the numbers of chosen keys: within each row, per row, and before a row."""
     least, ties = cut(keys_ref, k)
     shape = (COLUMNS, COLUMNS)
     ones_CC[...] = (iota(shape, 0) <= iota(shape, 1)).astype(_f32).astype(_f16)
@@ -144,7 +144,7 @@ def _rank_chosen(keys_ref: Any, k: int, ranks: Any, mask_RC: Any, ones_CC: Any) 
 
 
 def _rank(here_RC: Array, ranks: Any, mask_RC: Any, ones_CC: Any) -> Array:
-    """How many are true up to each, itself included."""
+    """How many are true up to and including each."""
     mask_RC[...] = here_RC.astype(_f32).astype(_f16)
     within_RC = product(mask_RC, ones_CC)
     ranks["within_RC"][...] = within_RC.astype(_f16)
@@ -157,7 +157,7 @@ def _rank(here_RC: Array, ranks: Any, mask_RC: Any, ones_CC: Any) -> Array:
 
 
 def _list_block(at_ref: Any, ranks: Any, row_VR: Any, first: Array) -> None:
-    """Fill one block of slots with places."""
+    """Write the places of one block of slots."""
     square = (SLOTS, ROWS)
     before_VR = _along_columns(load(ranks["before_R"], _BY_COLUMN), square)
     total_VR = _along_columns(load(ranks["total_R"], _BY_COLUMN), square)
@@ -168,8 +168,8 @@ def _list_block(at_ref: Any, ranks: Any, row_VR: Any, first: Array) -> None:
     rank_V = jnp.sum(jnp.where(here_VR, slot_VR - before_VR, 0), axis=1)
     column_V = jnp.sum((within_VC <= _along_rows(rank_V, (SLOTS, COLUMNS))).astype(_i32), axis=1)
     row_V = jnp.sum(jnp.where(here_VR, iota(square, 1), 0), axis=1)
-    there_V = jnp.sum(here_VR.astype(_i32), axis=1) > 0
-    at_ref[pl.ds(first, SLOTS)] = jnp.where(there_V, row_V * COLUMNS + column_V, -1)
+    exists_V = jnp.sum(here_VR.astype(_i32), axis=1) > 0
+    at_ref[pl.ds(first, SLOTS)] = jnp.where(exists_V, row_V * COLUMNS + column_V, -1)
 
 
 def _fetch_block(

@@ -1,6 +1,6 @@
-"""Index keys as caches keep them: arrays, narrow formats with scales, pages of a pool.
+"""Index keys as caches store them: arrays, narrow formats with scales, pages of a pool.
 
-Axis letters: as in the package; G rows of 128 entries' scales, P pages of a pool, N entries of a
+Axis letters: as in the package; G rows of 128 entries' scales, P pages of a pool, N entries per
 page, M pages of a row's table.
 """
 
@@ -14,18 +14,18 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels.implementations import check_arrays, check_dtype, check_shape, check_whole
 
 FP4_BLOCK = 32  # channels per scale
-SCALE_ROW = 128  # entries' scales that lie side by side
+SCALE_ROW = 128  # entries whose scales are adjacent
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Keys:
-    """E4M3, one scale per entry.
+    """E4M3 keys with one scale per entry.
 
     Attributes:
       codes: float8_e4m3fn [L, B, S, J].
-      scale: float8_e8m0fnu or float32, above zero, [L, B, ceil(S / 128), 128]: entry s in row
+      scale: float8_e8m0fnu or float32, positive, [L, B, ceil(S / 128), 128]: entry s is in row
         s // 128, so that accelerators read the scales of a block of entries without padding.
     """
 
@@ -36,16 +36,16 @@ class Fp8Keys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp4Keys:
-    """E2M1 in blocks of 32 channels, two codes to a byte, entries along lanes.
+    """E2M1 keys with a scale per 32 channels, two codes per byte, entries along lanes.
 
-    Byte j of an entry holds channel j (low nibble) and channel J / 2 + j (high): unpacked by
-    joining two halves, without interleaving. With channels along lanes TPUs would pad an entry's
-    68 bytes to 256.
+    Byte j of an entry holds channel j (low nibble) and channel J / 2 + j (high nibble), so that
+    unpacking concatenates two halves instead of interleaving them. With channels along lanes, TPUs
+    would pad an entry's 68 bytes to 256.
 
     Attributes:
       codes: uint8 [L, B, J / 2, S].
-      scale: float8_e8m0fnu [L, B, ceil(S / 128), 4 * J]: in row s // 128, block by block, the
-        scales of 128 entries.
+      scale: float8_e8m0fnu [L, B, ceil(S / 128), 4 * J]: entry s is in row s // 128, which holds
+        the scales of 128 entries, block of channels by block.
     """
 
     codes: Any
@@ -55,11 +55,11 @@ class Fp4Keys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKeys:
-    """A pool of pages that rows share; entry s of row b is entry s % N of page table[b, s // N].
+    """A pool of pages shared by all rows; entry s of row b is entry s % N of page table[b, s // N].
 
     Attributes:
       pages: float [L, P, N, J].
-      table: int32 [B, M]; what lies beyond the visible entries is not looked up.
+      table: int32 [B, M]; its numbers beyond the visible entries may be garbage.
     """
 
     pages: Any
@@ -70,7 +70,7 @@ Keys: TypeAlias = Float[Array, "L B S J"] | Fp8Keys | Fp4Keys | PagedKeys
 
 
 def entries(keys: Keys) -> int:
-    """Entries that there is room for, per row."""
+    """Capacity in entries, per row."""
     match keys:
         case PagedKeys():
             return keys.table.shape[1] * keys.pages.shape[2]
@@ -88,17 +88,17 @@ def check(
     keys: Any,
     k: Any,
 ) -> None:
-    """Refuse what the contract is not about.
+    """Reject arguments that the contract does not allow.
 
     Args:
-      op: for messages.
-      arrays: all but the keys, by name.
-      keys: of any kind.
-      k: how many are wanted.
+      op: the operation, for error messages.
+      arrays: all arrays but the keys, by name.
+      keys: keys of any kind.
+      k: entries to choose.
 
     Raises:
-      TypeError: a dtype.
-      ValueError: a shape, or k below 1.
+      TypeError: wrong dtype.
+      ValueError: wrong shape, or k below 1.
     """
     sizes = check_arrays(op, arrays, integers=("layer", "visible_BT", "hidden_BT"))
     check_whole(op, "k", k)
@@ -124,16 +124,16 @@ def _check_keys(op: str, keys: Any, sizes: dict[str, int]) -> None:
         check_arrays(op, {"keys_LBSJ": keys}, sizes=known)
 
 
-def seen(visible_BT: Int[Array, "B T"], room: int) -> Int32[Array, "B T"]:
-    """How many of so many entries are visible; less than 0 is 0, more than there are is all."""
-    wide = jnp.promote_types(visible_BT.dtype, jnp.int32)
-    return jnp.clip(visible_BT.astype(wide), 0, room).astype(jnp.int32)
+def clipped(count_BT: Int[Array, "B T"], capacity: int) -> Int32[Array, "B T"]:
+    """Counts of entries, clipped to 0 .. capacity."""
+    wide = jnp.promote_types(count_BT.dtype, jnp.int32)
+    return jnp.clip(count_BT.astype(wide), 0, capacity).astype(jnp.int32)
 
 
 def gathered(
     keys: Keys, layer: Int[Array, ""], row: Int[Array, "*rows"], entry: Int[Array, "*rows"]
 ) -> Float[Array, "*rows J"]:
-    """Any entries of any rows of the batch; float32 where they were quantised."""
+    """Gather any entries of any batch rows; float32 if they were quantised."""
     match keys:
         case PagedKeys():
             page, within = entry // keys.pages.shape[2], entry % keys.pages.shape[2]
@@ -144,7 +144,7 @@ def gathered(
             codes = keys.codes[layer, row, entry].astype(jnp.float32)
             return codes * scale.astype(jnp.float32)[..., None]
         case Fp4Keys():
-            # Of indices that a slice parts the result comes first.
+            # Indices separated by a slice put their result dims first.
             codes = keys.codes[layer, row, :, entry]
             runs = keys.scale.reshape(*keys.scale.shape[:3], -1, SCALE_ROW)
             scale = runs[layer, row, entry // SCALE_ROW, :, entry % SCALE_ROW]
@@ -156,7 +156,7 @@ def gathered(
 def block(
     keys: Keys, layer: Int[Array, ""], row: Int[Array, ""], start: Int[Array, ""], width: int
 ) -> Float[Array, "X J"]:
-    """Entries `start` to `start + width` of a row, as `gathered`."""
+    """Entries start .. start + width - 1 of a row, as from `gathered`."""
     if isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
         entry_X = start + jnp.arange(width, dtype=start.dtype)
         return gathered(keys, layer, jnp.full_like(entry_X, row), entry_X)
@@ -165,7 +165,7 @@ def block(
 
 
 def dense(keys: Keys, layer: Int[Array, ""]) -> Float[Array, "B S J"]:
-    """One layer's keys as an array, as `gathered`."""
+    """One layer's keys as an array, as from `gathered`."""
     if not isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
         return keys[layer]
     rows = keys.table.shape[0] if isinstance(keys, PagedKeys) else keys.codes.shape[1]
@@ -181,14 +181,14 @@ def _fp4(codes: Any, scale: Any) -> Float32[Array, "*rows J"]:
 
 
 def to_fp8(keys_LBSJ: Float[Array, "L B S J"]) -> Fp8Keys:
-    """Round keys to E4M3 times a power of two per entry, 2^ceil(log2(amax / 448))."""
+    """Quantise keys to E4M3 times a power of two per entry, 2^ceil(log2(amax / 448))."""
     scale_LBS1 = _power_of_two(keys_LBSJ, 448.0)
     codes_LBSJ = (keys_LBSJ.astype(jnp.float32) / scale_LBS1).astype(jnp.float8_e4m3fn)
     return Fp8Keys(codes_LBSJ, _in_rows(scale_LBS1)[:, :, :, 0].astype(jnp.float8_e8m0fnu))
 
 
 def to_fp4(keys_LBSJ: Float[Array, "L B S J"]) -> Fp4Keys:
-    """Round keys to E2M1 times a power of two per 32 channels, 2^ceil(log2(amax / 6))."""
+    """Quantise keys to E2M1 times a power of two per 32 channels, 2^ceil(log2(amax / 6))."""
     *stack, dim = keys_LBSJ.shape
     blocks = keys_LBSJ.astype(jnp.float32).reshape(*stack, -1, FP4_BLOCK)
     scale = _power_of_two(blocks, 6.0)
@@ -202,7 +202,7 @@ def to_fp4(keys_LBSJ: Float[Array, "L B S J"]) -> Fp4Keys:
 
 
 def _in_rows(scale_LBSK: Float32[Array, "L B S K"]) -> Float32[Array, "L B G K 128"]:
-    """Scales of 128 entries side by side; 1 where there is no entry."""
+    """Scales of 128 entries next to each other; 1 where there is no entry."""
     L, B, S, K = scale_LBSK.shape
     ends = ((0, 0), (0, 0), (0, -S % SCALE_ROW), (0, 0))
     padded = jnp.pad(scale_LBSK, ends, constant_values=1.0)

@@ -1,4 +1,7 @@
-"""The choice in plain maths: all scores, then a sort. See the package for the contract."""
+"""Reference top k: all scores, then a sort.
+
+Axis letters: as in the package.
+"""
 
 from typing import Any
 
@@ -15,7 +18,7 @@ def scores(
     keys_BSJ: Float[Array, "B S J"],
 ) -> Float32[Array, "B T S"]:
     """All scores; differentiable, for the indexer's own loss."""
-    q_BTIJ, keys_BSJ = alike(q_BTIJ, keys_BSJ)
+    q_BTIJ, keys_BSJ = same_dtype(q_BTIJ, keys_BSJ)
     dots_BTIS = jnp.einsum("btij,bsj->btis", q_BTIJ, keys_BSJ, preferred_element_type=jnp.float32)
     weights_BTI = weights_BTI.astype(jnp.float32)
     return jnp.einsum("btis,bti->bts", jax.nn.relu(dots_BTIS), weights_BTI)
@@ -27,7 +30,7 @@ def scores_backward(
     keys_BSJ: Float[Array, "B S J"],
     cotangent_BTS: Float32[Array, "B T S"],
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"], Float[Array, "B S J"]]:
-    """Gradients of what goes in."""
+    """Gradients of the inputs."""
     return jax.vjp(scores, q_BTIJ, weights_BTI, keys_BSJ)[1](cotangent_BTS)
 
 
@@ -41,14 +44,14 @@ def select(
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    room = entries(keys)
+    capacity = entries(keys)
     score_BTS = comparable(scores(q_BTIJ, weights_BTI, dense(keys, layer)))
-    exists_BTS = exists(jnp.arange(room)[None, None], visible_BT, hidden_BT)
+    exists_BTS = exists(jnp.arange(capacity)[None, None], visible_BT, hidden_BT)
     score_BTS = jnp.where(exists_BTS, score_BTS, -jnp.inf)
     if hidden_BT is None:
         return best(score_BTS, visible_BT, k)
-    chosen_BTk = best(seen_first(score_BTS, hidden_BT, room), visible_BT - hidden_BT, k)
-    return counted_from(chosen_BTk, hidden_BT)
+    shifted_BTS = skip_hidden(score_BTS, hidden_BT, capacity)
+    return add_hidden(best(shifted_BTS, visible_BT - hidden_BT, k), hidden_BT)
 
 
 def exists(
@@ -59,33 +62,36 @@ def exists(
     return below if hidden is None else below & (entry >= hidden[..., None])
 
 
-def seen_first(
+def skip_hidden(
     score: Float32[Array, "*rows S"], hidden: Int[Array, "*rows"], width: int
 ) -> Float32[Array, "*rows width"]:
-    """Scores from the first entry that is seen on, or -inf that is seen would tie with hidden."""
+    """Rotate scores so that the first visible entry comes first.
+
+    Otherwise a visible score of -inf would tie with hidden entries of lower index, and lose.
+    """
     at = jax.lax.broadcasted_iota(jnp.int32, (*hidden.shape, width), hidden.ndim)
     return jnp.take_along_axis(score, (at + hidden[..., None]) % score.shape[-1], axis=-1)
 
 
-def counted_from(chosen: Int32[Array, "*rows k"], first: Int[Array, "*rows"]) -> Any:
-    """Indices of entries, from indices after the first; -1 stays."""
-    return jnp.where(chosen < 0, -1, chosen + first[..., None])
+def add_hidden(chosen: Int32[Array, "*rows k"], hidden: Int[Array, "*rows"]) -> Any:
+    """Undo `skip_hidden` in the chosen indices; -1 stays."""
+    return jnp.where(chosen < 0, -1, chosen + hidden[..., None])
 
 
-def alike(q: Float[Array, "*a J"], keys: Float[Array, "*b J"]) -> tuple[Any, Any]:
-    """Operands of one dtype; what is narrower than 16 bits, or of two dtypes, in float32."""
+def same_dtype(q: Float[Array, "*a J"], keys: Float[Array, "*b J"]) -> tuple[Any, Any]:
+    """Cast both to float32, unless they share a dtype of 16 bits or more."""
     if q.dtype == keys.dtype and q.dtype.itemsize > 1:
         return q, keys
     return q.astype(jnp.float32), keys.astype(jnp.float32)
 
 
 def comparable(score: Float32[Array, "*rows S"]) -> Float32[Array, "*rows S"]:
-    """Scores without a negative zero or a NaN that sorts below numbers."""
+    """Scores without negative zeros and negative NaNs, which would sort wrongly."""
     return jnp.where(jnp.isnan(score), jnp.nan, jnp.where(score == 0, 0.0, score))
 
 
 def ordered(score: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
-    """Integers in the order of the scores; both zeros are equal, NaN is the largest."""
+    """Integers that sort like the scores; both zeros are equal, NaN is the largest."""
     largest = 2**31 - 1
     bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
     key = jnp.where(bits < 0, bits ^ largest, bits)
@@ -95,13 +101,13 @@ def ordered(score: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
 def best(
     score: Float32[Array, "*rows S"], visible: Int[Array, "*rows"], k: int
 ) -> Int32[Array, "*rows k"]:
-    """The k largest, of equal ones the first, ascending; then -1 for each that is missing.
+    """Indices of the k largest, ascending, padded with -1; ties go to the lowest index.
 
-    On CPU the ascending order is free, while `top_k` of integers would take many times as long.
+    On CPUs the ascending order is free, but `top_k` of integers would be many times slower.
     """
-    room = score.shape[-1]
-    chosen = jax.lax.top_k(score, min(k, room))[1].astype(jnp.int32)
-    chosen = jnp.sort(jnp.where(chosen < visible[..., None], chosen, room), axis=-1)
-    chosen = jnp.where(chosen < room, chosen, -1)
+    size = score.shape[-1]
+    chosen = jax.lax.top_k(score, min(k, size))[1].astype(jnp.int32)
+    chosen = jnp.sort(jnp.where(chosen < visible[..., None], chosen, size), axis=-1)
+    chosen = jnp.where(chosen < size, chosen, -1)
     missing = [(0, 0)] * (score.ndim - 1) + [(0, k - chosen.shape[-1])]
     return jnp.pad(chosen, missing, constant_values=-1)

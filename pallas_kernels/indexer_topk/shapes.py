@@ -1,4 +1,4 @@
-"""Sizes of the models' indexers. Axis letters: as in the package."""
+"""Indexer sizes of the models. Axis letters: as in the package."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""The choice where each device holds a slice of the entries: each offers its best, all merge.
+"""Top k with the entries sharded: each device selects its k best, and all merge them.
 
-A device's k best hold every one of its entries that is among the k best of all, so merging is
-exact; candidates travel (n * k indices and scores per query), keys do not.
+A device's k best include every entry of its slice that is among the global k best, so the merge is
+exact. Devices exchange candidates (n * k indices and scores per query), never keys.
 
 Axis letters: as in the package; C candidates.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import dispatch
 from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
-from pallas_kernels.indexer_topk.keys import Keys, check, entries, gathered, seen
+from pallas_kernels.indexer_topk.keys import Keys, check, clipped, entries, gathered
 
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
@@ -31,43 +31,44 @@ def select_sharded(
     axis: str,
     impl: Literal["auto", "tpu", "gpu", "xla", "reference"] = "auto",
 ) -> Int32[Array, "B T k"]:
-    """`select` over entries that are cut along a mesh axis.
+    """`select` over entries that are sharded along a mesh axis.
 
-    Call it inside `jax.shard_map` with `check_vma=False`: that what leaves every device is the
-    same is beyond what JAX can infer.
+    Call it inside `jax.shard_map` with `check_vma=False`: JAX cannot infer that every device
+    returns the same result.
 
     Args:
-      q_BTIJ: index queries, on every device the same.
+      q_BTIJ: index queries, the same on every device.
       weights_BTI: each head's weight.
-      keys: this device's slice: entries d * S to (d + 1) * S - 1 on device d of the axis.
+      keys: this device's slice: entries d * S .. (d + 1) * S - 1 on device d of the axis.
       layer: the layer to read.
-      visible_BT: entries, of all slices together, that exist for the query.
-      hidden_BT: None; of `select` only.
-      k: entries to choose, at least 1.
+      visible_BT: the query sees the entries below this, counted over all slices.
+      hidden_BT: must be None; supported by `select` only.
+      k: entries to choose, 1 or more.
       axis: the mesh axis.
-      impl: form of the local choice.
+      impl: form of the local selection.
     Returns:
-      Indices among the entries of all slices, ascending, then -1; on every device the same.
+      Indices into the entries of all slices, ascending, then -1; the same on every device.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
+      NotImplementedError: no such form, or it does not support these arguments.
       TypeError, ValueError: as for `select`.
     """
     if hidden_BT is not None:
         raise NotImplementedError("indexer_topk.select_sharded does not take hidden_BT.")
     arrays = {"q_BTIJ": q_BTIJ, "weights_BTI": weights_BTI, "layer": layer}
     check("indexer_topk.select_sharded", arrays | {"visible_BT": visible_BT}, keys, k)
-    here = entries(keys)
-    if 0 in (*visible_BT.shape, here):
+    slice_size = entries(keys)
+    if 0 in (*visible_BT.shape, slice_size):
         return jnp.full((*visible_BT.shape, k), -1, jnp.int32)
-    first = jax.lax.axis_index(axis).astype(jnp.int32) * here
-    visible_BT = seen(visible_BT, here * jax.lax.axis_size(axis))
-    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), seen(visible_BT - first, here)
+    first = jax.lax.axis_index(axis).astype(jnp.int32) * slice_size
+    visible_BT = clipped(visible_BT, slice_size * jax.lax.axis_size(axis))
+    local_visible_BT = clipped(visible_BT - first, slice_size)
+    args = q_BTIJ, weights_BTI, keys, jnp.asarray(layer), local_visible_BT
     args = jax.lax.stop_gradient(args)
-    local_BTk = dispatch("indexer_topk", "select", impl, _FORMS, *args, k=min(k, here))
+    local_BTk = dispatch("indexer_topk", "select", impl, _FORMS, *args, k=min(k, slice_size))
     score_BTk = _scores_of(*args[:4], local_BTk)
     index_BTk = jnp.where(local_BTk >= 0, local_BTk + first, -1)
-    join = lambda x: jax.lax.all_gather(x, axis, axis=2, tiled=True)
-    return merged(join(score_BTk), join(index_BTk), k)
+    gather = lambda x: jax.lax.all_gather(x, axis, axis=2, tiled=True)
+    return merged(gather(score_BTk), gather(index_BTk), k)
 
 
 def _scores_of(
@@ -77,7 +78,7 @@ def _scores_of(
     layer: Int[Array, ""],
     index_BTk: Int32[Array, "B T k"],
 ) -> Float32[Array, "B T k"]:
-    """The scores of the chosen, made again from their keys; arbitrary where there is none."""
+    """Scores of the chosen entries, recomputed from their keys; arbitrary where there is none."""
     rows = jax.lax.broadcasted_iota(jnp.int32, index_BTk.shape, 0)
     keys_BTkJ = gathered(keys, layer, rows, jnp.maximum(index_BTk, 0))
     flat = lambda x: x.reshape(-1, 1, *x.shape[2:])
@@ -90,7 +91,7 @@ def _scores_of(
 def merged(
     score_BTC: Float32[Array, "B T C"], index_BTC: Int32[Array, "B T C"], k: int
 ) -> Int32[Array, "B T k"]:
-    """The k best candidates' indices, ascending, then -1; a missing candidate has index -1."""
+    """Indices of the k best candidates, ascending, then -1; a missing candidate has index -1."""
     missing = max(0, k - index_BTC.shape[2])
     score_BTC, index_BTC = (
         jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=-1)

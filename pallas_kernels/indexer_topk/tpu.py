@@ -1,12 +1,12 @@
-"""The choice on TPUs: scores of a block of keys go to VMEM as integers, and never leave it.
+"""Top k on TPUs: scores are written to VMEM as integers, and never leave it.
 
-Grid: rows of the batch, blocks of up to 8 queries, blocks of keys. A query block reads only the key
-blocks that its queries see; its queries share each reading. After the last one each query's list
-is made (`tpu_choice`). Where entries are hidden, the first grid step is the first key block that
-is seen, and the kernel counts entries from there.
+The grid is rows of the batch, blocks of up to 8 queries, blocks of keys. A block of queries reads
+only the key blocks that its queries see, each once for all queries. After the last one, each
+query's list is computed (`tpu_choice`). If entries are hidden, the first step reads the first
+visible key block, and the kernel counts entries from there.
 
-Axis letters: as in the package; Q queries of a block, X keys of a block, R rows of 128 entries,
-N entries of a page, M pages of a row's table.
+Axis letters: as in the package; Q queries per block, X keys per block, R rows of 128 entries,
+N entries per page, M pages of a row's table.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from pallas_kernels.indexer_topk.tpu_scores import LANES, PEAKS, TILE, score_blo
 from pallas_kernels.mosaic_tpu import in_hbm
 
 _QUERIES = 8
-# Long blocks hide more of the time that a product takes to appear, but a prompt sees less of them.
+# Long blocks hide more of a product's latency, but a prompt sees less of each.
 _KEYS, _KEYS_OF_FEW = 4096, 16384
-_PIECES = 32  # pages of a block
+_PIECES = 32  # pages per block
 _VMEM = 48 * 2**20
-_MOST_SCORES = _VMEM // 2 // 4
+_MOST_SCORES = _VMEM // 2 // 4  # half of VMEM
 _MOST_SCALARS = 2**17  # half of the scalar memory
 _MOST_CHOSEN = 4096
 _MOST_KEY_BYTES = 512
@@ -47,7 +47,7 @@ def select(
     *,
     k: int,
 ) -> Int32[Array, "B T k"]:
-    """Decode and prefill are one form: blocks of up to 8 queries."""
+    """See the package; decode and prefill both run in blocks of up to 8 queries."""
     batch, queries = visible_BT.shape
     tiling = _tiling(keys, q_BTIJ.shape[2], queries, k, hidden_BT is not None)
     _check(q_BTIJ, keys, visible_BT, tiling)
@@ -58,11 +58,16 @@ def select(
     ]
     if isinstance(keys, PagedKeys):
         scalars.append(keys.table.astype(jnp.int32))
-    arrays, specs = _keys_blocks(keys, tiling)
-    q_BTIJ, weights_BTI = _whole_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
-    of_queries = lambda *dims: pl.BlockSpec(
-        (1, tiling.step, *dims), lambda b, i, j, *_: (b, i, *(0 for _ in dims))
-    )
+    arrays, specs = _key_blocks(keys, tiling)
+    q_BTIJ, weights_BTI = _padded_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
+
+    def of_queries(*dims: int) -> pl.BlockSpec:
+        # The same for all key blocks, so that queries and lists stay in VMEM.
+        def query_block(row: Any, query_block: Any, key_block: Any, *_: Any) -> Any:
+            return row, query_block, *(0 for _ in dims)
+
+        return pl.BlockSpec((1, tiling.step, *dims), query_block)
+
     return pl.pallas_call(
         functools.partial(_kernel, tiling, len(scalars), len(arrays)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -82,22 +87,22 @@ def select(
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes that kernel and caller share.
+    """Sizes shared by the kernel and its caller.
 
     Attributes:
       k: entries chosen.
-      hides: whether entries at the front may be hidden.
-      heads: of the index, without padding.
-      queries: per row of the batch.
-      step: queries of a block.
-      block: keys of a block.
-      pieces: pages of a block, or 1.
-      blocks: of keys.
-      places: in a block of keys, of each of which the peaks are kept.
+      has_hidden: whether leading entries may be hidden.
+      heads: index heads, without padding.
+      queries: queries per row of the batch.
+      step: queries per block.
+      block: keys per block.
+      pieces: pages per block, or 1.
+      blocks: number of key blocks.
+      places: sets that keys are divided into by position, each with its own peaks.
     """
 
     k: int
-    hides: bool
+    has_hidden: bool
     heads: int
     queries: int
     step: int
@@ -107,38 +112,43 @@ class _Tiling:
     places: int
 
 
-def _tiling(keys: Keys, heads: int, queries: int, k: int, hides: bool) -> _Tiling:
-    """Blocks are whole tiles, of at least k keys, unless there is only one."""
+def _tiling(keys: Keys, heads: int, queries: int, k: int, has_hidden: bool) -> _Tiling:
+    """Choose the sizes: key blocks are full tiles, of at least k keys unless there is only one."""
     up = lambda n: pl.cdiv(n, TILE) * TILE
-    room, pieces, per_page = entries(keys), 1, 0
-    wanted = max(_KEYS_OF_FEW if queries <= _QUERIES else _KEYS, up(k))
+    capacity, pieces, per_page = entries(keys), 1, 0
+    most = max(_KEYS_OF_FEW if queries <= _QUERIES else _KEYS, up(k))
     if isinstance(keys, PagedKeys):
         per_page = keys.pages.shape[2]
-        wanted = max(min(wanted, up(_PIECES * per_page)), up(k))
-        pieces = pl.cdiv(min(up(room), wanted), per_page)
-    block = max(min(up(room), wanted), pieces * per_page)
+        most = max(min(most, up(_PIECES * per_page)), up(k))
+        pieces = pl.cdiv(min(up(capacity), most), per_page)
+    block = max(min(up(capacity), most), pieces * per_page)
     places = min(block, max(_KEYS, up(k)))
     step = min(queries, _QUERIES)
-    return _Tiling(k, hides, heads, queries, step, block, pieces, pl.cdiv(room, block), places)
+    blocks = pl.cdiv(capacity, block)
+    return _Tiling(k, has_hidden, heads, queries, step, block, pieces, blocks, places)
 
 
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
-    """Refuse what the kernel cannot do."""
+    """Reject what the kernel does not support."""
     takes = "indexer_topk.select on TPU takes"
     scores, scalars = (
         tiling.step * tiling.blocks * tiling.block,
-        visible_BT.size * (1 + tiling.hides),
+        visible_BT.size * (1 + tiling.has_hidden),
     )
     if isinstance(keys, Fp4Keys) and keys.codes.shape[2] % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys of a multiple of 64 channels.")
     if isinstance(keys, PagedKeys):
         scalars += keys.table.size
         if (n := keys.pages.shape[2]) % TILE and TILE % n:
-            raise Unsupported(f"{takes} pages that divide {TILE} or are a multiple, not {n}.")
+            raise Unsupported(
+                f"{takes} pages whose size divides {TILE} or is a multiple of it, not {n}."
+            )
     if scores > _MOST_SCORES:
-        raise Unsupported(f"{takes} {_MOST_SCORES} scores of a block of queries, not {scores}.")
+        raise Unsupported(
+            f"{takes} up to {_MOST_SCORES} scores per block of queries, not {scores}."
+        )
     if scalars > _MOST_SCALARS:
-        raise Unsupported(f"{takes} {_MOST_SCALARS} lengths and pages, not {scalars}.")
+        raise Unsupported(f"{takes} up to {_MOST_SCALARS} lengths and page numbers, not {scalars}.")
     if tiling.k > _MOST_CHOSEN:
         raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
     stored = keys.pages if isinstance(keys, PagedKeys) else keys
@@ -146,54 +156,57 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
             raise Unsupported(
                 f"{takes} queries and keys in bfloat16, float32 or E4M3, of up to"
-                f" {_MOST_KEY_BYTES} bytes each, not {array.shape[3]} numbers in {array.dtype}."
+                f" {_MOST_KEY_BYTES} bytes each, not {array.shape[3]} channels in {array.dtype}."
             )
 
 
-def _keys_blocks(keys: Keys, tiling: _Tiling) -> tuple[list[Any], list[Any]]:
-    """The arrays that hold keys, and how a block of each is found."""
+def _key_blocks(keys: Keys, tiling: _Tiling) -> tuple[list[Any], list[Any]]:
+    """The arrays of the keys, and their specs; index maps get the scalars of `select`."""
 
-    def seen(b: Any, i: Any, j: Any, blocks: Any, more: Any) -> Any:
-        # Blocks that are not seen are not read: what is here already stays.
-        block = jnp.clip(j, 0, jnp.maximum(blocks[b, i] - 1, 0))
-        return block + more[1][b, i] if tiling.hides else block
+    def visible_block(row: Any, query_block: Any, step: Any, count_ref: Any, more: Any) -> Any:
+        # Clamped to the blocks that some query sees: a repeated index fetches nothing.
+        block = jnp.clip(step, 0, jnp.maximum(count_ref[row, query_block] - 1, 0))
+        return block + more[1][row, query_block] if tiling.has_hidden else block
 
-    def at(b: Any, i: Any, j: Any, layer: Any, _: Any, blocks: Any, *more: Any) -> Any:
-        return layer[0], b, seen(b, i, j, blocks, more), 0
+    def key_block(row: Any, query_block: Any, step: Any, *scalars: Any) -> Any:
+        layer_ref, _, count_ref, *more = scalars
+        return layer_ref[0], row, visible_block(row, query_block, step, count_ref, more), 0
 
-    def along_lanes(*args: Any) -> Any:
-        layer, b, block, _ = at(*args)
-        return layer, b, 0, block
+    def key_block_in_lanes(*args: Any) -> Any:
+        layer, row, block, _ = key_block(*args)
+        return layer, row, 0, block
 
     match keys:
         case PagedKeys():
-            last = keys.table.shape[1] - 1, keys.pages.shape[1] - 1
+            last_place, last_page = keys.table.shape[1] - 1, keys.pages.shape[1] - 1
 
             def page(piece: int, *args: Any) -> Any:
-                layer, b, block, _ = at(*args)
-                table = args[-1]
-                entry = jnp.minimum(block * tiling.pieces + piece, last[0])
-                return layer, jnp.clip(table[b, entry], 0, last[1]), 0, 0
+                # Clamped: the table may end within a block, and its unseen numbers be garbage.
+                layer, row, block, _ = key_block(*args)
+                table_ref = args[-1]
+                place = jnp.minimum(block * tiling.pieces + piece, last_place)
+                return layer, jnp.clip(table_ref[row, place], 0, last_page), 0, 0
 
             shape = (1, 1, *keys.pages.shape[2:])
             maps = [functools.partial(page, piece) for piece in range(tiling.pieces)]
             return [keys.pages] * tiling.pieces, [pl.BlockSpec(shape, index) for index in maps]
         case Fp8Keys():
-            codes_spec = pl.BlockSpec((1, 1, tiling.block, keys.codes.shape[3]), at)
-            scale_spec = pl.BlockSpec((1, 1, tiling.block // LANES, LANES), at)
+            codes_spec = pl.BlockSpec((1, 1, tiling.block, keys.codes.shape[3]), key_block)
+            scale_spec = pl.BlockSpec((1, 1, tiling.block // LANES, LANES), key_block)
             return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case Fp4Keys():
-            codes_spec = pl.BlockSpec((1, 1, keys.codes.shape[2], tiling.block), along_lanes)
-            scale_spec = pl.BlockSpec((1, 1, tiling.block // LANES, keys.scale.shape[3]), at)
+            codes_spec = pl.BlockSpec((1, 1, keys.codes.shape[2], tiling.block), key_block_in_lanes)
+            rows = tiling.block // LANES
+            scale_spec = pl.BlockSpec((1, 1, rows, keys.scale.shape[3]), key_block)
             return [keys.codes, keys.scale], [codes_spec, scale_spec]
         case _:
-            return [keys], [pl.BlockSpec((1, 1, tiling.block, keys.shape[3]), at)]
+            return [keys], [pl.BlockSpec((1, 1, tiling.block, keys.shape[3]), key_block)]
 
 
-def _whole_heads(
+def _padded_heads(
     q_BTIJ: Float[Array, "B T I J"], weights_BTI: Float32[Array, "B T I"], dtype: Any
 ) -> tuple[Any, Any]:
-    """Heads up to whole vectors, of which those added weigh nothing; as wide as keys at least."""
+    """Heads padded to full vectors with zero weights, in a dtype at least as wide as the keys'."""
     wide = jnp.dtype(jnp.bfloat16) if dtype == jnp.uint8 else dtype  # FP4 codes are bytes
     if wide.itemsize > q_BTIJ.dtype.itemsize:
         q_BTIJ = q_BTIJ.astype(wide)
@@ -207,20 +220,20 @@ def _whole_heads(
 def blocks_seen(
     visible_BT: Int32[Array, "B T"], hidden_BT: Int[Array, "B T"] | None, step: int, block: int
 ) -> list[Any]:
-    """What is visible, and the number of key blocks that each block of queries sees something of.
+    """Visible entries per query, and visible key blocks per block of queries.
 
-    Where entries are hidden, also how many, and the first of these blocks.
+    If entries may be hidden, also the hidden entries, and the first visible key block.
     """
     batch, queries = visible_BT.shape
 
-    def of_blocks(most: Any, x_BT: Any, fill: int) -> Any:
+    def of_blocks(reduce: Any, x_BT: Any, fill: int) -> Any:
         padded = jnp.pad(x_BT, ((0, 0), (0, -queries % step)), constant_values=fill)
-        return most(padded.reshape(batch, -1, step), axis=-1)
+        return reduce(padded.reshape(batch, -1, step), axis=-1)
 
     if hidden_BT is None:
         return [visible_BT, (of_blocks(jnp.max, visible_BT, 0) + block - 1) // block]
     hidden_BT = jnp.maximum(hidden_BT.astype(jnp.int32), 0)
-    # Queries that see nothing have no say.
+    # Queries that see nothing do not count.
     sees_BT, none = hidden_BT < visible_BT, jnp.iinfo(jnp.int32).max
     visible_BT = jnp.where(sees_BT, visible_BT, 0)
     end_BN = (of_blocks(jnp.max, visible_BT, 0) + block - 1) // block
@@ -230,8 +243,8 @@ def blocks_seen(
 
 
 def _scratch(tiling: _Tiling, heads: int) -> list[Any]:
-    """Scores, their maxima, weights along lanes; marks of the chosen, and their number per row."""
-    rows = choice.whole_rows(tiling.blocks * tiling.block // LANES)
+    """Scores, their peaks, weights along lanes, marks of chosen entries, and counts per row."""
+    rows = choice.padded_rows(tiling.blocks * tiling.block // LANES)
     return [
         pltpu.VMEM((tiling.step, rows, LANES), jnp.int32),
         pltpu.VMEM((tiling.step, PEAKS, tiling.places // LANES, LANES), jnp.int32),
@@ -242,35 +255,35 @@ def _scratch(tiling: _Tiling, heads: int) -> list[Any]:
 
 
 def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
-    """`refs` are the layer, what `blocks_seen` gives, a table; blocks of arrays; scratch."""
+    """`refs`: the layer, results of `blocks_seen`, a page table; blocks of arrays; scratch."""
     _, visible_ref, blocks_ref, *more = refs[:scalars]
     q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
     scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref = refs[scalars + arrays + 3 :]
     scale_ref = key_refs.pop() if arrays > tiling.pieces else None
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, rows = i * tiling.step, tiling.block // LANES
-    here = jnp.minimum(tiling.step, tiling.queries - first)
-    start = more[1][b, i] * tiling.block if tiling.hides else 0
+    queries = jnp.minimum(tiling.step, tiling.queries - first)
+    start = more[1][b, i] * tiling.block if tiling.has_hidden else 0
 
-    def seen(t: Any) -> Any:
+    def bounds(t: Any) -> Any:
         visible = visible_ref[b, first + t]
-        return (visible - start, more[0][b, first + t] - start) if tiling.hides else (visible,)
+        return (visible - start, more[0][b, first + t] - start) if tiling.has_hidden else (visible,)
 
-    def each(body: Any) -> None:
-        jax.lax.fori_loop(0, here, lambda t, _: body(t, *seen(t)), None)
+    def each_query(body: Any) -> None:
+        jax.lax.fori_loop(0, queries, lambda t, _: body(t, *bounds(t)), None)
 
     @pl.when(j == 0)
     def _start() -> None:
         peaks_ref[...] = jnp.full_like(peaks_ref, choice.NOTHING)
-        each(lambda t, *_: _weights_along_lanes(weights_ref, columns_ref, t))
+        each_query(lambda t, *_: _weights_along_lanes(weights_ref, columns_ref, t))
 
     @pl.when(j < blocks_ref[b, i])
     def _score() -> None:
         keys = key_refs, scale_ref
-        into = lambda t: (scores_ref.at[t], peaks_ref.at[t])
-        each(
-            lambda t, *seen: score_block(
-                *(q_ref[0, t], columns_ref.at[t], *keys, *into(t), j * rows, *seen),
+        outputs = lambda t: (scores_ref.at[t], peaks_ref.at[t])
+        each_query(
+            lambda t, *bounds: score_block(
+                *(q_ref[0, t], columns_ref.at[t], *keys, *outputs(t), j * rows, *bounds),
                 heads=tiling.heads,
                 tiles=tiling.block // TILE,
             )
@@ -278,15 +291,15 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
 
     @pl.when(j == tiling.blocks - 1)
     def _choose() -> None:
-        room = chosen_ref, counts_ref
+        scratch = chosen_ref, counts_ref
         written = blocks_ref[b, i] * rows
         out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
-        each(
-            lambda t, *seen: choice.choose(
-                scores_ref.at[t], peaks_ref.at[t], *room, out(t), written, *seen, k=tiling.k
+        each_query(
+            lambda t, *bounds: choice.choose(
+                scores_ref.at[t], peaks_ref.at[t], *scratch, out(t), written, *bounds, k=tiling.k
             )
         )
-        if tiling.hides:
+        if tiling.has_hidden:
             chosen_Qk = out_ref[0]
             out_ref[0] = jnp.where(chosen_Qk < 0, -1, chosen_Qk + start)
 

@@ -1,12 +1,31 @@
-"""Exact top-k of one query inside a TPU kernel: no sort, no scatter, no list of scores in HBM.
+"""Exact top k of one query inside a TPU kernel: no sort, no scatter, no list of scores in HBM.
 
-Scores are order-preserving int32 keys in VMEM, entry s at row s // 128, lane s % 128. The k-th
-largest key is found by bisection that counts; which of its equals belong to the choice by
-bisection on the index; the list by ranks: slot p looks for the row, then the lane, that brings the
-count of chosen entries above p. All look-ups are products with one-hot matrices.
+Scores are int32 keys in VMEM that sort like them, entry s at row s // 128, lane s % 128. Bisection
+on the key, by counting, finds the k-th largest; bisection on the index finds which of its equals
+are chosen. The list is built by rank: slot p finds the row, then the lane, at which the running
+count of chosen entries exceeds p. All look-ups are products with one-hot matrices.
 
-Axis letters: R rows of 128 entries, G groups of 128 rows, P slots of the list (k, up to a multiple
-of 128), C candidates' rows.
+Example with k = 4, two rows of 4 lanes instead of 128, and one peak per lane:
+
+    entry            0  1  2  3   4  5  6  7
+    key              5  9  2  7   7  1  8  7       row 0, then row 1
+    peaks            7  9  8  7                    largest key of each lane
+
+    `cut`            The 4th largest peak, 7, is a lower bound of the 4th largest key. 5 keys are
+                     7 or more, only 2 are 8 or more: the 4th largest key is 7, and 4 - 2 = 2 of
+                     the three 7s are chosen, those up to entry 4. Returns (7, 4).
+    `mark`           0  1  0  1   1  0  1  0       chosen: above 7, or 7 and at most entry 4
+    counts           2            2                chosen per row; running: 2, 4
+
+    `listed`: slot   0  1  2  3
+    row              0  0  1  1                    how many running counts are <= slot
+    rank             0  1  0  1                    slot - chosen in the rows before
+    lane             1  3  0  2                    how many running counts of the row (0 1 1 2 in
+                                                   row 0, 1 1 2 2 in row 1) are <= rank
+    entry            1  3  4  6                    row * 4 + lane
+
+Axis letters: R rows of 128 entries, G groups of 128 rows, P slots of the list (k, rounded up to a
+multiple of 128), L 128 lanes: of entries, or of a group's rows.
 """
 
 from collections.abc import Callable
@@ -18,20 +37,20 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float32, Int32
 
 LANES = 128
-# Below the key of every number and NaN: nothing is there.
+# Below the key of every number and NaN: marks a missing entry.
 NOTHING = -(2**31)
-# As many as make no difference.
+# Above every index: chooses all equal keys.
 _MANY = 2**31 - 1
-# Rows that one step of a loop over the keys takes.
+# Rows per step of the loops over the keys.
 _STEP = 512
-# Groups fit the lanes of one vector.
+# As many groups as lanes, so that a vector has one number per group.
 MOST_ROWS = LANES * LANES
 
 Hits = Callable[[Int32[Array, "step 128"], Int32[Array, ""]], Bool[Array, "step 128"]]
 
 
-def whole_rows(rows: int) -> int:
-    """Rows that memory must have, so that loops over them take whole steps."""
+def padded_rows(rows: int) -> int:
+    """Rows to allocate, so that loops over them take full steps."""
     return rows if rows <= LANES else pl.cdiv(rows, _STEP) * _STEP
 
 
@@ -50,14 +69,14 @@ def choose(
     """Write the list of one query, [1, k].
 
     Args:
-      keys_ref: ordered scores, [R, 128]; `NOTHING` where nothing is seen.
-      peaks_ref: the largest few keys of each of at least k disjoint sets that are all the keys.
-      chosen_ref: room for marks, bfloat16 [R, 128].
-      counts_ref: room for the number of marks per row, float32 [128, 128].
+      keys_ref: ordered scores, [R, 128]; `NOTHING` for entries that are not seen.
+      peaks_ref: the few largest keys of each of at least k disjoint sets that make up all keys.
+      chosen_ref: scratch for marks, bfloat16 [R, 128].
+      counts_ref: scratch for the number of marks per row, float32 [128, 128].
       out_ref: the list.
       written: rows of keys that were written, a multiple of 8.
-      visible: entries that exist.
-      hidden: of these, so many at the front are not seen.
+      visible: entries below this are seen,
+      hidden: but not those below this; None: 0.
       k: entries to choose.
     """
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, k), 1)
@@ -80,7 +99,7 @@ def choose(
 
 
 def blank(keys_ref: Any, start: Int32[Array, ""]) -> None:
-    """From this row on, a multiple of 8, nothing is there as far as a loop's last step reaches."""
+    """Fill rows from `start`, a multiple of 8, to the end of the loops' last step with NOTHING."""
     step = min(_STEP, keys_ref.shape[0])
     end = jax.lax.div(start + step - 1, step) * step
 
@@ -95,7 +114,7 @@ def blank(keys_ref: Any, start: Int32[Array, ""]) -> None:
 def _count(keys_ref: Any, rows: Int32[Array, ""], hits: Hits) -> Int32[Array, ""]:
     """How many of the first `rows` rows' keys are hits."""
     step = min(_STEP, keys_ref.shape[0])
-    # Several sums at a time, as each addition waits for the one before.
+    # Several sums at a time, because each addition waits for the one before.
     wide = 32 if step % 32 == 0 else 8
 
     def body(index: Any, count_W: Any) -> Any:
@@ -115,9 +134,9 @@ def _largest_with(
     count: Int32[Array, ""],
     k: int,
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """The largest key in [low, high] from which on there are at least k, and how many.
+    """The largest key in [low, high] that at least k keys reach, and how many reach it.
 
-    `count` of them are there from `low` on, at least k; with k exactly the search is over.
+    `count` keys, at least k, reach `low`. The search ends once exactly k do.
     """
 
     def going(state: Any) -> Any:
@@ -128,12 +147,12 @@ def _largest_with(
         low, high, count = state
         # The mean, rounded up, without overflow.
         middle = (low | high) - ((low ^ high) >> 1)
-        above = count_from(middle)
-        up = above >= k
+        reached = count_from(middle)
+        up = reached >= k
         return (
             jnp.where(up, middle, low),
             jnp.where(up, high, middle - 1),
-            jnp.where(up, above, count),
+            jnp.where(up, reached, count),
         )
 
     low, _, count = jax.lax.while_loop(going, halve, (low, high, count))
@@ -143,10 +162,10 @@ def _largest_with(
 def cut(
     keys_ref: Any, peaks_ref: Any, rows: Int32[Array, ""], k: int
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """The k-th largest key of more, and the last index at which an equal key is chosen.
+    """The k-th largest key of more than k, and the last index at which an equal key is chosen.
 
-    The k-th largest peak is a lower bound, and most often the very key: then one look at all keys
-    is enough.
+    The k-th largest peak is a lower bound, and usually the key itself: then a single pass over all
+    keys is enough.
     """
     peaks = peaks_ref[...]
     most = jnp.max(peaks)
@@ -171,7 +190,7 @@ def cut(
 def _last_equal(
     keys_ref: Any, rows: Int32[Array, ""], key: Int32[Array, ""], k: int
 ) -> Int32[Array, ""]:
-    """The least index up to which there are enough keys that equal the k-th largest."""
+    """The smallest index up to which there are enough keys equal to the k-th largest."""
     missing = k - _count(keys_ref, rows, lambda keys, _: keys > key)
 
     def halve(state: Any) -> Any:
@@ -186,7 +205,7 @@ def _last_equal(
 
 
 def index_of(rows: int, start: Int32[Array, ""]) -> Int32[Array, "rows 128"]:
-    """The entries' numbers of some rows."""
+    """Indices of the entries of `rows` rows, from row `start` on."""
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
     return (start + row) * LANES + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
@@ -202,7 +221,7 @@ def _dot(a: Any, b: Any, axes: tuple[int, int], precision: Any = None) -> Any:
 
 
 def _bits(x: Bool[Array, "*dims"]) -> Any:
-    """0 and 1 in bfloat16, exact in every product here."""
+    """Booleans as 0 and 1 in bfloat16, exact in every product here."""
     return jnp.where(x, 1.0, 0.0).astype(jnp.bfloat16)
 
 
@@ -214,7 +233,7 @@ def mark(
     key: Int32[Array, ""],
     last: Int32[Array, ""],
 ) -> None:
-    """Write which keys are chosen, [R,128] of 0 and 1, and how many in each row, [G,128]."""
+    """Write which keys are chosen, 0 or 1 [R, 128], and how many per row, [G, 128]."""
     step = min(_STEP, keys_ref.shape[0])
     per_group = min(LANES, step)
     counts_ref[...] = jnp.zeros_like(counts_ref)
@@ -238,30 +257,30 @@ def mark(
 def listed(
     chosen_ref: Any, counts_ref: Any, rows: Int32[Array, ""], slots: int
 ) -> Int32[Array, "1 P"]:
-    """The chosen entries' numbers, ascending; what follows the last is meaningless."""
+    """Indices of the chosen entries, ascending; slots after the last are meaningless."""
     group_P1, within_P1, rank_P1, row_1P = _rows_of_slots(counts_ref, slots)
     step = min(_STEP, chosen_ref.shape[0])
     per_group = min(LANES, step)
     iota_PL = jax.lax.broadcasted_iota(jnp.int32, (slots, per_group), 1).astype(jnp.float32)
     within_PL = _bits(iota_PL == within_P1)
 
-    def fetch(index: Any, found_PL: Any) -> Any:
+    def fetch(index: Any, marks_PL: Any) -> Any:
         for part in range(step // per_group):
             group = index * (step // per_group) + part
             start = pl.multiple_of(group * per_group, per_group)
             rows_PL = _dot(within_PL, chosen_ref[pl.ds(start, per_group), :], (1, 0))
-            found_PL = jnp.where(group_P1 == group.astype(jnp.float32), rows_PL, found_PL)
-        return found_PL
+            marks_PL = jnp.where(group_P1 == group.astype(jnp.float32), rows_PL, marks_PL)
+        return marks_PL
 
     steps = jax.lax.div(rows + step - 1, step)
-    found_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
-    upto_PL = _dot(found_PL.astype(jnp.bfloat16), _upper(), (1, 0))
+    marks_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
+    upto_PL = _dot(marks_PL.astype(jnp.bfloat16), _upper(), (1, 0))
     lane_1P = _dot(jnp.ones((8, LANES), jnp.bfloat16), _bits(upto_PL <= rank_P1), (1, 1))[:1]
     return (row_1P * LANES + lane_1P).astype(jnp.int32)
 
 
 def _upper() -> Any:
-    """Products with it are running sums along lanes."""
+    """Upper triangle of ones: products with it are running sums along lanes."""
     iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis)
     return _bits(iota(0) <= iota(1))
 
@@ -269,7 +288,7 @@ def _upper() -> Any:
 def _rows_of_slots(
     counts_ref: Any, slots: int
 ) -> tuple[Float32[Array, "P 1"], Float32[Array, "P 1"], Float32[Array, "P 1"], Any]:
-    """Each slot's group, row in it, rank among the row's chosen ones; rows along lanes, [1, P]."""
+    """Each slot's group, row in the group and rank in the row; and its row along lanes, [1, P]."""
     exact = jax.lax.Precision.HIGHEST
     ones = jnp.ones((8, LANES), jnp.bfloat16)
     counts_GL = counts_ref[...].astype(jnp.bfloat16)
@@ -282,7 +301,7 @@ def _rows_of_slots(
     start_P1 = jnp.sum(jnp.where(here_PG, before_1G, 0.0), axis=1, keepdims=True)
     group_P1 = jnp.sum(jnp.where(passed_PG, 1.0, 0.0), axis=1, keepdims=True)
     group_1P = _dot(ones, _bits(passed_PG), (1, 1))[:1]
-    # Running counts of a group's rows, in two digits that bfloat16 holds exactly.
+    # Running counts of a group's rows, as two digits that bfloat16 holds exactly.
     upto_GL = _dot(counts_GL, _upper(), (1, 0))
     high_GL = jnp.floor(upto_GL * (1 / 256))
     digit = lambda x_GL: _dot(_bits(here_PG), x_GL.astype(jnp.bfloat16), (1, 0))

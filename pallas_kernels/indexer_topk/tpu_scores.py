@@ -1,10 +1,10 @@
 """Scores of a block of keys for one query, inside a TPU kernel.
 
-The vector unit's work per head and 128 keys is the least there is: bound, weigh, add. Heads lie
-along sublanes; eight vectors of partial sums are folded into one whose sublane i holds keys
-128 * i to 128 * i + 127.
+The vector unit's work per head and 128 keys is minimal: relu, weight, add. Heads are along
+sublanes; eight vectors of partial sums are folded into one, whose sublane i has the keys
+128 * i .. 128 * i + 127.
 
-Axis letters: as in the package; X keys of a tile, 1024.
+Axis letters: as in the package; X = 1024 keys of a tile, L = 128 lanes.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from pallas_kernels.quantize import tpu_codes
 
 LANES = 128
 TILE = 8 * LANES  # keys whose scores are one vector
-# Of 4096 places, few hold more than this many of the 512 best: 1 query in 1000 needs a second look.
+# Of 4096 places, few have more than this many of the 512 best: 1 query in 1000 needs a second pass.
 PEAKS = 4
 
 
@@ -40,21 +40,21 @@ def score_block(
     heads: int,
     tiles: int,
 ) -> None:
-    """Write a block's scores, and keep the largest few of those with the same place.
+    """Write a block's scores, and update the few largest of each place.
 
     Args:
       q_IJ: the query.
       column_ref: [I, 128], each head's weight along lanes.
-      key_refs: [1, 1, N, J] each, side by side the block; or FP4 codes, [1, 1, J / 2, X].
-      scale_ref: None; [1, 1, X / 128, 128], factors of the scores; or with FP4 codes
-        [1, 1, X / 128, 4 * J], factors of the keys.
+      key_refs: [1, 1, N, J] each, together the block; or FP4 codes, [1, 1, J / 2, X].
+      scale_ref: None; scales of the scores, [1, 1, X / 128, 128]; or with FP4 codes, scales of the
+        keys, [1, 1, X / 128, 4 * J].
       scores_ref: all ordered scores, [R, 128].
       peaks_ref: the largest, second largest and so on, [PEAKS, 8 * places / 1024, 128].
       start: first row of `scores_ref` to write.
-      visible: entries that exist.
-      hidden: of these, so many at the front are not seen.
-      heads: those of the query; what follows them is padding.
-      tiles: of 1024 keys in the block.
+      visible: entries below this are seen,
+      hidden: but not those below this; None: 0.
+      heads: heads of the query; the rest is padding.
+      tiles: tiles of 1024 keys in the block.
     """
     fp4 = key_refs[0].dtype == jnp.uint8
     unit = tpu_codes.E2M1_UNIT if fp4 else 1.0
@@ -73,10 +73,10 @@ def score_block(
         exists = entry < visible if hidden is None else (entry < visible) & (entry >= hidden)
         key = jnp.where(exists, ordered(score), choice.NOTHING)
         scores_ref[pl.ds(first, 8), :] = key
-        _raise(peaks_ref, pl.ds(tile * 8 % peaks_ref.shape[1], 8), key)
+        _update_peaks(peaks_ref, pl.ds(tile * 8 % peaks_ref.shape[1], 8), key)
 
 
-def _raise(peaks_ref: Any, rows: Any, key: Int32[Array, "8 128"]) -> None:
+def _update_peaks(peaks_ref: Any, rows: Any, key: Int32[Array, "8 128"]) -> None:
     for depth in range(PEAKS):
         peak = peaks_ref[depth, rows, :]
         peaks_ref[depth, rows, :] = jnp.maximum(peak, key)
@@ -84,7 +84,7 @@ def _raise(peaks_ref: Any, rows: Any, key: Int32[Array, "8 128"]) -> None:
 
 
 def _float32(scale: Any) -> Any:
-    """Scales as numbers; 2^-127 counts as 0."""
+    """Scales in float32; 2^-127 counts as 0."""
     if scale.dtype != jnp.float8_e8m0fnu:
         return scale
     exponent = jax.lax.bitcast_convert_type(scale, jnp.uint8).astype(jnp.int32)
@@ -104,10 +104,10 @@ def _tile_of_keys(key_refs: Any, tile: int) -> Any:
 
 
 def _tile_of_fp4(codes_ref: Any, scale: Any, tile: int, dtype: Any) -> Any:
-    """Keys by channel, [J, 1024]; `scale` is `E2M1_UNIT` times theirs."""
+    """Keys with channels first, [J, 1024]; `scale` is `E2M1_UNIT` times the keys' scale."""
     packed = codes_ref[0, 0, :, pl.ds(tile * TILE, TILE)]
-    # Products with powers of two are exact either way; before TPU7x float32 takes fewer packings.
-    wide = jnp.bfloat16 if tpu_codes.keeps_e4m3() else jnp.float32
+    # Products with powers of two are exact either way; before TPU7x, float32 needs fewer packings.
+    wide = jnp.bfloat16 if tpu_codes.has_native_e4m3() else jnp.float32
     value_JX = jnp.concatenate([half.astype(wide) for half in tpu_codes.e2m1_halves(packed)])
     along = lambda block: jnp.concatenate(
         [scale[row : row + 1, block * LANES : (block + 1) * LANES] for row in range(8)], axis=1
@@ -120,7 +120,7 @@ def _tile_of_fp4(codes_ref: Any, scale: Any, tile: int, dtype: Any) -> Any:
 def _tile_of_scores(
     q_IJ: Any, weight_IL: Any, keys: Any, heads: int, *, by_channel: bool
 ) -> Float32[Array, "8 128"]:
-    """Of keys [1024, J], or by channel [J, 1024]."""
+    """Scores of keys [1024, J], or [J, 1024] with `by_channel`."""
     if keys.dtype != q_IJ.dtype:
         keys = keys.astype(q_IJ.dtype)
     dots_IX = jax.lax.dot_general(
@@ -131,7 +131,7 @@ def _tile_of_scores(
         preferred_element_type=jnp.float32,
     )
     if heads < len(dots_IX):
-        # Of an infinite key padding would make NaN.
+        # An infinite key times a padding head of zeros is NaN.
         head_IX = jax.lax.broadcasted_iota(jnp.int32, dots_IX.shape, 0)
         dots_IX = jnp.where(head_IX < heads, dots_IX, 0.0)
 
@@ -143,7 +143,7 @@ def _tile_of_scores(
 
 
 def _sublanes_summed(parts: list[Any]) -> Float32[Array, "8 128"]:
-    """Row i of the result is the sum of part i's eight rows."""
+    """Fold eight vectors into one, whose row i is the sum of part i's eight rows."""
     row = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
     for shift in (4, 2, 1):
         first = (row & shift) == 0

@@ -1,9 +1,9 @@
-"""Rotary embedding of attention's heads, and their norm before it.
+"""Rotary embedding of attention heads, optionally after a norm.
 
-The last 2Q channels turn, neighbouring channels paired (report, section 2.3). Everything is
-computed in float32 but the norm, where that is asked for. A TPU kernel reads and writes the heads
-once, where XLA's form lays them out anew, in float32, for the pairs; on GPUs XLA's form keeps one
-copy, of the normed heads. Gradients are computed anew, by XLA.
+The last 2Q channels are rotated in pairs of adjacent channels (report, section 2.3). Everything is
+computed in float32, except for a norm that asks for the heads' dtype. The TPU kernel reads and
+writes the heads once, where XLA's form makes a float32 copy in another layout for the pairs; on
+GPUs XLA's form has one temporary, the normalised heads. XLA computes gradients, from the inputs.
 
 Axis letters: B batch, T tokens, H heads, K head dim, Q rotary pairs.
 """
@@ -31,23 +31,23 @@ def rotate(
     norm: Norm | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "B T H K"]:
-    """Turn each pair of channels by its angle at the token's position.
+    """Rotate each pair of channels by its angle at the token's position.
 
     Args:
       x_BTHK: heads.
-      cos_BTQ: of the angles.
-      sin_BTQ: of the angles; of their negatives to turn back.
-      norm: applied to each head first; None for none.
-      impl: 'auto' takes the best form for the compile target.
+      cos_BTQ: cosines of the angles.
+      sin_BTQ: sines of the angles; negate them to rotate back.
+      norm: norm applied to each head first; None for none.
+      impl: 'auto' picks the best form for the compile target.
     Raises:
-      NotImplementedError: no such form, or it does not take these arguments.
-      TypeError: an array that is not of floats.
-      ValueError: shapes that do not fit together.
+      NotImplementedError: no such form, or it does not support these arguments.
+      TypeError: an array that is not floating-point, or `norm` is neither a Norm nor None.
+      ValueError: shapes that do not match.
     """
     arrays = {"x_BTHK": x_BTHK, "cos_BTQ": cos_BTQ, "sin_BTQ": sin_BTQ}
     sizes = check_arrays("rotary.rotate", arrays)
     if not isinstance(norm, Norm | None):
-        raise TypeError(f"rotary.rotate: norm is {shown(norm)}; it takes a Norm or None.")
+        raise TypeError(f"rotary.rotate: norm is {shown(norm)}; it must be a Norm or None.")
     if 2 * sizes["Q"] > sizes["K"]:
         raise ValueError(
             f"rotary.rotate: x_BTHK has {sizes['K']} channels; {sizes['Q']} pairs do not fit."
@@ -65,7 +65,7 @@ def _forward(norm: Norm | None, impl: Impl, args: Any) -> Any:
 
 
 def _backward(norm: Norm | None, impl: Impl, args: Any, grad_BTHK: Any) -> Any:
-    """Of the reference, whatever ran forward."""
+    """The reference's gradient, whichever form ran forward."""
     del impl
     return (jax.vjp(functools.partial(reference.rotate, norm=norm), *args)[1](grad_BTHK),)
 

@@ -1,4 +1,4 @@
-"""Norm and rotary embedding in plain maths.
+"""Reference norm and rotary embedding.
 
 Axis letters: as in the package.
 """
@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A root-mean-square norm without weight.
+    """A root-mean-square norm without a weight.
 
     Attributes:
       eps: added to the mean square.
-      float32: square and average in float32; else in the heads' dtype, as DeepSeek's runtime does.
+      float32: whether to square and average in float32; otherwise in the heads' dtype, like
+        DeepSeek's runtime.
     """
 
     eps: float
@@ -30,16 +31,16 @@ def rotate(
     *,
     norm: Norm | None,
 ) -> Float[Array, "B T H K"]:
-    """As the package says."""
+    """See `rotary.rotate`."""
     if norm is not None:
         x_BTHK = _normed(x_BTHK, norm)
     cos, sin = (part[:, :, None].astype(jnp.float32) for part in (cos_BTQ, sin_BTQ))
-    straight = x_BTHK.shape[-1] - 2 * cos.shape[-1]
-    turned = x_BTHK[..., straight:].astype(jnp.float32)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    unrotated = x_BTHK.shape[-1] - 2 * cos.shape[-1]
+    rotated = x_BTHK[..., unrotated:].astype(jnp.float32)
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    turned = pairs.reshape(turned.shape).astype(x_BTHK.dtype)
-    return jnp.concatenate([x_BTHK[..., :straight], turned], axis=-1)
+    rotated = pairs.reshape(rotated.shape).astype(x_BTHK.dtype)
+    return jnp.concatenate([x_BTHK[..., :unrotated], rotated], axis=-1)
 
 
 def _normed(x_BTHK: Float[Array, "B T H K"], norm: Norm) -> Float[Array, "B T H K"]:

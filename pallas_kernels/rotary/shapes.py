@@ -1,11 +1,11 @@
-"""Sizes of the models' rotated heads. Axis letters: as in the package."""
+"""Sizes of the models' heads and their rotated channels. Axis letters: as in the package."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Heads H, head dim K, rotated channels 2Q."""
+    """Heads H, head dim K and rotated channels 2Q."""
 
     heads: int
     dim: int

@@ -1,6 +1,6 @@
-"""Norm and rotary embedding on TPUs: one reading, one writing, in place where x is not needed.
+"""Norm and rotary embedding on TPUs: one read and one write, in place if x is not used again.
 
-Grid: blocks of tokens. Only the last column of 128 channels turns.
+The grid is blocks of tokens. Only the last 128 channels of a head are rotated.
 
 Axis letters: as in the package; R tokens of all rows of the batch, V lanes (128).
 """
@@ -20,8 +20,8 @@ from pallas_kernels.rotary.reference import Norm
 
 LANES = 128
 _BLOCK_BYTES = 2**20
-_HEADS = 32  # that go through the registers at once
-# Of fewer XLA's form copies next to nothing.
+_HEADS = 32  # heads in registers at once
+# For fewer, XLA's form copies next to nothing.
 _FEW_TOKENS, _FEW_HEADS = 64, 8
 
 
@@ -32,34 +32,34 @@ def rotate(
     *,
     norm: Norm | None,
 ) -> Float[Array, "B T H K"]:
-    """As the package says.
+    """See `rotary.rotate`.
 
     Raises:
-      Unsupported: another dtype or number of channels, or few tokens.
+      Unsupported: another dtype or number of channels, or few tokens or heads.
     """
     B, T, H, K = x_BTHK.shape
     rotated, dtype = 2 * cos_BTQ.shape[2], x_BTHK.dtype
     if dtype not in (jnp.bfloat16, jnp.float32) or K % LANES or rotated > LANES:
         raise Unsupported(
-            "The TPU form takes bfloat16 and float32 heads of multiples of 128 channels, up to 128 "
-            f"of them turning, not {rotated} of {K} in {dtype}."
+            "The TPU kernel takes bfloat16 and float32 heads with a multiple of 128 channels, up "
+            f"to 128 of them rotated, not {rotated} of {K} in {dtype}."
         )
     if B * T < _FEW_TOKENS or H < _FEW_HEADS:
         raise Unsupported(
-            f"The TPU form takes {_FEW_TOKENS} tokens or more of {_FEW_HEADS} heads or more, "
+            f"The TPU kernel takes {_FEW_TOKENS} or more tokens of {_FEW_HEADS} or more heads, "
             f"not {B * T} of {H}."
         )
     tokens = max(8, _BLOCK_BYTES // (H * K * dtype.itemsize) // 8 * 8)
     tables = [_in_pairs(part.reshape(B * T, -1)) for part in (cos_BTQ, sin_BTQ)]
-    heads = pl.BlockSpec((tokens, H, K), lambda i: (i, 0, 0))
-    table = pl.BlockSpec((tokens, LANES), lambda i: (i, 0))
+    heads = pl.BlockSpec((tokens, H, K), lambda token_block: (token_block, 0, 0))
+    table = pl.BlockSpec((tokens, LANES), lambda token_block: (token_block, 0))
     out_RHK = pl.pallas_call(
         functools.partial(_kernel, rotated=rotated, norm=norm),
         out_shape=jax.ShapeDtypeStruct((B * T, H, K), dtype),
         grid=(pl.cdiv(B * T, tokens),),
         in_specs=[heads, table, table],
         out_specs=heads,
-        # Pallas' interpreter returns aliased arrays with their padding.
+        # Pallas' interpreter returns aliased arrays with the padding of the last block.
         input_output_aliases={} if B * T % tokens else {0: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name="rotary",
@@ -88,17 +88,17 @@ def _kernel(
 
 
 def _normed(x_HK: Float32[Array, "H K"], norm: Norm, dtype: Any) -> Float32[Array, "H K"]:
-    """Rounded wherever the reference rounds."""
-    kept = lambda x: x.astype(dtype).astype(jnp.float32)
-    own = (lambda x: x) if norm.float32 else kept
-    mean_H1 = own(jnp.mean(own(x_HK * x_HK), axis=1, keepdims=True))
-    eps_H1 = own(jnp.full_like(mean_H1, norm.eps))
-    inverse_H1 = kept(own(jax.lax.rsqrt(own(mean_H1 + eps_H1))))
-    return kept(x_HK * inverse_H1)
+    """Normalise in float32, rounding to `dtype` wherever the reference does."""
+    rounded = lambda x: x.astype(dtype).astype(jnp.float32)
+    in_norm = (lambda x: x) if norm.float32 else rounded
+    mean_H1 = in_norm(jnp.mean(in_norm(x_HK * x_HK), axis=1, keepdims=True))
+    eps_H1 = in_norm(jnp.full_like(mean_H1, norm.eps))
+    inverse_H1 = rounded(in_norm(jax.lax.rsqrt(in_norm(mean_H1 + eps_H1))))
+    return rounded(x_HK * inverse_H1)
 
 
 def _in_pairs(part_RQ: Float[Array, "R Q"]) -> Float32[Array, "R V"]:
-    """A table's values twice each, in the last lanes."""
+    """Each value of a table twice, in the last lanes."""
     twice_RV = jnp.repeat(part_RQ.astype(jnp.float32), 2, axis=1)
     return jnp.pad(twice_RV, ((0, 0), (LANES - twice_RV.shape[1], 0)))
 
@@ -106,9 +106,9 @@ def _in_pairs(part_RQ: Float[Array, "R Q"]) -> Float32[Array, "R V"]:
 def turn(
     x_HV: Float32[Array, "H V"], cos_HV: Any, sin_HV: Any, rotated: int
 ) -> Float32[Array, "H V"]:
-    """RoPE on the last `rotated` of 128 lanes; the table there only."""
+    """RoPE on the last `rotated` of 128 lanes; only there are the tables read."""
     lane_HV = jax.lax.broadcasted_iota(jnp.int32, x_HV.shape, 1)
-    # Lane 127 has no right neighbour and lane 0 no left one; neither is asked for.
+    # Lane 127 has no right neighbour and lane 0 no left one, but neither is used.
     right_HV, left_HV = pltpu.roll(x_HV, LANES - 1, 1), pltpu.roll(x_HV, 1, 1)
     other_HV = jnp.where((lane_HV & 1) == 0, -right_HV, left_HV)
     turned_HV = x_HV * cos_HV + other_HV * sin_HV

@@ -47,7 +47,7 @@ class Release:
             for tensor in _views(files, theirs, translate(theirs)):
                 if tensor.name in self.tensors:
                     raise CheckpointError(
-                        f"{tensor.file}: tensors '{theirs}' and another both hold "
+                        f"{tensor.file}: tensor '{theirs}' and another one both hold "
                         f"'{tensor.name}'; remove one of them."
                     )
                 self.tensors[tensor.name] = self._checked(tensor)

@@ -203,7 +203,9 @@ def locate(directory: Path, name: str) -> Path:
             f"{path}: is a link to {os.readlink(path)}, which does not exist; fix the link, or "
             "mount the disk."
         )
-    raise CheckpointError(f"{path}: does not exist, but {INDEX} names it; download this file too.")
+    raise CheckpointError(
+        f"{path}: does not exist or is not a file, but the checkpoint needs it; download it too."
+    )
 
 
 def write_checkpoint(

@@ -1,1 +1,1 @@
-"""The mathematics of the model, and its state."""
+"""The model's mathematics and state."""

@@ -1,4 +1,4 @@
-"""What every layer of one forward pass shares: settings, positions and rotary tables.
+"""What all layers of a forward pass share: settings, positions and rotary tables.
 
 Axis letters: B batch, T tokens, P rotary pairs.
 """

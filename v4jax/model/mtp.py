@@ -1,4 +1,4 @@
-"""The multi-token prediction block of the preview checkpoints (report, section 2; facts 3.11).
+"""The multi-token prediction block of the preview checkpoints (report, section 2).
 
 Position t takes the backbone's streams at t and the embedding of token t + 1, and predicts token
 t + 2. Its attention is sliding; embedding and head are the model's.

@@ -1,1 +1,1 @@
-"""Characters: the chat encoding, the tokenizer, stop strings. No JAX."""
+"""Text: the chat encoding, tokenizers, stop strings. No JAX."""

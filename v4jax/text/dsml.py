@@ -12,7 +12,7 @@ from v4jax.text.chat import DSML
 OPEN_CALLS, CLOSE_CALLS = f"<{DSML}tool_calls >", f"</{DSML}tool_calls >"
 OPEN_INVOKE, CLOSE_INVOKE = f'<{DSML}invoke name = "', f"</{DSML}invoke >"
 OPEN_PARAMETER, CLOSE_PARAMETER = f'<{DSML}parameter name = "', f"</{DSML}parameter >"
-# What ends the opening tag of a call, and that of a parameter.
+# Ends of the opening tags of a call and of a parameter.
 NAMED = '" >'
 STRING, JSON = '" string = "true" >', '" string = "false" >'
 BLANK = " \t\r\n"

@@ -66,7 +66,7 @@ class Words:
         return jax.lax.bitcast_convert_type(functools.reduce(jnp.bitwise_or, words), jnp.int32)
 
 
-room_of_words = tpu_gather.Lists.room
+scratch_of_words = tpu_gather.Lists.scratch
 
 
 class Lists(tpu_gather.Lists):
@@ -76,8 +76,8 @@ class Lists(tpu_gather.Lists):
         super().__init__(Words(ref), sems)
 
     @staticmethod
-    def room(k: int, pool: Any) -> Any:
-        groups, rows, lanes = room_of_words(k, pool).shape
+    def scratch(k: int, pool: Any) -> Any:
+        groups, rows, lanes = scratch_of_words(k, pool).shape
         return pltpu.VMEM((groups, rows * tpu_gather.packing(pool.dtype), lanes), pool.dtype)
 
 
@@ -285,7 +285,7 @@ def test_prefill_compiles_within_32_megabytes(name: str, target: Target) -> None
 @pytest.mark.parametrize(
     ("heads", "queries", "changed", "message"),
     [
-        (16, 1, {"S": 65}, "room for a multiple of 8 entries"),
+        (16, 1, {"S": 65}, "capacity is a multiple of 8 entries"),
         (16, 9, {}, "up to 8 queries"),
         (3, 1, {}, "heads in multiples of 16"),
         (16, 1, {"window": jnp.float16}, "both in bfloat16 or both in float32"),

@@ -58,8 +58,8 @@ def decode(
     ring = inputs.window_BRK.shape[1]
     if queries * heads > 2 * _ROWS or ring > 2 * _ROWS:
         raise Unsupported(
-            f"dense_attention.decode on TPU takes up to {2 * _ROWS} rows of queries x heads and up "
-            f"to {2 * _ROWS} keys of a window, not {queries} x {heads} and {ring}."
+            f"dense_attention.decode on TPUs takes up to {2 * _ROWS} rows of queries x heads and "
+            f"up to {2 * _ROWS} keys of a window, not {queries} x {heads} and {ring}."
         )
     per_batch_row = lambda *dims: pl.BlockSpec((None, *dims), _batch_row)
     window = _Window(
@@ -91,7 +91,7 @@ def prefill(
     near = keys_per_block(queries, block, window)
     if heads * block > 2 * _ROWS or near > _ROWS:
         raise Unsupported(
-            f"dense_attention.prefill on TPU takes up to {2 * _ROWS} heads and a window of up to "
+            f"dense_attention.prefill on TPUs takes up to {2 * _ROWS} heads and a window of up to "
             f"{_ROWS}, not {heads} and {window}."
         )
     keys, first_BT, start_B = inputs.window_BXK.shape[1], inputs.first_BT, inputs.start_B
@@ -162,7 +162,7 @@ def _attend(
     hidden_BN1Q = None if hidden_BT is None else in_blocks(hidden_BT, block)
     most = _SCALARS // (2 if hidden_BN1Q is None else 4)
     if batch * blocks > most:
-        raise Unsupported(f"dense_attention on TPU takes up to {most} blocks of {block} queries.")
+        raise Unsupported(f"dense_attention on TPUs takes up to {most} blocks of {block} queries.")
     width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
     steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
 

@@ -106,8 +106,8 @@ class Entries:
         end = (jnp.max(visible_Q) + size - 1) // size
         if hidden_Q is None:
             return 0, end
-        room = self.pool_LBSK.shape[2]
-        return jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, room)) // size, end
+        capacity = self.pool_LBSK.shape[2]
+        return jnp.min(jnp.where(hidden_Q < visible_Q, hidden_Q, capacity)) // size, end
 
     def of_block(
         self, block: Int[Array, ""]

@@ -130,13 +130,13 @@ def _tiling(keys: Keys, heads: int, queries: int, k: int, has_hidden: bool) -> _
 
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
     """Reject what the kernel does not support."""
-    takes = "indexer_topk.select on TPU takes"
+    takes = "indexer_topk.select on TPUs takes"
     scores, scalars = (
         tiling.step * tiling.blocks * tiling.block,
         visible_BT.size * (1 + tiling.has_hidden),
     )
-    if isinstance(keys, Fp4Keys) and keys.codes.shape[2] % FP4_BLOCK:
-        raise Unsupported(f"{takes} Fp4Keys of a multiple of 64 channels.")
+    if isinstance(keys, Fp4Keys) and (half := keys.codes.shape[2]) % FP4_BLOCK:
+        raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
     if isinstance(keys, PagedKeys):
         scalars += keys.table.size
         if (n := keys.pages.shape[2]) % TILE and TILE % n:

@@ -48,7 +48,7 @@ def prefill(
       Unsupported: as for `decode`, and for rows of several documents.
     """
     if inputs.first_BT is not None:
-        raise Unsupported("sparse_attention.prefill for GPUs does not take first_BT.")
+        raise Unsupported("sparse_attention.prefill on GPUs does not take first_BT.")
     near_BTr = window_rows(inputs.start_B, inputs.q_BTHK.shape[1], window)
     return _attend(inputs, inputs.window_BXK, near_BTr, scale)
 

@@ -28,7 +28,7 @@ def decode(
     _require(inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK)
     if (queries := inputs.q_BTHK.shape[1]) > _QUERIES:
         raise Unsupported(
-            f"sparse_attention.decode for TPUs takes up to {_QUERIES} queries per row, not "
+            f"sparse_attention.decode on TPUs takes up to {_QUERIES} queries per row, not "
             f"{queries}; prefill takes more."
         )
     return tpu_decode.call(inputs, scale=scale)
@@ -42,7 +42,7 @@ def prefill(
 ) -> Float[Array, "B T H K"]:
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
     if isinstance(inputs.pool_LBSK, Fp8Rows):
-        raise Unsupported("sparse_attention.prefill for TPUs does not take Fp8Rows; decode does.")
+        raise Unsupported("sparse_attention.prefill on TPUs does not take Fp8Rows; decode does.")
     return tpu_prefill.call(inputs, window=window, scale=scale)
 
 
@@ -66,22 +66,22 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
     dtype, (heads, dim) = q_BTHK.dtype, q_BTHK.shape[2:]
     if dtype not in (jnp.bfloat16, jnp.float32) or window.dtype != dtype:
         raise Unsupported(
-            "sparse_attention for TPUs takes queries and window both in bfloat16 or both in "
+            "sparse_attention on TPUs takes queries and window both in bfloat16 or both in "
             f"float32, not {dtype} and {window.dtype}."
         )
     if heads % 16 or dim % LANES:
         raise Unsupported(
-            "sparse_attention for TPUs takes heads in multiples of 16 and head dims in multiples "
+            "sparse_attention on TPUs takes heads in multiples of 16 and head dims in multiples "
             f"of {LANES}, not {heads} heads of dim {dim}."
         )
     data = pool.data if isinstance(pool, Fp8Rows) else pool
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(
-            "sparse_attention for TPUs takes a pool in the queries' dtype or Fp8Rows, not "
+            "sparse_attention on TPUs takes a pool in the queries' dtype or Fp8Rows, not "
             f"{data.dtype}."
         )
     if data.shape[2] % (tile := 8 * packing(data.dtype)):
         raise Unsupported(
-            f"sparse_attention for TPUs takes a pool with room for a multiple of {tile} "
+            f"sparse_attention on TPUs takes a pool whose capacity is a multiple of {tile} "
             f"entries of {data.dtype}, not {data.shape[2]}."
         )

@@ -46,7 +46,7 @@ def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=_per_row(queries, heads, dim),
-            scratch_shapes=[gather.Lists.room(k, pool_LBSW), pltpu.SemaphoreType.DMA((2,))],
+            scratch_shapes=[gather.Lists.scratch(k, pool_LBSW), pltpu.SemaphoreType.DMA((2,))],
         ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(

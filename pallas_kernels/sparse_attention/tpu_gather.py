@@ -85,7 +85,7 @@ class Lists:
         self.ref, self.sems, self.groups = ref, sems, ref.shape[0] // 2
 
     @staticmethod
-    def room(k: int, pool: Any) -> Any:
+    def scratch(k: int, pool: Any) -> Any:
         """Shape of the scratch `ref`."""
         return pltpu.VMEM((2 * k // _GROUP, _GROUP, pool.shape[3]), jnp.int32)
 

@@ -102,7 +102,7 @@ def _grid(
         out_specs=_per_block(block, heads, dim),
         scratch_shapes=[
             pltpu.VMEM((window + block, dim), q_BTHK.dtype),
-            gather.Lists.room(k, pool_LBSK),
+            gather.Lists.scratch(k, pool_LBSK),
             pltpu.SemaphoreType.DMA((3,)),
             masked.scratch(block, heads, dim, few, q_BTHK.dtype),
         ],

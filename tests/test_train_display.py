@@ -94,12 +94,12 @@ STEP = b'{"kind": "step", "step": 1, "loss": 2.0}\n'
     [
         (b"", "has no steps yet"),
         (b'{"kind": "evaluation", "step": 1, "loss": 2.0}\n', "has no steps yet"),
-        (STEP + b"}{\n", f"{journal.FILE}:2: is no line of metrics; remove it."),
-        (STEP + b"\n\xff\xfe\x00\n", f"{journal.FILE}:3: is no line of metrics"),
-        (b"[1, 2]\n" + STEP, f"{journal.FILE}:1: is no line of metrics"),
-        (b'{"step": 3}\n', f"{journal.FILE}:1: is no line of metrics"),
-        (b'{"kind": "step", "step": "3"}\n', f"{journal.FILE}:1: is no line of metrics"),
-        (b"17\n", f"{journal.FILE}:1: is no line of metrics"),
+        (STEP + b"}{\n", f"{journal.FILE}:2: is not a line of metrics; remove it."),
+        (STEP + b"\n\xff\xfe\x00\n", f"{journal.FILE}:3: is not a line of metrics"),
+        (b"[1, 2]\n" + STEP, f"{journal.FILE}:1: is not a line of metrics"),
+        (b'{"step": 3}\n', f"{journal.FILE}:1: is not a line of metrics"),
+        (b'{"kind": "step", "step": "3"}\n', f"{journal.FILE}:1: is not a line of metrics"),
+        (b"17\n", f"{journal.FILE}:1: is not a line of metrics"),
     ],
 )
 def test_metrics_that_cannot_be_plotted_are_named(

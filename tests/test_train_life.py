@@ -212,10 +212,10 @@ def test_damaged_or_missing_fingerprints_are_reported(run: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.json: is damaged"):
         loop.resume(run, show=silent)
     (run / fingerprint.FILE).write_text("[]")
-    with pytest.raises(ValueError, match="is of 0 files, the recipe of 2"):
+    with pytest.raises(ValueError, match="has 0 files, but the recipe has 2"):
         loop.resume(run, show=silent)
     (run / fingerprint.FILE).unlink()
-    with pytest.warns(UserWarning, match="whether its data has changed is not known"):
+    with pytest.warns(UserWarning, match="whether its data has changed is unknown"):
         loop.resume(run, show=silent)
 
 

@@ -127,7 +127,9 @@ def test_what_is_not_understood_is_rejected_by_name(fields: dict[str, Any], prob
     ],
 )
 def test_fields_that_a_role_does_not_have_are_rejected(message: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^messages\[0\]\.\w+ is (not a field of \w+ messages|1 in)"):
+    with pytest.raises(
+        ValueError, match=r"^messages\[0\]\.\w+ is (not a field of \w+ messages|1 in)"
+    ):
         parse({"messages": [message, *answered()["messages"]]})
 
 
@@ -200,7 +202,10 @@ def test_row_settings_that_are_not_understood_are_rejected(fields, problem) -> N
             {"prompt": "p", "completion": "c", "reasoning": "r"},
             "reasoning is not a field of completion rows",
         ),
-        ({"prompt": [USER], "completion": [USER]}, "prompt is list; give a string. Messages belong"),
+        (
+            {"prompt": [USER], "completion": [USER]},
+            "prompt is list; give a string. Messages belong",
+        ),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "The row has none of messages"),
         ({"text": None, "messages": None}, "The row has none of messages, prompt and completion"),
     ],

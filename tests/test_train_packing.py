@@ -85,7 +85,8 @@ def test_each_epoch_and_seed_has_its_own_order() -> None:
 
 def test_a_document_that_is_too_long_is_an_error_by_default() -> None:
     message = (
-        "b has 1,281 tokens, but seq_len is 1,280 \\(2 of 3 documents are too long\\); raise it, or set"
+        "b has 1,281 tokens, but seq_len is 1,280 \\(2 of 3 documents are too long\\);"
+        " raise it, or set"
     )
     with pytest.raises(ValueError, match=message):
         packing.pack(

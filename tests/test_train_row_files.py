@@ -163,7 +163,11 @@ def test_an_invalid_list_entry_is_named_by_its_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.parquet", b"PAR1rest", "is a Parquet file; convert it to JSON lines: pandas.read_parquet"),
+        (
+            "a.parquet",
+            b"PAR1rest",
+            "is a Parquet file; convert it to JSON lines: pandas.read_parquet",
+        ),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed with zstd; decompress it"),
         ("a.jsonl.bz2", b"BZh91", "is compressed with bzip2"),
         ("a.zip", b"PK\x03\x04", "is a zip archive"),

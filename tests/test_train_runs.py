@@ -147,7 +147,7 @@ def test_a_spike_is_not_applied_and_its_batch_is_saved(
 def test_a_diverging_run_stops_with_its_last_good_state(make: Any) -> None:
     settings = make(optimizer={"rate": 1e30}, guard={"most": 2}, steps={"steps": 9})
     lines: list[dict[str, Any]] = []
-    with pytest.raises(loop.Stopped, match="2 wrong in a row"):
+    with pytest.raises(loop.Stopped, match="2 bad steps in a row"):
         loop.begin(settings, show=lines.append)
     assert [line["skipped"] for line in lines] == [0.0, 0.0, 1.0, 1.0]
     directory = Path(settings.out)

@@ -1,6 +1,6 @@
-"""Steps of training lowered for devices that are not here, with abstract weights.
+"""Training steps lowered for devices that are not attached, with abstract weights.
 
-See `v4jax.aot` for what the environment must have.
+See `v4jax.aot` for the requirements on the environment.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v4jax import aot
-from v4jax.adapters.lora import Lora
+from v4jax.adapters.lora_settings import Lora
 from v4jax.model import params, sharding
 from v4jax.model.transformer import Model
 
@@ -32,36 +32,36 @@ def lower(
     """Trace and lower a step for the mesh's devices.
 
     Args:
-      settings: of the step; a base under an adapter is held in the release's formats.
+      settings: settings of the step; an adapter's base has the release's formats.
       rule: the optimiser.
-      mesh: of real devices, or of a topology.
-      batch: packs of a step.
-      seq_len: tokens of a pack.
-      parts: into which the batch is cut.
-      dtype: of weights that are trained in full, and of frozen ones that are not quantised.
+      mesh: mesh of real devices, or of a topology.
+      batch: packs per step.
+      seq_len: tokens per pack.
+      parts: number of parts the batch is split into.
+      dtype: dtype of fully trained weights, and of frozen ones that are not quantised.
 
     Returns:
-      What `.compile()` makes a program of; its `memory_analysis` tells the bytes per device.
+      The lowered step; `memory_analysis` of its compiled form reports the bytes per device.
 
     Raises:
       ValueError: the mesh does not divide the weights or a part of the batch.
     """
     sharding.check_rows(batch // parts, mesh)
-    taken = _taken_apart(settings, mesh, dtype)
-    state = _spread(jax.eval_shape(lambda: step.begin(_zeros(taken), rule, 0)), taken, mesh)
+    split = _abstract_parts(settings, mesh, dtype)
+    state = _sharded(jax.eval_shape(lambda: step.begin(_zeros(split), rule, 0)), split, mesh)
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"], None))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     shape = (parts, batch // parts, seq_len)
     local = {
         name: jax.ShapeDtypeStruct(shape, kind, sharding=rows)
         for name, kind in (("tokens", jnp.int32), ("trained", jnp.bool), ("document", jnp.int32))
     }
-    limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     with jax.set_mesh(mesh):
-        return step.make(settings, rule, like=state).lower(state, taken.frozen, local, limit)
+        return step.make(settings, rule, like=state).lower(state, split.frozen, local, limit)
 
 
-def _taken_apart(settings: step.Settings, mesh: Mesh, dtype: Any) -> Parts:
+def _abstract_parts(settings: step.Settings, mesh: Mesh, dtype: Any) -> Parts:
     cfg, what = settings.cfg, settings.what
     declared, adapts = Model(cfg), isinstance(what, Lora)
     model = params.abstract(declared, dtype, cfg.expert_dtype if adapts else None)
@@ -73,22 +73,22 @@ def _taken_apart(settings: step.Settings, mesh: Mesh, dtype: Any) -> Parts:
     return Parts(jax.tree.map(aot.placed, factors, places), {}, model)
 
 
-def _zeros(taken: Parts) -> Parts:
+def _zeros(split: Parts) -> Parts:
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-    return Parts(zeros(taken.trained), zeros(taken.balanced), None)
+    return Parts(zeros(split.trained), zeros(split.balanced), None)
 
 
-def _spread(state: step.State, taken: Parts, mesh: Mesh) -> step.State:
-    """An optimiser's moments lie as the weights that they are of; the rest is on all devices."""
-    weights = jax.tree_util.tree_leaves_with_path((taken.trained, taken.balanced))
+def _sharded(state: step.State, split: Parts, mesh: Mesh) -> step.State:
+    """The state with shardings: moments are sharded like their weights, the rest is replicated."""
+    weights = jax.tree_util.tree_leaves_with_path((split.trained, split.balanced))
     keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
     place_of = {keys(path): leaf.sharding for path, leaf in weights}
     shape_of = {keys(path): leaf.shape for path, leaf in weights}
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path: Any, struct: Any) -> jax.ShapeDtypeStruct:
-        ends = [keys(path)[i:] for i in range(len(keys(path)))]
-        name = next((end for end in ends if shape_of.get(end) == struct.shape), None)
-        return aot.placed(struct, whole if name is None else place_of[name])
+        suffixes = [keys(path)[i:] for i in range(len(keys(path)))]
+        name = next((suffix for suffix in suffixes if shape_of.get(suffix) == struct.shape), None)
+        return aot.placed(struct, replicated if name is None else place_of[name])
 
     return jax.tree_util.tree_map_with_path(place, state)

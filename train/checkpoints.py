@@ -1,4 +1,4 @@
-"""A run's states on disk, by Orbax: written beside the training, complete or not there at all."""
+"""A run's states on disk, by Orbax: saved asynchronously, each complete or absent."""
 
 import contextlib
 import shutil
@@ -21,46 +21,46 @@ _FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 
 
 class NotSaved(ValueError):
-    """A state could not be written; nothing of it is left, and those before it are whole."""
+    """A state could not be written; it leaves no files, and earlier states are intact."""
 
 
 class Checkpoints:
     """The saved states of one run.
 
-    Each holds the arrays that a step changes, as they are spread over devices, and notes in JSON:
-    what else is needed to go on as if nothing had happened.
+    A state has the arrays that a step changes, as they are sharded, and notes in JSON: everything
+    else needed to continue as if the run had not stopped.
     """
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
-        """Open or begin a run's states.
+        """Open or create a run's states.
 
         Args:
-          directory: of the run.
-          keep: how many states stay, the newest.
-          read_only: make nothing.
+          directory: directory of the run.
+          keep: number of newest states to keep.
+          read_only: create nothing.
         """
         options = lambda keep: ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only
         )
-        where = lambda name: Path(directory).absolute() / name
-        self._states = ocp.CheckpointManager(where(STATES), options=options(keep))
+        folder = lambda name: Path(directory).absolute() / name
+        self._states = ocp.CheckpointManager(folder(STATES), options=options(keep))
         if jax.process_count() > 1:
-            # The first process has removed what is not complete; another may have seen it before.
+            # The first process removes incomplete states; others may have listed them before.
             multihost_utils.sync_global_devices("states opened")
             self._states.reload()
-        self._best_place, self._best_options = where(BEST), options(1)
+        self._best_folder, self._best_options = folder(BEST), options(1)
         self._thread = ThreadPoolExecutor(1)
         self._finishing: Future[None] | None = None
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest state, as the first process sees it; None where there is none."""
+        """The step of the newest state, as the first process sees it; None if there is none."""
         step = self._states.latest_step()
         step = processes.of_first(-1 if step is None else step)
         return None if step < 0 else step
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Write a state; returns before it is written, once it cannot change any more."""
+        """Start to write a state; returns once its arrays may be changed again."""
         if step == self.latest:
             return
         self.wait()
@@ -69,53 +69,53 @@ class Checkpoints:
         self._finishing = self._thread.submit(self._finish, step)
 
     def _finish(self, step: int) -> None:
-        """When Orbax has written a state, add its checksums."""
+        """Wait for Orbax to write a state, then add its checksums."""
         with _explained(self._states.directory, step):
             self._states.wait_until_finished()
             if jax.process_index() == 0:
                 checksums.write(Path(self._states.directory) / str(step))
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """A state, the newest by default, with the notes that were saved with it.
+        """Read a state and the notes saved with it.
 
         Args:
-          like: arrays of its structure; it comes back with their shapes, dtypes and devices.
-          step: which one.
+          like: arrays with the state's structure, shapes, dtypes and shardings.
+          step: step of the state; None: the newest.
 
         Raises:
-          ValueError: there is none, or it is not of this structure.
+          ValueError: there is no such state, or it has another structure.
         """
         return _restored(self._states, like, self.latest if step is None else step)
 
     def remove_after(self, step: int) -> bool:
-        """Remove the states after a step: what comes next is saved in their place.
+        """Remove the states after a step, so that the run can save new ones in their place.
 
         Returns:
           Whether the best state was among them.
         """
-        for later in [other for other in self._states.all_steps() if other > step]:
+        for later in [saved for saved in self._states.all_steps() if saved > step]:
             self._states.delete(later)
-        best = processes.of_first(runs.choose(self._best_place) or 0)
+        best = processes.of_first(runs.choose(self._best_folder) or 0)
         if best > step and jax.process_index() == 0:
-            shutil.rmtree(self._best_place)
+            shutil.rmtree(self._best_folder)
         return best > step
 
     def save_best(self, step: int, parts: Any, notes: dict[str, Any]) -> None:
-        """Keep what an evaluation found better than all before it."""
-        best = ocp.CheckpointManager(self._best_place, options=self._best_options)
+        """Save the state with the best evaluation so far, instead of the previous best."""
+        best = ocp.CheckpointManager(self._best_folder, options=self._best_options)
         try:
             if step in best.all_steps():
                 return
-            with _explained(self._best_place, step):
+            with _explained(self._best_folder, step):
                 best.save(step, args=_saved(parts, notes))
                 best.wait_until_finished()
                 if jax.process_index() == 0:
-                    checksums.write(self._best_place / str(step))
+                    checksums.write(self._best_folder / str(step))
         finally:
             _close(best)
 
     def wait(self) -> None:
-        """Return when all that was saved is on disk.
+        """Wait until the last saved state is on disk.
 
         Raises:
           NotSaved: it could not be written.
@@ -125,7 +125,7 @@ class Checkpoints:
             finishing.result()
 
     def close(self) -> None:
-        """Finish what is being written; see `wait`."""
+        """Finish pending writes; see `wait`."""
         try:
             self.wait()
         finally:
@@ -134,7 +134,7 @@ class Checkpoints:
 
 
 def _close(manager: ocp.CheckpointManager) -> None:
-    """Close it, of whose failure to save was told before."""
+    """Close a manager; a failure to save has already been reported."""
     with contextlib.suppress(Exception):
         manager.wait_until_finished()
     manager.close()
@@ -142,7 +142,7 @@ def _close(manager: ocp.CheckpointManager) -> None:
 
 @contextlib.contextmanager
 def _explained(folder: Any, step: int) -> Iterator[None]:
-    """Make one sentence of whatever Orbax raises where it cannot write, and remove its leavings."""
+    """Turn an error of Orbax's writing into one sentence, and remove unfinished files."""
     try:
         yield
     except Exception as error:
@@ -151,18 +151,19 @@ def _explained(folder: Any, step: int) -> Iterator[None]:
             for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
         text = " ".join(str(error).split())
-        full = next((full for full in _FULL if full in text), None)
+        full = next((reason for reason in _FULL if reason in text), None)
         steps = ocp.utils.checkpoint_steps(folder)
         what = "checksums" if step in steps else "state"
-        whole = f" The one of step {max(steps)} is whole." if steps else ""
+        intact = f" The one of step {max(steps)} is intact." if steps else ""
+        room = "Free some space; " if full else ""
         raise NotSaved(
             f"{folder}: the {what} of step {step} cannot be saved: {full or text:.300}."
-            f"{whole} {'Make room; then' if full else 'Then'} 'v4jax-train resume' goes on."
+            f"{intact} {room}'v4jax-train resume' then continues."
         ) from error
 
 
 def restore_best(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """What `save_best` kept; see `Checkpoints.restore`."""
+    """Read the state that `save_best` saved; see `Checkpoints.restore`."""
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(Path(directory).absolute() / BEST, options=options) as best:
         return _restored(best, like, best.latest_step())
@@ -176,10 +177,10 @@ def _saved(tree: Any, notes: dict[str, Any]) -> Any:
 def _restored(manager: Any, like: Any, step: int | None) -> tuple[Any, dict[str, Any]]:
     if step is None or step not in manager.all_steps():
         which = "no state" if step is None else f"no state of step {step}"
-        raise ValueError(f"{manager.directory}: there is {which} to go on from.")
+        raise ValueError(f"{manager.directory}: there is {which} to continue from.")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-        found = manager.restore(
+        restored = manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),  # pyright: ignore[reportCallIssue]
@@ -188,7 +189,7 @@ def _restored(manager: Any, like: Any, step: int | None) -> tuple[Any, dict[str,
         )
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{manager.directory}/{step}: is not a state of this model and recipe, or is damaged"
+            f"{manager.directory}/{step}: is damaged, or not a state of this model and recipe"
             f" ({error!r:.200})."
         ) from error
-    return found.state, found.notes
+    return restored.state, restored.notes

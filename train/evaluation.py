@@ -1,4 +1,4 @@
-"""Losses on data that is not trained on, and texts that the model writes meanwhile."""
+"""Evaluation during training: losses on held-out data, and samples of generated text."""
 
 import itertools
 from typing import Any
@@ -18,31 +18,31 @@ from .trainable import Parts
 
 
 class Evaluator:
-    """Measures a model in training; the same data each time."""
+    """Measures a model in training, on the same data each time."""
 
     def __init__(self, recipe: Recipe, prepared: Setup, held_out: list[Documents]) -> None:
-        """Pack the data; nothing is compiled yet."""
+        """Pack the data; compiles nothing yet."""
         self._recipe, self._setup = recipe, prepared
         self._run = step.evaluate(prepared.settings)
         batch = recipe.steps.batch // recipe.steps.parts
         part = preparation.packs_here(batch, 1, prepared.mesh)
         packed = preparation.held_out_packs(recipe, held_out)
-        preparation.warn(note for one in packed for note in one.notes(waste=False))
-        self._data = [dataset.batches([one], batch=batch, part=part) for one in packed]
+        preparation.warn(note for packs in packed for note in packs.notes(waste=False))
+        self._data = [dataset.batches([packs], batch=batch, part=part) for packs in packed]
 
     @property
-    def wanted(self) -> bool:
-        """Whether the recipe asks for anything."""
+    def has_work(self) -> bool:
+        """Whether the recipe asks for any evaluation."""
         return bool(self._data or self._recipe.evaluation.prompts)
 
     def measure(self, parts: Parts) -> dict[str, Any]:
         """Mean losses over the files, `perplexity`, and `samples` of what the model writes."""
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         if self._data:
-            found |= self._losses(parts)
+            results |= self._losses(parts)
         if self._recipe.evaluation.prompts and jax.process_count() == 1:
-            found["samples"] = self._samples(parts)
-        return found
+            results["samples"] = self._samples(parts)
+        return results
 
     def _losses(self, parts: Parts) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -58,10 +58,12 @@ class Evaluator:
         return means | {"perplexity": float(np.exp(means["loss"]))}
 
     def _samples(self, parts: Parts) -> list[dict[str, str]]:
-        settings, wanted = self._setup.settings, self._recipe.evaluation
+        settings, evaluation = self._setup.settings, self._recipe.evaluation
         model = trainable.join(parts, settings.cfg, settings.what)
         dtype = np.dtype(self._recipe.model.dtype)
         engine = Engine(model, settings.cfg, settings.numerics, dtype)
         writer = LanguageModel(engine, self._setup.tokenizer)
-        write = lambda text: writer.generate(text, max_tokens=wanted.tokens, temperature=0.0).text
-        return [{"prompt": text, "text": write(text)} for text in wanted.prompts]
+        generate = lambda text: (
+            writer.generate(text, max_tokens=evaluation.tokens, temperature=0.0).text
+        )
+        return [{"prompt": text, "text": generate(text)} for text in evaluation.prompts]

@@ -1,4 +1,4 @@
-"""The data that a run began with, so that it does not go on with other data unawares."""
+"""Fingerprints of a run's data, so that it does not continue with other data unnoticed."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ FILE = "data.json"
 
 
 def of(documents: Documents) -> str:
-    """A digest of a file's documents: of their tokens, and of which are trained."""
+    """A digest of a file's documents: their tokens, and which of these are trained."""
     digest = hashlib.sha256()
     for array in (documents.ids_S, documents.trained_S, documents.ends_D.astype(np.int64)):
         digest.update(np.ascontiguousarray(array).data)
@@ -24,34 +24,36 @@ def of(documents: Documents) -> str:
 
 
 def write(directory: Path, data: Sequence[Documents]) -> None:
-    """Keep the fingerprints of a run's files with it."""
-    files = [{"file": one.path, "sha256": of(one)} for one in data]
+    """Write the fingerprints of a run's files to its directory."""
+    files = [{"file": documents.path, "sha256": of(documents)} for documents in data]
     write_file(directory / FILE, (json.dumps(files, indent=1) + "\n").encode())
 
 
 def check(directory: Path, data: Sequence[Documents]) -> None:
-    """Refuse files that do not give what they gave when their fingerprints were written.
+    """Reject files whose documents have changed since their fingerprints were written.
 
     Raises:
-      ValueError: which file does not.
+      ValueError: names the file that has changed.
     """
     path = directory / FILE
-    remedy = "--changed-data goes on with the data as it is now"
+    remedy = "use --changed-data to continue with the data as it is now"
     if not path.is_file():
         warnings.warn(
-            f"{directory}: has no {FILE}, so whether its data has changed is not known.",
+            f"{directory}: has no {FILE}, so whether its data has changed is unknown.",
             stacklevel=2,
         )
         return
     try:
-        kept = [str(one["sha256"]) for one in json.loads(path.read_text(encoding="utf-8"))]
+        digests = [str(file["sha256"]) for file in json.loads(path.read_text(encoding="utf-8"))]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is damaged ({error!r:.100}); {remedy}.") from None
-    if len(kept) != len(data):
-        raise ValueError(f"{path}: is of {len(kept)} files, the recipe of {len(data)}; {remedy}.")
-    for one, fingerprint in zip(data, kept, strict=True):
-        if of(one) != fingerprint:
+    if len(digests) != len(data):
+        raise ValueError(
+            f"{path}: has {len(digests)} files, but the recipe has {len(data)}; {remedy}."
+        )
+    for documents, digest in zip(data, digests, strict=True):
+        if of(documents) != digest:
             raise ValueError(
-                f"{one.path}: has changed since the run began: its rows, or how they become"
-                f" tokens, are others. Bring the old ones back; or {remedy}."
+                f"{documents.path}: has changed since the run began: its rows, or how they become"
+                f" tokens, are different. Restore the old file, or {remedy}."
             )

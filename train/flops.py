@@ -1,6 +1,6 @@
-"""The floating-point operations of training V4, counted once per multiplication and addition.
+"""Floating-point operations of training V4; a multiplication and an addition count as two.
 
-Counted is what the mathematics needs: what is computed anew to save memory is not.
+Only operations that the mathematics needs count, not recomputation to save memory.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from v4jax.model.transformer import Model
 from . import trainable
 from .trainable import Full
 
-# Dense bfloat16 operations per second of a device, as sold; by what JAX calls it.
+# Dense bfloat16 operations per second according to the vendor, by JAX's device kind.
 PEAK = {
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
@@ -26,7 +26,7 @@ PEAK = {
 
 
 def peak(device: Any) -> float | None:
-    """What the device could do in a second; None where that is not known here."""
+    """The device's peak operations per second; None if unknown."""
     kind = device.device_kind
     return max((value for name, value in PEAK.items() if kind.startswith(name)), default=None)
 
@@ -37,11 +37,11 @@ def per_token(
     """Operations of a training step for one token.
 
     Args:
-      cfg: the model.
-      what: is trained: what is frozen needs no gradient of its own.
-      length: tokens of a document, on average over tokens.
-      mtp: the MTP blocks run.
-      indexer: the indexers are trained.
+      cfg: the model's configuration.
+      what: what is trained; frozen weights need no gradient.
+      length: tokens of a document, averaged over tokens.
+      mtp: whether the MTP blocks run.
+      indexer: whether the indexers are trained.
     """
     total = 0.0
     trained = set(trainable.declare(cfg, what))
@@ -51,7 +51,7 @@ def per_token(
         if len(spec.shape) - spec.stack_dims < 2:
             continue
         share = cfg.num_experts_per_tok / cfg.n_routed_experts if spec.stored == "expert" else 1.0
-        # Forward; backward to what is before it; backward to the weight.
+        # Forward; backward to the input; backward to the weight.
         passes = 3 if isinstance(what, Full) and name in trained else 2
         if ".indexer." in name:
             passes = 3 if indexer else 1
@@ -66,9 +66,9 @@ def per_token(
 def attention(cfg: ModelConfig, kind: LayerKind, length: float, *, indexer: bool) -> float:
     """Operations of one layer's attention for one token, without projections."""
     entries = length / 2 / kind.ratio if kind.ratio else 0.0
-    taken = min(entries, cfg.index_topk) if kind.attention == "csa" else entries
-    keys = min(length / 2, cfg.sliding_window) + taken
-    # Products with keys and with values, forward and twice backward.
+    attended = min(entries, cfg.index_topk) if kind.attention == "csa" else entries
+    keys = min(length / 2, cfg.sliding_window) + attended
+    # Products with keys and with values, once forward and twice backward.
     core = 3 * 2 * 2 * cfg.num_attention_heads * cfg.head_dim * keys
     if kind.attention != "csa" or (entries <= cfg.index_topk and not indexer):
         return core

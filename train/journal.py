@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines in `metrics.jsonl`, and where its time went."""
+"""The journal of a run: JSON lines in `metrics.jsonl`, and a clock of where its time went."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ FILE, BOARD = "metrics.jsonl", "tensorboard"
 
 
 class Journal:
-    """The file of one run. Only the first process of several writes it."""
+    """The journal of one run. With several processes only the first writes it."""
 
     def __init__(
         self, directory: Path, *, after: int = 0, write: bool = True, tensorboard: bool = False
     ) -> None:
-        """Open the file, without what an interrupted run wrote of steps past `after`.
+        """Open the file, and drop lines of an interrupted run about steps past `after`.
 
         Args:
-          directory: of the run.
-          after: the last step that is kept.
-          write: False: do nothing, now and later.
-          tensorboard: write numbers in TensorBoard's format too, in the directory `tensorboard`.
+          directory: directory of the run.
+          after: last step to keep.
+          write: False: the journal does nothing.
+          tensorboard: also write numbers in TensorBoard's format, to the directory `tensorboard`.
 
         Raises:
           ModuleNotFoundError: tensorboardX is missing.
@@ -40,13 +40,13 @@ class Journal:
 
             self._board = SummaryWriter(str(directory / BOARD), purge_step=after + 1)
         self._path = directory / FILE
-        kept = [line for line, values in _lines(self._path) if values["step"] <= after]
-        write_file(self._path, "".join(f"{line}\n" for line in kept).encode())
-        # Without a buffer: what does not fit on the disk is not tried again.
+        lines = [line for line, values in _lines(self._path) if values["step"] <= after]
+        write_file(self._path, "".join(f"{line}\n" for line in lines).encode())
+        # Unbuffered: data that did not fit on the disk must not be written again later.
         self._file = self._path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Add a line; what JSON cannot hold, such as NaN, is written as null."""
+        """Add a line; values that JSON cannot represent, such as NaN, become null."""
         if self._file is not None:
             line = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
             self._append(f"{json.dumps(line, allow_nan=False)}\n".encode())
@@ -72,10 +72,10 @@ class Journal:
 
 
 def read(directory: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind.
+    """The values of the lines of one kind.
 
     Raises:
-      ValueError: there is no such file.
+      ValueError: there is no journal, or it has an invalid line.
     """
     path = directory / FILE
     if not path.is_file():
@@ -84,7 +84,7 @@ def read(directory: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The whole lines of a file, and what they say: a killed run may leave a part of one."""
+    """A file's complete lines with their values; a killed run may leave a partial last line."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -102,7 +102,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
             return values
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError(f"{where}: is no line of metrics; remove it.")
+    raise ValueError(f"{where}: is not a line of metrics; remove it.")
 
 
 def _plain(value: Any) -> Any:
@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 class Clock:
-    """Seconds of a run by what they were spent on: steps are good, all else is not."""
+    """A run's time by activity; goodput is the fraction spent on steps."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -121,7 +121,7 @@ class Clock:
 
     @contextlib.contextmanager
     def spent_on(self, what: str) -> Iterator[None]:
-        """Count what happens inside."""
+        """Count the time inside the context."""
         began = time.perf_counter()
         try:
             yield
@@ -130,5 +130,5 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """Share of the time since the beginning that was spent on steps."""
+        """Fraction of the time since the start that was spent on steps."""
         return self.seconds.get("step", 0.0) / max(time.perf_counter() - self._began, 1e-9)

@@ -1,4 +1,4 @@
-"""A run from its beginning or a saved state to its end."""
+"""The training loop: a run from its start or a saved state to its end."""
 
 import collections
 import contextlib
@@ -32,8 +32,8 @@ from .recipe import Recipe
 from .trainable import Parts
 
 BAD = "bad_batches"
-_PATIENCE = 3600  # seconds that processes wait for another one's compiler
-_REMEMBERED = 50  # losses, of which the median says what is usual
+_PATIENCE = 3600  # seconds to wait for other processes to compile
+_REMEMBERED = 50  # recent losses, whose median is the usual loss
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -42,9 +42,9 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-      step: steps made.
-      why: 'finished', 'early' where evaluations did not get better, or 'signal'.
-      loss: of the last step.
+      step: number of the last step.
+      why: 'finished', 'early' if evaluations stopped improving, or 'signal'.
+      loss: loss of the last step.
     """
 
     step: int
@@ -57,26 +57,26 @@ class Stopped(ValueError):
 
 
 def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Outcome:
-    """Train from the first step, in a directory that must not exist yet.
+    """Train from the first step, in a directory that must be new or empty.
 
     Args:
       recipe: the run's settings.
-      show: told the metrics of each step.
-      progress: told of the model's loading.
+      show: called with the metrics of each step.
+      progress: called while the model loads.
 
     Raises:
-      ValueError: something in the recipe, the model or the data is wrong.
+      ValueError: the recipe, the model or the data is invalid.
       Stopped: training went wrong.
     """
     if not recipe.out:
         raise ValueError("No directory is named; give --out, or out in the recipe.")
     directory = Path(recipe.out)
-    processes.first(lambda: _refuse_inside_model(directory, recipe.model.path))
+    processes.first(lambda: _check_outside_model(directory, recipe.model.path))
     with runs.locked(directory):
-        processes.first(lambda: _refuse_existing(directory))
+        processes.first(lambda: _check_empty(directory))
         run = _Run(recipe, directory, progress)
-        processes.first(lambda: _write_down(run))
-        return run.go(show)
+        processes.first(lambda: _write_record(run))
+        return run.train(show)
 
 
 def resume(
@@ -87,50 +87,50 @@ def resume(
     step: int | None = None,
     changed_data: bool = False,
 ) -> Outcome:
-    """Go on from the newest state of a run, or from its beginning where there is none yet.
+    """Continue from the newest state of a run, or from its start if there is none yet.
 
     Args:
-      directory: of the run.
-      show: told the metrics of each step.
-      progress: told of the model's loading.
-      step: go on from the state of this step; what was made after it is dropped.
-      changed_data: go on where the data is not what the run began with.
+      directory: directory of the run.
+      show: called with the metrics of each step.
+      progress: called while the model loads.
+      step: continue from the state of this step, and drop everything after it.
+      changed_data: continue even if the data has changed since the run began.
 
     Raises:
-      ValueError: the run is another process's, its state is damaged, or its data has changed.
+      ValueError: another process is training there, the state is damaged, or the data has changed.
       Stopped: training went wrong.
     """
     recipe = runs.read_recipe(directory)
     with runs.locked(directory):
-        chosen = runs.choose_state(directory, step)
+        state_step = runs.choose_state(directory, step)
         run = _Run(recipe, directory, progress, same_data=not changed_data)
         if changed_data:
             processes.first(lambda: fingerprint.write(directory, run.files))
-        return run.go(show, chosen)
+        return run.train(show, state_step)
 
 
-def _write_down(run: "_Run") -> None:
+def _write_record(run: "_Run") -> None:
     fingerprint.write(run.directory, run.files)
     runs.write_recipe(run.directory, run.recipe)
 
 
-def _refuse_inside_model(directory: Path, model: str) -> None:
+def _check_outside_model(directory: Path, model: str) -> None:
     base = hub.local(model) if model else None
     is_new = not directory.exists() or not any(directory.iterdir())
     if base is not None and is_new:
         unfinished.check_target(directory, base)
 
 
-def _refuse_existing(directory: Path) -> None:
+def _check_empty(directory: Path) -> None:
     if not runs.is_empty(directory):
         raise ValueError(
-            f"{directory}: is not empty; 'v4jax-train resume {directory}' goes on with a run, or"
+            f"{directory}: is not empty; continue a run with 'v4jax-train resume {directory}', or"
             " choose another directory."
         )
 
 
 class _Run:
-    """What goes on while a run runs. Metrics of a step are read when the next one is under way."""
+    """A run in progress. Metrics of a step are read once the next one is under way."""
 
     def __init__(
         self,
@@ -155,15 +155,16 @@ class _Run:
             prepared = preparation.prepare(recipe, self.steps, tokens, progress)
         self.setup: Setup
         self.setup, self.state = prepared
-        # All at once: a schedule asked step by step costs more than all else beside a step.
+        # Computed at once: evaluating the schedule at each step would cost more than all other
+        # work of the host.
         self.rates = np.asarray(jax.vmap(self.setup.rate)(np.arange(self.steps)))
         self.last_end = 0.0
         self.evaluator = Evaluator(recipe, self.setup, held_out)
         self.losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self.best: float | None = None
         self.waited = self.wrong = 0
-        lengths = np.concatenate([one.lengths_D for one in documents])
-        length = float(np.sum(lengths.astype(np.float64) ** 2) / np.sum(lengths))
+        lengths_D = np.concatenate([file.lengths_D for file in documents])
+        length = float(np.sum(lengths_D.astype(np.float64) ** 2) / np.sum(lengths_D))
         settings = self.setup.settings
         self.flops = flops.per_token(
             settings.cfg,
@@ -173,14 +174,14 @@ class _Run:
             indexer=settings.indexer_weight > 0,
         )
 
-    def go(self, show: Show, state: int | None = None) -> Outcome:
-        """Make the steps that are left after a saved state."""
+    def train(self, show: Show, state: int | None = None) -> Outcome:
+        """Run the steps that remain after a saved state, given by its step."""
         self.checkpoints = Checkpoints(self.directory, keep=self.recipe.checkpoints.keep)
         try:
             first = self._restore(state)
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
-            # A run that has a journal can be ended: the signal first.
+            # A signal may arrive as soon as the journal exists: install its handler first.
             with (
                 _Signal() as self.signal,
                 contextlib.closing(
@@ -189,7 +190,7 @@ class _Run:
             ):
                 return self._steps(first, show)
         except Stopped:
-            # Wrong steps have changed nothing.
+            # Bad steps have changed nothing.
             self._save(int(self.state.step))
             raise
         finally:
@@ -211,7 +212,7 @@ class _Run:
         run: Any = step.make(self.setup.settings, self.setup.rule, like=self.state)
         frozen = self.setup.frozen
         iterator = dataset.iterate(self.data, step=first)
-        why, made = "finished", first
+        why, done = "finished", first
         pending: tuple[int, Any, Any, float] | None = None
         for number in range(first, self.steps):
             began = time.perf_counter()
@@ -225,21 +226,21 @@ class _Run:
                 if pending is not None:
                     self._account(pending, show)
             pending = number + 1, metrics, local, began
-            made = number + 1
-            if self._due(made):
+            done = number + 1
+            if self._due(done):
                 with self.clock.spent_on("step"):
                     self._account(pending, show)
                 pending = None
-                why = self._pause(made) or why
+                why = self._pause(done) or why
                 if why != "finished":
                     break
         if pending is not None:
             self._account(pending, show)
-        self._save(made)
-        return Outcome(made, why, self.losses[-1] if self.losses else float("nan"))
+        self._save(done)
+        return Outcome(done, why, self.losses[-1] if self.losses else float("nan"))
 
     def _compiled(self, run: Any, batch: Any) -> Any:
-        """The step's program, when every process has it: devices wait for each other not long."""
+        """The compiled step, once every process has it: devices do not wait long for each other."""
         with self.clock.spent_on("compile"), sharding.on(self.setup.mesh):
             with waiting.compilation("Compiling"):
                 program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
@@ -247,65 +248,65 @@ class _Run:
         return program
 
     def _limit(self) -> Any:
-        """The loss above which a step is wrong."""
+        """The loss above which a step is bad."""
         spike = self.recipe.guard.spike
-        usual = len(self.losses) == _REMEMBERED and spike
-        return np.float32(spike * statistics.median(self.losses) if usual else np.inf)
+        is_limited = len(self.losses) == _REMEMBERED and spike
+        return np.float32(spike * statistics.median(self.losses) if is_limited else np.inf)
 
-    def _due(self, made: int) -> bool:
-        """Whether there is more to do after this step than to go on."""
-        self.ended = self.signal.arrived(made)
+    def _due(self, done: int) -> bool:
+        """Whether to evaluate, save or end after this step."""
+        self.ended = self.signal.arrived(done)
         every = self.recipe.checkpoints.every, self.recipe.evaluation.every
-        return self.ended or made == self.steps or any(made % n == 0 for n in every)
+        return self.ended or done == self.steps or any(done % n == 0 for n in every)
 
-    def _pause(self, made: int) -> str | None:
-        """Evaluate and save; why the run ends here, if it does."""
+    def _pause(self, done: int) -> str | None:
+        """Evaluate and save as due; return why the run ends here, if it does."""
         why = "signal" if self.ended else None
-        evaluate = made % self.recipe.evaluation.every == 0 or made == self.steps
-        if self.evaluator.wanted and evaluate and not self.ended:
+        evaluate = done % self.recipe.evaluation.every == 0 or done == self.steps
+        if self.evaluator.has_work and evaluate and not self.ended:
             with self.clock.spent_on("evaluation"), sharding.on(self.setup.mesh):
-                why = self._evaluate(made)
-        if made % self.recipe.checkpoints.every == 0:
-            self._save(made)
+                why = self._evaluate(done)
+        if done % self.recipe.checkpoints.every == 0:
+            self._save(done)
         return why
 
-    def _evaluate(self, made: int) -> str | None:
+    def _evaluate(self, done: int) -> str | None:
         parts = Parts(self.state.trained, self.state.balanced, self.setup.frozen)
-        found = self.evaluator.measure(parts)
-        self.journal.write("evaluation", made, **found)
-        if "loss" not in found:
+        metrics = self.evaluator.measure(parts)
+        self.journal.write("evaluation", done, **metrics)
+        if "loss" not in metrics:
             return None
-        if self.best is None or found["loss"] < self.best:
-            self.best, self.waited = found["loss"], 0
+        if self.best is None or metrics["loss"] < self.best:
+            self.best, self.waited = metrics["loss"], 0
             self.checkpoints.save_best(
-                made, (parts.trained, parts.balanced), {"step": made} | found
+                done, (parts.trained, parts.balanced), {"step": done} | metrics
             )
             return None
         self.waited += 1
         patience = self.recipe.evaluation.patience
         return "early" if patience and self.waited >= patience else None
 
-    def _save(self, made: int) -> None:
+    def _save(self, done: int) -> None:
         notes = {
-            "step": made,
+            "step": done,
             "losses": list(self.losses),
             "best": self.best,
             "waited": self.waited,
             "wrong": self.wrong,
         }
         with self.clock.spent_on("checkpoint"):
-            self.checkpoints.save(made, self.state, notes)
+            self.checkpoints.save(done, self.state, notes)
 
     def _account(self, pending: tuple[int, Any, Any, float], show: Show) -> None:
-        """Write down a step that is made; act if it was wrong."""
-        number, metrics, local, began = pending
-        found: dict[str, Any] = {n: float(x) for n, x in jax.device_get(metrics).items()}
-        # It began on the device when the one before it ended there.
+        """Record a finished step; act if it was bad."""
+        number, arrays, local, began = pending
+        metrics: dict[str, Any] = {n: float(x) for n, x in jax.device_get(arrays).items()}
+        # On the device it began when the previous step ended.
         ended = time.perf_counter()
         seconds, self.last_end = ended - max(began, self.last_end), ended
-        rate = found["tokens_seen"] / seconds / jax.device_count()
+        rate = metrics["tokens_seen"] / seconds / jax.device_count()
         peak = flops.peak(jax.devices()[0])
-        found |= {
+        metrics |= {
             "rate": float(self.rates[number - 1]),
             "seconds": seconds,
             "tokens_per_second_per_device": rate,
@@ -313,32 +314,33 @@ class _Run:
             "memory_bytes": _memory(),
             "goodput": self.clock.goodput,
         }
-        self.journal.write("step", number, **found)
-        show({"step": number, "steps": self.steps, **found})
-        if not found["skipped"]:
-            self.losses.append(found["loss"])
+        self.journal.write("step", number, **metrics)
+        show({"step": number, "steps": self.steps, **metrics})
+        if not metrics["skipped"]:
+            self.losses.append(metrics["loss"])
             self.wrong = 0
             return
         self.wrong += 1
-        self._wrong_step(number, local, found)
+        self._handle_bad_step(number, local, metrics)
 
-    def _wrong_step(self, number: int, local: Any, found: dict[str, Any]) -> None:
-        place = self.directory / BAD / f"step{number}.process{jax.process_index()}.npz"
-        place.parent.mkdir(exist_ok=True)
+    def _handle_bad_step(self, number: int, local: Any, metrics: dict[str, Any]) -> None:
+        """Save the batch; stop the run if the recipe says so."""
+        file = self.directory / BAD / f"step{number}.process{jax.process_index()}.npz"
+        file.parent.mkdir(exist_ok=True)
         content = io.BytesIO()
         np.savez_compressed(content, **local)
-        write_file(place, content.getvalue())
+        write_file(file, content.getvalue())
         guard = self.recipe.guard
         if guard.action == "stop" or self.wrong >= guard.most:
             raise Stopped(
-                f"Step {number} had a loss of {found['loss']} and a gradient of length"
-                f" {found['gradient_norm']}, {self.wrong} wrong in a row; weights are as they were"
-                f" before. Its batch is in {place}."
+                f"Step {number} had a loss of {metrics['loss']} and a gradient norm of"
+                f" {metrics['gradient_norm']}, {self.wrong} bad steps in a row; they changed no"
+                f" weights. The last batch is in {file}."
             )
 
 
 def _memory() -> int | None:
-    """The most bytes of the first device that were ever in use, where it tells."""
+    """The peak memory use of the first device in bytes, if it reports that."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
 
@@ -347,20 +349,20 @@ class _Signal:
     """Remembers SIGTERM, so that a run can be saved before it ends."""
 
     def __enter__(self) -> "_Signal":
-        self._seen = False
+        self._received = False
         self._old = None
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._old = signal.signal(signal.SIGTERM, self._remember)
         return self
 
     def _remember(self, *_: Any) -> None:
-        self._seen = True
+        self._received = True
 
-    def arrived(self, made: int) -> bool:
-        """Whether it has come, to any process."""
+    def arrived(self, done: int) -> bool:
+        """Whether any process has received the signal."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(made)
-        return self._seen
+            return multihost_utils.reached_preemption_sync_point(done)
+        return self._received
 
     def __exit__(self, *_: object) -> None:
         if self._old is not None:

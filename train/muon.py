@@ -1,8 +1,8 @@
-"""Muon: steps whose matrices have singular values of one.
+"""Muon: orthogonalised updates of matrices.
 
-Axis letters: M rows, N columns of a matrix, K the fewer of both; `...` stacks of matrices. Stacks
-are never flattened: a stack of experts that is split over devices stays so, each device works on
-its own and gathers nothing.
+Axis letters: M rows, N columns of a matrix, K the smaller of both; `...` stacks of matrices. Stacks
+are never flattened: a stack of experts stays sharded, and each device works on its own experts
+without gathering.
 
 Source: the report's section 2.4.
 """
@@ -19,12 +19,12 @@ from jaxtyping import Array, Float
 from v4jax.model.params import path_name
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')(XX')X: eight fast iterations that bring
-# singular values near one, two that bring them to it.
+# singular values near one, and two that converge to it.
 HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 
 
 class MuonState(NamedTuple):
-    """Sums of gradients, one for each weight."""
+    """Momentum: decaying sums of gradients, one for each weight."""
 
     momentum: Any
 
@@ -34,23 +34,23 @@ def orthogonal(
     coefficients: Sequence[tuple[float, float, float]] = HYBRID,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*stack M N"]:
-    """The matrices with their singular values brought to one, by Newton-Schulz iterations.
+    """Set the matrices' singular values to one, by Newton-Schulz iterations.
 
     Args:
-      x: matrices; one of zeros stays so.
-      coefficients: of the iterations.
-      dtype: of the products' factors; they are accumulated in float32.
+      x: matrices; a zero matrix stays zero.
+      coefficients: coefficients of each iteration.
+      dtype: dtype of the products' factors; products accumulate in float32.
 
     Returns:
-      In float32.
+      The matrices in float32.
     """
     x32 = x.astype(jnp.float32)
-    # The largest magnitude first: squares of what is small would vanish.
+    # Divide by the largest magnitude first: squares of small values would underflow.
     tiny = jnp.finfo(jnp.float32).tiny
     x32 /= jnp.maximum(jnp.max(jnp.abs(x32), axis=(-2, -1), keepdims=True), tiny)
     x32 /= jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x32), axis=(-2, -1), keepdims=True)), tiny)
     rows, columns = x.shape[-2:]
-    # The smaller of XX' and X'X.
+    # Use the smaller of XX' and X'X.
     gram, left = ("...mn,...kn->...mk", "...mk,...kn->...mn")
     if rows > columns:
         gram, left = ("...mn,...mk->...nk", "...nk,...mk->...mn")
@@ -76,18 +76,18 @@ def scale_by_muon(
     parts: Callable[[str], int] = lambda name: 1,
     dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
-    """Replace gradients of matrices by orthogonal updates, with Nesterov's momentum.
+    """Replace gradients of matrices by orthogonal updates, with Nesterov momentum.
 
     Args:
-      momentum: how much of the sum of gradients stays.
-      rms: root mean square of the update's entries; 0.18 is what AdamW's have, so that learning
-        rates made for it serve.
-      parts: of a weight's dotted name: how many independent matrices stand one below the other in
-        each matrix of the stack.
+      momentum: decay of the sum of gradients.
+      rms: root mean square of an update's entries; 0.18 matches AdamW, so that its learning rates
+        carry over.
+      parts: maps a weight's dotted name to the number of independent matrices stacked along the
+        rows of each of its matrices.
       dtype: as for `orthogonal`.
 
     Raises:
-      ValueError: at `init`, a weight that is no stack of matrices or is not cut evenly.
+      ValueError: at `init`, a weight is not a stack of matrices, or not evenly divisible.
     """
 
     def init(params: Any) -> MuonState:
@@ -108,7 +108,7 @@ def scale_by_muon(
 def _check(name: str, weight: Array, parts: Callable[[str], int]) -> None:
     if weight.ndim < 2 or weight.shape[-2] % parts(name):
         raise ValueError(
-            f"Muon takes matrices; '{name}' of shape {weight.shape} is not {parts(name)} of them."
+            f"Muon needs matrices; '{name}' of shape {weight.shape} is not {parts(name)} of them."
         )
 
 

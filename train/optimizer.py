@@ -1,4 +1,4 @@
-"""Which rule moves which weight, and the optimiser that follows from it.
+"""The update rule of each weight, and the optimiser built from these rules.
 
 Source: the report, section 2.4 for the groups, 4.2.2 for the numbers.
 """
@@ -18,18 +18,18 @@ from . import muon
 
 Group = Literal["muon", "adamw", "balanced", "fixed"]
 Rate = float | Callable[[Any], Any]
-_DEAR = 0.3  # of a step's other work
-# The report has 1e-20. XLA flushes what is below 1.2e-38 to zero, the second moment of gradients
-# below 4.9e-19 too, which would be divided by 1e-20 alone: steps of up to 48 times the rate. This
-# keeps them to the rate, and is below the rounding of gradients above 1e-11.
+_EXPENSIVE = 0.3  # fraction of a step's other work
+# The report has 1e-20. XLA flushes values below 1.2e-38 to zero, including the second moments of
+# gradients below 4.9e-19, which would then be divided by 1e-20 alone: steps of up to 48 times the
+# rate. This value limits them to the rate, and is below the rounding of gradients above 1e-11.
 _EPS = 5e-19
 
 
 def group(name: str, spec: ParamSpec) -> Group:
     """How a weight is trained, from its declaration.
 
-    Muon moves matrices; AdamW the embedding, the head, norms, biases, sinks and the hyper-
-    connections' biases and gates. Routers' biases are 'balanced' by a rule of their own, tables of
+    Muon updates matrices; AdamW the embedding, the head, norms, biases, sinks and the hyper-
+    connections' biases and gates. Routers' biases are 'balanced' by a separate rule, tables of
     expert ids are 'fixed'.
     """
     field = name.rsplit(".", 1)[-1]
@@ -42,7 +42,7 @@ def group(name: str, spec: ParamSpec) -> Group:
 
 
 def matrices(name: str, cfg: ModelConfig) -> int:
-    """How many independent matrices stand one below the other in a weight."""
+    """The number of independent matrices stacked along the rows of a weight."""
     return cfg.o_groups if name.endswith("attention.o_a_QP") else 1
 
 
@@ -58,12 +58,13 @@ def make(
     """The optimiser of a model's weights, or of a part of them.
 
     Args:
-      declared: what is trained, as `trainable.declare` has it; gradients have its structure.
+      declared: declarations of the trained part from `trainable.declare`; gradients have its
+        structure.
       cfg: the model's configuration.
       rate: learning rate, or a schedule.
-      rule: 'adamw' moves everything by AdamW.
-      weight_decay: per step and learning rate, on every weight that is trained.
-      dtype: of the factors in Muon's products.
+      rule: 'muon' for the groups above, or 'adamw' for everything.
+      weight_decay: decoupled weight decay, multiplied by the rate, of every trained weight.
+      dtype: dtype of the factors in Muon's products.
     """
     parts = lambda name: matrices(name, cfg)
     decayed = lambda scale: optax.chain(
@@ -74,12 +75,12 @@ def make(
             "muon": decayed(muon.scale_by_muon(parts=parts, dtype=dtype)),
             "adamw": decayed(_wide(optax.scale_by_adam(b1=0.9, b2=0.95, eps=_EPS))),
         },
-        {name: _labels(name, of_name, rule) for name, of_name in declared.items()},
+        {name: _labels(name, spec, rule) for name, spec in declared.items()},
     )
 
 
 def _wide(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With moments and updates in float32, also of weights and gradients in bfloat16."""
+    """The rule with float32 moments and updates, also for bfloat16 weights and gradients."""
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     init: Any = lambda weights: rule.init(wide(weights))
     update: Any = lambda gradients, *rest: rule.update(wide(gradients), *rest)
@@ -87,7 +88,7 @@ def _wide(rule: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def _labels(name: str, declared: Any, rule: str) -> Any:
-    """Adapters' factors are moved by AdamW."""
+    """The group of a weight; the factors of adapters are updated by AdamW."""
     if not isinstance(declared, ParamSpec):
         return dict.fromkeys(declared, "adamw")
     return "adamw" if rule == "adamw" else group(name, declared)
@@ -96,13 +97,13 @@ def _labels(name: str, declared: Any, rule: str) -> Any:
 def warn_of_cost(
     declared: dict[str, ParamSpec], cfg: ModelConfig, active: int, tokens: int
 ) -> float:
-    """Muon's work over that of the model in one step; a warning if it is a large part.
+    """Muon's work in one step relative to the model's; warns if it is large.
 
     Args:
-      declared: what is trained.
+      declared: declarations of the trained weights.
       cfg: the model's configuration.
-      active: parameters that a token meets.
-      tokens: of one step.
+      active: number of parameters active per token.
+      tokens: tokens per step.
     """
     flops = sum(
         muon.newton_schulz_flops(spec.shape, matrices(name, cfg))
@@ -110,10 +111,10 @@ def warn_of_cost(
         if group(name, spec) == "muon"
     )
     share = flops / (6 * active * tokens)
-    if share > _DEAR:
+    if share > _EXPENSIVE:
         warnings.warn(
             f"Muon's Newton-Schulz iterations cost {share:.0%} of the rest of a step of"
-            f" {tokens:,} tokens. Take more tokens per step, or AdamW.",
+            f" {tokens:,} tokens. Use more tokens per step, or AdamW.",
             stacklevel=2,
         )
     return share

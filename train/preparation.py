@@ -1,4 +1,4 @@
-"""From a recipe to what a run needs: weights taken apart, an optimiser, batches, devices."""
+"""Everything a run needs, from its recipe: the split model, optimiser, batches and devices."""
 
 import dataclasses
 import math
@@ -31,15 +31,15 @@ from .trainable import Parts
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run that is ready to begin.
+    """A run that is ready to start.
 
     Attributes:
-      settings: what its step is compiled with.
+      settings: settings compiled into its step.
       frozen: the part of the model that no step changes.
       rule: the optimiser.
-      rate: the learning rate of a step.
-      tokenizer: the model's.
-      mesh: of all devices; None where there is one.
+      rate: learning rate by step.
+      tokenizer: the model's tokenizer.
+      mesh: mesh of all devices; None: a single device.
     """
 
     settings: step.Settings
@@ -54,7 +54,7 @@ def text_tokenizer(recipe: Recipe) -> Tokenizer:
     """The tokenizer of the recipe's model.
 
     Raises:
-      ValueError: there is no model or it has no tokenizer.
+      ValueError: the recipe names no model, or the model has no tokenizer.
     """
     if not recipe.model.path:
         raise ValueError("No model is named; give --model, or model.path in the recipe.")
@@ -63,7 +63,7 @@ def text_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def read_data(recipe: Recipe, tokenizer: Tokenizer, files: tuple[str, ...]) -> list[Documents]:
-    """The documents of each file, without the weights after their names."""
+    """The documents of each file; names may have a weight, which is ignored."""
     renderer, data = Renderer(tokenizer, recipe.data.render()), recipe.data
     return [
         documents.load(name, renderer, skip_wrong=data.skip_wrong, settings=data.read())
@@ -71,38 +71,38 @@ def read_data(recipe: Recipe, tokenizer: Tokenizer, files: tuple[str, ...]) -> l
     ]
 
 
-def packs(recipe: Recipe, found: list[Documents]) -> list[Packs]:
-    """What is trained, packed; no device is used.
+def packs(recipe: Recipe, files: list[Documents]) -> list[Packs]:
+    """Pack the training data; uses no device.
 
     Raises:
-      ValueError: no data, or documents that cannot be packed.
+      ValueError: there is no data, or it cannot be packed.
     """
-    if not found:
+    if not files:
         raise ValueError("There is no data; give --data, or data.files in the recipe.")
     settings = recipe.data.pack(recipe.steps.seed)
-    return [Packs(one, settings, epochs=recipe.steps.epochs) for one in found]
+    return [Packs(file, settings, epochs=recipe.steps.epochs) for file in files]
 
 
 def held_out_packs(recipe: Recipe, held_out: list[Documents]) -> list[Packs]:
-    """What is measured, packed, each file once; no device is used."""
+    """Pack the evaluation data, for one epoch; uses no device."""
     settings = recipe.data.pack(recipe.steps.seed)
-    return [Packs(one, settings, epochs=1) for one in held_out]
+    return [Packs(file, settings, epochs=1) for file in held_out]
 
 
 def warn(notes: Iterable[str]) -> None:
-    """Tell what was noticed of data, once for all processes."""
+    """Issue notes about data as warnings, in the first process only."""
     for note in notes if jax.process_index() == 0 else ():
         warnings.warn(note, stacklevel=3)
 
 
-def batches(recipe: Recipe, found: list[Documents]) -> Any:
-    """The part of all steps' batches that is for this process. Warns of data that is not used.
+def batches(recipe: Recipe, files: list[Documents]) -> Any:
+    """The batches of all steps, as far as this process loads them. Warns about unused data.
 
     Raises:
-      ValueError: no data, or a batch that the processes cannot share.
+      ValueError: there is no data, or processes cannot share the batch evenly.
     """
-    packed = packs(recipe, found)
-    warn(note for one in packed for note in one.notes())
+    packed = packs(recipe, files)
+    warn(note for packs in packed for note in packs.notes())
     return dataset.batches(
         packed,
         batch=recipe.steps.batch,
@@ -112,37 +112,36 @@ def batches(recipe: Recipe, found: list[Documents]) -> Any:
 
 
 def packs_here(batch: int, parts: int, mesh: Mesh | None) -> list[int]:
-    """The packs of a batch that this process's devices hold, part after part."""
+    """Indices of the packs of a batch that this process's devices hold, part after part."""
     rows, groups = batch // parts, sharding.row_groups(mesh)
     shares = [dataset.share(rows, group, groups) for group in sharding.groups_of(mesh)]
     return [part * rows + row for part in range(parts) for share in shares for row in share]
 
 
 def count_steps(recipe: Recipe, data: Any) -> int:
-    """How many steps the run has: what is asked for, or as many as there are batches."""
+    """The number of steps of a run: as in the recipe, or fewer if the data has fewer batches."""
     return min(recipe.steps.steps or len(data), len(data))
 
 
 def prepare(
     recipe: Recipe, steps: int, tokens: int, progress: Progress | None = None
 ) -> tuple[Setup, step.State]:
-    """Load the model and make the optimiser, and the state before the first step.
+    """Load the model, and create the optimiser and the state before the first step.
 
     Args:
-      recipe: the run's.
-      steps: how many it has, for the learning rate.
-      tokens: of a step, for the warning of Muon's cost.
-      progress: told of the loading.
+      recipe: the run's recipe.
+      steps: number of steps, for the learning rate.
+      tokens: tokens per step, for the warning about Muon's cost.
+      progress: called while the model loads.
 
     Raises:
-      ValueError: the model cannot be loaded, or the recipe asks for what it does not have.
+      ValueError: the model cannot be loaded, or lacks something that the recipe needs.
     """
     processes.keep_no_programs()
     mesh = make_mesh(recipe)
     tokenizer = text_tokenizer(recipe)
     what, source = recipe.what, recipe.model
-    # Loading takes minutes: told before.
-    check(recipe)
+    check(recipe)  # before loading, which may take minutes
     adapts = recipe.adapter is not None
     loaded = v4jax.load(
         source.path,
@@ -176,20 +175,20 @@ def prepare(
         tokenizer=tokenizer,
         mesh=mesh,
     )
-    return setup, _first(parts, rule, mesh, recipe.steps.seed)
+    return setup, _initial_state(parts, rule, mesh, recipe.steps.seed)
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what loading would, as far as the model's configuration tells.
+    """Reject what loading would reject, as far as the model's configuration shows.
 
     Raises:
-      ValueError: the recipe asks for what the model does not have, or its files do not fit.
+      ValueError: the model lacks something that the recipe needs, or its files do not match.
     """
     checkpoint = open_checkpoint(hub.resolve(recipe.model.path))
     checkpoint.tokenizer()
     context.check_packing(checkpoint.config)
     if recipe.losses.mtp and not checkpoint.config.num_nextn_predict_layers:
-        raise ValueError("losses.mtp is set, and the model has no MTP block; set it to 0.")
+        raise ValueError("losses.mtp is set, but the model has no MTP block; set it to 0.")
 
 
 def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
@@ -209,27 +208,27 @@ def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
 
 
 def learning_rate(recipe: Recipe, steps: int) -> Callable[[Any], Any]:
-    """The rate of each step: it grows, then falls as the schedule says."""
-    chosen = recipe.optimizer
-    warmup = min(chosen.warmup, steps)
+    """The learning rate by step: linear warmup, then the recipe's schedule."""
+    settings = recipe.optimizer
+    warmup = min(settings.warmup, steps)
     rest = max(steps - warmup, 1)
     after: Any = {
-        "constant": optax.constant_schedule(chosen.rate),
-        "linear": optax.linear_schedule(chosen.rate, chosen.rate * chosen.final, rest),
-        "cosine": optax.cosine_decay_schedule(chosen.rate, rest, chosen.final),
-    }[chosen.schedule]
+        "constant": optax.constant_schedule(settings.rate),
+        "linear": optax.linear_schedule(settings.rate, settings.rate * settings.final, rest),
+        "cosine": optax.cosine_decay_schedule(settings.rate, rest, settings.final),
+    }[settings.schedule]
     if not warmup:
         return after
-    # The first step is not lost on a rate of zero.
-    grows = lambda count: chosen.rate * (count + 1) / warmup
-    return optax.join_schedules([grows, after], [warmup])
+    # count + 1, so that the first step is not wasted on a rate of zero.
+    rising = lambda count: settings.rate * (count + 1) / warmup
+    return optax.join_schedules([rising, after], [warmup])
 
 
 def make_mesh(recipe: Recipe) -> Mesh | None:
-    """All devices, arranged as the recipe says; None where there is one.
+    """The recipe's mesh of all devices; None for a single device.
 
     Raises:
-      ValueError: the sizes do not divide the devices, or these the batch.
+      ValueError: the sizes do not divide the devices, or the devices the batch.
     """
     sizes = dataclasses.asdict(recipe.mesh)
     devices, used = jax.device_count(), math.prod(sizes.values())
@@ -239,23 +238,23 @@ def make_mesh(recipe: Recipe) -> Mesh | None:
     batch = recipe.steps.batch // recipe.steps.parts
     if batch % rows:
         raise ValueError(
-            f"A part of the batch has {batch} packs; use a multiple of the {rows} groups of devices"
-            " that share them."
+            f"A part of the batch has {batch} packs; it must be a multiple of the {rows} groups of"
+            " devices that share them."
         )
     return None if devices == 1 else sharding.make_mesh(data=devices // used, **sizes)
 
 
 def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> dict[str, Any]:
-    """A step's batch on the devices, [A, B, T] each, from this process's packs of it."""
+    """Put a step's batch on the devices, [A, B, T] each, from this process's packs."""
     used = {name: local[name] for name in ("tokens", "trained", "document")}
-    cut = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in used.items()}
+    split = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in used.items()}
     if mesh is None:
-        return jax.device_put(cut)
+        return jax.device_put(split)
     here, groups = sharding.groups_of(mesh), sharding.row_groups(mesh)
 
-    def spread(x_ABT: np.ndarray) -> jax.Array:
-        parts, held, length = x_ABT.shape
-        rows = held // len(here)
+    def shard(x_ABT: np.ndarray) -> jax.Array:
+        parts, local_rows, length = x_ABT.shape
+        rows = local_rows // len(here)
         shape = (parts, rows * groups, length)
 
         def of_group(index: Any) -> np.ndarray:
@@ -265,17 +264,17 @@ def place_batch(local: dict[str, np.ndarray], parts: int, mesh: Mesh | None) -> 
         place = sharding.place((None, "batch"), shape, mesh)
         return jax.make_array_from_callback(shape, place, of_group)
 
-    return {name: spread(x_ABT) for name, x_ABT in cut.items()}
+    return {name: shard(x_ABT) for name, x_ABT in split.items()}
 
 
-def _first(
+def _initial_state(
     parts: Parts, rule: optax.GradientTransformation, mesh: Mesh | None, seed: int
 ) -> step.State:
-    """The state before the first step, every part of it on all devices of the mesh."""
+    """The state before the first step; arrays without a sharding are replicated on the mesh."""
     state = step.begin(parts, rule, seed)
     if mesh is None:
-        # Bound to its device as a step's results are, or the second step would be compiled anew.
+        # Committed to its device like a step's results, or the second step would compile again.
         return jax.device_put(state, jax.devices()[0])
-    whole = NamedSharding(mesh, PartitionSpec())
-    spread = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole)
-    return jax.tree.map(spread, state)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated)
+    return jax.tree.map(place, state)

@@ -1,4 +1,4 @@
-"""What a run would train on, before any device is used."""
+"""A preview of what a run would train on; uses no device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ _TRAINED, _SEEN = "bold green", "dim"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Numbers of one file.
+    """Statistics of one file.
 
     Attributes:
-      rows, wrong: of the file.
-      tokens, trained: of an epoch, as they are packed.
-      shortest, median, longest: tokens of a document.
-      packs: of an epoch.
-      efficiency: share of the packs' positions that hold a token.
-      too_long, dropped: documents longer than a pack, and tokens that are in no pack.
+      rows, wrong: number of rows, and of invalid ones.
+      tokens, trained: number of tokens packed in an epoch, and of trained ones.
+      shortest, median, longest: tokens per document.
+      packs: number of packs in an epoch.
+      efficiency: fraction of the packs' positions that hold a token.
+      too_long, dropped: number of documents longer than a pack, and of tokens in no pack.
     """
 
     rows: int
@@ -49,7 +49,7 @@ class Facts:
 
 
 def facts(documents: Documents, packing: Packing) -> Facts:
-    """The numbers of a file and of its first epoch."""
+    """Statistics of a file and its first epoch."""
     ordered_D = sorted(documents.lengths_D.tolist())
     return Facts(
         rows=documents.report.rows,
@@ -67,7 +67,7 @@ def facts(documents: Documents, packing: Packing) -> Facts:
 
 
 def pieces(document: Document, number: int, packing: Packing) -> list[Document]:
-    """What is packed of a file's document, piece by piece: the first token of each is only seen."""
+    """The packed pieces of one of a file's documents; the first token of each is not trained."""
     chosen_P = np.flatnonzero(packing.document_P == number)
     parts = []
     for begin, length in sorted(
@@ -81,7 +81,7 @@ def pieces(document: Document, number: int, packing: Packing) -> list[Document]:
 
 
 def coloured(document: Document, tokenizer: Tokenizer) -> Text:
-    """The document's text, its trained tokens in another colour, control characters written out."""
+    """The document's text with trained tokens in colour and control characters escaped."""
     text = Text()
     ids, marks = document.ids_N.tolist(), document.trained_N.tolist()
     begin = 0
@@ -95,10 +95,10 @@ def coloured(document: Document, tokenizer: Tokenizer) -> Text:
 
 
 def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
-    """Print samples of each file as they are packed, and what its epochs amount to.
+    """Print samples of each file as they are packed, and statistics of its epochs.
 
     Raises:
-      ValueError: what training would refuse of the recipe, the model's files or the data.
+      ValueError: training would reject the recipe, the model's files or the data.
     """
     if samples < 0:
         raise ValueError(f"samples is {samples}; it must be at least 0.")
@@ -107,13 +107,13 @@ def show(recipe: Recipe, console: Console, *, samples: int = _SHOWN) -> None:
     trained = preparation.read_data(recipe, tokenizer, recipe.data.files)
     packed = preparation.packs(recipe, trained)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
-    measured = preparation.held_out_packs(recipe, held_out)
+    held_out_packs = preparation.held_out_packs(recipe, held_out)
     for documents, packs in zip(trained, packed, strict=True):
         for sentence in documents.report.first_wrong:
             console.print(Text(sentence, "red"))
         for number in range(min(samples, len(documents))):
             _print_document(documents, number, packs.packing(0), tokenizer, console)
-    _print_facts([*trained, *held_out], [*packed, *measured], len(trained), recipe, console)
+    _print_facts([*trained, *held_out], [*packed, *held_out_packs], len(trained), recipe, console)
 
 
 def _print_document(
@@ -132,13 +132,13 @@ def _print_document(
 
 
 def _print_facts(
-    found: Sequence[Documents],
+    files: Sequence[Documents],
     packed: Sequence[Packs],
     trained: int,
     recipe: Recipe,
     console: Console,
 ) -> None:
-    """Of the files, of which the first are trained and the others measured."""
+    """Print statistics of the files; the first `trained` are training data, the rest held out."""
     table = Table(
         Column("file", overflow="fold"),
         "rows",
@@ -150,26 +150,28 @@ def _print_facts(
         "filled",
     )
     say = lambda text, style="": console.print(Text(visible(text), style))
-    for i, (documents, packs) in enumerate(zip(found, packed, strict=True)):
-        one = facts(documents, packs.packing(0))
+    for i, (documents, packs) in enumerate(zip(files, packed, strict=True)):
+        file = facts(documents, packs.packing(0))
         path = documents.path
         table.add_row(
             Text(visible(path if i < trained else f"{path} (held out)")),
-            f"{one.rows:,}",
-            f"{one.wrong:,}",
-            f"{one.tokens:,}",
-            f"{one.trained:,} ({one.trained / one.tokens:.0%})",
-            f"{one.shortest:,} / {one.median:,} / {one.longest:,}",
-            f"{one.packs:,} x {recipe.data.seq_len:,}",
-            f"{one.efficiency:.1%}",
+            f"{file.rows:,}",
+            f"{file.wrong:,}",
+            f"{file.tokens:,}",
+            f"{file.trained:,} ({file.trained / file.tokens:.0%})",
+            f"{file.shortest:,} / {file.median:,} / {file.longest:,}",
+            f"{file.packs:,} x {recipe.data.seq_len:,}",
+            f"{file.efficiency:.1%}",
         )
         say(f"{path}: {documents.report.form}.")
-        if one.too_long:
-            lost = f"{one.too_long:,} documents are longer than a pack; {one.dropped:,} tokens lost"
+        if file.too_long:
+            lost = (
+                f"{file.too_long:,} documents are longer than a pack; {file.dropped:,} tokens lost"
+            )
             say(f"{path}: {lost}.", "yellow")
         for note in packs.notes(waste=i < trained):
             say(note, "yellow")
         if i < trained:
-            steps = -(-one.packs // recipe.steps.batch)
+            steps = -(-file.packs // recipe.steps.batch)
             say(f"{path}: an epoch is {steps:,} steps of {recipe.steps.batch} packs.")
     console.print(table)

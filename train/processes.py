@@ -1,4 +1,4 @@
-"""What the processes of a run do together."""
+"""Coordination of the processes of a run."""
 
 import warnings
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def together(act: Callable[[], Any]) -> None:
-    """Do something on every process; where it fails on one, all fail.
+    """Call a function on every process; if it fails on one, all fail.
 
     Raises:
-      OSError, ValueError: as on this process, or that another one failed.
+      OSError, ValueError: this process's error, or that another process failed.
     """
     error: Exception | None = None
     try:
@@ -27,28 +27,28 @@ def together(act: Callable[[], Any]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ValueError("another process says why the run ends here.")
+        raise ValueError("the run ends because of an error that another process reports.")
 
 
 def first(act: Callable[[], Any]) -> None:
-    """Do something on the first process only; see `together`."""
+    """Call a function on the first process only; see `together`."""
     together(act if jax.process_index() == 0 else lambda: None)
 
 
 def of_first(number: int) -> int:
-    """The first process's number, on all of them."""
+    """Broadcast a number from the first process to all."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def keep_no_programs() -> None:
-    """Compile anew where several processes on CPUs would share JAX's compilation cache.
+    """Disable JAX's compilation cache if several processes on CPUs would share it.
 
-    There only the first process writes to the cache, under a key that the others do not have, so
-    that it runs what was kept and they what they compile. XLA's programs for CPUs lose on disk the
-    order of collectives in loops and branches among the others: each process waits for another
-    collective than its peers, and all die.
+    Only the first process writes to the cache, under a key that the others do not have, so that it
+    would run a cached program and they newly compiled ones. On disk XLA's CPU programs lose the
+    order of collectives in loops and branches relative to the others: each process would wait for a
+    different collective than its peers, and all would die.
     """
     config: Any = jax.config
     used = config.jax_enable_compilation_cache and config.jax_compilation_cache_dir
@@ -57,9 +57,9 @@ def keep_no_programs() -> None:
     if jax.process_index() == 0:
         warnings.warn(
             f"JAX's compilation cache, {config.jax_compilation_cache_dir}, is not used: several"
-            " processes on CPUs cannot run programs from it. They are compiled anew.",
+            " processes on CPUs cannot run programs from it. They compile again.",
             stacklevel=2,
         )
     config.update("jax_enable_compilation_cache", False)
-    # JAX may have looked already whether there is one.
+    # JAX may already have opened the cache.
     compilation_cache.reset_cache()

@@ -1,4 +1,4 @@
-"""The directory of a run: its recipe, and its states read back."""
+"""The directory of a run: its lock, its recipe, and evaluation of its states."""
 
 import contextlib
 import dataclasses
@@ -25,15 +25,15 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Let no other process train in a directory, which is made if it is not there.
+    """Lock a directory against training by other processes; creates it if necessary.
 
-    The lock ends with the process that has it, however that ends. What is empty is removed.
+    The lock ends with its process, however that ends. A directory that is still empty is removed.
 
     Raises:
-      CheckpointError: another process is at work there.
+      CheckpointError: another process is working there.
     """
-    with contextlib.ExitStack() as held:
-        processes.first(lambda: held.enter_context(_lock(directory)))
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(_lock(directory)))
         yield
 
 
@@ -52,18 +52,18 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether a directory has nothing in it but a lock."""
+    """Whether a directory has no files but a lock."""
     return all(file.name == LOCK for file in directory.iterdir())
 
 
 def choose_state(directory: Path, step: int | None = None, *, best: bool = False) -> int | None:
-    """The step of a run's newest state, its best or the one asked for, which is whole.
+    """The step of a run's newest state, its best, or the requested one, checked for damage.
 
     Returns:
-      None where there is no state yet.
+      None if there is no state yet.
 
     Raises:
-      CheckpointError: there is none of the step, or it is damaged.
+      CheckpointError: there is no state of that step, or it is damaged.
     """
     folder = directory / (BEST if best else STATES)
     step = runs.choose(folder, step)
@@ -73,16 +73,16 @@ def choose_state(directory: Path, step: int | None = None, *, best: bool = False
 
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
-    """Make the directory, with the recipe in it, its paths absolute."""
+    """Write the recipe, with absolute paths, to the directory, which is created if necessary."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(tables.to_table(_anywhere(recipe)), indent=1)
+    text = json.dumps(tables.to_table(_with_absolute_paths(recipe)), indent=1)
     disk.write_file(directory / RECIPE, f"{text}\n".encode())
 
 
-def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe as it is read the same from any folder."""
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe in a form that does not depend on the current directory."""
     absolute = lambda name: str(Path(name).absolute())
-    # What is no path here is a name on the Hub.
+    # A model path that does not exist locally is an id on the Hub.
     local = Path(os.path.expanduser(recipe.model.path))
     is_here = bool(recipe.model.path) and local.exists()
     model = str(local.absolute()) if is_here else recipe.model.path
@@ -97,10 +97,10 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
 
 def read_recipe(directory: Path) -> Recipe:
-    """The recipe of a run.
+    """Read the recipe of a run.
 
     Raises:
-      ValueError: the directory is not a run's.
+      ValueError: the directory is not that of a run, or its recipe is damaged.
     """
     path = directory / RECIPE
     if not path.is_file():
@@ -118,28 +118,28 @@ def evaluate(
     best: bool = False,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a state of a run.
+    """Evaluate a state of a run.
 
     Args:
-      directory: of the run.
-      files: instead of those that its recipe is evaluated on.
-      best: the state that evaluations found best, not the newest.
-      step: the state of this step.
+      directory: directory of the run.
+      files: files to use instead of the recipe's.
+      best: evaluate the best state instead of the newest.
+      step: evaluate the state of this step.
 
     Returns:
-      What `evaluation.Evaluator.measure` does, and the state's `step`.
+      The results of `evaluation.Evaluator.measure`, and the state's `step`.
 
     Raises:
-      ValueError: there is no such state, or nothing to measure.
+      ValueError: there is no such state, or nothing to evaluate.
     """
     recipe = read_recipe(directory)
     if files:
         settings = dataclasses.replace(recipe.evaluation, files=files)
         recipe = dataclasses.replace(recipe, evaluation=settings)
     if not (recipe.evaluation.files or recipe.evaluation.prompts):
-        raise ValueError("There is nothing to measure; give --data, or evaluation.files.")
+        raise ValueError("There is nothing to evaluate; give --data, or evaluation.files.")
     if best and step is not None:
-        raise ValueError("The best state or that of a step; choose one.")
+        raise ValueError("--best and --state exclude each other; choose one.")
     step = choose_state(directory, step, best=best)
     tokenizer = preparation.text_tokenizer(recipe)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)

@@ -1,6 +1,6 @@
-"""One step of training, compiled: gradients of several parts of a batch, one update.
+"""One compiled training step: gradients accumulated over parts of a batch, then one update.
 
-Axis letters: A parts of a batch that follow one another, B rows of a part, T tokens.
+Axis letters: A parts of a batch, run one after another, B rows of a part, T tokens.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt32
 
-from v4jax.adapters.lora import Lora
+from v4jax.adapters.lora_settings import Lora
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
 from v4jax.model.pytree import pytree
@@ -27,13 +27,13 @@ Batch = dict[str, Any]
 @pytree
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
-      step: int32, how many have been made.
-      trained, balanced: see `trainable`.
-      optimizer: the optimiser's own.
-      key: raw random bits, from which every step's randomness follows.
+      step: number of steps so far, int32.
+      trained, balanced: see `trainable.Parts`.
+      optimizer: the optimiser's state.
+      key: raw random key, from which each step derives its randomness.
     """
 
     step: Int[Array, ""]
@@ -45,17 +45,17 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compiled into a step.
+    """Settings compiled into a step.
 
     Attributes:
       cfg: the model's configuration.
       numerics: where rounding happens.
       what: which weights are trained.
-      mtp_weight: of the MTP loss; 0 leaves it out.
-      balance_weight: of the loss that keeps experts equally busy within a document.
-      indexer_weight: of the indexers' divergence from attention; 0 leaves it out.
-      bias_speed: by how much a step moves routers' biases; 0 leaves them.
-      clip: gradients longer than this are shortened to it.
+      mtp_weight: weight of the MTP loss; 0 skips it.
+      balance_weight: weight of the loss that keeps experts equally busy within a document.
+      indexer_weight: weight of the indexers' divergence from attention; 0 skips it.
+      bias_speed: how far a step moves each bias of the routers; 0 leaves them unchanged.
+      clip: largest norm of the gradient; a longer one is scaled down to it.
       remat, unroll: as for `v4jax.model.transformer.forward_rows`.
     """
 
@@ -72,10 +72,10 @@ class Settings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the losses, by name; those that are not computed are left out."""
-        found = {"loss": 1.0, "balance_loss": self.balance_weight}
-        extra = {"mtp_loss": self.mtp_weight, "indexer_loss": self.indexer_weight}
-        return found | {name: weight for name, weight in extra.items() if weight}
+        """Weights of the computed losses, by name."""
+        always = {"loss": 1.0, "balance_loss": self.balance_weight}
+        optional = {"mtp_loss": self.mtp_weight, "indexer_loss": self.indexer_weight}
+        return always | {name: weight for name, weight in optional.items() if weight}
 
     def sums(
         self, model: Any, batch: Batch, *, remat: bool = False, agreement: bool = False
@@ -113,15 +113,15 @@ def make(
     """The compiled step: (state, frozen, batch, limit) -> (state, metrics); the state is donated.
 
     A batch's arrays are [A, B, T]. Losses are means over all trained tokens of all parts and all
-    hosts, so that neither the number of parts nor their padding changes the update. A weight whose
-    gradient is zero everywhere is not moved, and a bias whose router did not run. A step whose loss
-    is above the limit, or whose loss or gradient is not finite, changes nothing but the count
-    and says so in `skipped`.
+    hosts, so that neither the number of parts nor their padding changes the update. Weights whose
+    gradient is zero everywhere, and biases of routers that did not run, are not updated. A step
+    whose loss is above the limit, or whose loss or gradient is not finite, changes only the count
+    and reports it in `skipped`.
 
     Args:
-      settings: what is compiled into it.
+      settings: settings to compile into the step.
       rule: the optimiser.
-      like: states are spread over devices as this one; None: one device has all.
+      like: a state whose sharding all states have; None: a single device.
     """
 
     def step(state: State, frozen: Any, batch: Batch, limit: Any) -> tuple[State, Metrics]:
@@ -129,14 +129,14 @@ def make(
         gradients, loads, metrics = _gradients(settings, state, frozen, batch, key)
         squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradients)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-        right = jnp.isfinite(norm) & (metrics["loss"] <= limit)
+        is_good = jnp.isfinite(norm) & (metrics["loss"] <= limit)
         old = state.trained, state.balanced, state.optimizer
 
         def update() -> Any:
-            shorter = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
-            clipped = jax.tree.map(lambda g: g * shorter.astype(g.dtype), gradients)
-            updates, moved = rule.update(clipped, state.optimizer, state.trained)
-            # Decay alone would shrink what nothing trains.
+            scale = jnp.minimum(1.0, settings.clip / jnp.maximum(norm, 1e-30))
+            clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+            updates, optimizer = rule.update(clipped, state.optimizer, state.trained)
+            # Weight decay alone would shrink weights that get no gradient.
             updates = jax.tree.map(lambda u, s: u * (s > 0).astype(u.dtype), updates, squares)
             balanced = {
                 name: balance.moved(state.balanced[name], load_LE, settings.bias_speed)
@@ -144,21 +144,21 @@ def make(
                 if name in state.balanced
             }
             trained = optax.apply_updates(state.trained, updates)
-            return trained, state.balanced | balanced, moved
+            return trained, state.balanced | balanced, optimizer
 
-        # Choosing between old and new with `where` would make XLA copy the optimiser's moments.
-        trained, balanced, moved = jax.lax.cond(right, update, lambda: old)
-        metrics |= {"gradient_norm": norm, "skipped": 1.0 - right.astype(jnp.float32)}
+        # Selecting between old and new with `where` would make XLA copy the optimiser's moments.
+        trained, balanced, optimizer = jax.lax.cond(is_good, update, lambda: old)
+        metrics |= {"gradient_norm": norm, "skipped": 1.0 - is_good.astype(jnp.float32)}
         violations = [balance.violation(load_LE) for load_LE in loads.values()]
         metrics["load_violation"] = jnp.max(jnp.stack(violations or [jnp.float32(0.0)]))
-        return State(state.step + 1, trained, balanced, moved, state.key), metrics
+        return State(state.step + 1, trained, balanced, optimizer, state.key), metrics
 
     places = None if like is None else (jax.tree.map(lambda x: x.sharding, like), None)
     return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def evaluate(settings: Settings) -> Callable[[Parts, Batch], tuple[Metrics, Metrics]]:
-    """The compiled evaluation: (parts, batch [B, T]) -> sums of losses and what to divide by."""
+    """The compiled evaluation: (parts, batch [B, T]) -> sums of losses, and their divisors."""
 
     def run(parts: Parts, batch: Batch) -> tuple[Metrics, Metrics]:
         model = trainable.join(parts, settings.cfg, settings.what)
@@ -171,7 +171,7 @@ def evaluate(settings: Settings) -> Callable[[Parts, Batch], tuple[Metrics, Metr
 def _gradients(
     settings: Settings, state: State, frozen: Any, batch: Batch, key: jax.Array
 ) -> tuple[Any, dict[str, Array], Metrics]:
-    """Gradients of the whole batch's loss, part by part; experts' loads; the losses."""
+    """Gradients of the entire batch's loss, accumulated over parts; experts' loads; losses."""
     weights = settings.weights
     counts = loss.counts(batch, weights)
 
@@ -183,22 +183,22 @@ def _gradients(
         total = jnp.sum(jnp.stack([weights[name] * means[name] for name in weights]))
         return total, (loads, means)
 
-    # Compiled in itself, so that its shapes and the loop below trace it once.
+    # Jitted separately, so that `eval_shape` and the scan below trace it only once.
     @jax.jit
     def one_part(number: Any, part: Any) -> Any:
         differentiated = jax.grad(objective, has_aux=True)
-        gradients, kept = differentiated(state.trained, part, jax.random.fold_in(key, number))
-        return jax.tree.map(lambda x: x.astype(jnp.float32), (gradients, *kept))
+        gradients, aux = differentiated(state.trained, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (gradients, *aux))
 
     parts = len(batch["tokens"])
     if parts == 1:
-        found = one_part(jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
+        totals = one_part(jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
     else:
         first = jax.eval_shape(one_part, jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         add = lambda total, step: (jax.tree.map(jnp.add, total, one_part(*step)), None)
-        found, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
-    gradients, loads, metrics = found
+        totals, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
+    gradients, loads, metrics = totals
     return (
         gradients,
         loads,

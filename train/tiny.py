@@ -1,7 +1,7 @@
-"""A small model trained from nothing, on text that every machine with CPython has.
+"""A small model trained from scratch, on text that comes with every CPython.
 
-The text is CPython's own: its language reference, as `help()` shows it, and the docstrings of its
-standard library (Python Software Foundation License, version 2).
+The text is the language reference, as `help()` shows it, and the docstrings of the standard library
+(Python Software Foundation License, version 2).
 """
 
 import ast
@@ -24,10 +24,10 @@ from v4jax.text.files import read_text
 from . import loop, recipe
 
 PROMPTS = ("The assignment statement", "Return a list of", "This module provides")
-_LEAST = 120  # characters of a docstring: shorter ones say little
+_LEAST = 120  # minimum characters of a docstring
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-_HELD_OUT = 20  # one row of so many is not trained on
-_CHATS = 3  # one module of so many is asked for in chats, name by name
+_HELD_OUT = 20  # one in this many rows is held out
+_CHATS = 3  # one in this many modules becomes chats, one for each name
 
 Row = dict[str, Any]
 
@@ -36,22 +36,22 @@ def rows() -> list[Row]:
     """The text as rows of training data, in a fixed order."""
     from pydoc_data.topics import topics
 
-    found: list[Row] = [{"text": text} for text in topics.values()]
-    for number, (module, described) in enumerate(_modules()):
+    rows: list[Row] = [{"text": text} for text in topics.values()]
+    for number, (module, docstrings) in enumerate(_modules()):
         if number % _CHATS:
-            found.append({"text": "\n\n".join(described.values())})
+            rows.append({"text": "\n\n".join(docstrings.values())})
         else:
-            found += [_chat(f"{module}.{name}", text) for name, text in described.items()]
-    return found
+            rows += [_chat(f"{module}.{name}", text) for name, text in docstrings.items()]
+    return rows
 
 
-def _chat(question: str, answer: str) -> Row:
-    asked = {"role": "user", "content": f"What is {question}?"}
-    return {"messages": [asked, {"role": "assistant", "content": answer}]}
+def _chat(subject: str, answer: str) -> Row:
+    question = {"role": "user", "content": f"What is {subject}?"}
+    return {"messages": [question, {"role": "assistant", "content": answer}]}
 
 
 def _modules() -> Iterator[tuple[str, dict[str, str]]]:
-    """Modules of the standard library, and the docstrings in each by the name they are of."""
+    """Modules of the standard library, with their docstrings by the name of what they document."""
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
         path = file.relative_to(library)
@@ -61,9 +61,9 @@ def _modules() -> Iterator[tuple[str, dict[str, str]]]:
             tree = ast.parse(read_text(file))
         except (OSError, SyntaxError, ValueError):
             continue
-        described = dict(_docstrings(tree))
-        if described:
-            yield path.stem, described
+        docstrings = dict(_docstrings(tree))
+        if docstrings:
+            yield path.stem, docstrings
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -75,10 +75,10 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def tokenizer(texts: list[str], size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the texts, V4's special tokens first."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
+    """A byte-level BPE tokenizer trained on the texts, with V4's special tokens first."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
     special = [
         tokenizers.AddedToken(token, normalized=False, special=True)
         for token in chat.SPECIAL_TOKENS
@@ -89,25 +89,25 @@ def tokenizer(texts: list[str], size: int) -> tokenizers.Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(texts, trainer)
-    return made
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
 
 
 def train(
     out: Path, overrides: dict[str, str], *, show: Callable[[Row], None]
 ) -> tuple[Path, loop.Outcome]:
-    """Train the preset 'tiny' and write it as a release; goes on with a run that was interrupted.
+    """Train the preset 'tiny' and write it as a release; continues an interrupted run.
 
     Args:
-      out: a directory to be made: the text, the model before training, the run, and `model`.
-      overrides: of the recipe `train_tiny.toml`, as `recipe.read` takes them.
-      show: told the metrics of each step.
+      out: directory to create for the text, the untrained model, the run, and the release `model`.
+      overrides: overrides of the recipe `train_tiny.toml`, as for `recipe.read`.
+      show: called with the metrics of each step.
 
     Returns:
-      The release's directory, which is there unless a signal ended the run, and how that ended.
+      The release's directory, which exists unless a signal ended the run, and how the run ended.
 
     Raises:
-      ValueError: the directory has something else in it.
+      ValueError: the directory has other contents.
     """
     run, release = out / "run", out / "model"
     if (run / RECIPE).is_file():
@@ -122,30 +122,30 @@ def train(
 
 
 def prepare(out: Path) -> None:
-    """Write the text and the model before training.
+    """Write the text and the untrained model.
 
     Raises:
-      ValueError: the directory has something in it.
+      ValueError: the directory is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and has no run in it; choose another directory.")
     out.mkdir(parents=True, exist_ok=True)
-    found = rows()
-    held_out = found[::_HELD_OUT]
-    trained = [row for number, row in enumerate(found) if number % _HELD_OUT]
-    for name, kept in (("held_out", held_out), ("train", trained)):
-        lines = (json.dumps(row) + "\n" for row in kept)
+    all_rows = rows()
+    held_out = all_rows[::_HELD_OUT]
+    trained = [row for number, row in enumerate(all_rows) if number % _HELD_OUT]
+    for name, part in (("held_out", held_out), ("train", trained)):
+        lines = (json.dumps(row) + "\n" for row in part)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     cfg = preset("tiny")
-    texts = [row["text"] if "text" in row else row["messages"][1]["content"] for row in found]
+    texts = [row["text"] if "text" in row else row["messages"][1]["content"] for row in all_rows]
     random_release.make_checkpoint(
         out / "untrained", cfg, 0, tokenizer=tokenizer(texts, cfg.vocab_size)
     )
 
 
 def read(prepared: Path, run: Path, overrides: Mapping[str, str] | None = None) -> recipe.Recipe:
-    """The recipe of a run on what `prepare` has written."""
-    given = {
+    """The recipe of a run on the files that `prepare` wrote."""
+    settings = {
         "model.path": repr(str(prepared / "untrained")),
         "data.files": repr([str(prepared / "train.jsonl")]),
         "evaluation.files": repr([str(prepared / "held_out.jsonl")]),
@@ -153,4 +153,4 @@ def read(prepared: Path, run: Path, overrides: Mapping[str, str] | None = None) 
         "out": repr(str(run)),
     }
     with resources.as_file(resources.files("v4jax_configs") / "train_tiny.toml") as file:
-        return recipe.read(file, given | dict(overrides or {}))
+        return recipe.read(file, settings | dict(overrides or {}))

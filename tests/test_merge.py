@@ -453,7 +453,7 @@ def test_the_ledger_reports_gain_and_cosine() -> None:
 
 
 def test_there_is_one_warning_per_format_and_it_names_a_way_out() -> None:
-    row = lambda kind, stored, gain: requantise.Kept(kind, stored, 1, gain, gain)
+    row = lambda kind, stored, gain: requantise.Retention(kind, stored, 1, gain, gain)
     rows = [row(kind, "FP4", 0.25) for kind in "abcde"]
     rows += [row("f", "FP8", 0.5), row("norm", "BF16", 0.0)]
     fp4, bf16 = requantise.warnings(rows)

@@ -73,7 +73,7 @@ def test_even_loads_cost_one_per_token() -> None:
 
 def test_biases_move_against_the_load_by_a_fixed_step() -> None:
     load_LE = jnp.asarray([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    bias_LE = balance.moved(jnp.zeros((2, 4)), load_LE, 0.5)
+    bias_LE = balance.updated_biases(jnp.zeros((2, 4)), load_LE, 0.5)
     np.testing.assert_array_equal(bias_LE, [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     assert balance.violation(load_LE) == 1.0
 

@@ -157,12 +157,12 @@ def test_invalid_batches_are_rejected() -> None:
     endless, short = (Packs(documents([10]), SPLIT, epochs=epochs) for epochs in (None, 1))
     assert len(endless) == sys.maxsize
     cases: list[tuple[str, list[Packs], dict[str, Any]]] = [
-        ("There are no sources", [], {}),
+        ("sources is empty", [], {}),
         (r"weights are \[1\]; give 2 numbers", [endless, endless], {"weights": [1]}),
         (r"weights are \[1, 0\]; give 2 numbers", [endless, endless], {"weights": [1, 0]}),
         ("weights are", [endless], {"weights": [float("nan")]}),
-        (r"part is range\(3, 5\) of a batch of 4", [endless], {"part": range(3, 5)}),
-        (r"part is range\(0, 0\) of a batch of 4", [endless], {"part": range(0)}),
+        (r"part is range\(3, 5\); .* below batch, 4", [endless], {"part": range(3, 5)}),
+        (r"part is range\(0, 0\); .* below batch, 4", [endless], {"part": range(0)}),
         ("a number of epochs cannot be mixed", [endless, short], {}),
     ]
     for problem, sources, fields in cases:

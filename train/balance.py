@@ -92,7 +92,7 @@ def biases(watched: list[list[dict[str, Array]]], drafters: list[list[dict[str, 
     return loads
 
 
-def moved(
+def updated_biases(
     bias_LE: Float32[Array, "L E"], load_LE: Float32[Array, "L E"], speed: float
 ) -> Float32[Array, "L E"]:
     """Biases after a step: lower for experts above the mean load, higher for those below it."""

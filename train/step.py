@@ -139,7 +139,7 @@ def make(
             # Weight decay alone would shrink weights that get no gradient.
             updates = jax.tree.map(lambda u, s: u * (s > 0).astype(u.dtype), updates, squares)
             balanced = {
-                name: balance.moved(state.balanced[name], load_LE, settings.bias_speed)
+                name: balance.updated_biases(state.balanced[name], load_LE, settings.bias_speed)
                 for name, load_LE in loads.items()
                 if name in state.balanced
             }

@@ -128,11 +128,11 @@ def batches(
     part = range(batch) if part is None else part
     weights = [1.0] * len(sources) if weights is None else weights
     if not sources:
-        raise ValueError("There are no sources; give at least one.")
+        raise ValueError("sources is empty; give at least one.")
     if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
         raise ValueError(f"weights are {list(weights)}; give {len(sources)} numbers above 0.")
     if not part or min(part) < 0 or max(part) >= batch:
-        raise ValueError(f"part is {part}; give indices of packs in a batch of {batch}.")
+        raise ValueError(f"part is {part}; give indices of packs below batch, {batch}.")
     if len(sources) > 1 and any(len(source) < sys.maxsize for source in sources):
         raise ValueError("Sources with a number of epochs cannot be mixed; leave epochs out.")
     datasets = [grain.MapDataset.source(source) for source in sources]

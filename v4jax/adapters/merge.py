@@ -15,7 +15,7 @@ import numpy as np
 
 from v4jax import arguments
 from v4jax.adapters import requantise, updates
-from v4jax.adapters.requantise import Kept, Ledger
+from v4jax.adapters.requantise import Ledger, Retention
 from v4jax.adapters.updates import Update
 from v4jax.checkpoints import (
     disk,
@@ -50,7 +50,7 @@ def merge(
     best: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
-) -> list[Kept]:
+) -> list[Retention]:
     """Write a release with the update merged into its weights.
 
     It appears under its name once it is complete. With 'keep', unchanged tensors keep the source's
@@ -115,7 +115,7 @@ def _write(
     work: unfinished.Work,
     ledgers: Path,
     progress: Progress | None,
-) -> list[Kept]:
+) -> list[Retention]:
     source, weights = merged.path, merged.weights
     ledgers.mkdir(exist_ok=True)
     place = {file: ledgers / f"{i}.json" for i, file in enumerate(merged.files)}

@@ -63,7 +63,7 @@ def _errors(
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Retention:
     """How much of an update survives rounding, over all weights of a kind.
 
     Attributes:
@@ -104,10 +104,10 @@ class Ledger:
         for kind, stored, *sums in rows:
             self._add((kind, stored), np.array(sums))
 
-    def report(self) -> list[Kept]:
+    def report(self) -> list[Retention]:
         """One entry for each kind and stored dtype."""
         return [
-            Kept(kind, stored, int(count), _ratio(dot, w), _ratio(dot, math.sqrt(w * x)))
+            Retention(kind, stored, int(count), _ratio(dot, w), _ratio(dot, math.sqrt(w * x)))
             for (kind, stored), (count, dot, w, x) in sorted(self._sums.items())
         ]
 
@@ -121,7 +121,7 @@ def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
-def table(rows: Iterable[Kept]) -> list[str]:
+def table(rows: Iterable[Retention]) -> list[str]:
     """The report as lines of text."""
     cells = [("weights", "stored as", "tensors", "gain", "cosine")]
     cells += [
@@ -137,16 +137,16 @@ def _padded(row: tuple[str, ...], widths: list[int]) -> Iterable[str]:
         yield cell.ljust(width) if i < 2 else cell.rjust(width)
 
 
-def warnings(rows: Iterable[Kept]) -> list[str]:
+def warnings(rows: Iterable[Retention]) -> list[str]:
     """A line for each format that keeps less than half of a change, with a remedy."""
-    lost: dict[str, list[Kept]] = {}
+    lost: dict[str, list[Retention]] = {}
     for row in rows:
         if row.gain < 0.5:
             lost.setdefault(row.stored, []).append(row)
     return [_warning(stored, kinds) for stored, kinds in lost.items()]
 
 
-def _warning(stored: str, lost: list[Kept]) -> str:
+def _warning(stored: str, lost: list[Retention]) -> str:
     named = ", ".join(f"{row.kind} ({max(row.gain, 0.0):.0%})" for row in lost[:_NAMED])
     more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
     remedy = (

@@ -83,7 +83,7 @@ def open_run(path: Path, *, best: bool = False) -> Run:
 
 
 def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
-    """The table with lists, which JSON made of tuples, turned back."""
+    """The table with its lists turned back into the tuples that JSON cannot represent."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 

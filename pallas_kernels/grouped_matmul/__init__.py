@@ -49,7 +49,7 @@ def expert_mlp(
       weight_TA: routing weights; arbitrary where an id contributes nothing.
       w1_LEFD: gate matrices of all experts of a stack of layers: an array in x's dtype, quantised,
         or either with a low-rank update. Only the chosen experts of `layer` are read. Can be a
-        `LayerWeight`, whose gradient covers that layer only; w3 and w2 must then be one too.
+        `LayerWeight`, whose gradient covers that layer only; w3 and w2 must then be too.
       w3_LEFD: up matrices.
       w2_LEDF: down matrices.
       layer: index of the layer in the stack, 0 to L - 1.

@@ -37,11 +37,11 @@ def sums(
 ) -> Float[Array, "Z R N"]:
     """Partial sums of the product; a block of threads has `rows` rows."""
     R, (_, N, K) = len(x_RK), stack.shape
-    tiles, taken = K // CHANNELS // parts, min(R, rows)
+    tiles, real_rows = K // CHANNELS // parts, min(R, rows)
 
     def body(x: Any, layer: Any, codes: Any, scale: Any, out: Any, **smem: Any) -> None:
         part, column, row = gpu_tiles.place()
-        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
+        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, real_rows)
         of_group = column // (N // groups // COLUMNS) * K
 
         def fetch(tile: Any) -> None:
@@ -50,7 +50,7 @@ def sums(
             channels = lambda per: pl.ds(at * (CHANNELS // per), CHANNELS // per)
             # Missing rows hold garbage, which does not reach other rows.
             x_MX = x.at[block_rows, pl.ds(of_group + at * CHANNELS, CHANNELS)]
-            plgpu.copy_gmem_to_smem(x_MX, smem["x_DMX"].at[slot, pl.ds(0, taken)], here)
+            plgpu.copy_gmem_to_smem(x_MX, smem["x_DMX"].at[slot, pl.ds(0, real_rows)], here)
             codes_JC = codes.at[layer[0], channels(2), columns]
             plgpu.copy_gmem_to_smem(codes_JC, smem["codes_DJC"].at[slot], here)
             scale_BC = scale.at[layer[0], channels(FP4_BLOCK), columns]
@@ -77,7 +77,7 @@ def sums(
             fetch(jnp.int32(tile))
         accumulator = plgpu.WGMMAAccumulatorRef((rows, COLUMNS), jnp.float32)
         sum_MC = pl.run_scoped(accumulate, accumulator)
-        gpu_tiles.write(sum_MC, smem["out_MC"], out.at[part, block_rows, columns], taken)
+        gpu_tiles.write(sum_MC, smem["out_MC"], out.at[part, block_rows, columns], real_rows)
 
     kernel = gpu_tiles.kernel(body, (parts, R, N), rows, _scratch(rows), "linear_fp4")
     exponents = jax.lax.bitcast_convert_type(stack.scale, jnp.uint8)

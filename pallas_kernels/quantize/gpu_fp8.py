@@ -34,13 +34,13 @@ def sums(
 ) -> Float[Array, "Z R N"]:
     """Partial sums of the product; a block of threads has `rows` rows."""
     R, (_, N, K) = len(x_RK), stack.shape
-    tiles, taken = K // FP8_BLOCK // parts, min(R, rows)
+    tiles, real_rows = K // FP8_BLOCK // parts, min(R, rows)
 
     def body(
         x_ref: Any, layer_ref: Any, codes_ref: Any, scale_ref: Any, out_ref: Any, **smem: Any
     ) -> None:
         part, column, row = gpu_tiles.place()
-        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, taken)
+        columns, block_rows = pl.ds(column * COLUMNS, COLUMNS), pl.ds(row * rows, real_rows)
         first, layer = part * tiles, layer_ref[0]
         of_group = column // (N // groups // COLUMNS) * K
 
@@ -49,7 +49,7 @@ def sums(
             at = (first + tile) * FP8_BLOCK
             # Missing rows hold garbage, which does not reach other rows.
             x = x_ref.at[block_rows, pl.ds(of_group + at, FP8_BLOCK)]
-            plgpu.copy_gmem_to_smem(x, smem["x_DMX"].at[slot, pl.ds(0, taken)], here)
+            plgpu.copy_gmem_to_smem(x, smem["x_DMX"].at[slot, pl.ds(0, real_rows)], here)
             codes = codes_ref.at[layer, pl.ds(at, FP8_BLOCK), columns]
             plgpu.copy_gmem_to_smem(codes, smem["codes_DXC"].at[slot], here)
 
@@ -68,7 +68,7 @@ def sums(
 
         zeros = plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
         sum_MC = jax.lax.fori_loop(0, tiles, add, zeros)
-        gpu_tiles.write(sum_MC, smem["out_MC"], out_ref.at[part, block_rows, columns], taken)
+        gpu_tiles.write(sum_MC, smem["out_MC"], out_ref.at[part, block_rows, columns], real_rows)
 
     # One number per 16384 weights: not worth converting in each block of threads.
     scale_kn = of_layer(stack.scale, layer_1[0]).astype(jnp.float32)

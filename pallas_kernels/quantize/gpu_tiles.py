@@ -55,10 +55,10 @@ def place() -> tuple[Array, Array, Array]:
     return part, column, row
 
 
-def write(sum_MC: Float32[Array, "M C"], buffer_MC: Any, out: Any, taken: int) -> None:
-    """Write the first `taken` rows, through a buffer in shared memory."""
-    for top in range(0, taken, _WRITTEN):
-        count = min(_WRITTEN, taken - top)
+def write(sum_MC: Float32[Array, "M C"], buffer_MC: Any, out: Any, real_rows: int) -> None:
+    """Write the first `real_rows` rows, through a buffer in shared memory."""
+    for top in range(0, real_rows, _WRITTEN):
+        count = min(_WRITTEN, real_rows - top)
         store(buffer_MC, sum_MC[top : top + _WRITTEN].astype(buffer_MC.dtype))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer_MC.at[pl.ds(0, count)], out.at[pl.ds(top, count)])

@@ -38,8 +38,8 @@ def _float(bits: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 def _scale_bits(amax: Float32[Array, "*dims"], largest: float) -> Int32[Array, "*dims"]:
     """Bits of exactly 2^ceil(log2(amax / largest)): a float's bits are a piecewise linear log2."""
-    one = BIAS << MANTISSA
-    distance = _bits(amax) + (one - int(np.float32(largest).view(np.int32)))
+    bits_of_1 = BIAS << MANTISSA
+    distance = _bits(amax) + (bits_of_1 - int(np.float32(largest).view(np.int32)))
     return (distance + (1 << MANTISSA) - 1) & -(1 << MANTISSA)
 
 

@@ -51,6 +51,9 @@ def matmul(
     def group_channels(n: Any, k: Any, layer_ref: Any) -> Any:
         return 0, jax.lax.div(n, group_tiles) * (K // bk) + k
 
+    def result_tile(n: Any, k: Any, layer_ref: Any) -> Any:
+        return 0, n
+
     scale_shape = stack.scale.shape[1:]
     scale_spec = pl.BlockSpec((None, *scale_shape), all_scales)
     if not fp8:
@@ -68,7 +71,7 @@ def matmul(
                 pl.BlockSpec((None, bk // packed, bn), weight_tile),
                 scale_spec,
             ],
-            out_specs=pl.BlockSpec((rows, bn), lambda n, k, layer_ref: (0, n)),
+            out_specs=pl.BlockSpec((rows, bn), result_tile),
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((R, N), x_RK.dtype),

@@ -60,11 +60,8 @@ def matmul(
         return rows, o
 
     scale_spec, wide, dequantise = _of_format(stack, (bk, bn), weight_tile, transposed)
-    settings = {
-        "precision": precision,
-        "transposed": transposed,
-        "native": tpu_codes.has_native_e4m3(),
-    }
+    native = tpu_codes.has_native_e4m3()
+    settings = {"precision": precision, "transposed": transposed, "native": native}
     return pl.pallas_call(
         functools.partial(_dense_tiles, dequantise=dequantise, place=place, **settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(

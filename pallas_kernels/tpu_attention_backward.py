@@ -39,7 +39,7 @@ _ROWS = 1024
 _GROUP = 256
 _WINDOW = 1024
 _TILE = 16
-# VMEM for the pool and its gradient (and, where they fit too, its logits), and for everything.
+# VMEM for the pool and its gradient (and its logits, if they fit too), and for the entire kernel.
 _POOL_BYTES = 24 * 2**20
 _VMEM_BYTES = 56 * 2**20
 _LOWEST = -1e30
@@ -219,6 +219,7 @@ class _IndexMaps:
         return part, row, 0, 0
 
     def constant(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
+        """One block for all steps, fetched once."""
         return 0, 0
 
 

@@ -224,7 +224,7 @@ class _Rows:
         logits_XR: Float32[Array, "X R"],
         log_total_1R: Float32[Array, "1 R"],
     ) -> tuple[Float32[Array, "R K"], Float32[Array, "X K"]]:
-        """Gradients of the rows' queries, as far as due to these keys, and of the keys."""
+        """These keys' part of the queries' gradient, and the gradient of the keys."""
         weights_XR = jnp.exp2(logits_XR - log_total_1R)
         towards_XR = _dot(keys_XK, self.grad_ref[...], 1, 1) - self.delta_1R
         slopes_XR = (weights_XR * towards_XR * self.scale).astype(keys_XK.dtype)

@@ -35,7 +35,7 @@ from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 _LANES = 128
-# Their logits, 2 to 4 MB of float32, leave room in VMEM for two buffers of everything else.
+# Logits of rows x entries, 2 to 4 MB of float32, leave room in VMEM to double-buffer the rest.
 _ROWS = 1024
 _ENTRIES, _DECODE_ENTRIES = 512, 1024
 _VMEM_BYTES = 48 * 2**20
@@ -250,6 +250,7 @@ def _batch_row(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
 
 
 def _constant(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
+    """One block for all steps, fetched once."""
     return 0, 0
 
 

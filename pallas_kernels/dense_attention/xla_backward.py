@@ -171,7 +171,7 @@ def _add_to_sum(rows: _Rows, keys_XK: Any, mask_RX: Any, state: Any) -> Any:
 
 
 def _pull(rows: _Rows, keys_XK: Any, mask_RX: Any, log_total_R: Any) -> Any:
-    """Gradients of the queries, as far as due to these keys, and of the keys."""
+    """These keys' part of the queries' gradient, and the gradient of the keys."""
     weights_RX = jnp.exp(_logits(rows, keys_XK, mask_RX) - log_total_R[:, None])
     towards_RX = _dot(rows.grad_RK, keys_XK, 1, 1) - rows.delta_R[:, None]
     logits_grad_RX = (weights_RX * towards_RX * rows.scale).astype(keys_XK.dtype)

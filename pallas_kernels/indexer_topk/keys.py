@@ -210,7 +210,7 @@ def _in_rows(scale_LBSK: Float32[Array, "L B S K"]) -> Float32[Array, "L B G K 1
 
 
 def _power_of_two(x: Float[Array, "*rows J"], largest: float) -> Float32[Array, "*rows 1"]:
-    """The least power of two that brings the largest magnitude into range; 2^-126 for zeros."""
+    """The smallest power of two that brings the largest magnitude into range; 2^-126 for zeros."""
     amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     fraction, exponent = jnp.frexp(amax / largest)
     exponent = jnp.where(fraction == 0.5, exponent - 1, exponent)

@@ -112,7 +112,7 @@ def blank(keys_ref: Any, start: Int32[Array, ""]) -> None:
 
 
 def _count(keys_ref: Any, rows: Int32[Array, ""], hits: Hits) -> Int32[Array, ""]:
-    """How many of the first `rows` rows' keys are hits."""
+    """Number of hits among the keys of the first `rows` rows."""
     step = min(_STEP, keys_ref.shape[0])
     # Several sums at a time, because each addition waits for the one before.
     wide = 32 if step % 32 == 0 else 8

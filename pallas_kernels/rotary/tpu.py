@@ -106,7 +106,7 @@ def _in_pairs(part_RQ: Float[Array, "R Q"]) -> Float32[Array, "R V"]:
 def turn(
     x_HV: Float32[Array, "H V"], cos_HV: Any, sin_HV: Any, rotated: int
 ) -> Float32[Array, "H V"]:
-    """RoPE on the last `rotated` of 128 lanes; only there are the tables read."""
+    """RoPE on the last `rotated` of 128 lanes; the tables matter only there."""
     lane_HV = jax.lax.broadcasted_iota(jnp.int32, x_HV.shape, 1)
     # Lane 127 has no right neighbour and lane 0 no left one, but neither is used.
     right_HV, left_HV = pltpu.roll(x_HV, LANES - 1, 1), pltpu.roll(x_HV, 1, 1)

@@ -77,6 +77,7 @@ def _per_row(*dims: int, **space: Any) -> pl.BlockSpec:
 
 
 def _constant(row: Any, layer_ref: Any) -> Any:
+    """One block for all steps, fetched once."""
     return 0, 0
 
 

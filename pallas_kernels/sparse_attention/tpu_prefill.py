@@ -124,6 +124,7 @@ def _stacked_query_block(row: Any, query_block: Any, *_: Any) -> Any:
 
 
 def _constant(row: Any, query_block: Any, *_: Any) -> Any:
+    """One block for all steps, fetched once."""
     return 0, 0
 
 
@@ -213,7 +214,7 @@ class _WindowMask:
         return near_QY if self.low_1Q is None else near_QY & (key_QY >= self._low(first, queries))
 
     def zero_unseen(self, near_ref: Any) -> Float[Array, "Y K"]:
-        """The block's window, zero where no query sees a key: the first key always is."""
+        """The block's window, zero where no query sees the key; none sees the first."""
         row_Y1 = jax.lax.broadcasted_iota(jnp.int32, (self.keys, 1), 0)
         seen_Y1 = row_Y1 >= jnp.maximum(self.missing, 1)
         if self.low_1Q is not None:

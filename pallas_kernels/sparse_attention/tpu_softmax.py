@@ -25,7 +25,7 @@ def attend(
     sink_H1: Float[Array, "H 1"],
     scale: float,
 ) -> Float32[Array, "H K"]:
-    """Attend to parts, each of finite keys, which are also the values, and a mask of those seen."""
+    """Attend to several sets of finite keys, which are also the values, each under its mask."""
     masked = [
         jnp.where(mask_1X, logits(q_HK, keys_XK, scale), -jnp.inf) for keys_XK, mask_1X in parts
     ]

@@ -14,6 +14,8 @@ from typing import Any
 from v4jax.commands import command_line, options
 
 _EPILOG = """\
+'v4jax-train train --help' describes every field of a recipe.
+
 exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.
 
 examples:

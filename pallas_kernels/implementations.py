@@ -14,6 +14,8 @@ import numpy as np
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels.choice_log import record
+
 Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
 _KINDS = {
@@ -186,12 +188,16 @@ def dispatch(
         raise Unsupported(f"{op}.{name}: compilers do not partition kernels; use jax.shard_map.")
     if impl != "auto":
         return run(impl)(*args)
-    kernels = {
-        platform: _or_else(run(key), run("xla"))
+    operation, kernels = f"{op}.{name}", available & _PLATFORMS.keys()
+    if not kernels or _partitioned():
+        why = "compilers do not partition kernels" if kernels else "there is no kernel"
+        record(operation, "any", "xla", jax.tree.leaves(args), why)
+        return run("xla")(*args)
+    forms_by_platform = {
+        platform: _recorded(operation, key, run(key) if key in kernels else None, run("xla"))
         for key, platform in _PLATFORMS.items()
-        if key in available and not _partitioned()
     }
-    return _by_target(f"{op}.{name}", run("xla"), kernels, args)
+    return _by_target(operation, run("xla"), forms_by_platform, args)
 
 
 def _partitioned() -> bool:
@@ -200,12 +206,20 @@ def _partitioned() -> bool:
     return not mesh.empty and mesh.size > 1 and set(mesh.axis_names) > set(mesh.manual_axes)
 
 
-def _or_else(kernel: _Form, other: _Form) -> _Form:
+def _recorded(operation: str, target: str, kernel: _Form | None, xla: _Form) -> _Form:
+    """A target's kernel, or XLA's form where it has none for the arguments; each is recorded."""
+
     def run(*args: Any) -> Any:
-        try:
-            return kernel(*args)
-        except Unsupported:
-            return other(*args)
+        leaves, reason = jax.tree.leaves(args), f"there is no {target} kernel"
+        if kernel is not None:
+            try:
+                result = kernel(*args)
+                record(operation, target, target, leaves)
+                return result
+            except Unsupported as error:
+                reason = str(error)
+        record(operation, target, "xla", leaves, reason)
+        return xla(*args)
 
     return run
 
@@ -236,8 +250,6 @@ _choice_p.multiple_results = True
 def _by_target(
     name: str, default: _Form, kernels: Mapping[str, _Form], args: tuple[Any, ...]
 ) -> Any:
-    if not kernels:
-        return default(*args)
     leaves, tree = jax.tree.flatten(args)
     jaxpr, out = jax.make_jaxpr(default, return_shape=True)(*args)
     flat = lambda form: lambda *leaves: jax.tree.leaves(form(*tree.unflatten(leaves)))

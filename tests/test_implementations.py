@@ -13,7 +13,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import targets
+import pallas_kernels
+from pallas_kernels import Choice, targets
 from pallas_kernels.implementations import Unsupported, dispatch
 
 STRUCT = jax.ShapeDtypeStruct((8, 128), jnp.float32)
@@ -86,6 +87,26 @@ def test_a_program_for_several_platforms_holds_the_implementation_of_each() -> N
     assert jax.eval_shape(run, STRUCT).shape == STRUCT.shape
 
 
+def test_the_choice_for_each_target_is_counted_with_its_reason() -> None:
+    implementations: dict[str, Any] = {"tpu": implementation(unsupported), "xla": times(3.0)}
+    pallas_kernels.clear_choices()
+    run = operation(**implementations)
+    for target in ("v6e", "h200"):
+        targets.lowered(target, lambda x: run(x) + run(x), STRUCT)
+    targets.lowered("v6e", operation(tpu=times(5.0), xla=times(3.0)), STRUCT)
+    jax.jit(operation(tpu=implementation(never), xla=times(3.0)))(jnp.ones((8, 128)))
+    jax.jit(operation(xla=times(3.0)))(jnp.ones((8, 128)))
+    arrays = ("float32[8,128]",)
+    assert pallas_kernels.choices() == {
+        Choice("op.scale", "any", "xla", "there is no kernel", arrays): 1,
+        Choice("op.scale", "gpu", "xla", "there is no gpu kernel", arrays): 2,
+        Choice("op.scale", "tpu", "tpu", "", arrays): 1,
+        Choice("op.scale", "tpu", "xla", "This one takes no arrays.", arrays): 2,
+    }
+    pallas_kernels.clear_choices()
+    assert pallas_kernels.choices() == {}
+
+
 def test_an_undefined_derivative_is_refused_by_name() -> None:
     run = operation(xla=times(3.0), tpu=times(5.0))
     x = jnp.ones((8, 128))
@@ -108,7 +129,11 @@ def test_xla_replaces_a_kernel_that_the_compiler_would_have_to_partition() -> No
         operation(**implementations), in_specs=P("x"), out_specs=P("x")
     )(x)
     with jax.set_mesh(mesh):
+        pallas_kernels.clear_choices()
         assert "dense<3.0" in text(operation(**implementations))
+        assert [(c.target, c.reason) for c in pallas_kernels.choices()] == [
+            ("any", "compilers do not partition kernels")
+        ]
         assert "dense<5.0" in text(by_device)
         with pytest.raises(Unsupported, match=r"op\.scale: .* use jax\.shard_map"):
             text(operation("tpu", **implementations))

@@ -1,5 +1,6 @@
 """What `inspect` computes and reads, checked against the releases' own figures."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from pallas_kernels import targets
 from tests.checkpoints import tiny, write_release
 from v4jax import facts
 from v4jax.checkpoints import convert
-from v4jax.commands import inspect
+from v4jax.commands import inspect, kernels
 from v4jax.model import config_json
 from v4jax.model.params import count
 from v4jax.model.transformer import Model
@@ -147,15 +149,15 @@ def test_only_the_configuration_of_a_hub_id_is_fetched(
 ) -> None:
     requests = []
 
-    def resolve(name: str, *, allow_patterns: list[str]) -> Path:
-        requests.append((name, allow_patterns))
+    def resolve(name: str, *, revision: str, allow_patterns: list[str]) -> Path:
+        requests.append((name, revision, allow_patterns))
         return checkpoint
 
     monkeypatch.setattr(inspect.hub, "resolve", resolve)
-    subject = inspect.find("some/model")
+    subject = inspect.find("some/model", revision="v1")
     assert subject.config == tiny()
     assert subject.held is None
-    assert requests == [("some/model", ["config.json"])]
+    assert requests == [("some/model", "v1", ["config.json"])]
 
 
 def test_an_unknown_name_lists_the_alternatives() -> None:
@@ -176,3 +178,24 @@ def test_damaged_weights_are_detected(checkpoint: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(ValueError, match=shard.name):
         inspect.find(str(tmp_path / "hf"))
+
+
+def test_kernels_of_a_chip_are_listed_with_what_kept_others_from_running(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cfg = dataclasses.replace(tiny(), layers=tiny().layers[:1], num_nextn_predict_layers=0)
+    kernels.show(cfg, "v6e")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "decode hyper.head tpu 1" in lines
+    assert any(line.startswith("prefill hyper.pre tpu 2") for line in lines)
+    assert any(line.startswith("decode rotary.rotate xla") for line in lines)
+    assert any("The TPU kernel takes 64 or" in line for line in lines)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> Any:
+        raise RuntimeError("libtpu was not found")
+
+    monkeypatch.setattr(targets, "devices", missing)
+    with pytest.raises(ValueError, match=r"no compiler for v6e here .*pip install 'v4jax\[tpu\]'"):
+        kernels.show(tiny(), "v6e")

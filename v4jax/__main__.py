@@ -82,6 +82,12 @@ def _add_inspect(commands: Any) -> None:
     more = help_texts.INSPECT.format(presets=", ".join(preset_names()))
     parser = _command(commands, "inspect", _inspect, text, more)
     parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
+    parser.add_argument(
+        "--kernels",
+        choices=("v5p", "v6e", "tpu7x", "h200"),
+        help="list instead which operations run as Pallas kernels on this chip, and why others do "
+        "not",
+    )
     options.add_revision(parser)
 
 
@@ -159,7 +165,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from v4jax.commands import inspect
 
     subject = inspect.find(args.path, revision=args.revision)
-    inspect.show(subject.config, what=subject.what, held=subject.held)
+    if args.kernels is not None:
+        from v4jax.commands import kernels
+
+        kernels.show(subject.config, args.kernels)
+    else:
+        inspect.show(subject.config, what=subject.what, held=subject.held)
     return 0
 
 

@@ -22,6 +22,7 @@ examples:
   v4jax inspect pro
   v4jax inspect path/to/checkpoint
   v4jax inspect deepseek-ai/DeepSeek-V4-Pro
+  v4jax inspect flash --kernels v6e
 """
 CONVERT = """\
 A native checkpoint holds the arrays as the model has them in memory: it loads faster, and on many

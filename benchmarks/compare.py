@@ -61,7 +61,7 @@ def make(directory: str) -> None:
     from v4jax import presets
 
     torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(DeepseekV4Config(**presets.preset_json("bench"))).float()
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**presets.get_json("bench"))).float()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):

@@ -73,7 +73,7 @@ def measure(case: Case) -> dict[str, Any]:
     from v4jax import aot, audit, presets
 
     mesh = aot.topology_mesh(case.topology, **case.mesh)
-    cfg = presets.preset(case.preset)
+    cfg = presets.get(case.preset)
     lowered = aot.lower(
         cfg,
         case.step,

@@ -70,7 +70,7 @@ def _lower_seconds(preset: str, step: Any, experts: Any) -> float:
     jax.clear_caches()
     mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
     start = time.process_time()
-    aot.lower(presets.preset(preset), step, mesh, batch=1, capacity=1024, expert_format=experts)
+    aot.lower(presets.get(preset), step, mesh, batch=1, capacity=1024, expert_format=experts)
     return time.process_time() - start
 
 

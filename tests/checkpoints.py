@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
+from v4jax import presets
 from v4jax.checkpoints import tensor_names
 from v4jax.checkpoints.formats import QUANTISED
 from v4jax.checkpoints.safetensors_directory import write_checkpoint
@@ -19,7 +20,6 @@ from v4jax.model import config_json, params
 from v4jax.model.config import DSpark, ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
-from v4jax.presets import preset
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -36,7 +36,7 @@ class LazyTensor:
 
 def tiny(**changes: Any) -> ModelConfig:
     """The preset 'tiny' with changes."""
-    return dataclasses.replace(preset("tiny"), **changes)
+    return dataclasses.replace(presets.get("tiny"), **changes)
 
 
 def tiny_dspark() -> ModelConfig:

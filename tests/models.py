@@ -11,6 +11,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax import presets
 from v4jax.checkpoints import tensor_names
 from v4jax.decoding import steps
 from v4jax.model import cache as caches
@@ -19,7 +20,6 @@ from v4jax.model.cache import Cache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.numerics import HF, Numerics
 from v4jax.model.transformer import Model
-from v4jax.presets import preset
 
 SLIDING, CSA, HCA = ("sliding", 0), ("csa", 4), ("hca", 16)
 
@@ -52,7 +52,7 @@ def config(*attention: tuple[Any, int], hashed: int = 1, **changes: Any) -> Mode
         "initializer_range": 0.08,
         "eos_token_ids": (),
     }
-    return dataclasses.replace(preset("tiny"), layers=layers, **(small | changes))
+    return dataclasses.replace(presets.get("tiny"), layers=layers, **(small | changes))
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from v4jax_train.trainable import Full
 pytestmark = pytest.mark.full_compilation
 # `tiny`, made wide enough for every kernel.
 WIDE = dataclasses.replace(
-    presets.preset("tiny"),
+    presets.get("tiny"),
     hidden_size=256,
     moe_intermediate_size=256,
     q_lora_rank=256,
@@ -50,12 +50,12 @@ def lower_seconds(cfg: ModelConfig, step: Step) -> float:
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_the_full_model_lowers_for_v5p_in_30_seconds_and_4_gb(name: str, step: Step) -> None:
-    assert lower_seconds(presets.preset(name), step) < 30
+    assert lower_seconds(presets.get(name), step) < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 4e9
 
 
 def test_43_layers_lower_in_the_time_of_5() -> None:
-    flash = presets.preset("flash")
+    flash = presets.get("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:5])
     seconds = [lower_seconds(cfg, "decode") for cfg in (few, flash) if not jax.clear_caches()]
     assert seconds[1] < 1.5 * seconds[0]
@@ -80,7 +80,7 @@ def test_steps_compile_for_every_chip(chip: targets.Target, step: Step) -> None:
 @pytest.mark.slow
 def test_the_tiny_model_compiles_where_experts_have_no_kernel() -> None:
     mesh = aot.topology_mesh("v6e:2x2")
-    tiny = presets.preset("tiny")
+    tiny = presets.get("tiny")
     lowered = aot.lower(
         tiny, "prefill", mesh, batch=8, capacity=1024, tokens=64, expert_format="fp4"
     )
@@ -106,7 +106,7 @@ def lowered_training(cfg: ModelConfig, mesh: Any, *, adapts: bool, **sizes: Any)
 @pytest.mark.parametrize("adapts", [True, False], ids=["lora", "muon"])
 def test_full_size_training_lowers_for_a_pod(adapts: bool) -> None:
     mesh = aot.topology_mesh("v5p:4x4x4")
-    flash = presets.preset("flash")
+    flash = presets.get("flash")
     lowered = lowered_training(flash, mesh, adapts=adapts, batch=64, seq_len=4096)
     assert "stablehlo" in lowered.as_text()[:10_000]
 
@@ -138,7 +138,7 @@ def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
 
     No scores, no copy of a pool, and no weight dequantised or copied out of its stack.
     """
-    flash = presets.preset("flash")
+    flash = presets.get("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
     program = lowered_for_v6e(few, "decode", capacity=2**20).compile()
     assert "indexer_topk_select" in str(program.as_text())
@@ -148,7 +148,7 @@ def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
 @pytest.mark.slow
 def test_64_chips_at_a_million_tokens_move_only_activations() -> None:
     """With the same layers. For all 43, `benchmarks.meshes` reports less than 12 MB per step."""
-    flash = presets.preset("flash")
+    flash = presets.get("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
     mesh = aot.topology_mesh("v6e:8x8", expert=8, tensor=8)
     program = aot.lower(few, "decode", mesh, batch=8, capacity=2**20, expert_format="fp4").compile()
@@ -161,7 +161,7 @@ def test_64_chips_at_a_million_tokens_move_only_activations() -> None:
 @pytest.mark.slow
 def test_a_prompt_needs_less_than_a_third_of_the_references_memory() -> None:
     """A Flash-sized CSA layer over 8192 tokens, against only the logits of plain attention."""
-    flash, tokens = presets.preset("flash"), 8192
+    flash, tokens = presets.get("flash"), 8192
     kind = next(layer for layer in flash.layers if layer.attention == "csa")
     cfg = dataclasses.replace(flash, layers=(kind,), num_nextn_predict_layers=0)
     program = lowered_for_v6e(cfg, "prefill", capacity=tokens, tokens=tokens).compile()

@@ -88,7 +88,7 @@ def test_buckets_are_few_and_hold_the_text() -> None:
 
 
 def test_only_the_pools_of_a_cache_grow_with_capacity() -> None:
-    cfg = presets.preset("flash")
+    cfg = presets.get("flash")
     kinds = [kind.attention for kind in cfg.layers]
     names = ("window_LBRK", "tail_LBRK", "index_tail_LBRK", "pool_LBSK", "index_LBSK")
     capacities = (8192, 16384)

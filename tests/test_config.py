@@ -11,7 +11,7 @@ from v4jax.model import config_json
 from v4jax.model.config import LayerKind, ModelConfig, Yarn
 from v4jax.model.segments import segments
 
-FLASH = presets.preset_json("flash")
+FLASH = presets.get_json("flash")
 TRANSFORMERS = {
     key: value
     for key, value in FLASH.items()
@@ -44,15 +44,15 @@ def read(**changes: object) -> ModelConfig:
     return config_json.from_json(FLASH | changes)
 
 
-@pytest.mark.parametrize("name", presets.preset_names())
+@pytest.mark.parametrize("name", presets.names())
 def test_every_preset_round_trips_through_json(name: str) -> None:
-    cfg = presets.preset(name)
+    cfg = presets.get(name)
     assert config_json.from_json(config_json.to_json(cfg)) == cfg
     hash(cfg)
 
 
 def test_flash_and_pro_have_the_released_schedules() -> None:
-    flash, pro = presets.preset("flash"), presets.preset("pro")
+    flash, pro = presets.get("flash"), presets.get("pro")
     assert [layer.ratio for layer in flash.layers] == [0, 0] + [4, 128] * 20 + [4]
     assert [layer.ratio for layer in pro.layers] == [128, 128] + [4, 128] * 29 + [4]
     assert [layer.ffn for layer in pro.layers].count("hash") == 3
@@ -60,7 +60,7 @@ def test_flash_and_pro_have_the_released_schedules() -> None:
 
 
 def test_both_formats_give_the_same_configuration() -> None:
-    assert config_json.from_json(TRANSFORMERS) == presets.preset("flash")
+    assert config_json.from_json(TRANSFORMERS) == presets.get("flash")
 
 
 def test_layer_types_allow_any_ratio_for_csa() -> None:
@@ -120,12 +120,12 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 def test_null_values_and_bookkeeping_keys_do_not_matter() -> None:
-    assert read(pad_token_id=None, some_new_key=None, use_cache=False) == presets.preset("flash")
+    assert read(pad_token_id=None, some_new_key=None, use_cache=False) == presets.get("flash")
 
 
 def test_an_unknown_preset_raises_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"flash.*pro"):
-        presets.preset("mini")
+        presets.get("mini")
 
 
 KINDS = [
@@ -148,16 +148,16 @@ def test_segments_concatenate_to_the_layers(layers: list[LayerKind]) -> None:
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_the_program_for_all_layers_has_as_many_bodies_as_for_five(name: str) -> None:
-    cfg = presets.preset(name)
+    cfg = presets.get(name)
     bodies = lambda layers: sum(len(part.pattern) for part in segments(layers))
     assert bodies(cfg.layers) == bodies(cfg.layers[:5]) == 4
 
 
 def test_layer_index_counts_across_repeats() -> None:
-    part = segments(presets.preset("flash").layers)[-1]
+    part = segments(presets.get("flash").layers)[-1]
     assert (part.layer_index(0, 0), part.layer_index(1, 19)) == (3, 42)
 
 
 def test_a_configuration_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        presets.preset("flash").hidden_size = 1  # pyright: ignore[reportAttributeAccessIssue]
+        presets.get("flash").hidden_size = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,8 +14,8 @@ from v4jax.model import config_json, config_keys, config_ranges
 from v4jax.model.config import DSpark, LayerKind, ModelConfig, Yarn
 from v4jax.text.demo_tokenizer import build_demo_tokenizer
 
-FLASH = presets.preset_json("flash")
-DRAFTED = presets.preset_json("flash-0731")
+FLASH = presets.get_json("flash")
+DRAFTED = presets.get_json("flash-0731")
 NUMBERS = [k for k, v in FLASH.items() if type(v) in (int, float) and k != "attention_dropout"]
 LISTS = sorted(config_keys.LISTS - {"dspark_target_layer_ids"})
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, -1, "1", True, [1], {"a": 1}, 10**400, 1e39, 1.5e-46]
@@ -118,7 +118,7 @@ def test_every_number_of_a_configuration_has_a_range() -> None:
 
 
 def test_a_configuration_created_in_python_is_checked_too() -> None:
-    flash = presets.preset("flash")
+    flash = presets.get("flash")
     for changes in ({"rms_norm_eps": math.nan}, {"rope_theta": -1.0}, {"bos_token_id": 129280}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             dataclasses.replace(flash, **changes)
@@ -149,7 +149,7 @@ HARMLESS = {
 
 
 def test_keys_that_cannot_change_the_model_are_ignored() -> None:
-    assert config_json.from_json(FLASH | HARMLESS) == presets.preset("flash")
+    assert config_json.from_json(FLASH | HARMLESS) == presets.get("flash")
     quantization = FLASH["quantization_config"] | {"modules_to_not_convert": None, "_note": 1}
     assert config_json.from_json(FLASH | {"quantization_config": quantization})
 
@@ -174,7 +174,7 @@ def test_a_wrong_end_token_is_rejected() -> None:
         assert_rejected(FLASH | {"eos_token_id": value}, "eos_token_id")
 
 
-TINY = presets.preset_json("tiny")
+TINY = presets.get_json("tiny")
 WITHOUT = {key: value for key, value in TINY.items() if key != "eos_token_id"}
 
 

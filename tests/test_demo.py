@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import v4jax
+from v4jax import presets
 from v4jax.__main__ import main
 from v4jax.checkpoints import hub
 from v4jax.checkpoints.safetensors_directory import Checkpoint
@@ -15,7 +16,6 @@ from v4jax.commands import demo, inspect
 from v4jax.language_model import LanguageModel
 from v4jax.model import params
 from v4jax.model.transformer import Model
-from v4jax.presets import preset
 from v4jax_train import loss, tiny
 
 
@@ -41,12 +41,12 @@ def test_the_model_is_the_preset_in_the_release_format_and_under_4_mb() -> None:
     assert dtypes["layers.0.attn.wq_a.weight"] == "F8_E4M3"
     assert dtypes["mtp.0.ffn.experts.7.w2.weight"] == "I8"
     subject = inspect.find(str(hub.TINY))
-    assert subject.config == preset("tiny")
-    assert subject.held == inspect.report(preset("tiny")).bytes_by_dtype
+    assert subject.config == presets.get("tiny")
+    assert subject.held == inspect.report(presets.get("tiny")).bytes_by_dtype
 
 
 def test_the_model_has_one_to_four_million_parameters() -> None:
-    assert 1e6 < params.count(Model(preset("tiny"))) < 4e6
+    assert 1e6 < params.count(Model(presets.get("tiny"))) < 4e6
 
 
 def test_its_text_consists_of_words(model: LanguageModel) -> None:

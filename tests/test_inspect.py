@@ -10,13 +10,12 @@ import pytest
 
 from pallas_kernels import targets
 from tests.checkpoints import tiny, write_release
-from v4jax import facts
+from v4jax import facts, presets
 from v4jax.checkpoints import convert
 from v4jax.commands import inspect, kernels
 from v4jax.model import config_json
 from v4jax.model.params import count
 from v4jax.model.transformer import Model
-from v4jax.presets import preset, preset_names
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +29,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("flash", 159_609_485_896), ("pro", 864_704_792_696), ("flash-0731", 166_878_536_440)],
 )
 def test_bytes_match_the_release(name: str, nbytes: int) -> None:
-    assert sum(facts.release_bytes(preset(name)).values()) == nbytes
+    assert sum(facts.release_bytes(presets.get(name)).values()) == nbytes
 
 
 @pytest.mark.parametrize(("name", "rate"), [("flash", 3514.25), ("pro", 5031.4375)])
 def test_deployed_cache_takes_the_reported_bytes_per_token(name: str, rate: float) -> None:
-    assert facts.cache_bytes(preset(name))["fp8 + fp4"] == rate
+    assert facts.cache_bytes(presets.get(name))["fp8 + fp4"] == rate
 
 
 @pytest.mark.parametrize(("name", "billions"), [("flash", 13.3), ("pro", 48.9)])
 def test_active_parameters_match_the_report(name: str, billions: float) -> None:
-    assert round(facts.report(preset(name)).active / 1e9, 1) == billions
+    assert round(facts.report(presets.get(name)).active / 1e9, 1) == billions
 
 
 @pytest.mark.parametrize(("name", "billions"), [("flash", 284), ("pro", 1573)])
 def test_total_parameters_match_the_report(name: str, billions: int) -> None:
-    assert round(facts.report(preset(name)).total / 1e9) == billions
+    assert round(facts.report(presets.get(name)).total / 1e9) == billions
 
 
 def test_backbone_and_mtp_add_up_to_the_model() -> None:
-    report = facts.report(preset("flash"))
-    assert report.total + report.mtp == count(Model(preset("flash")))
+    report = facts.report(presets.get("flash"))
+    assert report.total + report.mtp == count(Model(presets.get("flash")))
 
 
 def test_one_device_fewer_could_not_hold_the_bytes() -> None:
@@ -67,17 +66,17 @@ def test_computed_bytes_match_written_files(expert_dtype: Any, tmp_path: Path) -
     assert inspect.find(str(directory)).held == facts.release_bytes(cfg)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", presets.names())
 def test_show_prints_every_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     inspect.show(inspect.config_of(name))
     out = capsys.readouterr().out
     assert f"DeepSeek-V4 {name};" in out
-    assert f"{sum(facts.release_bytes(preset(name)).values()):,}" in out
+    assert f"{sum(facts.release_bytes(presets.get(name)).values()):,}" in out
     assert "\x1b" not in out
 
 
 def test_show_prints_the_schedule_and_its_segments(capsys: pytest.CaptureFixture[str]) -> None:
-    inspect.show(preset("flash"))
+    inspect.show(presets.get("flash"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     start = lines.index("Layers of one compiled loop repeats")
     segments = ["sliding + hash 2", "csa + hash 1", "hca + routed 20", "csa + routed"]
@@ -86,12 +85,12 @@ def test_show_prints_the_schedule_and_its_segments(capsys: pytest.CaptureFixture
 
 
 def test_a_short_context_has_its_own_column(capsys: pytest.CaptureFixture[str]) -> None:
-    inspect.show(preset("tiny"))
+    inspect.show(presets.get("tiny"))
     assert "at 65,536" in capsys.readouterr().out
 
 
 def test_a_drafter_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    inspect.show(preset("flash-0731"))
+    inspect.show(presets.get("flash-0731"))
     out = capsys.readouterr().out
     assert "DSpark drafter" in out
     assert "chat format '0731'" in out
@@ -163,7 +162,7 @@ def test_only_the_configuration_of_a_hub_id_is_fetched(
 def test_an_unknown_name_lists_the_alternatives() -> None:
     with pytest.raises(ValueError, match="no such file or directory") as caught:
         inspect.find("flsh")
-    for part in ("Hub id", *preset_names(), "Did you mean 'flash'?"):
+    for part in ("Hub id", *presets.names(), "Did you mean 'flash'?"):
         assert part in str(caught.value)
 
 

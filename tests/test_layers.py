@@ -15,7 +15,7 @@ from v4jax import presets
 from v4jax.model import layers
 from v4jax.model.numerics import HF, OFFICIAL
 
-FLASH = presets.preset("flash")
+FLASH = presets.get("flash")
 # Rounding of a sum of a few hundred float32 terms.
 CLOSE: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-6}
 

@@ -97,7 +97,7 @@ def test_each_device_holds_its_own_experts() -> None:
 def test_every_axis_of_the_full_models_has_a_rule_and_quantised_leaves_are_sharded(
     name: str,
 ) -> None:
-    cfg = presets.preset(name)
+    cfg = presets.get(name)
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
     declared = Model(cfg)
     abstract = params.abstract(declared, jnp.bfloat16, cfg.expert_dtype)

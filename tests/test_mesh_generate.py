@@ -13,7 +13,7 @@ import v4jax
 from pallas_kernels import targets
 from tests import checkpoints
 from tests.test_aot import WIDE
-from v4jax import aot
+from v4jax import aot, presets
 from v4jax.__main__ import main
 from v4jax.aot import Step
 from v4jax.checkpoints import random_release
@@ -22,10 +22,9 @@ from v4jax.decoding.loop import Engine
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.language_model import LanguageModel
 from v4jax.model import sharding
-from v4jax.presets import preset
 
 # One layer of each kind.
-CFG = checkpoints.tiny(layers=preset("tiny").layers[:3], num_nextn_predict_layers=0)
+CFG = checkpoints.tiny(layers=presets.get("tiny").layers[:3], num_nextn_predict_layers=0)
 PROMPT = np.random.default_rng(0).integers(0, CFG.vocab_size, 9).tolist()
 OPTIONS: dict[str, Any] = {"max_tokens": 6, "seed": 3}
 

@@ -93,13 +93,13 @@ def test_a_mesh_that_does_not_divide_a_large_weight_is_refused(
     preset: str, sizes: dict[str, int], parts: tuple[str, ...]
 ) -> None:
     with pytest.raises(ValueError, match="does not divide a dim") as caught:
-        placed(presets.preset(preset), **sizes)
+        placed(presets.get(preset), **sizes)
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_the_suggested_mesh_works_and_the_bytes_are_per_device() -> None:
-    pro = presets.preset("pro")
+    pro = presets.get("pro")
     # 384 experts in each of 62 layers, three matrices of 7168 x 3072, at 4.25 bits a weight.
     with pytest.raises(ValueError, match=r"hold all of it: 778\.1 GiB of .* and 29 others"):
         placed(pro, expert=256)
@@ -114,7 +114,7 @@ def test_small_weights_may_be_replicated() -> None:
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 def test_lowering_refuses_meshes_and_batches_that_do_not_fit(step: Any) -> None:
-    flash, mesh = presets.preset("flash"), sharding.make_mesh(expert=8)
+    flash, mesh = presets.get("flash"), sharding.make_mesh(expert=8)
     with pytest.raises(ValueError, match=r"batch of 12 rows .* 8 groups .* multiple of 8"):
         aot.arguments(flash, step, mesh, batch=12, capacity=128)
     other = sharding.make_mesh(tensor=7, devices=jax.devices()[:7])

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from tests import checkpoints, training_runs
+from v4jax import presets
 from v4jax.__main__ import main
 from v4jax.adapters import peft, updates
 from v4jax.adapters.lora import Lora
 from v4jax.checkpoints import convert, hub, native, unfinished
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.commands import demo
-from v4jax.presets import preset
 from v4jax_train import loop, recipe
 
-CFG, SETTINGS = preset("tiny"), Lora("self_attn.kv_proj", rank=1)
+CFG, SETTINGS = presets.get("tiny"), Lora("self_attn.kv_proj", rank=1)
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import tiny
+from v4jax import presets
 from v4jax.__main__ import main
 from v4jax.checkpoints import random_release
-from v4jax.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -75,4 +75,4 @@ def test_named_files_exist() -> None:
 def test_presets_are_named() -> None:
     named = {name.lower() for name in re.findall(r"\b(?:Flash|Pro)\b(?:-\w+)?", TEXT)}
     # The other presets are for trying things out.
-    assert named == set(preset_names()) - {"tiny", "bench"}
+    assert named == set(presets.names()) - {"tiny", "bench"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import house
+from v4jax import presets
 from v4jax.model.config import ModelConfig
-from v4jax.presets import preset, preset_names
 
 ROOT = house.ROOT
 SOURCES = list(house.files().values())
@@ -155,9 +155,9 @@ def test_libraries_print_nothing() -> None:
     assert not prints
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", presets.names())
 def test_every_preset_loads(name: str) -> None:
-    assert isinstance(preset(name), ModelConfig)
+    assert isinstance(presets.get(name), ModelConfig)
 
 
 def test_text_is_ascii() -> None:

@@ -16,16 +16,16 @@ import jax
 import pytest
 
 from tests import quick
+from v4jax import presets
 from v4jax.__main__ import main as v4jax_main
 from v4jax.adapters import updates
 from v4jax.adapters.runs import BEST, STATES
 from v4jax.checkpoints import random_release
 from v4jax.checkpoints.disk import CheckpointError
-from v4jax.presets import preset
 from v4jax_train import fingerprint, journal, loop, recipe, runs
 from v4jax_train.__main__ import main
 
-TINY = preset("tiny")
+TINY = presets.get("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from v4jax import presets
 from v4jax.checkpoints import random_release
-from v4jax.presets import preset
 from v4jax_train import journal
 
 STEPS = 30
 GUIDE = (Path(__file__).parent.parent / "docs" / "finetune.md").read_text()
-TINY = preset("tiny")
+TINY = presets.get("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:2], num_nextn_predict_layers=0)
 WORDS = [
     *("the", "cat", "sat", "on", "the", "mat", "and", "looked", "at", "the", "moon"),

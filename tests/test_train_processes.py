@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from tests import quick
+from v4jax import presets
 from v4jax.checkpoints import random_release
-from v4jax.presets import preset
 from v4jax_train import journal
 
 STEPS, DEVICES = 6, 8
-TINY = preset("tiny")
+TINY = presets.get("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[1:2], num_nextn_predict_layers=0)
 RECIPE = """
 [model]

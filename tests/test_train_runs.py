@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from v4jax import presets
 from v4jax.checkpoints import random_release
-from v4jax.presets import preset
 from v4jax_train import display, journal, loop, plot, preparation, preview, recipe, runs
 from v4jax_train.__main__ import LARGE_PAGES, main
 from v4jax_train.trainable import Full
 
-TINY = preset("tiny")
+TINY = presets.get("tiny")
 SMALL = dataclasses.replace(TINY, layers=TINY.layers[:1], num_nextn_predict_layers=0)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import tokenizers
 
+from v4jax import presets
 from v4jax.adapters import merge
 from v4jax.adapters.runs import RECIPE
 from v4jax.checkpoints import random_release
-from v4jax.presets import preset
 from v4jax.text import chat
 from v4jax.text.files import read_text
 
@@ -136,7 +136,7 @@ def prepare(out: Path) -> None:
     for name, part in (("held_out", held_out), ("train", trained)):
         lines = (json.dumps(row) + "\n" for row in part)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    cfg = preset("tiny")
+    cfg = presets.get("tiny")
     texts = [row["text"] if "text" in row else row["messages"][1]["content"] for row in all_rows]
     random_release.make_checkpoint(
         out / "untrained", cfg, 0, tokenizer=tokenizer(texts, cfg.vocab_size)

@@ -76,10 +76,10 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    from v4jax.presets import preset_names
+    from v4jax import presets
 
     text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
-    more = help_texts.INSPECT.format(presets=", ".join(preset_names()))
+    more = help_texts.INSPECT.format(presets=", ".join(presets.names()))
     parser = _command(commands, "inspect", _inspect, text, more)
     parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
     parser.add_argument(

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import math
 
+from v4jax import presets
 from v4jax.arguments import checked, whole
 from v4jax.checkpoints.formats import QUANTISED
 from v4jax.model import params
@@ -15,7 +16,6 @@ from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.hyper import HyperHead
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
-from v4jax.presets import preset, preset_names
 
 # Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
 DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}
@@ -76,8 +76,8 @@ def devices(nbytes: int) -> dict[str, int]:
 
 
 def _variant(cfg: ModelConfig) -> str:
-    for name in preset_names():
-        if preset(name) == cfg:
+    for name in presets.names():
+        if presets.get(name) == cfg:
             return name
     return "custom"
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from v4jax import arguments
+from v4jax import arguments, presets
 from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_file import DTYPES, open_safetensors
 from v4jax.facts import DEVICES, GIB, Report, devices, report
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.segments import segments
-from v4jax.presets import preset, preset_names
 
 _CONTEXTS = {"128K": 2**17, "1M": 2**20}
 _FP4 = "FP4, two in a byte"
@@ -52,21 +51,23 @@ def find(name: str | Path, *, revision: str | None = None) -> Subject:
       ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
     """
     name = os.fspath(name)
-    is_preset = name in preset_names()
+    is_preset = name in presets.names()
     path = Path(os.path.expanduser(name)) if is_preset else hub.local(name, revision)
     if path is not None and path.is_dir():
         return _directory(path)
     if path is not None and path.exists():
         return Subject(f"{path}", config_file.read(path))
     if is_preset:
-        return Subject(f"preset {name}", preset(name))
+        return Subject(f"preset {name}", presets.get(name))
     try:
         folder = hub.resolve(name, revision=revision, allow_patterns=[safetensors_directory.CONFIG])
     except CheckpointError as error:
-        near = difflib.get_close_matches(name, preset_names(), n=1)
+        names = presets.names()
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        presets = ", ".join(preset_names())
-        raise ValueError(f"{error} It is no preset either: those are {presets}.{hint}") from error
+        raise ValueError(
+            f"{error} It is not a preset either; the presets are {', '.join(names)}.{hint}"
+        ) from error
     return Subject(f"{name} on the Hub", config_file.read(folder / safetensors_directory.CONFIG))
 
 

@@ -167,4 +167,4 @@ class ModelConfig:
         return LayerKind("sliding", 0, "routed")
 
 
-CONFIG = instance("a ModelConfig, such as v4jax.presets.preset('flash')", ModelConfig)
+CONFIG = instance("a ModelConfig, such as v4jax.presets.get('flash')", ModelConfig)

@@ -258,7 +258,7 @@ def test_convert_and_export_round_trip(checkpoint: Path, tmp_path: Path, capsys:
     to, back = tmp_path / "native", tmp_path / "hf"
     assert main(["convert", str(checkpoint), str(to)]) == 0
     assert main(["export", str(to), str(back)]) == 0
-    assert capsys.readouterr() == (f"Made {to}.\nMade {back}.\n", "")
+    assert capsys.readouterr() == (f"Wrote {to}.\nWrote {back}.\n", "")
     assert native.is_native(to)
     for file in checkpoint.glob("*.safetensors"):
         assert (back / file.name).read_bytes() == file.read_bytes()

@@ -363,7 +363,7 @@ def test_the_command_reports_rounding_losses_and_a_way_out(
     factors = training_runs.learned(CFG, settings, size=0.005)
     run = training_runs.write(tmp_path / "run", released, settings, factors)
     assert main(["export-adapter", str(run), str(tmp_path / "adapter")]) == 0
-    assert capsys.readouterr().out == f"Made {tmp_path / 'adapter'}.\n"
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'adapter'}.\n"
     for number, change in enumerate((run, tmp_path / "adapter")):
         target = tmp_path / f"merged{number}"
         assert main(["merge", str(released), str(change), str(target), "--weights", "keep"]) == 0
@@ -376,7 +376,7 @@ def test_the_command_reports_rounding_losses_and_a_way_out(
             "gain",
             "cosine",
         ]
-        assert out.endswith(f"Made {target}.\n")
+        assert out.endswith(f"Wrote {target}.\n")
         [warning] = [line for line in err.splitlines() if "FP4" in line]
         assert "less than half of the change of ffn.experts.w1 (0%), " in warning
         assert "merge with --weights bfloat16, or run the release with --adapter" in warning

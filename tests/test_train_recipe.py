@@ -15,6 +15,7 @@ import v4jax_configs
 from v4jax.adapters.lora import Lora
 from v4jax_train import recipe, recipe_help, tables
 from v4jax_train.__main__ import main
+from v4jax_train.full_settings import Full
 from v4jax_train.recipe import Recipe
 
 MINIMAL = "[adapter]\n[steps]\nsteps = 5\n"
@@ -107,12 +108,23 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         (MINIMAL + "[evaluation]\npatience = 2", "evaluation: patience is 2, but there are no"),
         ("[full]\nindexers = true\n[steps]\nsteps = 5", "set both or neither"),
         ("[full]\nmtp = false\n[losses]\nmtp = 0.1\n[steps]\nsteps = 5", "losses.mtp is set"),
+        (
+            '[full]\ndtype = "float32"\n[steps]\nsteps = 5',
+            "full.dtype is set by model.dtype; remove it.",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read(tmp_path, text)
     assert str(error.value).startswith(str(tmp_path / "recipe.toml"))
+
+
+def test_full_dtype_may_repeat_the_dtype_of_the_model(tmp_path: Path) -> None:
+    text = '[full]\ndtype = "float32"\n[model]\ndtype = "float32"\n[steps]\nsteps = 5\n'
+    settings = read(tmp_path, text)
+    assert isinstance(settings.what, Full)
+    assert settings.what.dtype == "float32"
 
 
 @pytest.mark.parametrize("command", ["train", "preview"])

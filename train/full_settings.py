@@ -11,7 +11,7 @@ class Full:
       mtp: train the MTP blocks too, in a recipe where `losses.mtp` gives them a gradient.
       indexers: train sparse attention's indexers too. Only `losses.indexer` gives them a gradient;
         without it, weight decay alone would move them.
-      dtype: dtype in which trained weights are computed with; a recipe uses `model.dtype` instead.
+      dtype: dtype of trained weights in computation; a recipe sets it with `model.dtype`.
       fp4_experts: compute with the routed experts rounded to FP4; gradients pass straight through
         the rounding.
     """

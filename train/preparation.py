@@ -25,7 +25,8 @@ from .data import dataset, documents
 from .data.dataset import Packs
 from .data.documents import Documents
 from .data.rendering import Renderer
-from .recipe import Recipe, weighted
+from .data.row_files import weighted
+from .recipe import Recipe
 from .trainable import Parts
 
 

@@ -15,6 +15,7 @@ from v4jax.text.files import read_text
 
 from .data.packing import PackSettings
 from .data.rendering import RenderSettings
+from .data.row_files import weighted
 from .data.rows import RowSettings
 from .full_settings import Full
 from .tables import at_least, from_nested
@@ -320,6 +321,8 @@ class Recipe:
                 raise ValueError("losses.mtp is set and full.mtp is false; set both or neither.")
             if bool(self.losses.indexer) != self.full.indexers:
                 raise ValueError("losses.indexer needs full.indexers; set both or neither.")
+            if self.full.dtype not in (None, self.model.dtype):
+                raise ValueError("full.dtype is set by model.dtype; remove it.")
         if self.steps.steps is None and self.steps.epochs is None:
             raise ValueError("The run has no end; set steps.steps or steps.epochs.")
         if self.steps.epochs is not None and len(self.data.files) > 1:
@@ -357,24 +360,6 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
         return from_table(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def weighted(name: str) -> tuple[str, float]:
-    """Split a file name from its weight, 1 by default: 'chats.jsonl:2'.
-
-    Raises:
-      ValueError: the weight is not a finite number above 0.
-    """
-    path, colon, text = name.rpartition(":")
-    try:
-        weight = float(text)
-    except ValueError:
-        return name, 1.0
-    if not colon:
-        return name, 1.0
-    if not (path and 0.0 < weight < float("inf")):
-        raise ValueError(f"files has {name}; a weight must be a number above 0.")
-    return path, weight
 
 
 def _override(table: dict[str, Any], key: str, value: Any) -> None:

@@ -186,7 +186,7 @@ def _convert(args: argparse.Namespace) -> int:
             revision=args.revision,
             progress=progress,
         )
-    print(f"Made {args.target}.")
+    print(f"Wrote {args.target}.")
     return 0
 
 
@@ -196,7 +196,7 @@ def _export(args: argparse.Namespace) -> int:
 
     with waiting.progress() as progress:
         convert.export(args.source, args.target, revision=args.revision, progress=progress)
-    print(f"Made {args.target}.")
+    print(f"Wrote {args.target}.")
     return 0
 
 
@@ -205,7 +205,7 @@ def _export_adapter(args: argparse.Namespace) -> int:
 
     run = options.run_state(args.run_directory, args.state)
     updates.export_adapter(run, args.target, model=args.model, best=args.best)
-    print(f"Made {args.target}.")
+    print(f"Wrote {args.target}.")
     return 0
 
 
@@ -223,7 +223,7 @@ def _merge(args: argparse.Namespace) -> int:
         )
     for line in requantise.table(rows):
         print(line)
-    print(f"Made {args.target}.")
+    print(f"Wrote {args.target}.")
     sys.stdout.flush()
     for line in requantise.warnings(rows):
         command_line.say(f"v4jax merge: warning: {line}")

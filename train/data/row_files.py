@@ -26,6 +26,24 @@ _OTHERS = {
 _TABLES = (".csv", ".tsv")
 
 
+def weighted(name: str) -> tuple[str, float]:
+    """Split a file name from its weight, 1 by default: 'chats.jsonl:2'.
+
+    Raises:
+      ValueError: the weight is not a finite number above 0.
+    """
+    path, colon, text = name.rpartition(":")
+    try:
+        weight = float(text)
+    except ValueError:
+        return name, 1.0
+    if not colon:
+        return name, 1.0
+    if not (path and 0.0 < weight < float("inf")):
+        raise ValueError(f"files has {name}; a weight must be a number above 0.")
+    return path, weight
+
+
 @dataclasses.dataclass(frozen=True)
 class RowFile:
     """A file with numbered rows: lines from 1, entries of a list from 0.

@@ -40,19 +40,19 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
-        ([USER], {}, "prompt is a list of dictionaries; it must be text or token ids. Of a chat"),
-        (USER, {}, "prompt is a dictionary; .* v4jax.encode_chat makes the text"),
+        ([USER], {}, "prompt is a list of dictionaries; it must be text or token ids. Encode chat"),
+        (USER, {}, "prompt is a dictionary; .* Encode chat messages with v4jax.encode_chat"),
         (
             ["Hello", "World"],
             {},
-            "prompt is a list of texts; pass one text, and call once for each",
+            "prompt is a list of texts; pass one text per call",
         ),
         (np.array(["a", "b"]), {}, "prompt is a list of texts"),
-        ([[1, 2], [3]], {}, "prompt has rows of token ids; pass one row, and call once for each"),
+        ([[1, 2], [3]], {}, "prompt has rows of token ids; pass one row per call"),
         (jnp.ones((2, 3), jnp.int32), {}, "prompt has rows of token ids"),
         (b"hello", {}, "prompt is b'hello'; it must be text or a list of token ids"),
-        ([1.5], {}, r"prompt\[0\] is 1.5; token ids are whole numbers"),
-        ([1, True], {}, r"prompt\[1\] is True; token ids are whole numbers"),
+        ([1.5], {}, r"prompt\[0\] is 1.5; token ids are integers"),
+        ([1, True], {}, r"prompt\[1\] is True; token ids are integers"),
         (np.array([True]), {}, r"prompt\[0\] is True"),
         (np.array([1.0]), {}, r"prompt\[0\] is 1.0"),
         (None, {}, "prompt is None; it must be text"),
@@ -61,8 +61,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("a", {"max_new_tokens": 5}, "no argument 'max_new_tokens'; did you mean 'max_tokens'?"),
         ("a", {"temprature": 5}, "no argument 'temprature'; did you mean 'temperature'?"),
         ("a", {"num_beams": 5}, "no argument 'num_beams'; it takes prompt, max_tokens, stop,"),
-        ("a", {"max_tokens": None}, "max_tokens is None; it must be a whole number, 1 or more"),
-        ("a", {"max_tokens": 5.0}, r"max_tokens is 5\.0; it must be a whole number"),
+        ("a", {"max_tokens": None}, "max_tokens is None; it must be an integer of 1 or more"),
+        ("a", {"max_tokens": 5.0}, r"max_tokens is 5\.0; it must be an integer"),
         ("a", {"max_tokens": True}, "max_tokens is True"),
         ("a", {"stop": None}, "stop is None; it must be a string or a list of strings"),
         ("a", {"stop": [1]}, r"stop is \[1\]; it must be"),
@@ -74,7 +74,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             {"top_p": np.ones(3)},
             r"top_p is an array of shape \(3,\) and dtype float64; it must be",
         ),
-        ("a", {"seed": 10**5000}, "seed is a very large number; it must be None or a whole number"),
+        ("a", {"seed": 10**5000}, "seed is a very large number; it must be None or an integer"),
     ],
 )
 def test_bad_prompts_and_settings_are_rejected(
@@ -88,7 +88,7 @@ def test_bad_prompts_and_settings_are_rejected(
 
 def test_bad_top_logprobs_are_rejected(model: Any, passed: Any) -> None:
     for value, message in (
-        ("3", "top_logprobs is '3'; it must be a whole number, 0 or more"),
+        ("3", "top_logprobs is '3'; it must be an integer of 0 or more"),
         (None, "top_logprobs is None"),
         (VOCAB + 1, "top_logprobs is 301; it must be 0 to the vocabulary's size"),
         (10**5000, "top_logprobs is a very large number"),
@@ -105,17 +105,17 @@ def test_bad_top_logprobs_are_rejected(model: Any, passed: Any) -> None:
     [
         (
             [[1, 2, 3], [4, 5]],
-            "tokens must be .*; row 0 has 3 and row 1 has 2: pass rows of one len",
+            "tokens must be .*; row 0 has 3 and row 1 has 2: pass rows of equal len",
         ),
         ([[1], []], "row 0 has 1 and row 1 has 0"),
-        ([1, 2], r"tokens must be token ids \[batch, length\], neither 0; got \[1, 2\]"),
+        ([1, 2], r"tokens must be non-empty token ids \[batch, length\]; got \[1, 2\]"),
         (
             np.ones((0, 3), int),
             r"tokens must be .*; got an array of shape \(0, 3\) and dtype int64",
         ),
         ("text", "tokens must be .*; got 'text'"),
         (["text"], r"tokens must be .*; got \['text'\]"),
-        ([[1, 2.5]], r"tokens\[0\]\[1\] is 2.5; token ids are whole numbers"),
+        ([[1, 2.5]], r"tokens\[0\]\[1\] is 2.5; token ids are integers"),
         (np.ones((1, 2)), r"tokens\[0\]\[0\] is 1.0"),
         (jnp.ones((2, 2), bool), r"tokens\[0\]\[0\] is True"),
         ([[[1]]], r"tokens\[0\] has rows of token ids"),
@@ -136,7 +136,7 @@ def test_bad_tokens_are_rejected(model: Any, tokens: Any, message: str) -> None:
         ({"path": b"tiny"}, "path is b'tiny'"),
         (
             {"mesh": "cpu"},
-            "mesh is 'cpu'; it must be None or a mesh, from v4jax.model.sharding.make_mesh",
+            "mesh is 'cpu'; it must be None or a mesh from v4jax.model.sharding.make_mesh",
         ),
         (
             {"mesh": jax.sharding.Mesh(np.array(jax.devices()), ("x",))},

@@ -171,5 +171,5 @@ def test_mesh_texts() -> None:
     }
     with pytest.raises(ValueError, match="needs 4 devices; there are 8"):
         sharding.read_mesh("tensor=4")
-    with pytest.raises(ValueError, match="data is -1; it must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="data is -1; it must be an integer of 1 or more"):
         sharding.make_mesh(data=-1, expert=-8)

@@ -37,7 +37,7 @@ def _is_mesh(value: Any) -> bool:
     keep_quantised=arguments.FLAG,
     adapter=arguments.optional(arguments.PATH),
     mesh=arguments.optional(
-        arguments.that("a mesh, from v4jax.model.sharding.make_mesh", _is_mesh)
+        arguments.predicate("a mesh from v4jax.model.sharding.make_mesh", _is_mesh)
     ),
     revision=arguments.optional(arguments.TEXT),
     progress=arguments.optional(arguments.FUNCTION),

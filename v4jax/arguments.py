@@ -1,7 +1,7 @@
-"""What users' calls take, checked where they come in: a wrong argument is told in a sentence.
+"""Validation of the arguments of public calls, with errors that say what is wrong in a sentence.
 
-A `Kind` reads one argument, and `checked` puts kinds on a function's names. Neither NumPy nor JAX
-is imported here: their scalars and arrays are known by `ndim`, `item` and `tolist`.
+A `Kind` validates one argument; `checked` assigns kinds to a function's arguments. NumPy and JAX
+are not imported here: their scalars and arrays are recognised by `ndim`, `item` and `tolist`.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class ArgumentError(ValueError, TypeError):
-    """A call does not take such an argument.
+    """An argument is invalid.
 
-    A ValueError, as every mistake of a user is here, and the TypeError that Python itself raises
-    for wrong names and types.
+    A ValueError, like every user error in this package, and also the TypeError that Python itself
+    raises for wrong names and types.
     """
 
 
-class Wrong(Exception):
-    """What is wrong with a value, in words that follow its name; without words, the kind's own."""
+class Invalid(Exception):
+    """What is wrong with a value, to follow its name; empty for the default message of its kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,54 +38,57 @@ class Kind:
     """A kind of argument.
 
     Attributes:
-      takes: what it must be.
-      read: from a value to what the function gets; raises `Wrong`.
-      verb: before `takes`, in the sentence for the user.
+      expected: what a value must be, for the error message.
+      read: converts a value to what the function receives; raises `Invalid`.
+      verb: the words before `expected` in the error message.
     """
 
-    takes: str
+    expected: str
     read: Callable[[Any], Any]
     verb: str = "it must be"
 
     def __call__(self, name: str, value: Any) -> Any:
-        """What the function gets.
+        """Convert the value of the argument `name` to what the function receives.
 
         Raises:
           ArgumentError: the value is not of this kind.
         """
         try:
             return self.read(value)
-        except Wrong as wrong:
-            told = str(wrong) or f" is {shown(value)}; {self.verb} {self.takes}."
-        raise ArgumentError(name + told)
+        except Invalid as invalid:
+            problem = str(invalid) or f" is {shown(value)}; {self.verb} {self.expected}."
+        raise ArgumentError(name + problem)
 
 
 def checked(**kinds: Kind) -> Callable[[_F], _F]:
-    """Decorates a function, or a class for its `__init__`, whose arguments are of these kinds.
+    """Validate the arguments of the decorated function, or of the decorated class's `__init__`.
 
-    Kinds of names that are not in the signature are of its further keywords.
+    Args:
+      kinds: kind of each argument; names that are not in the signature belong to its `**kwargs`.
     """
 
     def decorate(function: Any) -> Any:
         if isinstance(function, type):
             function.__init__ = decorate(function.__init__)
             return function
-        called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+        callee = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
         signature = inspect.signature(function)
-        of_kind = lambda kind: [p.name for p in signature.parameters.values() if p.kind is kind]
-        further = of_kind(inspect.Parameter.VAR_KEYWORD)
-        known = [n for n in {**signature.parameters, **kinds} if n not in ("self", "cls", *further)]
+        var_keyword = [
+            p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD
+        ]
+        hidden = ("self", "cls", *var_keyword)
+        known = [name for name in {**signature.parameters, **kinds} if name not in hidden]
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
-                check_name(called, name, known)
+                check_name(callee, name, known)
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
-                takes = ", ".join(known)
-                raise ArgumentError(f"{called}: {error}; it takes {takes}.") from None
-            for values in (bound.arguments, *(bound.arguments.get(n, {}) for n in further)):
+                names = ", ".join(known)
+                raise ArgumentError(f"{callee}: {error}; it takes {names}.") from None
+            for values in (bound.arguments, *(bound.arguments.get(n, {}) for n in var_keyword)):
                 values |= {
                     name: kinds[name](name, values[name]) for name in kinds if name in values
                 }
@@ -97,17 +100,17 @@ def checked(**kinds: Kind) -> Callable[[_F], _F]:
 
 
 def renamed(old: str, new: str) -> Callable[[_F], _F]:
-    """Decorates a function that still reads an argument's old name, with a FutureWarning."""
+    """Accept an argument of the decorated function under its old name, with a FutureWarning."""
 
     def decorate(function: Any) -> Any:
-        called = function.__qualname__
+        callee = function.__qualname__
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if old in kwargs:
                 if new in kwargs:
-                    raise ArgumentError(f"{called} got {new} and {old}, its old name; pass {new}.")
-                notice = f"{called}: the argument {old} is now called {new}."
+                    raise ArgumentError(f"{callee} got {new} and {old}, its old name; pass {new}.")
+                notice = f"{callee}: the argument {old} is now called {new}."
                 warnings.warn(notice, FutureWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
@@ -117,16 +120,16 @@ def renamed(old: str, new: str) -> Callable[[_F], _F]:
     return decorate
 
 
-def check_name(called: str, name: str, known: Sequence[str]) -> None:
-    """Refuse an argument's name that is not known.
+def check_name(callee: str, name: str, known: Sequence[str]) -> None:
+    """Reject an unknown argument name.
 
     Raises:
-      ArgumentError: with the names that there are, and one that may be meant.
+      ArgumentError: the name is unknown; the message lists all names, and a similar one first.
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'? It" if near else "it"
-        raise ArgumentError(f"{called} has no argument '{name}'; {hint} takes {', '.join(known)}.")
+        raise ArgumentError(f"{callee} has no argument '{name}'; {hint} takes {', '.join(known)}.")
 
 
 class _Shown(reprlib.Repr):
@@ -135,7 +138,7 @@ class _Shown(reprlib.Repr):
         self.maxstring = self.maxother = 60
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python does not write numbers of more than 4300 digits.
+        # Python does not convert integers of more than 4300 digits to text.
         return super().repr_int(x, level) if x.bit_length() < 2048 else "a very large number"
 
     def repr_instance(self, x: Any, level: int) -> str:
@@ -147,22 +150,22 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value in a sentence: short, and of an array its shape and dtype."""
+    """A short text of a value for an error message; for an array its shape and dtype."""
     return _Shown().repr(scalar(value))
 
 
 def one_of(value: Any, names: Collection[str | None]) -> bool:
-    """Whether it is one of these strings, whatever it is."""
+    """Whether a value of any type is one of these strings."""
     return isinstance(value, str) and value in names
 
 
 def scalar(value: Any) -> Any:
-    """The plain value of a scalar of NumPy or JAX, or of an array without dims; others as is."""
+    """The Python value of a NumPy or JAX scalar or 0-d array; other values unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def items(value: Any) -> list[Any] | None:
-    """The items of a sequence or an array; None for anything else, text and bytes included."""
+    """The items of a sequence or an array; None for anything else, including text and bytes."""
     if isinstance(value, str | bytes | bytearray | memoryview | type):
         return None
     if hasattr(value, "tolist") and getattr(value, "ndim", 1):
@@ -170,69 +173,70 @@ def items(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, Sequence) else None
 
 
-def that(takes: str, allowed: Callable[[Any], bool]) -> Kind:
-    """What is allowed, as it is."""
+def predicate(expected: str, allowed: Callable[[Any], bool]) -> Kind:
+    """Values for which `allowed` is true, unchanged."""
 
     def read(value: Any) -> Any:
         if not allowed(value):
-            raise Wrong
+            raise Invalid
         return value
 
-    return Kind(takes, read)
+    return Kind(expected, read)
 
 
-def instance(takes: str, cls: type) -> Kind:
-    """Objects of a class."""
-    return that(takes, lambda value: isinstance(value, cls))
+def instance(expected: str, cls: type) -> Kind:
+    """Instances of a class."""
+    return predicate(expected, lambda value: isinstance(value, cls))
 
 
 def optional(kind: Kind) -> Kind:
-    """None, or of the kind."""
-    return Kind(f"None or {kind.takes}", lambda value: None if value is None else kind.read(value))
+    """None, or a value of the kind."""
+    read = lambda value: None if value is None else kind.read(value)
+    return Kind(f"None or {kind.expected}", read)
 
 
-def whole(least: int, most: float | int = math.inf, takes: str = "") -> Kind:
-    """Whole numbers of Python, NumPy or JAX."""
+def integer(least: int, most: float | int = math.inf, expected: str = "") -> Kind:
+    """Integers of Python, NumPy or JAX, as Python ints."""
 
     def read(value: Any) -> int:
         value = scalar(value)
-        if not _is_whole(value) or not least <= value <= most:
-            raise Wrong
+        if not _is_integer(value) or not least <= value <= most:
+            raise Invalid
         return int(value)
 
-    return Kind(takes or f"a whole number, {least} or more", read)
+    return Kind(expected or f"an integer of {least} or more", read)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def number(takes: str, allowed: Callable[[float], bool]) -> Kind:
-    """Numbers of Python, NumPy or JAX, as floats; `allowed` is false for NaN."""
+def number(expected: str, allowed: Callable[[float], bool]) -> Kind:
+    """Real numbers of Python, NumPy or JAX, as floats; `allowed` must be false for NaN."""
 
     def read(value: Any) -> float:
         value = scalar(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise Wrong
+            raise Invalid
         try:
             value = float(value)
         except OverflowError:
-            raise Wrong from None
+            raise Invalid from None
         if not allowed(value):
-            raise Wrong
+            raise Invalid
         return value
 
-    return Kind(takes, read)
+    return Kind(expected, read)
 
 
 def choice(*names: str) -> Kind:
     """One of these strings."""
-    read = that("", lambda value: one_of(value, names)).read
+    read = predicate("", lambda value: one_of(value, names)).read
     return Kind(f"one of {', '.join(names)}", read, verb="use")
 
 
 def dtype(*names: str) -> Kind:
-    """One of these dtypes, by name or as NumPy and JAX have them; read as its name."""
+    """One of these dtypes, given by name or as a dtype of NumPy or JAX; read as its name."""
     named = choice(*names)
 
     def read(value: Any) -> str:
@@ -243,21 +247,21 @@ def dtype(*names: str) -> Kind:
     return dataclasses.replace(named, read=read)
 
 
-def sequence(takes: str, *, least: int = 0, of: type = object) -> Kind:
-    """At least so many items, all of a class; read as a list."""
+def sequence(expected: str, *, least: int = 0, of: type = object) -> Kind:
+    """Sequences of at least `least` instances of a class; read as a list."""
 
     def read(value: Any) -> list[Any]:
         listed = items(value)
         if listed is None or len(listed) < least or not all(isinstance(x, of) for x in listed):
-            raise Wrong
+            raise Invalid
         return listed
 
-    return Kind(takes, read)
+    return Kind(expected, read)
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value := scalar(value), bool):
-        raise Wrong
+        raise Invalid
     return value
 
 
@@ -268,19 +272,19 @@ def _is_path(value: Any) -> bool:
     try:
         os.lstat(os.path.expanduser(text))
     except (OSError, ValueError) as error:
-        # What is not there may be made, or be a name on the Hub; what cannot be is no path.
+        # A missing path may be created later, or be a Hub id; an impossible one is not a path.
         return not isinstance(error, ValueError) and error.errno != errno.ENAMETOOLONG
     return True
 
 
 FLAG = Kind("True or False", _flag)
-TEXT = that("a string", lambda value: isinstance(value, str))
-PATH = that("a path", _is_path)
-DIRECTORY = Kind(PATH.takes, lambda value: Path(PATH.read(value)))
-FUNCTION = that("a function", callable)
+TEXT = predicate("a string", lambda value: isinstance(value, str))
+PATH = predicate("a path", _is_path)
+DIRECTORY = Kind(PATH.expected, lambda value: Path(PATH.read(value)))
+FUNCTION = predicate("a function", callable)
 
 
-# What conversions take alike.
+# Arguments that all conversions take.
 FILES = {
     "source": PATH,
     "target": PATH,
@@ -291,15 +295,15 @@ FILES = {
 
 def _token_ids(value: Any) -> list[int]:
     if (listed := items(value)) is None:
-        raise Wrong
+        raise Invalid
     if all(type(item) is int for item in listed):
         return listed
     ids = [scalar(item) for item in listed]
     for at, item in enumerate(ids):
-        if not _is_whole(item):
+        if not _is_integer(item):
             if items(item) is not None:
-                raise Wrong(" has rows of token ids; pass one row, and call once for each.")
-            raise Wrong(f"[{at}] is {shown(item)}; token ids are whole numbers.")
+                raise Invalid(" has rows of token ids; pass one row per call.")
+            raise Invalid(f"[{at}] is {shown(item)}; token ids are integers.")
     return ids
 
 
@@ -307,41 +311,41 @@ def _vocabulary_ids(value: Any) -> list[int]:
     ids = _token_ids(value)
     for at, item in enumerate(ids):
         if not 0 <= item < 2**32:
-            raise Wrong(f"[{at}] is {shown(item)}; token ids are from 0 to {2**32 - 1}.")
+            raise Invalid(f"[{at}] is {shown(item)}; token ids are from 0 to {2**32 - 1}.")
     return ids
 
 
 def _prompt(value: Any) -> str | list[int]:
     if isinstance(value, str):
         return value
-    chat = "it must be text or token ids. Of a chat's messages v4jax.encode_chat makes the text."
+    chat = "it must be text or token ids. Encode chat messages with v4jax.encode_chat."
     if isinstance(value, Mapping):
-        raise Wrong(f" is a dictionary; {chat}")
+        raise Invalid(f" is a dictionary; {chat}")
     first = next(iter(items(value) or ()), None)
     if isinstance(first, Mapping):
-        raise Wrong(f" is a list of dictionaries; {chat}")
+        raise Invalid(f" is a list of dictionaries; {chat}")
     if isinstance(first, str):
-        raise Wrong(" is a list of texts; pass one text, and call once for each.")
+        raise Invalid(" is a list of texts; pass one text per call.")
     return _token_ids(value)
 
 
 def _token_rows(value: Any) -> list[list[int]]:
-    takes = " must be token ids [batch, length], neither 0"
+    expected = " must be non-empty token ids [batch, length]"
     rows = items(value) or []
     if not rows or any(items(row) is None for row in rows) or not items(rows[0]):
-        raise Wrong(f"{takes}; got {shown(value)}.")
-    read: list[list[int]] = []
+        raise Invalid(f"{expected}; got {shown(value)}.")
+    ids: list[list[int]] = []
     for at, row in enumerate(rows):
         try:
-            read.append(_token_ids(row))
-        except Wrong as wrong:
-            raise Wrong(f"[{at}]{wrong}") from None
-        if len(read[at]) != len(read[0]):
-            raise Wrong(
-                f"{takes}; row 0 has {len(read[0])} and row {at} has {len(read[at])}: pass rows of "
-                "one length together, and call once for each length."
+            ids.append(_token_ids(row))
+        except Invalid as invalid:
+            raise Invalid(f"[{at}]{invalid}") from None
+        if len(ids[at]) != len(ids[0]):
+            raise Invalid(
+                f"{expected}; row 0 has {len(ids[0])} and row {at} has {len(ids[at])}: pass rows "
+                "of equal length, one call per length."
             )
-    return read
+    return ids
 
 
 TOKEN_IDS = Kind("a list of token ids", _vocabulary_ids)

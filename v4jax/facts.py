@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from v4jax import presets
-from v4jax.arguments import checked, whole
+from v4jax.arguments import checked, integer
 from v4jax.checkpoints.formats import QUANTISED
 from v4jax.model import params
 from v4jax.model.block import Stack
@@ -69,7 +69,7 @@ def report(cfg: ModelConfig) -> Report:
     )
 
 
-@checked(nbytes=whole(0, 2**63 - 1))
+@checked(nbytes=integer(0, 2**63 - 1))
 def devices(nbytes: int) -> dict[str, int]:
     """The least number of each device that holds so many bytes."""
     return {name: math.ceil(nbytes / (gib * GIB)) for name, gib in DEVICES.items()}

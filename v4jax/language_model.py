@@ -25,7 +25,7 @@ from v4jax.text.stopping import STOP, StopStrings
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
 # What `generate` and `stream` take alike.
-_TAKES = {"prompt": arguments.PROMPT, "max_tokens": arguments.whole(1), "stop": STOP}
+_TAKES = {"prompt": arguments.PROMPT, "max_tokens": arguments.integer(1), "stop": STOP}
 _TAKES |= sampling.KINDS
 
 
@@ -118,7 +118,7 @@ class LanguageModel:
             raise loop.NotFiniteError
         return np.concatenate(parts, axis=1)
 
-    @arguments.checked(**_TAKES, top_logprobs=arguments.whole(0))
+    @arguments.checked(**_TAKES, top_logprobs=arguments.integer(0))
     def generate(
         self,
         prompt: str | Sequence[int],

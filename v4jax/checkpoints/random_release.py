@@ -34,7 +34,7 @@ _HEAD_STD = 0.35
 @arguments.checked(
     directory=arguments.DIRECTORY,
     cfg=CONFIG,
-    seed=arguments.whole(0),
+    seed=arguments.integer(0),
     tokenizer=arguments.optional(
         arguments.instance("a Tokenizer of the tokenizers library", tokenizers.Tokenizer)
     ),

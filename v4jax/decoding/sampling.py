@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
-from v4jax.arguments import checked, number, optional, whole
+from v4jax.arguments import checked, integer, number, optional
 from v4jax.model import sharding
 from v4jax.model.pytree import pytree
 
@@ -32,14 +32,14 @@ _OF_VOCABULARY = ("in_prompt_BV", "count_BV")
 
 # What the fields of `SamplingParams` take.
 KINDS = {
-    "temperature": number("a finite number, 0 or more", lambda x: 0 <= x <= _MOST),
-    "top_k": whole(0),
-    "top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "temperature": number("a finite number of 0 or more", lambda x: 0 <= x <= _MOST),
+    "top_k": integer(0),
+    "top_p": number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": number("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": number("a finite number above 0", lambda x: _LEAST <= x <= _MOST),
     "presence_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
     "frequency_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
-    "seed": optional(whole(-(2**63), 2**64 - 1, "a whole number from -2**63 to 2**64 - 1")),
+    "seed": optional(integer(-(2**63), 2**64 - 1, "an integer from -2**63 to 2**64 - 1")),
 }
 
 

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import quantize
-from v4jax.arguments import checked, optional, sequence, whole
+from v4jax.arguments import checked, integer, optional, sequence
 from v4jax.model.params import ParamSpec, map_leaves
 
 AnyMesh = Mesh | AbstractMesh
@@ -41,7 +41,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 @checked(
-    **{axis: whole(1, 2**31 - 1) for axis in AXES},
+    **{axis: integer(1, 2**31 - 1) for axis in AXES},
     devices=optional(sequence("a list of JAX devices", of=jax.Device)),
 )
 def make_mesh(

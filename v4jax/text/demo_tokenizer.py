@@ -22,7 +22,7 @@ page letter mother answer found study still learn should world model token quest
 """
 
 
-@checked(vocab_size=arguments.whole(0, 2**32 - 1))
+@checked(vocab_size=arguments.integer(0, 2**32 - 1))
 def build_demo_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """A small tokenizer for demo checkpoints, built without any files; it round-trips any text.
 

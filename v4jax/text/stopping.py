@@ -9,7 +9,7 @@ MAX_STOPS = 16
 _LIST = sequence("a list of strings", of=str)
 # The `stop` argument of `generate`: a string means a list of just that string.
 STOP = Kind(
-    f"a string or {_LIST.takes}",
+    f"a string or {_LIST.expected}",
     lambda value: _LIST.read([value] if isinstance(value, str) else value),
 )
 

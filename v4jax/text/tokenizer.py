@@ -85,7 +85,7 @@ class Tokenizer:
         """Id of a token by its name in the vocabulary, such as `chat.USER`; None if unknown."""
         return self._inner.token_to_id(token)
 
-    @checked(token_id=arguments.whole(0, 2**32 - 1))
+    @checked(token_id=arguments.integer(0, 2**32 - 1))
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; empty for an id without a token."""
         token = self._inner.id_to_token(token_id)

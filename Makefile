@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # The tests install compilers for TPUs and GPUs: plugins, which JAX would load in every command.
 TEST := $(VENV)-test
 
-.PHONY: demo train-demo test test-whole test-others test-part part-types part-tests check bench clean
+.PHONY: demo train-demo docs test test-whole test-others test-part part-types part-tests check bench \
+	clean
 
 demo: $(VENV)/run
 	$(BIN)/v4jax demo
 
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
+
+# The site, in site/. The variable silences an announcement of the theme's authors.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The full suite on PYTHON, then a part of it on the oldest and newest supported versions. Types are
 # checked in parallel, since the type checker uses a single core.
@@ -88,6 +93,10 @@ $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	touch $@ $(VENV)/run
 
+$(VENV)/docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@ $(VENV)/run
+
 # Without torch and transformers, which this part does not need.
 $(VENV)/part: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
@@ -100,4 +109,4 @@ $(TEST)/ready: pyproject.toml | $(TEST)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info

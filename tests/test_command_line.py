@@ -74,7 +74,7 @@ def test_an_unwritable_standard_error_changes_nothing(
 def test_a_closed_input_reads_as_empty(tmp_path: Path) -> None:
     status, out, err = shell(("v4jax", "generate", "tiny", "-p", "-"), "<&-")
     assert (status, out) == (1, "")
-    assert err == "v4jax generate: the prompt is empty; give a text.\n"
+    assert err == "v4jax generate: the prompt is empty; pass some text.\n"
 
 
 def test_files_do_not_reuse_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:

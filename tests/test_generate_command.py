@@ -113,9 +113,13 @@ def test_each_line_of_a_jsonl_file_is_a_prompt_or_a_conversation(
     ("name", "content", "message"),
     [
         ("a.txt", "", "has no prompts; write one per line."),
-        ("a.txt", "one\n\ntwo", "line 2: the prompt is empty; give a text."),
+        ("a.txt", "one\n\ntwo", "line 2: the prompt is empty; pass some text."),
         ("a.jsonl", '{"prompt": "a"}\n[1]', "line 2: not a JSON object"),
-        ("a.jsonl", '{"prompt": 1}', "line 1: must have 'prompt', a text, or 'messages', a list."),
+        (
+            "a.jsonl",
+            '{"prompt": 1}',
+            "line 1: must have 'prompt', a string, or 'messages', a list.",
+        ),
         ("a.jsonl", '{"prompt": "a", "messages": []}', "line 1: must have 'prompt'"),
         ("a.jsonl", '{"prompt": "a", "stop": "b"}', "line 1: must have 'prompt'"),
         ("a.jsonl", '{"messages": "a"}', "line 1: must have 'prompt'"),

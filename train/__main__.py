@@ -158,7 +158,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_state(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--state", type=options.whole(1), metavar="STEP", help=text)
+    parser.add_argument("--state", type=options.integer(1), metavar="STEP", help=text)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -9,18 +9,20 @@ from typing import Any
 
 from v4jax.commands import command_line, generate, help_texts, options
 
-# JAX, Flax and Orbax are imported by the command that needs them: `--help` answers at once.
+# Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
 _SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id"
-_BEST = "of a run, the state that evaluations found best, not the newest"
-_STATE = "of a run, the state of this step"
+_RELEASE = "a Hugging Face directory, a Hub id, or 'tiny'"
+_TARGET = "directory to create"
+_BEST = "use a run's best state by evaluation instead of its newest"
+_STATE = "use a run's state after this step instead of its newest"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-      The exit status: 0 done, 1 failed. Misuse raises SystemExit with 2, as argparse does.
+      The exit status: 0 for done, 1 for failed. Misuse raises SystemExit(2), as argparse does.
     """
     with command_line.process("v4jax"):
         args = _parser().parse_args(argv)
@@ -28,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"v4jax {args.command}",
             lambda: args.run(args),
             interrupted=".",
-            out_of_memory="'v4jax inspect' says what the model needs.",
+            out_of_memory="'v4jax inspect' shows what the model needs.",
         )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="v4jax",
-        description="DeepSeek-V4 in JAX: look at, convert and run its checkpoints.",
+        description="DeepSeek-V4 in JAX: inspect, convert, merge and run its checkpoints.",
         epilog=help_texts.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -69,82 +71,87 @@ def _command(
 
 
 def _add_demo(commands: Any) -> None:
-    text = "generate from the small model that comes with v4jax"
+    text = "generate text with the small model that ships with v4jax"
     parser = _command(commands, "demo", _demo, text, help_texts.DEMO)
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="copy it here first")
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="copy the model to this directory first"
+    )
     options.add_no_cache(parser)
 
 
 def _add_inspect(commands: Any) -> None:
     from v4jax import presets
 
-    text = "say what a checkpoint is: layers, parameters, bytes, cache, and what it fits on"
+    text = "show a checkpoint's layers, parameters, bytes, cache, and the devices it needs"
     more = help_texts.INSPECT.format(presets=", ".join(presets.names()))
     parser = _command(commands, "inspect", _inspect, text, more)
     parser.add_argument("path", help=f"{_SOURCE}; a config.json; or a preset")
     parser.add_argument(
         "--kernels",
         choices=("v5p", "v6e", "tpu7x", "h200"),
-        help="list instead which operations run as Pallas kernels on this chip, and why others do "
-        "not",
+        help="list instead which operations run as Pallas kernels on this chip, and why the others "
+        "do not",
     )
     options.add_revision(parser)
 
 
 def _add_convert(commands: Any) -> None:
-    text = "turn a Hugging Face checkpoint into a native one"
+    text = "convert a Hugging Face checkpoint to a native one"
     parser = _command(commands, "convert", _convert, text, help_texts.CONVERT)
-    parser.add_argument("source", help="a Hugging Face directory, a Hub id, or 'tiny'")
-    parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument("source", help=_RELEASE)
+    parser.add_argument("target", type=Path, help=_TARGET)
     parser.add_argument(
         "--weights",
         choices=("keep", "bfloat16", "float32"),
         default="keep",
-        help="keep FP8 and FP4 as they are (default), or decode everything to one dtype",
+        help="keep FP8 and FP4 weights quantised (default), or dequantise everything to one dtype",
     )
     options.add_revision(parser)
 
 
 def _add_export(commands: Any) -> None:
-    text = "turn a native checkpoint back into a Hugging Face one"
+    text = "convert a native checkpoint back to a Hugging Face one"
     parser = _command(commands, "export", _export, text, help_texts.EXPORT)
-    parser.add_argument("source", help="a native checkpoint, or a Hub id of one")
-    parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument("source", help="a native checkpoint, or the Hub id of one")
+    parser.add_argument("target", type=Path, help=_TARGET)
     options.add_revision(parser)
 
 
 def _add_export_adapter(commands: Any) -> None:
-    text = "write a training run's adapter for Hugging Face's PEFT"
+    text = "write a training run's adapter in the format of Hugging Face's PEFT"
     parser = _command(commands, "export-adapter", _export_adapter, text, help_texts.EXPORT_ADAPTER)
-    parser.add_argument("run_directory", type=Path, metavar="RUN", help="a training run")
-    parser.add_argument("target", type=Path, metavar="ADAPTER", help="the directory to make")
-    parser.add_argument("--model", metavar="PATH", help=f"its model, where it moved: {_SOURCE}")
+    parser.add_argument(
+        "run_directory", type=Path, metavar="RUN", help="directory of a training run"
+    )
+    parser.add_argument("target", type=Path, metavar="ADAPTER", help=_TARGET)
+    parser.add_argument(
+        "--model", metavar="PATH", help=f"the run's model, if it has moved: {_SOURCE}"
+    )
     _add_state(parser)
 
 
 def _add_merge(commands: Any) -> None:
-    text = "make a release with a training run's or an adapter's change in it"
+    text = "write a release with the update of a training run or an adapter merged in"
     parser = _command(commands, "merge", _merge, text, help_texts.MERGE)
-    release = "a Hugging Face directory, a Hub id, or 'tiny'"
-    parser.add_argument("source", metavar="RELEASE", help=release)
-    change = "a run, a PEFT adapter, or a Hub id of one"
+    parser.add_argument("source", metavar="RELEASE", help=_RELEASE)
+    change = "a training run, a PEFT adapter, or the Hub id of an adapter"
     parser.add_argument("change", metavar="CHANGE", help=change)
-    parser.add_argument("target", type=Path, metavar="TARGET", help="the directory to make")
+    parser.add_argument("target", type=Path, metavar="TARGET", help=_TARGET)
     parser.add_argument(
         "--weights",
         choices=("bfloat16", "keep"),
         required=True,
-        help="all dense, or each in the format that it has",
+        help="dequantise all weights, or keep each in its original format",
     )
     options.add_revision(parser)
     _add_state(parser)
 
 
 def _add_state(parser: argparse.ArgumentParser) -> None:
-    """Which state of a run, where it is not the newest."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--best", action="store_true", help=_BEST)
-    which.add_argument("--state", type=options.whole(1), metavar="STEP", help=_STATE)
+    """Add the options that select a state of a run."""
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--best", action="store_true", help=_BEST)
+    state.add_argument("--state", type=options.integer(1), metavar="STEP", help=_STATE)
 
 
 def _add_generate(commands: Any) -> None:

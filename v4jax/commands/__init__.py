@@ -1,1 +1,1 @@
-"""What the commands show on a terminal."""
+"""The subcommands of `v4jax`, and what both command lines share."""

@@ -1,4 +1,4 @@
-"""What the commands have in common: standard streams, sentences for failures, the platform."""
+"""What the commands share: standard streams, error messages and the choice of platform."""
 
 import contextlib
 import importlib.metadata
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Device files of what JAX's plugins drive: GPUs of NVIDIA (in Windows' Linux and on Tegra too) and
-# AMD, and TPUs.
+# Device files of the devices that JAX plugins support: GPUs of NVIDIA (also under WSL and on Tegra)
+# and AMD, and TPUs.
 _DEVICES = ("nvidia*", "dxg", "nvmap", "kfd", "accel*", "vfio/[0-9]*")
 _PLUGINS = ("xla_cuda", "rocm", "xla_rocm")
 _CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS")
@@ -18,18 +18,18 @@ _CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS"
 
 @contextlib.contextmanager
 def process(program: str) -> Iterator[None]:
-    """The surroundings of a command: call it before JAX is imported.
+    """The environment in which a command runs; enter it before JAX is imported.
 
-    What standard error does not take is lost, warnings are one line each there, and JAX keeps to
-    the CPU where there is nothing else.
+    Errors of writing to standard error are ignored, each warning is one line there, and JAX uses
+    only the CPU if there is no other device.
 
     Raises:
-      SystemExit: with 1, as standard output is closed or does not take what was written to it.
+      SystemExit: with status 1, if standard output is closed or cannot be written.
     """
     closed = sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # In this order each gets its own number back, which no other file can have then.
+            # In this order each stream gets back its own descriptor, which no other file can take.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     choose_platform()
     stdout, stderr = _Watched(sys.stdout), _Watched(sys.stderr, forgiving=True)
@@ -51,31 +51,31 @@ def process(program: str) -> Iterator[None]:
 
 
 def status(name: str, run: Callable[[], int], *, interrupted: str, out_of_memory: str) -> int:
-    """The exit status of a command: what it returns, or 1 after a sentence about its failure.
+    """The exit status of a command: what it returns, or 1 after printing an error message.
 
     Args:
-      name: of the command, the beginning of the sentence.
-      run: does what is asked for.
-      interrupted: what is said of an interruption.
-      out_of_memory: what helps then.
+      name: name of the command, which begins the message.
+      run: runs the command.
+      interrupted: end of the message after an interruption.
+      out_of_memory: advice when memory runs out.
     """
 
-    def failed(why: object) -> int:
-        say(f"{name}: {' '.join(str(why).split())}")
+    def failed(message: object) -> int:
+        say(f"{name}: {' '.join(str(message).split())}")
         return 1
 
     try:
-        done = run()
+        exit_status = run()
         sys.stdout.flush()
-        return done
+        return exit_status
     except KeyboardInterrupt:
         return failed(f"interrupted{interrupted}")
     except OSError as error:
-        of_output = error is getattr(sys.stdout, "error", None)
-        if of_output and isinstance(error, BrokenPipeError):
-            # The reader has seen enough.
+        from_stdout = error is getattr(sys.stdout, "error", None)
+        if from_stdout and isinstance(error, BrokenPipeError):
+            # The reader, such as `head`, closed the pipe.
             return 1
-        where = "standard output" if of_output else error.filename
+        where = "standard output" if from_stdout else error.filename
         return failed(f"{f'{where}: ' if where else ''}{error.strerror or error}.")
     except ValueError as error:
         return failed(error)
@@ -92,9 +92,9 @@ def say(text: str) -> None:
 
 
 def choose_platform() -> None:
-    """Keep JAX to the CPU where there is no other device, unless the environment has a choice.
+    """Restrict JAX to the CPU if there is no other device, unless the environment chooses.
 
-    Plugins for devices that are not there say so at length, before the command says anything.
+    Plugins without a device would otherwise print long warnings before the command's own output.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _CHOICES):
         return
@@ -108,16 +108,16 @@ def choose_platform() -> None:
 class _Watched:
     """A standard stream that remembers the first error of writing to it.
 
-    A forgiving one goes on: there is nowhere to say so.
+    A forgiving stream ignores errors: there is nowhere to report them.
     """
 
     def __init__(self, stream: Any, *, forgiving: bool = False) -> None:
         self._stream, self._forgiving = stream, forgiving
         self.error: OSError | None = None
 
-    def _try(self, act: Callable[[], Any]) -> None:
+    def _try(self, operation: Callable[[], Any]) -> None:
         try:
-            act()
+            operation()
         except OSError as error:
             self.error = self.error or error
             if not self._forgiving:
@@ -131,7 +131,7 @@ class _Watched:
         self._try(self._stream.flush)
 
     def settle(self) -> bool:
-        """Whether all was written; else it is dropped, as Python would try again at its exit."""
+        """Whether all output was written; if not, drop it, as Python would try again at exit."""
         with contextlib.suppress(OSError):
             self.flush()
         if self.error is None:

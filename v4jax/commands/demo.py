@@ -1,4 +1,4 @@
-"""A first generation, from the model that the package brings with it."""
+"""A first generation, with the model that ships with the package."""
 
 import shutil
 import sys
@@ -15,19 +15,19 @@ _SAMPLING: dict[str, Any] = {"max_tokens": 96, "temperature": 0.6, "seed": 0}
 
 
 def main(directory: Path | None) -> int:
-    """Load the model and generate from it; with a directory, copy it there first.
+    """Load the model and generate text; with a directory, copy the model there first.
 
     Raises:
-      ValueError: the directory has something else in it.
+      ValueError: the directory has other files in it.
     """
-    place = hub.TINY if directory is None else directory
+    source = hub.TINY if directory is None else directory
     if directory is not None and not _is_tiny(directory):
         copy(directory)
-    _say(f"A small model in the release format, {place}:")
-    for file in sorted(place.iterdir()):
+    _say(f"A small model in the release format, {source}:")
+    for file in sorted(source.iterdir()):
         _say(f"  {file.stat().st_size:9,} bytes  {file.name}")
-    _generate(v4jax.load(place))
-    _say(f'Go on with: v4jax generate {directory or "tiny"} -p "{PROMPT}"')
+    _generate(v4jax.load(source))
+    _say(f'Next: v4jax generate {directory or "tiny"} -p "{PROMPT}"')
     return 0
 
 
@@ -35,7 +35,7 @@ def copy(directory: Path) -> None:
     """Copy the model to a directory, which appears when it is complete.
 
     Raises:
-      ValueError: it has something in it, or lies in the model's own.
+      ValueError: the directory is not empty, or is inside the model's own.
     """
     directory = directory.absolute()
     unfinished.check_target(directory, hub.TINY)
@@ -45,13 +45,13 @@ def copy(directory: Path) -> None:
 
 
 def _is_tiny(directory: Path) -> bool:
-    """Whether it has the model's files already."""
+    """Whether the directory already has the model's files."""
     same = lambda file: (directory / file.name).read_bytes() == file.read_bytes()
     return all((directory / file.name).is_file() and same(file) for file in hub.TINY.iterdir())
 
 
 def _generate(model: LanguageModel) -> None:
-    _say("\nCompiling takes some seconds; then the model goes on with this text:\n")
+    _say("\nCompilation takes a few seconds; then the model continues this text:\n")
     _say(PROMPT, end="")
     began = time.perf_counter()
     for piece in model.stream(PROMPT, **_SAMPLING):
@@ -59,7 +59,7 @@ def _generate(model: LanguageModel) -> None:
     first = time.perf_counter() - began
     again = model.generate(PROMPT, **_SAMPLING)
     speed = f"{again.timings.tokens_per_second:.0f} tokens/s"
-    _say(f"\n\nThat took {first:.1f} s, compilation included; compiled, it decodes {speed}.")
+    _say(f"\n\nThat took {first:.1f} s including compilation; once compiled, it decodes {speed}.")
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -1,4 +1,4 @@
-"""`v4jax generate`: text from prompts on the command line or in a file."""
+"""`v4jax generate`: continue prompts from the command line or a file."""
 
 import argparse
 import dataclasses
@@ -19,23 +19,24 @@ _SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
-_TYPES = {"prompt": str, "messages": list}  # what a row of a .jsonl file has one of
+# Each row of a .jsonl file has one of these keys.
+_TYPES = {"prompt": str, "messages": list}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes, besides the checkpoint."""
+    """Add all arguments but the checkpoint."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         *("-p", "--prompt"),
         metavar="TEXT",
-        help="the text; - reads standard input, without the line break at its end",
+        help="the prompt; - reads standard input, without its final line break",
     )
     source.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a prompt per line; in a .jsonl file an object with 'prompt' or 'messages'. "
-        "Implies --json",
+        help="a file with a prompt per line; in a .jsonl file, an object per line with 'prompt' or "
+        "'messages'. Implies --json",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options.apply_no_cache(args)
     prompts = texts = _prompts(args)
     directory = hub.resolve(args.path, revision=args.revision)
-    # Loading takes minutes: whatever can be rejected earlier is.
+    # Loading takes minutes, so errors that can be found earlier are.
     if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     if any(not isinstance(prompt, str) for prompt in prompts):
@@ -96,17 +97,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> list[Any]:
-    """Texts as the model gets them, and messages that are still to be encoded.
+    """The prompts: texts to pass to the model, or lists of chat messages to encode.
 
     Raises:
-      ValueError: a prompt is empty, or a line of the file is none.
+      ValueError: a prompt is empty, or a line of the file is not a prompt.
     """
     if args.prompts is not None:
         prompts = list(_read_prompts(args.prompts))
     else:
         prompts = [_read_input() if args.prompt == "-" else args.prompt]
     if "" in prompts:
-        raise ValueError("the prompt is empty; give a text.")
+        raise ValueError("the prompt is empty; pass some text.")
     if not (args.chat or args.system is not None or args.thinking != "off"):
         return prompts
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -126,9 +127,9 @@ def _read_prompts(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{where}: not a JSON object ({error}).") from None
             [(key, prompt)] = row.items() if len(row) == 1 else [("", None)]
             if _TYPES.get(key) is not type(prompt):
-                raise ValueError(f"{where}: must have 'prompt', a text, or 'messages', a list.")
+                raise ValueError(f"{where}: must have 'prompt', a string, or 'messages', a list.")
         if not prompt:
-            raise ValueError(f"{where}: the prompt is empty; give a text.")
+            raise ValueError(f"{where}: the prompt is empty; pass some text.")
         yield prompt
 
 
@@ -150,7 +151,7 @@ def _chat_text(messages: list[Any], args: argparse.Namespace, cfg: "ModelConfig"
     efforts = [effort for effort in EFFORTS[revision] if effort]
     if args.thinking not in efforts:
         raise ValueError(
-            f"--thinking {args.thinking}: this checkpoint, of revision {revision}, has no such "
-            f"effort; use one of {', '.join(efforts)}."
+            f"--thinking {args.thinking}: not supported by this checkpoint (revision {revision}); "
+            f"use one of {', '.join(efforts)}."
         )
     return encode_chat(messages, "thinking", args.thinking, revision=revision)

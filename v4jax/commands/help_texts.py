@@ -1,7 +1,7 @@
-"""What `v4jax COMMAND --help` says below the options."""
+"""What `v4jax --help` and `v4jax COMMAND --help` print below the options."""
 
 EPILOG = """\
-exit status: 0 done, 1 failed, 2 misuse. Results go to standard output, all else to standard error.
+exit status: 0 done, 1 failed, 2 misuse. Results go to stdout, everything else to stderr.
 
 examples:
   v4jax demo
@@ -13,8 +13,9 @@ examples:
   v4jax merge flash-hf runs/a flash-tuned --weights bfloat16
 """
 INSPECT = """\
-A directory's headers are read and checked, its weights are not. Of a Hub id only config.json is
-downloaded. A config.json or a preset says what its release would hold.
+For a directory, the headers of its files are read and checked; the weights are not read. For a Hub
+id, only config.json is downloaded. For a Hub id, a config.json or a preset, bytes are those of a
+release with this configuration.
 
 presets: {presets}
 
@@ -25,49 +26,51 @@ examples:
   v4jax inspect flash --kernels v6e
 """
 CONVERT = """\
-A native checkpoint holds the arrays as the model has them in memory: it loads faster, and on many
-hosts each reads its own part. The source is checked before anything is written. TARGET appears when
-it is complete; until then all lies in TARGET.unfinished, and the same command goes on there after
-an interruption. Of a Hub id one shard at a time is on the disk. All files beside the weights come
-along, but for hidden ones and weights in other formats.
+A native checkpoint stores arrays as the model has them in memory: it loads faster, and on several
+hosts each host reads only its own part. The source is checked before anything is written. Output is
+written to TARGET.unfinished and becomes TARGET when it is complete; after an interruption, the same
+command resumes. A source on the Hub is downloaded shard by shard, with one shard on disk at a time.
+Files other than weights are copied, except hidden files and weights in other formats.
 
 examples:
   v4jax convert path/to/DeepSeek-V4-Flash flash-native
   v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights bfloat16
 """
 EXPORT = """\
-The files are those that were converted. Of a checkpoint made with --weights keep, tensors and all
-files beside the weights are the same byte for byte; headers of the weights' files are written anew.
-TARGET appears when it is complete; the same command goes on after an interruption.
+This restores the files that were converted. From a checkpoint written with --weights keep, tensors
+and all files other than weights are restored byte for byte; only the headers of weight files are
+written again. TARGET appears when it is complete; after an interruption, the same command resumes.
 
 example:
   v4jax export flash-native flash-hf
 """
 EXPORT_ADAPTER = """\
-RUN is the directory of a training run with an adapter; its newest state is taken. ADAPTER is for
-Hugging Face's PEFT over transformers' model, and for 'v4jax generate --adapter' and 'v4jax merge'.
+RUN is the directory of a training run with an adapter. ADAPTER can be loaded by Hugging Face's PEFT
+on top of the transformers model, by 'v4jax generate --adapter' and by 'v4jax merge'.
 
 examples:
   v4jax export-adapter runs/a adapter
   v4jax export-adapter runs/a adapter --best --model path/to/DeepSeek-V4-Flash
 """
 MERGE = """\
-RELEASE is a Hugging Face directory, CHANGE a training run or a PEFT adapter. TARGET has RELEASE's
-names and files, those beside the weights too; it appears when it is complete, and the same command
-goes on after an interruption.
-With --weights keep each changed tensor goes back into its own format and all others keep their
-bytes. Rounding takes a part of the change away, of a small one in FP4 nearly all: the table says
-how much is left (gain: 1 all of it, 0 none; cosine: whether what is left points the same way).
+RELEASE is a Hugging Face checkpoint, CHANGE a training run or a PEFT adapter. TARGET has the tensor
+names of RELEASE and its other files. It appears when it is complete; after an interruption, the
+same command resumes.
+With --weights keep, each changed tensor is written in its original format, and all other tensors
+keep their bytes. Rounding to that format loses part of the update; in FP4, a small update is lost
+almost entirely. A table shows how much remains (gain: 1 all of it, 0 none; cosine: 1 if its
+direction is unchanged).
 
 examples:
   v4jax merge flash-hf runs/a flash-tuned --weights bfloat16
   v4jax merge flash-hf adapter flash-tuned --weights keep
 """
 GENERATE = """\
-Text is given to the model as it stands; with --chat it is one message of a conversation, in the
-checkpoint's own format. The first run of a length compiles, which takes a while. The text ends at
-the model's end-of-sequence token or after --max-tokens. With --mesh the weights are spread over all
-devices: 'expert' and 'fsdp' share out experts, 'tensor' heads and the vocabulary.
+The prompt is passed to the model unchanged; with --chat it is a user message, encoded in the
+checkpoint's own chat format. Generation stops at an end-of-sequence token or after --max-tokens.
+Programs are compiled on first use, which takes a while, and again for much longer texts.
+With --mesh, weights are sharded over all devices: 'expert' and 'fsdp' shard the experts, 'tensor'
+the heads and the vocabulary.
 
 examples:
   v4jax generate path/to/checkpoint -p "Once upon a time" --temperature 0
@@ -76,9 +79,9 @@ examples:
   v4jax generate path/to/checkpoint --mesh tensor=4 --keep-quantised -p "Once upon a time"
 """
 DEMO = """\
-The model has DeepSeek's tensor names, FP8 matrices, FP4 experts, an MTP block and a tokenizer, in
-4 MB. 'v4jax-train demo' trained it on the text of CPython's documentation. Wherever a command takes
-a checkpoint, 'tiny' is this model.
+The model is a 4 MB checkpoint with DeepSeek's tensor names, FP8 matrices, FP4 experts, an MTP block
+and a tokenizer. 'v4jax-train demo' trained it on CPython's documentation. Every command that takes
+a checkpoint accepts 'tiny' as the name of this model.
 
 examples:
   v4jax demo

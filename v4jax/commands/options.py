@@ -1,4 +1,4 @@
-"""Options that commands share, and what their values may be."""
+"""Options that several commands share, and validation of their values."""
 
 import argparse
 import os
@@ -8,20 +8,20 @@ from typing import Any
 
 
 def add_chat_options(group: Any) -> None:
-    """Add how a prompt becomes a conversation."""
-    group.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    group.add_argument("--system", metavar="TEXT", help="a system message before it; means --chat")
+    """Add the options that make a conversation of a prompt."""
+    group.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
+    group.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
     group.add_argument(
         "--thinking",
         choices=("off", "low", "high", "max"),
         default="off",
-        help="reason before answering, and how hard (default: off); unless off it means --chat; "
-        "checkpoints before 0731 have no low",
+        help="reasoning effort before the answer (default: off); implies --chat unless off; "
+        "checkpoints before 0731 do not support low",
     )
 
 
 def add_sampling_options(group: Any) -> None:
-    """Add how long a text is and how its tokens are chosen."""
+    """Add the options for the length of a text and for sampling."""
     add = group.add_argument
     number = lambda name, default, allowed, help: add(
         name,
@@ -30,37 +30,48 @@ def add_sampling_options(group: Any) -> None:
         metavar="X",
         help=f"{help} (default: {default:g})",
     )
-    share = "above 0, at most 1", lambda x: 0 < x <= 1
+    share = "above 0 and at most 1", lambda x: 0 < x <= 1
     penalty = "from -2 to 2", lambda x: -2 <= x <= 2
     add(
         "--max-tokens",
-        type=whole(1),
+        type=integer(1),
         default=256,
         metavar="N",
-        help="most new tokens (default: 256)",
+        help="maximum number of new tokens (default: 256)",
     )
-    stop = "end the text before this string; may be repeated"
+    stop = "stop before this string; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=stop)
-    number("--temperature", 1.0, ("of 0 or more", lambda x: 0 <= x < 1e38), "0 is greedy")
-    number("--top-p", 1.0, share, "sample from the likeliest tokens of this total probability")
+    top_p = "sample from the most probable tokens with this total probability"
+    number(
+        "--temperature",
+        1.0,
+        ("of 0 or more", lambda x: 0 <= x < 1e38),
+        "divide logits by this; 0: greedy",
+    )
+    number("--top-p", 1.0, share, top_p)
     add(
         "--top-k",
-        type=whole(0),
+        type=integer(0),
         default=0,
         metavar="N",
-        help="sample from the N likeliest tokens (default: 0, all)",
+        help="sample from the N most probable tokens; 0: from all (default: 0)",
     )
-    likely = "sample from tokens at least this likely, relative to the likeliest"
+    likely = "sample from tokens at least this fraction as probable as the most probable"
     number("--min-p", 0.0, ("from 0 to 1", lambda x: 0 <= x <= 1), likely)
-    repeated = "divide logits of tokens that have occurred by this; 1 is off"
+    repeated = "penalty for tokens in the prompt or output, as in transformers; 1: off"
     number("--repetition-penalty", 1.0, ("above 0", lambda x: 1e-30 < x < 1e38), repeated)
-    number("--presence-penalty", 0.0, penalty, "subtract this from logits of generated tokens")
-    number("--frequency-penalty", 0.0, penalty, "subtract this each time one was generated")
-    add("--seed", type=whole(0), metavar="N", help="the same seed gives the same text")
+    number("--presence-penalty", 0.0, penalty, "subtract this from the logits of generated tokens")
+    number("--frequency-penalty", 0.0, penalty, "subtract this for each time a token was generated")
+    add(
+        "--seed",
+        type=integer(0),
+        metavar="N",
+        help="seed of the draws; the same seed generates the same text (default: random)",
+    )
 
 
 def add_running_options(group: Any) -> None:
-    """Add how the model is loaded and run."""
+    """Add the options for loading and running the model."""
     add = group.add_argument
     add(
         "--dtype",
@@ -74,71 +85,72 @@ def add_running_options(group: Any) -> None:
         default="official",
         help="round where DeepSeek's runtime does (default) or where transformers does",
     )
-    mesh = "spread the model over all devices, as in tensor=4 or expert=4,tensor=2; axes: data, "
+    mesh = "shard the model over all devices: tensor=4 or expert=4,tensor=2; axes: data, "
     add("--mesh", metavar="SIZES", help=mesh + "fsdp, expert, tensor (default: the first device)")
-    adapter = "a PEFT adapter, a Hub id of one, or a training run, to run it with"
+    adapter = "apply the update of this PEFT adapter (a directory or Hub id) or training run"
     add("--adapter", metavar="DIR", help=adapter)
-    add("--state", type=whole(1), metavar="STEP", help="state of that run, not the newest")
+    state = "with a training run: use its state after this step instead of its newest"
+    add("--state", type=integer(1), metavar="STEP", help=state)
     add(
         *("--keep-quantised", "--keep"),
         action="store_true",
-        help="hold FP8 and FP4 weights as they are: less memory",
+        help="keep FP8 and FP4 weights quantised in memory, which takes less of it",
     )
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
-    """Add which revision of a Hub id is meant."""
+    """Add the revision of a Hub id."""
     text = "branch, tag or commit of a Hub id (default: the main branch)"
     parser.add_argument("--revision", metavar="NAME", help=text)
 
 
 def add_no_cache(parser: argparse.ArgumentParser) -> None:
-    """Add whether compiled programs are kept; see `apply_no_cache`."""
-    text = "compile again, and keep no compiled program (default: in the user's cache directory)"
+    """Add the option that turns the cache of compiled programs off; see `apply_no_cache`."""
+    text = "do not use or write the cache of compiled programs in the user's cache directory"
     parser.add_argument("--no-cache", action="store_true", help=text)
 
 
 def apply_no_cache(args: argparse.Namespace) -> None:
-    """Turn off `v4jax.programs`, if that was asked for."""
+    """Turn off the cache of `v4jax.programs` if `--no-cache` was passed."""
     if args.no_cache:
         os.environ["V4JAX_CACHE"] = "off"
 
 
 def run_state(run: str | Path | None, step: int | None) -> Path | str | None:
-    """The path of a training run, or of its state after a step.
+    """The path of a training run or, with a step, of its state after that step.
 
     Raises:
-      ValueError: there is a step and no run.
+      ValueError: there is a step but no run.
     """
     if step is None:
         return run
     if run is None:
-        raise ValueError("--state is of a training run; name one by --adapter.")
+        raise ValueError("--state needs a training run; pass it with --adapter.")
     from v4jax.adapters.runs import STATES
 
     return Path(run) / STATES / str(step)
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Reads whole numbers, `least` or more."""
+def integer(least: int) -> Callable[[str], int]:
+    """A parser of integers of `least` or more."""
 
     def parse(text: str) -> int:
         value = int(text) if text.isascii() and text.isdigit() else -1
         if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {least} or more")
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer of {least} or more")
         return value
 
     return parse
 
 
-def _number(says: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+def _number(expected: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
         if not allowed(value):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number {says}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number {expected}")
         return value
 
     return parse

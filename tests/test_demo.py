@@ -49,6 +49,13 @@ def test_the_model_has_one_to_four_million_parameters() -> None:
     assert 1e6 < params.count(Model(presets.get("tiny"))) < 4e6
 
 
+def test_its_repr_is_one_short_line(model: LanguageModel) -> None:
+    assert repr(model) == (
+        "LanguageModel(Engine(5 layers, 3,233,294 parameters in 12.9 MB, computing in float32),"
+        " with tokenizer)"
+    )
+
+
 def test_its_text_consists_of_words(model: LanguageModel) -> None:
     """Most words that it writes occur in its training text."""
     texts = [row["text"] for row in tiny.rows() if "text" in row]

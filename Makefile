@@ -14,7 +14,7 @@ demo: $(VENV)/run
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
 
-# The site, in site/. The variable silences an announcement of the theme's authors.
+# The site, in site/. The variable silences the theme's notice about its successor.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

@@ -181,11 +181,7 @@ def test_named_files_exist(file: Path) -> None:
     text = FENCED.sub("", file.read_text("utf-8"))
     for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb|yml))`", text):
         known = (ROOT / name, ROOT / "v4jax" / name, ROOT / "benchmarks" / name, file.parent / name)
-        assert any(path.exists() for path in known) or name in WRITTEN, name
-
-
-# Files that runs and commands write.
-WRITTEN = {"adapter_config.json", "config.json"}
+        assert any(path.exists() for path in known), name
 
 
 def test_every_layer_is_on_the_page_of_the_architecture() -> None:

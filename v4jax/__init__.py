@@ -57,20 +57,22 @@ def load(
 
     Args:
       path: a Hugging Face directory, a native checkpoint, or a Hub id.
-      dtype: of weights, activations and cache: 'bfloat16' or 'float32', or NumPy's or JAX's of it.
+      dtype: dtype of weights, activations and cache: 'bfloat16' or 'float32', by name or as a dtype
+        of NumPy or JAX.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
-      keep_quantised: hold FP8 and FP4 weights as they are instead of dequantising them.
-      adapter: the directory of a PEFT adapter or of a training run, whose newest state is taken.
-      mesh: devices to spread weights and cache over (`v4jax.model.sharding.make_mesh`); all
-        that the model is asked then runs on them. One device without.
+      keep_quantised: keep FP8 and FP4 weights quantised in memory.
+      adapter: a PEFT adapter (a directory or a Hub id) or the directory of a training run, whose
+        newest state is used.
+      mesh: mesh of devices to shard weights and cache over (`v4jax.model.sharding.make_mesh`);
+        all calls of the model then run on it. By default one device.
       revision: branch, tag or commit of a Hub id; the main branch by default.
-      progress: called with what is being done, how much is done, and of how much.
+      progress: called with the name of the present task, the amount done and the total.
 
     Raises:
-      ValueError: the checkpoint is damaged or not DeepSeek-V4, an argument has no such value, or
-        the mesh does not divide the weights.
+      ValueError: the checkpoint is damaged or not DeepSeek-V4, an argument is invalid, or the mesh
+        does not divide the weights.
     """
-    # JAX and Flax are heavy: they are imported when there is something to load.
+    # JAX and Flax are slow to import, so `import v4jax` does not.
     from v4jax import open_model
 
     return open_model.load(

@@ -1,7 +1,7 @@
-"""Steps lowered for devices that are not here, with abstract weights: nothing is allocated.
+"""Lowering of steps for absent devices, with abstract weights: nothing is allocated.
 
-Importing libtpu's compiler needs `TPU_SKIP_MDS_QUERY=1` in the environment before JAX starts, and
-`JAX_PLATFORMS=cpu` where there is no TPU.
+The compiler of libtpu needs `TPU_SKIP_MDS_QUERY=1` in the environment before JAX starts, and
+`JAX_PLATFORMS=cpu` on machines without a TPU.
 """
 
 from typing import Any, Literal
@@ -26,11 +26,11 @@ def topology_mesh(topology: str, **sizes: int) -> Mesh:
     """A mesh over a named topology, such as 'v5p:2x2x1' or 'v6e:8x8'.
 
     Args:
-      topology: a chip and its shape, as libtpu names them.
-      sizes: as `sharding.make_mesh` takes them; all devices on the expert axis by default.
+      topology: name of a chip and a shape, as in libtpu.
+      sizes: sizes of the axes, see `sharding.make_mesh`; by default all devices are on the expert
+        axis.
     """
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    devices = described.devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return sharding.make_mesh(**(sizes or {"expert": len(devices)}), devices=devices)
 
 
@@ -42,24 +42,24 @@ def lower(
     rounding: numerics.Numerics = numerics.OFFICIAL,
     **sizes: Any,
 ) -> jax.stages.Lowered:
-    """Trace and lower a step for the mesh's devices.
+    """Trace and lower a step for the devices of a mesh.
 
     Args:
-      cfg: the model.
-      step: which; see `arguments`.
-      mesh: of real devices, or of a topology.
+      cfg: configuration of the model.
+      step: name of the step; see `arguments`.
+      mesh: mesh of real devices or of a topology.
       rounding: the numerics.
-      sizes: as `arguments` takes them.
+      sizes: keyword arguments of `arguments`.
 
     Returns:
-      What `.compile()` makes a program of; its `memory_analysis` tells the bytes per device.
+      The lowered step; `.compile().memory_analysis()` returns the bytes per device.
 
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
     """
-    given = arguments(cfg, step, mesh, **sizes)
+    inputs = arguments(cfg, step, mesh, **sizes)
     with jax.set_mesh(mesh):
-        return getattr(steps, step).lower(*given, cfg=cfg, numerics=rounding)
+        return getattr(steps, step).lower(*inputs, cfg=cfg, numerics=rounding)
 
 
 def arguments(
@@ -73,18 +73,18 @@ def arguments(
     dtype: Any = jnp.bfloat16,
     expert_format: ExpertDtype | None = None,
 ) -> tuple[Any, ...]:
-    """A step's arguments, abstract, where generation has them.
+    """A step's arguments as abstract arrays, sharded as in generation.
 
     Args:
-      cfg: the model.
-      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; 'begin' and 'advance'
-        are what generation runs after its prefill.
-      mesh: of real devices, or of a topology.
-      batch: rows. A single one lies whole on every device; more are shared.
-      capacity: tokens that the cache has room for.
-      tokens: of a prefill chunk.
-      dtype: of activations, cache and unquantised weights.
-      expert_format: hold FP8 weights and experts quantised, experts in this format.
+      cfg: configuration of the model.
+      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; generation runs 'begin'
+        and 'advance' after its prefill.
+      mesh: mesh of real devices or of a topology.
+      batch: number of rows. A single row is replicated; more are sharded.
+      capacity: capacity of the cache, in tokens.
+      tokens: size of a prefill chunk.
+      dtype: dtype of activations, cache and unquantised weights.
+      expert_format: keep FP8 weights and experts quantised, with experts in this format.
 
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
@@ -113,7 +113,7 @@ def arguments(
 
 
 def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
-    """The struct as one that lies in a place."""
+    """The struct with a sharding."""
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
 
@@ -123,6 +123,6 @@ def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh, *axes: str) -> jax.Sha
 
 def _sampling(cfg: ModelConfig, batch: int, mesh: Mesh) -> SamplingState:
     prompts_BT, lengths_B = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-    asked = [SamplingParams(seed=0)] * batch
-    state = jax.eval_shape(lambda: sampling.init(asked, cfg.vocab_size, prompts_BT, lengths_B))
+    settings = [SamplingParams(seed=0)] * batch
+    state = jax.eval_shape(lambda: sampling.init(settings, cfg.vocab_size, prompts_BT, lengths_B))
     return jax.tree.map(placed, state, sampling.shardings(state, mesh))

@@ -1,7 +1,7 @@
-"""What a compiled program moves between devices, read from its text, its loops multiplied out.
+"""Bytes that a compiled program moves between devices, read from its text.
 
-`cost_analysis` counts a loop's body once. Here it counts as often as it runs; where only the data
-decide that, as they decide when a text ends, once. Of a condition all branches count.
+`cost_analysis` counts the body of a loop once. Here it counts once per iteration, or once if the
+number of iterations depends on data, as for the end of a text. All branches of a condition count.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|\w+_computations?)=(?:\{([^}]*)\}|(%?[\w.-]+))")
-# Groups of one device each, listed or counted; and groups along axes of a mesh.
+# Groups of one device each, listed or as an iota; and groups along axes of a mesh.
 _ALONE = re.compile(r"replica_groups=(?:\{\{\d+\}(?:,\{\d+\})*\}|\[\d+,1\]<=)")
 _ALONG = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
-# An axis of a mesh, and what of it, all or a part: 'a'=8, 'a', 'a':(2)4.
+# An axis of a mesh with its size, an entire axis, or part of an axis: 'a'=8, 'a', 'a':(2)4.
 _AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """A device's part of an array."""
+    """One device's shard of an array."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -40,14 +40,14 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A place in a program where devices exchange arrays.
+    """A collective operation of a program.
 
     Attributes:
-      kind: such as 'all-gather'.
-      operands: what a device puts in.
-      results: what it has after.
-      times: how often this runs.
-      source: the operation that it was made for.
+      kind: name of the operation, such as 'all-gather'.
+      operands: inputs on one device.
+      results: outputs on one device.
+      times: how often it runs.
+      source: the JAX operation it implements.
     """
 
     kind: str
@@ -58,31 +58,31 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of the operands or the results, whichever are larger, each time that it runs."""
+        """Bytes of the operands or the results, whichever are larger, over all runs."""
         total = lambda arrays: sum(array.bytes for array in arrays)
         return self.times * max(total(self.operands), total(self.results))
 
     def moves(self, *dims: int) -> bool:
-        """Whether an array that is put in, or comes out, has all these dims."""
+        """Whether an operand or a result has all these dims."""
         return any(set(dims) <= set(array.dims) for array in (*self.operands, *self.results))
 
 
 def collectives(text: str) -> list[Collective]:
-    """All of a program, given `Compiled.as_text()`, those that move most first."""
+    """The collectives in the text of `Compiled.as_text()`, those that move most first."""
     computations, entry = _parsed(text)
-    return sorted(_walk(computations, entry, 1), key=lambda one: -one.bytes)
+    return sorted(_walk(computations, entry, 1), key=lambda collective: -collective.bytes)
 
 
-def moved(found: Iterable[Collective]) -> int:
-    """Bytes that arrive at a device, or leave it, whichever are more."""
-    return sum(one.bytes for one in found)
+def moved(collectives: Iterable[Collective]) -> int:
+    """Bytes that each device receives or sends, whichever are more."""
+    return sum(collective.bytes for collective in collectives)
 
 
-def by_kind(found: Iterable[Collective]) -> dict[str, int]:
-    """`moved`, for each kind."""
+def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
+    """`moved` per kind of collective."""
     total: dict[str, int] = {}
-    for one in found:
-        total[one.kind] = total.get(one.kind, 0) + one.bytes
+    for collective in collectives:
+        total[collective.kind] = total.get(collective.kind, 0) + collective.bytes
     return total
 
 
@@ -97,7 +97,7 @@ _Computation = dict[str, _Instruction]
 
 
 def _parsed(text: str) -> tuple[dict[str, _Computation], str]:
-    """The computations by name, and which of them is the program."""
+    """The computations by name, and the name of the entry computation."""
     computations: dict[str, _Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -119,17 +119,17 @@ def _walk(computations: dict[str, _Computation], name: str, times: int) -> Itera
     computation = computations[name]
     for instruction in computation.values():
         if instruction.operation.removesuffix("-start") in _KINDS:
-            if not _moves_nothing(instruction.rest):
+            if not _is_local(instruction.rest):
                 yield _collective(computation, instruction, times)
         elif not instruction.operation.endswith(("-update", "-done")):
             trips = _trips(computations, instruction)
-            for several, one in _CALLED.findall(instruction.rest):
-                for called in re.findall(r"[\w.-]+", several or one):
+            for names, single_name in _CALLED.findall(instruction.rest):
+                for called in re.findall(r"[\w.-]+", names or single_name):
                     yield from _walk(computations, called, times * trips)
 
 
-def _moves_nothing(rest: str) -> bool:
-    """Whether each group of devices that exchange is a single one."""
+def _is_local(rest: str) -> bool:
+    """Whether each group of a collective is a single device."""
     if not (along := _ALONG.search(rest)):
         return bool(_ALONE.search(rest))
     sizes = {name: size for name, size, _ in _AXIS.findall(along[1])}
@@ -137,18 +137,18 @@ def _moves_nothing(rest: str) -> bool:
 
 
 def _trips(computations: dict[str, _Computation], instruction: _Instruction) -> int:
-    """How often what the instruction calls runs."""
+    """How often the computations that an instruction calls run."""
     if known := _TRIPS.search(instruction.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", instruction.rest)
     if not condition:
         return 1
-    # TPU's compiler does not write the number down: the loop ends when its counter reaches it.
-    *_, ends = (computation := computations[condition[1]]).values()
-    if ends.operation != "compare" or "direction=LT" not in ends.rest:
+    # The TPU compiler does not write the number of iterations: read it from the loop condition.
+    *_, compare = (computation := computations[condition[1]]).values()
+    if compare.operation != "compare" or "direction=LT" not in compare.rest:
         return 1
-    last = computation[_operands(ends)[1]]
-    return int(last.rest.partition(")")[0]) if last.operation == "constant" else 1
+    limit = computation[_operands(compare)[1]]
+    return int(limit.rest.partition(")")[0]) if limit.operation == "constant" else 1
 
 
 def _operands(instruction: _Instruction) -> list[str]:
@@ -160,7 +160,7 @@ def _collective(computation: _Computation, instruction: _Instruction, times: int
     operands = tuple(array for name in names for array in computation[name].result)
     results = instruction.result
     if len(results) > len(operands):
-        # One that is only started has its operands among its results, and counters behind them.
+        # The results of an asynchronous start are its operands, the results and counters.
         results = results[len(operands) : 2 * len(operands)]
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     kind = instruction.operation.removesuffix("-start")

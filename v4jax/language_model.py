@@ -1,4 +1,4 @@
-"""What `v4jax.load` returns: a checkpoint's model with its tokenizer, for notebooks and servers.
+"""`LanguageModel`, which `v4jax.load` returns: a model with its tokenizer.
 
 Axis letters: B batch, T tokens, V vocabulary.
 """
@@ -24,9 +24,9 @@ from v4jax.model.config import ModelConfig
 from v4jax.text.stopping import STOP, StopStrings
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
-# What `generate` and `stream` take alike.
-_TAKES = {"prompt": arguments.PROMPT, "max_tokens": arguments.integer(1), "stop": STOP}
-_TAKES |= sampling.KINDS
+# Arguments of both `generate` and `stream`.
+_KINDS = {"prompt": arguments.PROMPT, "max_tokens": arguments.integer(1), "stop": STOP}
+_KINDS |= sampling.KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Generation:
     """A finished generation.
 
     Attributes:
-      text: the new text, without stop strings and special tokens at its end.
-      tokens: the new tokens, an end-of-sequence token included.
-      logprobs: of each token under the raw logits.
-      top_logprobs: for each token the most probable ones, as many as were asked for.
-      finish_reason: 'stop' at an end-of-sequence token or stop string, else 'length'.
-      timings: wall times.
+      text: the new text, without a stop string or special tokens at its end.
+      tokens: the new tokens, including an end-of-sequence token.
+      logprobs: log-probability of each token under the raw logits.
+      top_logprobs: for each token, the requested number of most probable tokens with their
+        log-probabilities.
+      finish_reason: 'stop' after an end-of-sequence token or a stop string, else 'length'.
+      timings: wall-clock times.
     """
 
     text: str
@@ -56,11 +57,11 @@ class Generation:
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
-    """A model that is ready to run.
+    """A model ready to run.
 
     Attributes:
       engine: weights, configuration and compiled steps.
-      tokenizer: text to tokens and back; None where the checkpoint has none.
+      tokenizer: the tokenizer; None if the checkpoint has none.
     """
 
     engine: Engine
@@ -75,13 +76,15 @@ class LanguageModel:
 
     @arguments.checked(path=arguments.optional(arguments.PATH))
     def with_adapter(self, path: str | Path | None) -> "LanguageModel":
-        """The same model with another adapter; the base's arrays are shared.
+        """The same model with another adapter; the arrays of the base model are shared.
 
         Args:
-          path: the directory of a PEFT adapter or of a training run; None: no adapter.
+          path: a PEFT adapter (a directory or a Hub id) or the directory of a training run; None
+            for no adapter.
 
         Raises:
-          CheckpointError: it is neither, is damaged, is of another model, or has no adapter.
+          CheckpointError: the path is neither, is damaged, is for another model, or is a run that
+            trained no adapter.
         """
         engine = self.engine
         if path is None:
@@ -90,8 +93,8 @@ class LanguageModel:
             update = updates.read(updates.resolve(path), engine.cfg)
             if isinstance(update, updates.Replaced):
                 raise CheckpointError(
-                    f"{path}: trained the weights themselves, so there is no base to share; give "
-                    "it to 'v4jax.load'."
+                    f"{path}: has trained the weights themselves, so there is no base to share; "
+                    "pass it to 'v4jax.load'."
                 )
             changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)
         return LanguageModel(dataclasses.replace(engine, model=changed), self.tokenizer)
@@ -101,24 +104,25 @@ class LanguageModel:
         """Logits at every position.
 
         Args:
-          tokens: token ids [B, T], T of 1 or more.
+          tokens: token ids [B, T], not empty.
 
         Raises:
-          ValueError: not two dims, empty, or an id outside the vocabulary.
+          ValueError: `tokens` is not of shape [B, T], is empty, is too long for the model, or has
+            an id outside the vocabulary.
           NotFiniteError: the logits are not finite.
         """
         for row in tokens:
             self._check_tokens(row)
-        engine, (asked, length) = self.engine, np.shape(tokens)
+        engine, (batch, length) = self.engine, np.shape(tokens)
         self._check_length(length, 0)
-        rows = [*tokens, *[[0] * length] * (engine.rows(asked) - asked)]
+        rows = [*tokens, *[[0] * length] * (engine.rows(batch) - batch)]
         chunks = engine.chunks(steps.logits, rows, sum(loop.chunk_sizes(length)))
-        parts = [np.asarray(logits_BTV)[:asked, : count_B[0]] for logits_BTV, count_B, _ in chunks]
+        parts = [np.asarray(logits_BTV)[:batch, : count_B[0]] for logits_BTV, count_B, _ in chunks]
         if not all(tensor_values.are_finite(part) for part in parts):
             raise loop.NotFiniteError
         return np.concatenate(parts, axis=1)
 
-    @arguments.checked(**_TAKES, top_logprobs=arguments.integer(0))
+    @arguments.checked(**_KINDS, top_logprobs=arguments.integer(0))
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -131,20 +135,20 @@ class LanguageModel:
         """Continue a prompt.
 
         Args:
-          prompt: text, or token ids. Text is encoded as it stands: see `encode_chat`.
-          max_tokens: most new tokens.
-          stop: strings that end the text and are left out of it.
-          top_logprobs: alternatives to report for each token.
+          prompt: text or token ids. Text is tokenized unchanged; see `encode_chat` for chats.
+          max_tokens: maximum number of new tokens.
+          stop: strings that end the text and are not part of it.
+          top_logprobs: number of most probable tokens to report for each token.
           sampling: fields of `SamplingParams`: temperature, top_k, top_p, min_p, seed, penalties.
 
         Raises:
-          ValueError: an argument out of range, a prompt too long for the model, or text without a
-            tokenizer.
+          ValueError: an argument is invalid, the prompt is too long for the model, or it is text
+            and there is no tokenizer.
           NotFiniteError: the model's logits are not finite.
         """
         return self._run(prompt, max_tokens, stop, top_logprobs, sampling).finish()
 
-    @arguments.checked(**_TAKES)
+    @arguments.checked(**_KINDS)
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -153,7 +157,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Iterator[str]:
-        """The same text piece by piece: whole characters, never a part of a stop string."""
+        """The text of `generate` in pieces of whole characters, without parts of stop strings."""
         if self.tokenizer is None:
             raise ValueError(
                 "This checkpoint has no tokenizer.json, so there is no text to stream."
@@ -185,12 +189,12 @@ class LanguageModel:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise ValueError("This checkpoint has no tokenizer.json; give the prompt as token ids.")
+            raise ValueError("This checkpoint has no tokenizer.json; pass the prompt as token ids.")
         return self.tokenizer.encode(prompt)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not tokens:
-            raise ValueError("The prompt is empty; give at least one token.")
+            raise ValueError("The prompt is empty; pass at least one token.")
         for at, token in enumerate(tokens):
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(
@@ -199,18 +203,18 @@ class LanguageModel:
                 )
 
     def _check_length(self, length: int, new: int) -> int:
-        """Tokens that there is room for; an error where there is less than `new`."""
+        """The room for new tokens after `length`; raises if it is less than `new`."""
         limit = self.config.max_position_embeddings
         if length + new > limit:
             raise ValueError(
                 f"The prompt has {length} tokens; the model's context holds {limit}, "
-                "the answer included. Shorten the prompt."
+                "including the answer. Shorten the prompt."
             )
         return limit - length
 
 
 class _Run:
-    """One generation under way: tokens from the engine, text from the tokenizer."""
+    """A generation in progress: tokens from the engine, text from the tokenizer."""
 
     def __init__(
         self,
@@ -221,7 +225,7 @@ class _Run:
         top_logprobs: int,
         params: SamplingParams,
     ) -> None:
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
         self._model, self._stops = model, stops
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
         self._blocks = model.engine.run([prompt], [params], [max_tokens], top_logprobs=top_logprobs)
@@ -230,7 +234,7 @@ class _Run:
         self._first = 0.0
 
     def pieces(self) -> Iterator[str]:
-        """Text as it comes."""
+        """Pieces of text as they are generated."""
         for tokens in self._tokens():
             self._first = self._first or time.perf_counter()
             for token in tokens:
@@ -255,22 +259,21 @@ class _Run:
             yield piece
 
     def _tokens(self) -> Iterator[list[Token]]:
-        """New tokens as they come; on a terminal or in a notebook the wait for them is shown."""
-        waits_for: str | None = "Reading the prompt"
+        """New tokens as they are generated; terminals and notebooks show the wait for them."""
+        task: str | None = "Reading the prompt"
         while True:
-            with waiting.compilation(waits_for):
+            with waiting.compilation(task):
                 block = next(self._blocks, None)
             if block is None:
                 return
             yield block[0]
-            waits_for = None
+            task = None
 
     def finish(self) -> Generation:
         """Run to the end."""
         text = "".join(self.pieces())
-        ended = time.perf_counter()
-        decode_seconds = ended - self._first
-        later = len(self.tokens) - 1
+        decode_seconds = time.perf_counter() - self._first
+        decoded = len(self.tokens) - 1
         return Generation(
             text=text,
             tokens=[token.id for token in self.tokens],
@@ -278,8 +281,8 @@ class _Run:
             top_logprobs=[token.top for token in self.tokens],
             finish_reason=self.finish_reason,
             timings=Timings(
-                prefill_seconds=self._first - self._began,
+                prefill_seconds=self._first - self._start,
                 decode_seconds=decode_seconds,
-                tokens_per_second=later / decode_seconds if later else 0.0,
+                tokens_per_second=decoded / decode_seconds if decoded else 0.0,
             ),
         )

@@ -1,4 +1,4 @@
-"""`v4jax.load`: any kind of checkpoint to a model that is ready to run."""
+"""The implementation of `v4jax.load`: from any kind of checkpoint to a model ready to run."""
 
 import contextlib
 from pathlib import Path
@@ -32,7 +32,7 @@ def load(
     programs.keep()
     rounding = numerics.get(numerics_name)
     checkpoint = open_checkpoint(hub.resolve(path, revision=revision))
-    # Loading takes minutes: what is wrong with an adapter is told before.
+    # Loading takes minutes, so errors of the adapter are raised before it.
     update = None
     if adapter is not None:
         update = updates.read(updates.resolve(adapter), checkpoint.config)

@@ -1,6 +1,6 @@
-"""What a person sees who waits: one line on a terminal, or below a notebook's cell.
+"""Progress for users who wait: one line on a terminal or below a notebook cell.
 
-Everywhere else, as in files and pipes, nothing is written.
+Nothing is written to files and pipes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax
 
 from v4jax.checkpoints.disk import Progress
 
-_EVERY = 0.5  # seconds between two refreshes
+_EVERY = 0.5  # seconds between refreshes
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _COMPILES = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -24,12 +24,12 @@ _COMPILES = (
 
 
 class Task(NamedTuple):
-    """What is being done.
+    """A task in progress.
 
     Attributes:
-      what: its name.
-      began: when, by `time.monotonic`.
-      done, total: how much of how much; a total of 0 is unknown.
+      what: name of the task.
+      began: start by `time.monotonic`.
+      done, total: amount done and total amount; a total of 0 means unknown.
     """
 
     what: str
@@ -38,17 +38,17 @@ class Task(NamedTuple):
     total: int = 0
 
     def __str__(self) -> str:
-        """The task with its elapsed time, or its share done and the remaining time."""
+        """The task with its elapsed time, or with the fraction done and the remaining time."""
         elapsed = time.monotonic() - self.began
         if not self.total:
             return f"{self.what} ... {_clock(elapsed)}"
-        share = self.done / self.total
-        left = f", {_clock(elapsed / share - elapsed)} left" if share else ""
-        return f"{self.what} {share:.0%}{left}"
+        fraction = self.done / self.total
+        left = f", {_clock(elapsed / fraction - elapsed)} left" if fraction else ""
+        return f"{self.what} {fraction:.0%}{left}"
 
 
 class _Line:
-    """A line that a thread rewrites while a task lasts."""
+    """A line that a thread refreshes while a task runs."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -57,7 +57,7 @@ class _Line:
         self.task: Task | None = None
 
     def start(self, what: str | None) -> None:
-        """Begin a task, unless it is the present one; None: nothing is being done."""
+        """Start a task unless it is already running; None stops the present one."""
         if what == (self.task and self.task.what):
             return
         self.task = Task(what, time.monotonic()) if what else None
@@ -65,7 +65,7 @@ class _Line:
             self._thread.start()
 
     def report(self, what: str, done: int, total: int) -> None:
-        """Progress: begin a task, or say how much of it is done."""
+        """Start a task, or update how much of it is done."""
         self.start(what)
         assert self.task is not None
         self.task = self.task._replace(done=done, total=total)
@@ -84,17 +84,17 @@ class _Line:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Shows what the callback is told: a task, how much of it is done, and of how much."""
+    """Shows what is passed to the callback: a task, the amount done and the total."""
     with _line() as line:
         yield line.report if line else lambda *_: None
 
 
 @contextlib.contextmanager
 def compilation(otherwise: str | None = None) -> Iterator[None]:
-    """Shows that programs are being compiled, and for how long.
+    """Shows while programs are being compiled, and for how long.
 
     Args:
-      otherwise: what is shown before and after a compilation.
+      otherwise: the task to show before and after a compilation.
     """
     with _line() as line:
         if line is None:
@@ -127,7 +127,7 @@ def _line() -> Iterator[_Line | None]:
 
 
 def _terminal() -> Callable[[str], None] | None:
-    """Writes behind the cursor, which stays where it is: the text of an answer may end there."""
+    """A writer after the cursor, which does not move: the text of an answer may end there."""
     if not sys.stderr.isatty():
         return None
 
@@ -139,7 +139,7 @@ def _terminal() -> Callable[[str], None] | None:
 
 
 def _notebook() -> Callable[[str], None] | None:
-    """Writes below the cell that runs."""
+    """A writer below the running cell."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is None or not hasattr(shell, "kernel"):

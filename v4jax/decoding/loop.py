@@ -23,31 +23,31 @@ from v4jax.model.numerics import Numerics
 from v4jax.model.transformer import Model
 
 FinishReason = Literal["stop", "length"]
-# Prefill runs in chunks of these sizes, the last one padded: few programs serve every prompt.
+# Prefill runs in chunks of these sizes, the last one padded, so that few programs fit all prompts.
 CHUNKS = (64, 512, 2048)
-# Seconds between two looks at the decode loop from the host.
-_LOOK_SECONDS = 0.05
+# Seconds between reads of the decode loop by the host.
+_READ_SECONDS = 0.05
 
 
 class NotFiniteError(ValueError):
-    """The model's logits are NaN or infinite, so that they say nothing of the next token."""
+    """The model's logits are NaN or infinite, so that no token can be sampled."""
 
     def __init__(self) -> None:
         super().__init__(
-            "The model's logits are not finite numbers, so no token can be chosen: its weights or "
-            "its adapter are damaged, or too large for its dtype. Try dtype 'float32', or get the "
+            "The model's logits are not finite, so no token can be sampled: its weights or its "
+            "adapter are damaged, or too large for the dtype. Try dtype 'float32', or download the "
             "files again."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of wall time.
+    """Wall-clock times.
 
     Attributes:
-      prefill_seconds: from the call to the first token, compilation included.
-      decode_seconds: from the first token to the last.
-      tokens_per_second: of the tokens after the first; 0 where there are none.
+      prefill_seconds: seconds from the call to the first token, including compilation.
+      decode_seconds: seconds from the first token to the last.
+      tokens_per_second: rate of the tokens after the first; 0 if there are none.
     """
 
     prefill_seconds: float
@@ -60,9 +60,9 @@ class Token:
     """One generated token.
 
     Attributes:
-      id: the token.
-      logprob: of the token under the raw logits.
-      top: the most probable alternatives and their logprobs, as many as were asked for.
+      id: id of the token.
+      logprob: log-probability of the token under the raw logits.
+      top: the requested number of most probable tokens, with their log-probabilities.
     """
 
     id: int
@@ -72,11 +72,13 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Engine:
-    """The compiled loop for one model, on one device or on the mesh that its weights lie on.
+    """The compiled loop of a model, on one device or on the mesh of its weights.
 
     Attributes:
-      model, cfg, numerics: the weights and how they are run.
-      dtype: of activations and cache.
+      model: the weights.
+      cfg: the configuration.
+      numerics: the rounding.
+      dtype: dtype of activations and cache.
     """
 
     model: Model
@@ -85,7 +87,7 @@ class Engine:
     dtype: Any
 
     def __repr__(self) -> str:
-        """One line: the weights themselves would fill pages."""
+        """One line instead of all weights."""
         layers, parameters = len(self.cfg.layers), params.count(Model(self.cfg))
         megabytes = sum(x.nbytes for x in jax.tree.leaves(self.model)) / 1e6
         mesh = self.mesh and {axis: n for axis, n in self.mesh.shape.items() if n > 1}
@@ -96,42 +98,42 @@ class Engine:
 
     @property
     def mesh(self) -> Mesh | None:
-        """Of the weights; None where they are on one device."""
+        """The mesh of the weights; None if they are on one device."""
         return sharding.mesh_of(self.model)
 
-    def rows(self, wanted: int) -> int:
-        """How many rows to run for so many: the mesh's devices share them, if not a single one."""
+    def rows(self, batch: int) -> int:
+        """The number of rows to run for a batch: padded to be sharded, except for a single row."""
         groups = sharding.row_groups(self.mesh)
-        return wanted if wanted == 1 else -(-wanted // groups) * groups
+        return batch if batch == 1 else -(-batch // groups) * groups
 
     def call(self, step: Callable[..., Any], *args: Any, **static: Any) -> Any:
-        """One of the `steps` of this model."""
+        """Call one of the `steps` for this model."""
         with sharding.on(self.mesh):
             return step(*args, cfg=self.cfg, numerics=self.numerics, **static)
 
     def by_row(self, x_B: Shaped[np.ndarray, "B ..."]) -> Shaped[Array, "B ..."]:
-        """An array of the host on the devices that have its rows."""
+        """An array of the host, sharded by rows over the devices."""
         if self.mesh is None:
             return jnp.asarray(x_B)
         return jax.device_put(x_B, sharding.place(("batch",), x_B.shape, self.mesh))
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Any]:
-        """Logits [B, V] after each prompt, and the cache that holds the prompts."""
+        """The logits [B, V] after each prompt, and the cache of the prompts."""
         chunks = self.chunks(steps.prefill, prompts, capacity)
         logits_BV, _, cache = next(chunks)
         for new_BV, count_B, cache in chunks:  # noqa: B007
-            # A row that ended in an earlier chunk keeps the logits of that one.
+            # A row that ended in an earlier chunk keeps the logits of that chunk.
             logits_BV = jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
         return logits_BV, cache
 
     def chunks(
         self, step: Callable[..., Any], prompts: Sequence[Sequence[int]], capacity: int
     ) -> Iterator[tuple[Any, Int[np.ndarray, " B"], Any]]:
-        """Run a step over prompts, chunk by chunk, in a new cache.
+        """Run a step over prompts, chunk by chunk, with a new cache.
 
         Yields:
-          What the step gives, the tokens that each row has in the chunk, and the cache after it,
-          which the next chunk uses up.
+          The output of the step, the number of tokens of each row in the chunk, and the cache after
+          it, which the next chunk donates.
         """
         cache = caches.make(self.cfg, len(prompts), capacity, self.dtype, mesh=self.mesh)
         lengths_B = np.array([len(prompt) for prompt in prompts])
@@ -153,9 +155,9 @@ class Engine:
         *,
         top_logprobs: int = 0,
     ) -> Iterator[list[list[Token]]]:
-        """Generate; yields each row's new tokens, an end-of-sequence token included, as they come.
+        """Generate; yields each row's new tokens, including an end-of-sequence token, in blocks.
 
-        The program is compiled once for each number of rows and bucket of capacity.
+        The program is compiled once per number of rows and bucket of capacity.
 
         Raises:
           NotFiniteError: a row's logits are not finite.
@@ -170,22 +172,22 @@ class Engine:
         logits_BV, cache = self.prefill(prompts, capacity)
         state = self._sampling(prompts, params)
         limit_B = self.by_row(np.array(max_tokens, np.int32))
-        asked = {"top_logprobs": top_logprobs}
+        static = {"top_logprobs": top_logprobs}
         with sharding.on(self.mesh):
-            loop, first = steps.begin(logits_BV, cache, state, limit_B, cfg=self.cfg, **asked)
+            loop, first = steps.begin(logits_BV, cache, state, limit_B, cfg=self.cfg, **static)
         yield _tokens(first)[:rows]
-        look = 1
+        count = 1
         while not bool(np.all(loop.done_B)):
             began = time.perf_counter()
-            loop, block = self.call(steps.advance, self.model, loop, np.int32(look), **asked)
+            loop, block = self.call(steps.advance, self.model, loop, np.int32(count), **static)
             yield _tokens(block)[:rows]
-            per_step = (time.perf_counter() - began) / look
-            look = int(np.clip(_LOOK_SECONDS / per_step, 1, min(2 * look, steps.LOOP)))
+            per_step = (time.perf_counter() - began) / count
+            count = int(np.clip(_READ_SECONDS / per_step, 1, min(2 * count, steps.LOOP)))
 
     def _sampling(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> sampling.SamplingState:
-        """The state before the first draw, where the loop keeps it."""
+        """The state before the first draw, sharded as in the loop."""
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         width = caches.bucket(int(lengths_B.max()), self.cfg.max_position_embeddings)
         state = sampling.init(params, self.cfg.vocab_size, pad(prompts, width), lengths_B)
@@ -195,7 +197,7 @@ class Engine:
 
 
 def chunk_sizes(tokens: int) -> list[int]:
-    """The chunks to prefill so many tokens in: large ones, then the smallest that fits the rest."""
+    """Sizes of the chunks of a prefill: large ones, then the smallest that fits the rest."""
     sizes = [CHUNKS[-1]] * (tokens // CHUNKS[-1])
     if rest := tokens - sum(sizes):
         sizes.append(next(size for size in CHUNKS if size >= rest))
@@ -203,7 +205,7 @@ def chunk_sizes(tokens: int) -> list[int]:
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
-    """Rows of tokens as one array, zeros behind each."""
+    """Rows of tokens as one array, each padded with zeros."""
     out_BT = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         out_BT[i, : len(row)] = row

@@ -1,11 +1,11 @@
-"""Choosing the next token inside a compiled step; every setting is an array, one entry per row.
+"""Sampling of the next token inside a compiled step; settings are arrays with an entry per row.
 
-Order of work, that of transformers 5.23 (`GenerationMixin._get_logits_processor`): penalties,
+The order is that of transformers 5.23 (`GenerationMixin._get_logits_processor`): penalties,
 temperature, top-k, top-p, min-p, draw. Temperature 0 takes the largest penalised logit instead.
 
-Top-k and top-p find the least kept logit by bisection over all float32 values, at most 32 passes
-over the vocabulary: as exact as sorting, and on CPU 20 times faster at V = 129280. Nothing of it
-runs when no row asks for it, and the same holds for penalties and for noise.
+Top-k and top-p find the smallest kept logit by bisection over all float32 values, in at most 32
+passes over the vocabulary: as exact as sorting, and on CPU 20 times faster at V = 129280. Filters,
+penalties and noise each run only if a row needs them.
 
 Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives reported per token.
 """
@@ -25,18 +25,18 @@ from v4jax.arguments import checked, integer, number, optional
 from v4jax.model import sharding
 from v4jax.model.pytree import pytree
 
-# Below this a float32 quotient can overflow; the draw is the largest logit long before.
-_LEAST_TEMPERATURE = 1e-30
-_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_OF_VOCABULARY = ("in_prompt_BV", "count_BV")
+# Below this a float32 quotient can overflow; far above it, the draw is already the largest logit.
+_MIN_TEMPERATURE = 1e-30
+_MIN, _MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_WITH_VOCABULARY = ("in_prompt_BV", "count_BV")  # leaves with a vocabulary axis
 
-# What the fields of `SamplingParams` take.
+# Kinds of the fields of `SamplingParams`.
 KINDS = {
-    "temperature": number("a finite number of 0 or more", lambda x: 0 <= x <= _MOST),
+    "temperature": number("a finite number of 0 or more", lambda x: 0 <= x <= _MAX),
     "top_k": integer(0),
     "top_p": number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": number("a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": number("a finite number above 0", lambda x: _LEAST <= x <= _MOST),
+    "repetition_penalty": number("a finite number above 0", lambda x: _MIN <= x <= _MAX),
     "presence_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
     "frequency_penalty": number("a number from -2 to 2", lambda x: -2 <= x <= 2),
     "seed": optional(integer(-(2**63), 2**64 - 1, "an integer from -2**63 to 2**64 - 1")),
@@ -46,21 +46,21 @@ KINDS = {
 @checked(**KINDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What one request asks for; the defaults draw from the model's own distribution.
+    """Sampling settings of one request; the defaults sample from the model's own distribution.
 
     Attributes:
       temperature: divides the logits; 0 takes the most probable token.
-      top_k: keep this many of the most probable tokens and those equal to the last; 0 is off.
+      top_k: keep this many of the most probable tokens, and ties with the last; 0 is off.
       top_p: keep the most probable tokens whose probabilities reach this sum; 1 is off.
       min_p: keep tokens at least this fraction as probable as the most probable; 0 is off.
-      repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative
-        ones multiplied; 1 is off.
+      repetition_penalty: divides positive logits of tokens in the prompt or output, and multiplies
+        negative ones; 1 is off.
       presence_penalty: subtracted from the logits of tokens in the output, -2 to 2.
-      frequency_penalty: the same, for each time that the token occurs in the output.
-      seed: 64 bits that settle all draws; None takes them from the operating system.
+      frequency_penalty: subtracted for each time a token occurs in the output, -2 to 2.
+      seed: 64 bits that determine all draws; None takes them from the operating system.
 
     Raises:
-      ArgumentError: a value outside its range, NaN, or not a number; a field that there is not.
+      ArgumentError: a value is out of range, NaN or not a number, or a field is unknown.
     """
 
     temperature: float | int = 1.0
@@ -76,18 +76,19 @@ class SamplingParams:
 @pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """Each row's settings and what its draws depend on; the first axis of every leaf is B.
+    """Settings of each row and the state of its draws; the first axis of every leaf is B.
 
     Attributes:
-      temperature_B, top_k_B, min_p_B: as in SamplingParams; 0 is greedy, off, off. float32, int32,
-        float32.
-      tail_B: 1 - top_p, the probability that top-p may cut off; 0 is off. float32.
+      temperature_B, top_k_B, min_p_B: as in SamplingParams; 0 is greedy, off and off. float32,
+        int32 and float32.
+      tail_B: 1 - top_p, the probability mass that top-p may cut off; 0 is off. float32.
       repetition_B, presence_B, frequency_B: the penalties, float32.
-      seed_B2: the seed's upper and lower word, uint32. Token n of a row is drawn with (seed, n).
-      drawn_B: n, the tokens drawn so far, int32.
-      in_prompt_BV: tokens of the prompt, bool; the repetition penalty asks only whether one occurs.
-      count_BV: how often each token was generated. int32 (4 V bytes a row, little beside a row's
-        cache) because the penalty of a long text must not stop at 255 or 65535.
+      seed_B2: upper and lower word of the seed, uint32. Token n of a row is drawn with (seed, n).
+      drawn_B: n, the number of tokens drawn so far, int32.
+      in_prompt_BV: whether each token occurs in the prompt, bool; the repetition penalty needs no
+        counts.
+      count_BV: how often each token was generated. int32 (4 V bytes per row, small next to a row's
+        cache), so that the penalty of a long text does not saturate at 255 or 65535.
     """
 
     temperature_B: Float32[Array, " B"]
@@ -112,25 +113,26 @@ def init(
     """The state before the first draw. Runs on the host.
 
     Args:
-      params: one per row.
-      vocab: entries of the logits.
-      prompt_tokens_BT: each row's prompt; whatever is behind its length is ignored.
-      prompt_lengths_B: tokens of each prompt, 0 to T.
+      params: settings of each row.
+      vocab: size of the vocabulary.
+      prompt_tokens_BT: prompt of each row; tokens beyond its length are ignored.
+      prompt_lengths_B: length of each prompt, 0 to T.
 
     Raises:
-      ValueError: other numbers of rows, a length beyond T, a token outside the vocabulary.
+      ValueError: the numbers of rows differ, a length exceeds T, or a token is outside the
+        vocabulary.
     """
     B = len(prompt_tokens_BT)
     if len(params) != B or len(prompt_lengths_B) != B:
         raise ValueError(
-            f"{B} rows of prompt tokens need as many params and lengths; "
+            f"{B} rows of prompt tokens need {B} params and lengths; "
             f"got {len(params)} and {len(prompt_lengths_B)}."
         )
     reals = lambda name: jnp.array([getattr(p, name) for p in params], jnp.float32)
     return SamplingState(
         temperature_B=reals("temperature"),
         top_k_B=jnp.array([min(p.top_k, vocab) for p in params], jnp.int32),
-        # Subtracted in double precision: 1 - float32(0.95) has lost four bits.
+        # In double precision, as 1 - float32(0.95) loses four bits.
         tail_B=jnp.array([1.0 - p.top_p for p in params], jnp.float32),
         min_p_B=reals("min_p"),
         repetition_B=reals("repetition_penalty"),
@@ -144,10 +146,10 @@ def init(
 
 
 def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
-    """Where each array lies: rows as those of the batch, the vocabulary as that of the logits."""
+    """The sharding of each array: rows like the batch, the vocabulary like that of the logits."""
 
     def place(path: Any, array: Any) -> NamedSharding:
-        axes = ("batch", "vocab") if path[0].name in _OF_VOCABULARY else ("batch",)
+        axes = ("batch", "vocab") if path[0].name in _WITH_VOCABULARY else ("batch",)
         return sharding.place(axes, array.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -183,23 +185,23 @@ def sample(
     tuple[Int32[Array, "B N"], Float32[Array, "B N"]],
     SamplingState,
 ]:
-    """Choose each row's next token.
+    """Sample each row's next token.
 
-    The choice depends on the row's logits, settings, tokens and (seed, n), not on other rows; only
+    A row's token depends on its own logits, settings, tokens and (seed, n), not on other rows; only
     the rounding of top-p's sums may differ between compiled programs.
 
-    Logprobs are those of the raw logits, before penalties, temperature and filters, as OpenAI and
-    DeepSeek report them. Where a row has a NaN, a +inf or nothing but -inf, its logprob is NaN and
-    its token is any valid id; other rows are not touched.
+    Logprobs are of the raw logits, before penalties, temperature and filters, as OpenAI and
+    DeepSeek report them. If a row has a NaN, a +inf or only -inf, its logprob is NaN and its token
+    is an arbitrary valid id; other rows are not affected.
 
     Args:
-      logits_BV: -inf forbids a token.
-      state: from `init` or the call before.
-      top_logprobs: N, static; how many of the most probable tokens to report.
+      logits_BV: logits; -inf forbids a token.
+      state: the state from `init` or the previous call.
+      top_logprobs: N, static; number of most probable tokens to report.
 
     Returns:
-      Tokens, their logprobs, the most probable tokens (ids, logprobs; most probable first, the
-      lower id first among equals), and the state with these tokens counted.
+      The tokens, their logprobs, the most probable tokens (ids and logprobs in descending order,
+      ties by ascending id), and the state with the new tokens counted.
 
     Raises:
       ValueError: N is not 0 to V.
@@ -225,15 +227,15 @@ def sample(
 
 
 def _one_hot(token_B: Int32[Array, " B"], vocab: int) -> Int32[Array, "B V"]:
-    """One at each row's token. XLA would gather the rows of a split vocabulary to scatter there."""
+    """One-hot rows; a scatter would make XLA gather the rows of a sharded vocabulary."""
     id_V = jnp.arange(vocab, dtype=jnp.int32)
     return (id_V[None] == token_B[:, None]).astype(jnp.int32)
 
 
 def penalised_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
-    """Repetition as in CTRL (transformers), then presence and frequency as in OpenAI's API.
+    """Apply repetition as in CTRL and transformers, then presence and frequency as in OpenAI's API.
 
-    A row whose penalties are off comes out bit for bit as it was.
+    A row whose penalties are off is returned bit for bit.
     """
     repetition_B1 = state.repetition_B[:, None]
     seen_BV = state.in_prompt_BV | (state.count_BV > 0)
@@ -244,29 +246,29 @@ def penalised_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float
 
 
 def filtered_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
-    """Logits over temperature, -inf where top-k, then top-p of what is left, then min-p cut.
+    """Divide logits by temperature, then set those cut by top-k, top-p or min-p to -inf, in order.
 
-    Their softmax is what rows of temperature above 0 are drawn from.
+    Rows of temperature above 0 are drawn from the softmax of the result.
 
     Args:
       x_BV: penalised logits.
       state: temperature and filters.
     """
-    x_BV = x_BV / jnp.maximum(state.temperature_B, _LEAST_TEMPERATURE)[:, None]
-    # A greedy row's filters must not cost anything.
+    x_BV = x_BV / jnp.maximum(state.temperature_B, _MIN_TEMPERATURE)[:, None]
+    # Greedy rows need no filters.
     top_k_B = jnp.where(state.temperature_B > 0, state.top_k_B, 0)
     tail_B = jnp.where(state.temperature_B > 0, state.tail_B, 0.0)
     keep_all = lambda x_BV, *_: x_BV
     filters = jnp.any((top_k_B > 0) | (tail_B > 0))
     x_BV = jax.lax.cond(filters, _top_k_top_p, keep_all, x_BV, top_k_B, tail_B)
     floor_B = jnp.max(x_BV, axis=-1) + jnp.log(state.min_p_B)
-    # Where the largest is +inf, the sum with log 0 would be NaN.
+    # For a largest logit of +inf, the sum with log 0 would be NaN.
     floor_B = jnp.where(state.min_p_B > 0, floor_B, -jnp.inf)
     return jnp.where(x_BV >= floor_B[:, None], x_BV, -jnp.inf)
 
 
 def _scores(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array, "B V"]:
-    """Scores whose argmax is the draw: filtered logits plus Gumbel noise; greedy rows as given."""
+    """Scores whose argmax is the draw: filtered logits plus Gumbel noise; greedy rows unchanged."""
     noise_BV = _gumbel(state.seed_B2, state.drawn_B, x_BV.shape[1])
     greedy_B1 = state.temperature_B[:, None] == 0
     return jnp.where(greedy_B1, x_BV, filtered_logits(x_BV, state) + noise_BV)
@@ -277,11 +279,11 @@ def _top_k_top_p(
 ) -> Float32[Array, "B V"]:
     """Top-k (0 is off), then top-p (a tail of 0 is off)."""
     x_BV = jnp.where(x_BV >= _kth_largest(x_BV, top_k_B)[:, None], x_BV, -jnp.inf)
-    edge_B, stay_B = _nucleus_edge(x_BV, tail_B)
-    equal_BV = x_BV == edge_B[:, None]
-    last_B1 = _id_of_nth(equal_BV, stay_B)[:, None]
+    edge_B, kept_ties_B = _nucleus_edge(x_BV, tail_B)
+    tie_BV = x_BV == edge_B[:, None]
+    last_B1 = _id_of_nth(tie_BV, kept_ties_B)[:, None]
     ids_1V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)[None]
-    keep_BV = (x_BV > edge_B[:, None]) | (equal_BV & (ids_1V <= last_B1))
+    keep_BV = (x_BV > edge_B[:, None]) | (tie_BV & (ids_1V <= last_B1))
     return jnp.where(keep_BV, x_BV, -jnp.inf)
 
 
@@ -289,8 +291,8 @@ def _kth_largest(x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"]) -> Fl
     """The k-th largest value of each row; -inf where k is 0."""
 
     def holds(code_B):
-        least_B1 = _decoded(code_B)[:, None]
-        return jnp.sum(x_BV >= least_B1, axis=-1, dtype=jnp.int32) >= top_k_B
+        threshold_B1 = _decoded(code_B)[:, None]
+        return jnp.sum(x_BV >= threshold_B1, axis=-1, dtype=jnp.int32) >= top_k_B
 
     low_B = _encoded(jnp.full_like(x_BV[:, 0], -jnp.inf))
     high_B = jnp.where(top_k_B > 0, _encoded(jnp.max(x_BV, axis=-1)), low_B)
@@ -300,30 +302,31 @@ def _kth_largest(x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"]) -> Fl
 def _nucleus_edge(
     x_BV: Float32[Array, "B V"], tail_B: Float32[Array, " B"]
 ) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
-    """The least logit that top-p keeps, and how many of the tokens equal to it stay.
+    """The smallest logit that top-p keeps, and how many of the tokens with that logit are kept.
 
-    From the least probable up, tokens go while their probabilities sum to at most `tail_B`; the
-    last one stays (transformers' TopPLogitsWarper). Of equals transformers leaves open which go;
-    here the lower ids stay, so that the smallest top_p is greedy. With a tail of 0 all stay.
+    Tokens are cut from the least probable up, while their probabilities sum to at most `tail_B`;
+    the last token is kept (transformers' TopPLogitsWarper). Among ties, for which transformers
+    has no fixed order, the lower ids are kept, so that the smallest top_p is greedy. A tail of 0
+    keeps all tokens.
     """
-    most_B = jnp.max(x_BV, axis=-1)
-    mass_BV = jnp.exp(x_BV - most_B[:, None])
+    max_B = jnp.max(x_BV, axis=-1)
+    mass_BV = jnp.exp(x_BV - max_B[:, None])
     cut_B = tail_B * jnp.sum(mass_BV, axis=-1)
 
     def mass_below(edge_B):
         return jnp.sum(jnp.where(x_BV < edge_B[:, None], mass_BV, 0.0), axis=-1)
 
-    low_B = _encoded(jnp.full_like(most_B, -jnp.inf))
-    high_B = jnp.where(tail_B > 0, _encoded(most_B), low_B)
-    goes = lambda code_B: mass_below(_decoded(code_B)) <= cut_B
-    edge_B = _decoded(_last_that_holds(goes, low_B, high_B))
-    equals_B = jnp.sum(x_BV == edge_B[:, None], axis=-1, dtype=jnp.int32)
-    gone_B = ((cut_B - mass_below(edge_B)) / jnp.exp(edge_B - most_B)).astype(jnp.int32)
-    return edge_B, equals_B - jnp.where(tail_B > 0, jnp.minimum(gone_B, equals_B - 1), 0)
+    low_B = _encoded(jnp.full_like(max_B, -jnp.inf))
+    high_B = jnp.where(tail_B > 0, _encoded(max_B), low_B)
+    is_cut = lambda code_B: mass_below(_decoded(code_B)) <= cut_B
+    edge_B = _decoded(_last_that_holds(is_cut, low_B, high_B))
+    ties_B = jnp.sum(x_BV == edge_B[:, None], axis=-1, dtype=jnp.int32)
+    cut_ties_B = ((cut_B - mass_below(edge_B)) / jnp.exp(edge_B - max_B)).astype(jnp.int32)
+    return edge_B, ties_B - jnp.where(tail_B > 0, jnp.minimum(cut_ties_B, ties_B - 1), 0)
 
 
 def _id_of_nth(marked_BV: Bool[Array, "B V"], n_B: Int32[Array, " B"]) -> UInt32[Array, " B"]:
-    """The id of each row's n-th marked token, from 1; the last id where n are all there are."""
+    """The id of each row's n-th marked token, n from 1; V - 1 if there are only n marked tokens."""
     V = marked_BV.shape[1]
     ids_1V = jnp.arange(V, dtype=jnp.uint32)[None]
 
@@ -339,7 +342,7 @@ def _id_of_nth(marked_BV: Bool[Array, "B V"], n_B: Int32[Array, " B"]) -> UInt32
 def _last_that_holds(
     holds: Callable[[Array], Array], low_B: UInt32[Array, " B"], high_B: UInt32[Array, " B"]
 ) -> UInt32[Array, " B"]:
-    """Bisect each row for the largest number in [low, high] with `holds`, which is true at low."""
+    """Bisect each row for the largest number in [low, high] that `holds`; low always does."""
 
     def halve(span):
         low_B, high_B = span
@@ -352,7 +355,7 @@ def _last_that_holds(
 
 
 def _encoded(x_B: Float32[Array, " B"]) -> UInt32[Array, " B"]:
-    """Floats as integers in the same order."""
+    """Floats as integers of the same order."""
     bits_B = jax.lax.bitcast_convert_type(x_B, jnp.uint32)
     return jnp.where(bits_B >> 31 == 1, ~bits_B, bits_B | jnp.uint32(1 << 31))
 
@@ -365,10 +368,10 @@ def _decoded(code_B: UInt32[Array, " B"]) -> Float32[Array, " B"]:
 def _gumbel(
     seed_B2: UInt32[Array, "B 2"], drawn_B: Int32[Array, " B"], vocab: int
 ) -> Float32[Array, "B V"]:
-    """Standard Gumbel noise that depends on a row's (seed, n) and the vocabulary alone.
+    """Standard Gumbel noise that depends only on a row's (seed, n) and the vocabulary size.
 
-    `jax.random.gumbel` has 23 random bits a value: the largest of 129280 values ties in 1.5% of
-    draws, always to the lower id's good. Its exact mode takes twice the bits. Here all 32 count.
+    `jax.random.gumbel` has 23 random bits per value: the largest of 129280 values ties in 1.5% of
+    draws, always in favour of the lower id. Its exact mode needs twice the bits. Here all 32 count.
     """
 
     def row_bits(seed_2, drawn):
@@ -381,9 +384,9 @@ def _gumbel(
 
 
 def _first_argmax(x_BV: Float32[Array, "B V"]) -> Int32[Array, " B"]:
-    """The lowest id of each row's largest value; the last id where there is a NaN.
+    """The lowest id of each row's largest value; V - 1 if there is a NaN.
 
-    Two plain reductions: on CPU they take a fifth of the time of `jnp.argmax`.
+    These two reductions take a fifth of the time of `jnp.argmax` on CPU.
     """
     V = x_BV.shape[1]
     is_top_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)

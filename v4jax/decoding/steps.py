@@ -1,4 +1,4 @@
-"""The compiled entry points: what is static and what is donated is said here and nowhere else.
+"""The compiled entry points: static and donated arguments are declared only here.
 
 Axis letters: B batch, T tokens, V vocabulary, N alternatives reported per token.
 """
@@ -19,7 +19,7 @@ from v4jax.model.numerics import Numerics
 from v4jax.model.pytree import pytree
 from v4jax.model.transformer import Model
 
-# Most decode steps that one call of `advance` makes.
+# Maximum number of decode steps in one call of `advance`.
 LOOP = 64
 
 
@@ -33,7 +33,7 @@ def logits(
     cfg: ModelConfig,
     numerics: Numerics,
 ) -> tuple[Float32[Array, "B T V"], Cache]:
-    """Take a chunk in and give the logits at each of its positions."""
+    """Run a chunk of tokens and return the logits at each position."""
     x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
     return transformer.head(model, transformer.hidden(model, cfg, x_BTM)), cache
 
@@ -48,7 +48,7 @@ def prefill(
     cfg: ModelConfig,
     numerics: Numerics,
 ) -> tuple[Float32[Array, "B V"], Cache]:
-    """Take a chunk in and give the logits of each row's last real token."""
+    """Run a chunk of tokens and return the logits of each row's last real token."""
     x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     x_B1M = jnp.take_along_axis(x_BTM, last_B11, axis=1)
@@ -93,7 +93,7 @@ def draft(
     numerics: Numerics,
     index: int = 0,
 ) -> tuple[Float32[Array, "B T V"], Float[Array, "B T M"], Cache]:
-    """Run an MTP block: logits after `next_tokens_BT`, the block's streams, the cache."""
+    """Run an MTP block; returns logits after `next_tokens_BT`, the block's streams and a cache."""
     hidden_BTD, x_BTM, cache = transformer.draft(
         model,
         cfg,
@@ -114,11 +114,11 @@ class Loop:
     """State of generation between two calls.
 
     Attributes:
-      cache: of all tokens but the newest.
-      sampling: parameters, counts and draws so far, per row.
-      token_B: the newest token of each row, not yet in the cache.
-      left_B: tokens that each row may still generate.
-      done_B: rows that ended, by an end-of-sequence token, by their limit, or by bad logits.
+      cache: cache of all tokens but the newest.
+      sampling: settings and counts of each row.
+      token_B: newest token of each row, not yet in the cache.
+      left_B: number of tokens that each row may still generate.
+      done_B: whether each row has ended, by an end-of-sequence token, its limit or bad logits.
     """
 
     cache: Cache
@@ -131,9 +131,9 @@ class Loop:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
-    """Tokens of several steps of the loop; `real_BT` tells them from padding.
+    """Tokens of several steps of the loop; `real_BT` is false for padding.
 
-    `logprob_BT` is NaN where a row's logits were not all finite, which ends the row.
+    `logprob_BT` is NaN if a row's logits were not all finite, which ends the row.
     """
 
     real_BT: Bool[Array, "B T"]
@@ -146,7 +146,7 @@ class StepOutputs:
 def _choose(
     logits_BV: Array, loop: Loop, cfg: ModelConfig, top_logprobs: int
 ) -> tuple[Loop, StepOutputs]:
-    """Sample each row's next token; rows that are done stay as they are."""
+    """Sample each row's next token; those of rows that are done are not real."""
     token_B, logprob_B, (top_id_BN, top_logprob_BN), state = sampling.sample(
         logits_BV, loop.sampling, top_logprobs=top_logprobs
     )
@@ -171,7 +171,7 @@ def begin(
     cfg: ModelConfig,
     top_logprobs: int = 0,
 ) -> tuple[Loop, StepOutputs]:
-    """Choose the first token after the prompt."""
+    """Sample the first token after the prompt."""
     zeros_B = jnp.zeros_like(limit_B)
     loop = Loop(cache, state, zeros_B, limit_B, zeros_B > 0)
     return _choose(logits_BV, loop, cfg, top_logprobs)
@@ -189,9 +189,9 @@ def advance(
     numerics: Numerics,
     top_logprobs: int = 0,
 ) -> tuple[Loop, StepOutputs]:
-    """Make up to `steps` (at most LOOP) decode steps, fewer where every row ends before.
+    """Run up to `steps` (at most LOOP) decode steps, fewer if every row ends earlier.
 
-    Text grows without a new program: lengths, limits and sampling settings are all data.
+    Longer texts need no new program: lengths, limits and sampling settings are all data.
     """
 
     def step(carry):

@@ -196,5 +196,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("libtpu was not found")
 
     monkeypatch.setattr(targets, "devices", missing)
-    with pytest.raises(ValueError, match=r"no compiler for v6e here .*pip install 'v4jax\[tpu\]'"):
+    with pytest.raises(
+        ValueError, match=r"no compiler for v6e is installed .*pip install 'v4jax\[tpu\]'"
+    ):
         kernels.show(tiny(), "v6e")

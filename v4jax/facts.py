@@ -1,6 +1,6 @@
-"""What a configuration amounts to: layers, parameters, bytes, cache, and what it fits on.
+"""Figures of a configuration: layers, parameters, bytes, cache size and devices.
 
-Nothing is allocated: everything follows from the declarations.
+Nothing is allocated: everything is computed from the declarations.
 """
 
 import collections
@@ -17,7 +17,7 @@ from v4jax.model.hyper import HyperHead
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
 
-# Usable memory per device, GiB: as the TPU compiler states it for v5p and v6e; else as sold.
+# Memory per device in GiB: usable memory by the TPU compiler for v5p and v6e, else nominal.
 DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}
 GIB = 2**30
 _DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8, "I8": 1}
@@ -25,17 +25,19 @@ _DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8, "I8":
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Facts of a configuration.
+    """Figures of a configuration.
 
     Attributes:
-      variant, revision: the release that it is, 'custom' where it is none.
+      variant: name of the preset with this configuration, or 'custom'.
+      revision: revision of the chat format, 'april' or '0731'.
       layers: number of layers of each kind.
-      total, mtp, active: parameters of the backbone with embedding and head, of the drafter, and
-        of the backbone for one token (the embedding's row aside).
-      bytes_by_dtype: of the release's tensors, MTP included.
-      cache_bytes: per token, by cache format.
-      state_bytes: per sequence, whatever its length, in bfloat16 (compressor tails in float32).
-      devices: the least number of each device that holds the release's bytes.
+      total: parameters of the backbone with embedding and head.
+      mtp: parameters of the drafter.
+      active: parameters of the backbone used per token, without the embedding.
+      bytes_by_dtype: bytes of the release's tensors, including MTP.
+      cache_bytes: bytes per token, by cache format.
+      state_bytes: bytes per sequence of any length, in bfloat16 (compressor tails in float32).
+      devices: number of devices of each kind that the release's bytes need.
     """
 
     variant: str
@@ -52,7 +54,7 @@ class Report:
 
 @checked(cfg=CONFIG)
 def report(cfg: ModelConfig) -> Report:
-    """Everything `v4jax inspect` prints about a configuration."""
+    """All figures that `v4jax inspect` prints about a configuration."""
     kinds = collections.Counter(f"{layer.attention} + {layer.ffn}" for layer in cfg.layers)
     sizes = release_bytes(cfg)
     return Report(
@@ -71,7 +73,7 @@ def report(cfg: ModelConfig) -> Report:
 
 @checked(nbytes=integer(0, 2**63 - 1))
 def devices(nbytes: int) -> dict[str, int]:
-    """The least number of each device that holds so many bytes."""
+    """The number of devices of each kind that `nbytes` need."""
     return {name: math.ceil(nbytes / (gib * GIB)) for name, gib in DEVICES.items()}
 
 
@@ -83,22 +85,22 @@ def _variant(cfg: ModelConfig) -> str:
 
 
 def _drafter(cfg: ModelConfig) -> list[ParamSpec]:
-    """Weights of the MTP blocks, or of the DSpark drafter (facts, section 2), which is not run."""
+    """Weights of the MTP blocks or of the DSpark drafter, which v4jax does not run."""
     if cfg.dspark is None:
         return [spec for name, spec in params.leaves(Model(cfg)) if name.startswith("mtp.")]
     D, spark = cfg.hidden_size, cfg.dspark
     stage = [spec for _, spec in params.leaves(Stack(cfg, (cfg.mtp_kind,), 1))]
-    one = lambda stored, *shape: ParamSpec(shape, (None,) * len(shape), stored)
+    spec_of = lambda stored, *shape: ParamSpec(shape, (None,) * len(shape), stored)
     targets = len(spark.target_layer_ids)
     head = [spec for _, spec in params.leaves(HyperHead(cfg, params.Declare()))]
-    markov = [one("bf16", cfg.vocab_size, spark.markov_rank)] * 2
-    confidence = one("bf16", 1, D + spark.markov_rank)
-    main = [one("fp8", D, targets * D), one("bf16", D), one("bf16", D)]
+    markov = [spec_of("bf16", cfg.vocab_size, spark.markov_rank)] * 2
+    confidence = spec_of("bf16", 1, D + spark.markov_rank)
+    main = [spec_of("fp8", D, targets * D), spec_of("bf16", D), spec_of("bf16", D)]
     return stage * spark.stages + head + markov + [confidence, *main]
 
 
 def _active(cfg: ModelConfig) -> int:
-    """Parameters that one token meets in the backbone and the head."""
+    """Parameters of the backbone and head that one token uses."""
     inactive = 1 - cfg.num_experts_per_tok / cfg.n_routed_experts
     total = 0
     for name, spec in params.leaves(Model(cfg)):
@@ -110,7 +112,7 @@ def _active(cfg: ModelConfig) -> int:
 
 @checked(cfg=CONFIG)
 def release_bytes(cfg: ModelConfig) -> dict[str, int]:
-    """Bytes of the release's tensors by dtype; FP4 codes are stored as I8, two in a byte."""
+    """Bytes of the release's tensors by dtype; FP4 codes are stored as I8, two per byte."""
     sizes: collections.Counter[str] = collections.Counter()
     backbone = Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))
     for spec in [*(spec for _, spec in params.leaves(backbone)), *_drafter(cfg)]:
@@ -139,9 +141,9 @@ def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
 def cache_bytes(cfg: ModelConfig) -> dict[str, float]:
     """Bytes per token of the compressed pools, which grow with the text.
 
-    bfloat16 is what v4jax keeps; float32 what it keeps in float32; fp8 + fp4 is DeepSeek's
-    deployment layout: rotary dims in BF16, the rest in FP8 with a scale for each 64, index keys
-    in FP4 with a scale for each 32 (facts, section 3.10).
+    'bfloat16' and 'float32' are the layouts of v4jax with these dtypes; 'fp8 + fp4' is DeepSeek's
+    deployment layout: rotary dims in BF16, the others in FP8 with a scale per 64, index keys in
+    FP4 with a scale per 32.
     """
     rope, index = cfg.qk_rope_head_dim, cfg.index_head_dim
     plain = cfg.head_dim - rope

@@ -1,4 +1,4 @@
-"""`v4jax inspect`: find out what a path or name stands for, and print what it amounts to."""
+"""`v4jax inspect`: resolve a path or name to a configuration, and print its figures."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.segments import segments
 
 _CONTEXTS = {"128K": 2**17, "1M": 2**20}
-_FP4 = "FP4, two in a byte"
+_FP4 = "FP4, two per byte"
 _DTYPE_NOTES = {"I8": f"I8 ({_FP4})", "U8": f"U8 ({_FP4})", "F8_E8M0": "F8_E8M0 (scales)"}
 _CACHE_NOTES = {"fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
 _NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
@@ -28,12 +28,12 @@ _NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What was asked about.
+    """What a path or name refers to.
 
     Attributes:
-      what: one line that says what it is.
+      what: a one-line description.
       config: its configuration.
-      held: bytes by dtype that its files hold; None where there is only a configuration.
+      held: bytes by dtype in its files; None if there is only a configuration.
     """
 
     what: str
@@ -43,12 +43,12 @@ class Subject:
 
 @arguments.checked(name=arguments.PATH, revision=arguments.optional(arguments.TEXT))
 def find(name: str | Path, *, revision: str | None = None) -> Subject:
-    """What exists as a path is that path; else a preset has this name; else it is a Hub id.
+    """Resolve a name: an existing path, else a preset, else a Hub id.
 
-    Of a checkpoint the headers are read and checked, of the Hub only `config.json`.
+    Headers of a local checkpoint are read and checked; from the Hub only `config.json` is read.
 
     Raises:
-      ValueError: it is none of these, or what is there is damaged or not DeepSeek-V4.
+      ValueError: the name is none of these, or the checkpoint is damaged or not DeepSeek-V4.
     """
     name = os.fspath(name)
     is_preset = name in presets.names()
@@ -83,7 +83,7 @@ def _directory(path: Path) -> Subject:
     config = path / safetensors_directory.CONFIG
     weights = (path / safetensors_directory.SINGLE, path / safetensors_directory.INDEX)
     if config.is_file() and not any(file.is_file() for file in weights):
-        return Subject(f"{config}, without weights beside it", config_file.read(config))
+        return Subject(f"{config}, without weights next to it", config_file.read(config))
     tensors, cfg, _ = release_weights.open_release(path)
     with safetensors_directory.Checkpoint.open(path) as files:
         held = _count((files.info(name).dtype, files.info(name).nbytes) for name in files.names)
@@ -102,7 +102,7 @@ def _native(path: Path) -> Subject:
     for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
         extra = open_safetensors(file)
         held += [(extra.info(name).dtype, extra.info(name).nbytes) for name in extra.names]
-    what = f"{path}: native checkpoint, made with --weights {opened.manifest.weights}"
+    what = f"{path}: native checkpoint, converted with --weights {opened.manifest.weights}"
     return Subject(what, opened.config, _count(held))
 
 
@@ -115,12 +115,12 @@ def _count(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 @arguments.checked(cfg=CONFIG, what=arguments.TEXT)
 def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None) -> None:
-    """Print what a configuration amounts to.
+    """Print the figures of a configuration.
 
     Args:
       cfg: the configuration.
-      what: a line about where it comes from.
-      held: bytes by dtype in files at hand; without, those that a release would hold.
+      what: a line that describes its source.
+      held: bytes by dtype in the files; by default those of a release are computed.
     """
     facts = report(cfg)
     console = Console(highlight=False, soft_wrap=True)
@@ -140,7 +140,7 @@ def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None
 
 
 def _table(*columns: str) -> Table:
-    """The first column is text and as wide as the widest of all tables; the rest are numbers."""
+    """A table with a column of text, equally wide in all tables, and columns of numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column(columns[0], min_width=26)
     for column in columns[1:]:
@@ -152,7 +152,7 @@ def _layers(cfg: ModelConfig, facts: Report) -> Table:
     table = _table("Layers: attention + experts", "")
     for kind, count in facts.layers.items():
         table.add_row(kind, str(count))
-    table.add_row("in all", str(cfg.num_hidden_layers))
+    table.add_row("total", str(cfg.num_hidden_layers))
     return table
 
 
@@ -167,7 +167,7 @@ def _segments(cfg: ModelConfig) -> Table:
 def _parameters(cfg: ModelConfig, facts: Report) -> Table:
     table = _table("Parameters", "")
     table.add_row("backbone", f"{facts.total:,}")
-    table.add_row("  active for a token", f"{facts.active:,}")
+    table.add_row("  active per token", f"{facts.active:,}")
     if facts.mtp:
         table.add_row("DSpark drafter" if cfg.dspark else "MTP", f"{facts.mtp:,}")
     return table
@@ -177,7 +177,7 @@ def _bytes(sizes: dict[str, int], computed: bool) -> Table:
     table = _table("Bytes of the release" if computed else "Bytes in the files", "")
     for dtype, nbytes in sizes.items():
         table.add_row(_DTYPE_NOTES.get(dtype, dtype), f"{nbytes:,}")
-    table.add_row("in all", f"{sum(sizes.values()):,}")
+    table.add_row("total", f"{sum(sizes.values()):,}")
     return table
 
 
@@ -191,12 +191,12 @@ def _cache(cfg: ModelConfig, facts: Report) -> Table:
         table.add_row(
             _CACHE_NOTES.get(form, form), f"{rate:,}", *(_size(rate * n) for n in contexts.values())
         )
-    table.add_row("and for each sequence", "", *[_size(facts.state_bytes)] * len(contexts))
+    table.add_row("plus, per sequence", "", *[_size(facts.state_bytes)] * len(contexts))
     return table
 
 
 def _fit(facts: Report, held: dict[str, int] | None) -> Table:
-    """Devices that hold the weights; what is left of them is for the cache."""
+    """The devices that the weights need, and the memory left for the cache."""
     sizes = facts.bytes_by_dtype if held is None else held
     table = _table("Devices that hold the weights", "", "left for cache")
     for name, count in devices(sum(sizes.values())).items():

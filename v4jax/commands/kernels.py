@@ -1,4 +1,4 @@
-"""`v4jax inspect --kernels`: which form of each operation a chip would run."""
+"""`v4jax inspect --kernels`: the form in which each operation would run on a chip."""
 
 import collections
 import os
@@ -15,15 +15,15 @@ from v4jax.model.config import ModelConfig
 
 TARGETS = get_args(targets.Target)
 _CAPACITY, _TOKENS = 65536, 512
-_INSTALL = {"h200": "gpu"}  # the extra that has a target's compiler; 'tpu' for all others
+_EXTRAS = {"h200": "gpu"}  # the extra with the compiler of a target; 'tpu' for all others
 
 
 def show(cfg: ModelConfig, target: targets.Target) -> None:
-    """Lower a decode step and a prefill chunk for one chip, and print the forms they take.
+    """Lower a decode step and a prefill chunk for a chip, and print the forms of their operations.
 
     Args:
-      cfg: the model; its weights are abstract, so that any model fits.
-      target: the chip.
+      cfg: configuration of the model, of any size, as its weights are abstract.
+      target: name of the chip.
 
     Raises:
       ValueError: the compiler for this chip is not installed.
@@ -33,10 +33,9 @@ def show(cfg: ModelConfig, target: targets.Target) -> None:
     try:
         device = targets.devices(target)[:1]
     except (RuntimeError, ValueError) as error:
-        extra = _INSTALL.get(target, "tpu")
+        extra = _EXTRAS.get(target, "tpu")
         raise ValueError(
-            f"no compiler for {target} here ({error}); install one with"
-            f" pip install 'v4jax[{extra}]'."
+            f"no compiler for {target} is installed ({error}); run pip install 'v4jax[{extra}]'."
         ) from error
     mesh = sharding.make_mesh(tensor=1, devices=device)
     capacity = cache.bucket(_CAPACITY, cfg.max_position_embeddings)
@@ -59,7 +58,7 @@ def show(cfg: ModelConfig, target: targets.Target) -> None:
             table.add_row(step, operation, form, str(count), reason)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"One row, {_TOKENS} tokens of a prompt, room for {capacity:,} tokens, on one {target}."
-        " Layers that are scanned count once."
+        f"Batch size 1, a prefill chunk of {_TOKENS} tokens, a cache of {capacity:,} tokens, on one"
+        f" {target}. Scanned layers count once."
     )
     console.print(table)

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options.apply_no_cache(args)
     prompts = texts = _prompts(args)
     directory = hub.resolve(args.path, revision=args.revision)
-    # Loading takes minutes, so errors that can be found earlier are.
+    # Loading takes minutes, so errors are looked for before it.
     if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
     if any(not isinstance(prompt, str) for prompt in prompts):

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_chat_options(group: Any) -> None:
-    """Add the options that make a conversation of a prompt."""
+    """Add the options that turn a prompt into a conversation."""
     group.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
     group.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
     group.add_argument(
@@ -94,7 +94,7 @@ def add_running_options(group: Any) -> None:
     add(
         *("--keep-quantised", "--keep"),
         action="store_true",
-        help="keep FP8 and FP4 weights quantised in memory, which takes less of it",
+        help="keep FP8 and FP4 weights quantised, to save memory",
     )
 
 

@@ -12,7 +12,9 @@ import platformdirs
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import v4jax
 from v4jax import programs
+from v4jax_train.__main__ import main as train_main
 
 # Compiles for longer than the shortest compilation that is kept, and reports what came from disk.
 SCRIPT = """
@@ -129,3 +131,19 @@ def test_a_default_directory_that_cannot_be_created_is_a_warning(
     with pytest.warns(UserWarning, match="compiled programs cannot be kept here"):
         programs.keep()
     assert config.jax_compilation_cache_dir is None
+
+
+def test_loading_a_model_turns_the_cache_on(config: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("V4JAX_CACHE", str(tmp_path))
+    v4jax.load("tiny")
+    assert config.jax_compilation_cache_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["train", "resume", "eval", "demo"])
+def test_training_commands_turn_the_cache_off(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("V4JAX_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit):
+        train_main([command, "--no-cache", "--help"])
+    assert os.environ["V4JAX_CACHE"] == "off"

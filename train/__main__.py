@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         help="output directory (default: runs/tiny)",
     )
     demo.add_argument("--steps", metavar="N", help="number of steps instead of the recipe's")
+    for compiles in (train, resume, evaluate, demo):
+        options.add_no_cache(compiles)
     return parser
 
 

@@ -164,7 +164,6 @@ def _add_generate(commands: Any) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from v4jax.commands import demo
 
-    options.apply_no_cache(args)
     return demo.main(args.directory)
 
 

@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from v4jax.checkpoints.open_checkpoint import open_checkpoint
     from v4jax.model import sharding
 
-    options.apply_no_cache(args)
     prompts = texts = _prompts(args)
     directory = hub.resolve(args.path, revision=args.revision)
     # Loading takes minutes, so errors are looked for before it.

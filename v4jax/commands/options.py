@@ -104,16 +104,17 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help=text)
 
 
-def add_no_cache(parser: argparse.ArgumentParser) -> None:
-    """Add the option that turns the cache of compiled programs off; see `apply_no_cache`."""
-    text = "do not use or write the cache of compiled programs in the user's cache directory"
-    parser.add_argument("--no-cache", action="store_true", help=text)
+class _TurnCacheOff(argparse.Action):
+    """Turns the cache of compiled programs off for this process; see `v4jax.programs`."""
 
-
-def apply_no_cache(args: argparse.Namespace) -> None:
-    """Turn off the cache of `v4jax.programs` if `--no-cache` was passed."""
-    if args.no_cache:
+    def __call__(self, *_: Any) -> None:
         os.environ["V4JAX_CACHE"] = "off"
+
+
+def add_no_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the option that turns the cache of compiled programs off."""
+    text = "do not use or write the cache of compiled programs in the user's cache directory"
+    parser.add_argument("--no-cache", nargs=0, action=_TurnCacheOff, help=text)
 
 
 def run_state(run: str | Path | None, step: int | None) -> Path | str | None:

@@ -80,11 +80,19 @@ def check_arrays(
         kind = "floating-point"
         if name in integers or name in booleans:
             kind = "signed integer" if name in integers else "boolean"
-        dtype = dtype_of(op, name, array)
-        if not jnp.issubdtype(dtype, _KINDS[kind]):
-            raise TypeError(f"{op}: {name} is {dtype}; it must have a {kind} dtype.")
+        check_kind(op, name, array, kind)
         known |= check_shape(op, name, array, known)
     return known
+
+
+def check_kind(op: str, name: str, array: Any, kind: str = "floating-point") -> None:
+    """Require a floating-point dtype, or another kind of `_KINDS`.
+
+    Raises:
+      TypeError: anything else.
+    """
+    if not jnp.issubdtype(dtype := dtype_of(op, name, array), _KINDS[kind]):
+        raise TypeError(f"{op}: {name} is {dtype}; it must have a {kind} dtype.")
 
 
 def dtype_of(op: str, name: str, array: Any) -> Any:
@@ -181,14 +189,14 @@ def dispatch(
     Raises:
       NotImplementedError: no such form, or it does not support these arguments.
     """
-    available = {key for key, form in forms.items() if hasattr(form, name)}
-    require(f"{op}.{name}", impl, available | {"auto"})
+    operation, available = f"{op}.{name}", {key for key in forms if hasattr(forms[key], name)}
+    require(operation, impl, available | {"auto"})
     run = lambda key: lambda *args: getattr(forms[key], name)(*args, **static)
     if impl in _PLATFORMS and _partitioned():
-        raise Unsupported(f"{op}.{name}: compilers do not partition kernels; use jax.shard_map.")
+        raise Unsupported(f"{operation}: compilers do not partition kernels; use jax.shard_map.")
     if impl != "auto":
         return run(impl)(*args)
-    operation, kernels = f"{op}.{name}", available & _PLATFORMS.keys()
+    kernels = available & _PLATFORMS.keys()
     if not kernels or _partitioned():
         why = "compilers do not partition kernels" if kernels else "there is no kernel"
         record(operation, "any", "xla", jax.tree.leaves(args), why)

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -23,6 +25,8 @@ BYTES_TILED = tiles((8, 128), 128)
 # JAX 0.10 takes the index as a separate argument.
 _INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
 
 def load(ref: Any, layout: Any) -> Array:
     """Read a reference into a register array of this layout; bank conflicts are accepted."""
@@ -36,3 +40,14 @@ def store(ref: Any, value: Array) -> None:
         plgpu_store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def product(a_ref: Any, b_ref: Any) -> Array:
+    """Multiply two matrices in shared memory on tensor cores, accumulating in float32."""
+
+    def multiply(sum_ref: Any) -> Array:
+        plgpu.wgmma(sum_ref, a_ref, b_ref)
+        return sum_ref[...]
+
+    shape = (a_ref.shape[0], b_ref.shape[1])
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))

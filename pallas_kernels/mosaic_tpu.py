@@ -3,7 +3,15 @@
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128  # of a vector register
+
+
+def resident(*shape: int) -> pl.BlockSpec:
+    """The same block in all steps of a grid, so that it is read once."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 def in_hbm(arrays: Any) -> Any:

@@ -1,17 +1,25 @@
-"""A product with a transposed weight and its gradients, in the forms that XLA runs fast.
+"""Matrix products: with float32 sums, and with a transposed weight in the forms XLA runs fast.
 
 Axis letters: R rows, K input channels, N output channels.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.dtypes import accumulator
 
 # Up to jax 0.10, XLA on CPUs reads a weight sliced from a stack in place if it is transposed
 # explicitly and x has one row, three times as fast as the other forms; since 0.11, half as fast.
 _IN_PLACE = jax.__version_info__ < (0, 11)
+
+
+def contract(
+    a: Array, b: Array, a_dim: int, b_dim: int, precision: jax.lax.PrecisionLike = None
+) -> Float32[Array, "_ _"]:
+    """Multiply two matrices, summing over one dim of each, in float32."""
+    dims = (((a_dim,), (b_dim,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def with_transposed(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.implementations import check_whole
+from pallas_kernels.products import contract
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +34,7 @@ def part(
 
     Keys that some row sees must be finite; the caller zeroes those that no row sees.
     """
-    contract_last = (((1,), (1,)), ((), ()))
-    logits_RX = jax.lax.dot_general(
-        q_RK, keys_XK, contract_last, preferred_element_type=jnp.float32
-    )
-    logits_RX = jnp.where(mask_RX, logits_RX * scale, -jnp.inf)
+    logits_RX = jnp.where(mask_RX, contract(q_RK, keys_XK, 1, 1) * scale, -jnp.inf)
     largest_R = jnp.max(logits_RX, axis=1)
     weights_RX = jnp.exp(logits_RX - _finite(largest_R)[:, None])
     value_RK = jnp.matmul(
@@ -90,25 +87,15 @@ def pull(
     """Gradients of queries and keys through one part; logits are recomputed.
 
     With weights p and output gradient g, d logit = p * (g . key - g . output). A key is also a
-    value, so its gradient is p * g + d logit * query * scale.
-
-    Args:
-      q_RK: as for `part`.
-      keys_XK: as for `part`.
-      mask_RX: as for `part`.
-      scale: as for `part`.
-      terms: computed over all parts.
+    value, so its gradient is p * g + d logit * query * scale. `terms` are those of all parts.
     """
     log_total_R, grad_RK, delta_R = terms
-    times = lambda a, b, axes: jax.lax.dot_general(
-        a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32
-    )
-    logits_RX = jnp.where(mask_RX, times(q_RK, keys_XK, (1, 1)) * scale, -jnp.inf)
+    logits_RX = jnp.where(mask_RX, contract(q_RK, keys_XK, 1, 1) * scale, -jnp.inf)
     weights_RX = jnp.exp(logits_RX - log_total_R[:, None])
-    slopes_RX = weights_RX * (times(grad_RK, keys_XK, (1, 1)) - delta_R[:, None]) * scale
+    slopes_RX = weights_RX * (contract(grad_RK, keys_XK, 1, 1) - delta_R[:, None]) * scale
     weights_RX, slopes_RX = weights_RX.astype(q_RK.dtype), slopes_RX.astype(q_RK.dtype)
-    keys_grad_XK = times(weights_RX, grad_RK, (0, 0)) + times(slopes_RX, q_RK, (0, 0))
-    return times(slopes_RX, keys_XK, (1, 0)), keys_grad_XK
+    keys_grad_XK = contract(weights_RX, grad_RK, 0, 0) + contract(slopes_RX, q_RK, 0, 0)
+    return contract(slopes_RX, keys_XK, 1, 0), keys_grad_XK
 
 
 def log_total(total: Part, sink_R: Float32[Array, " R"]) -> Float32[Array, " R"]:

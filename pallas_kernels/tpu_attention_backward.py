@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import resident
 from pallas_kernels.tpu_attention_pull import (
     ENTRIES,
     FEW,
@@ -72,15 +73,9 @@ def gradients(
 ) -> Gradients:
     """Gradients of queries, window, pool (0 in the other layers) and sink.
 
-    Args:
-      grad_BTHK: gradient of the output.
-      out_BTHK: the output.
-      chunk: the inputs of dense or sparse attention's `prefill`.
-      visibility: which entries each query sees; None without a pool.
-      block: queries per block.
-      window: tokens that a query sees.
-      scale: scale of the logits.
-      name: name of the kernel.
+    `chunk` has the inputs of dense or sparse attention's `prefill`, and `visibility` says which
+    entries each query sees; None without a pool. `block` is the number of queries per block.
+
     Raises:
       Unsupported: too many heads, too long a window, or a pool that does not fit in VMEM.
     """
@@ -218,10 +213,6 @@ class _IndexMaps:
         """The same for all blocks of a part and batch row, so that their sum stays in VMEM."""
         return part, row, 0, 0
 
-    def constant(self, part: Any, row: Any, step: Any, *_: Any) -> Any:
-        """One block for all steps, fetched once."""
-        return 0, 0
-
 
 def _grid(
     sizes: Sizes,
@@ -236,7 +227,6 @@ def _grid(
     entries, maps = sizes.entries, _IndexMaps(sizes)
     per_block = lambda *dims: pl.BlockSpec((None, None, *dims), maps.stacked_query_block)
     rows = pl.BlockSpec((None, sizes.rows, dim), maps.query_block)
-    constant = pl.BlockSpec((1, sizes.rows), maps.constant)
     # Single-buffered: the next block is needed only when the batch row changes.
     pool = lambda index_map: pl.BlockSpec(
         (None, None, entries, dim), index_map, pipeline_mode=pl.Buffered(1)
@@ -245,8 +235,8 @@ def _grid(
         q=rows,
         grad=rows,
         out=rows,
-        sink=constant,
-        query=constant,
+        sink=resident(1, sizes.rows),
+        query=resident(1, sizes.rows),
         window=pl.BlockSpec((None, pl.Element(sizes.near), pl.Element(dim)), maps.window_keys),
         low=per_block(1, sizes.rows) if bounded else None,
         visible=None if visibility is None else per_block(*visibility.array.shape[2:]),

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
+
 LOG2_E = math.log2(math.e)
 ENTRIES = 512
 # Up to this many entries are joined to the window: a step of few keys costs as much as one of many.
 FEW = 256
-_LANES = 128
 _TOGETHER = 512
 _ALL = slice(None)
 
@@ -194,7 +196,7 @@ class _Rows:
         self, keys_XK: Float[Array, "X K"], mask_XR: Bool[Array, "X R"], rows: slice = _ALL
     ) -> Float32[Array, "X _"]:
         """Logits in base 2."""
-        logits_XR = _dot(keys_XK, self.q_ref[rows], 1, 1) * (self.scale * LOG2_E)
+        logits_XR = contract(keys_XK, self.q_ref[rows], 1, 1) * (self.scale * LOG2_E)
         return jnp.where(mask_XR[:, rows], logits_XR, -jnp.inf)
 
     def measure(
@@ -226,11 +228,11 @@ class _Rows:
     ) -> tuple[Float32[Array, "R K"], Float32[Array, "X K"]]:
         """These keys' part of the queries' gradient, and the gradient of the keys."""
         weights_XR = jnp.exp2(logits_XR - log_total_1R)
-        towards_XR = _dot(keys_XK, self.grad_ref[...], 1, 1) - self.delta_1R
+        towards_XR = contract(keys_XK, self.grad_ref[...], 1, 1) - self.delta_1R
         slopes_XR = (weights_XR * towards_XR * self.scale).astype(keys_XK.dtype)
-        keys_grad_XK = _dot(weights_XR.astype(keys_XK.dtype), self.grad_ref[...], 1, 0)
-        keys_grad_XK += _dot(slopes_XR, self.q_ref[...], 1, 0)
-        return _dot(slopes_XR, keys_XK, 0, 0), keys_grad_XK
+        keys_grad_XK = contract(weights_XR.astype(keys_XK.dtype), self.grad_ref[...], 1, 0)
+        keys_grad_XK += contract(slopes_XR, self.q_ref[...], 1, 0)
+        return contract(slopes_XR, keys_XK, 0, 0), keys_grad_XK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,7 @@ class _Pool:
         if self.sizes.entries % width:
             index_E1 = start + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
             mask_ER &= index_E1 >= e * width
-        return _zero_unseen(self.inputs.pool[pl.ds(start, width)], any_E1), mask_ER
+        return where_seen(self.inputs.pool[pl.ds(start, width)], any_E1), mask_ER
 
     def measure(self, e: Any, running: Any) -> Any:
         logits_ER, running = self.rows.measure(*self.read(e), running)
@@ -279,16 +281,11 @@ class _Pool:
         return log_total_1R
 
 
-def _dot(a: Any, b: Any, a_dim: int, b_dim: int) -> Float32[Array, "_ _"]:
-    contract = (((a_dim,), (b_dim,)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
-
-
 def _row_sums(a_ref: Any, b_ref: Any) -> Float32[Array, "1 R"]:
     """Sums over the channels of a * b, as a row of lanes."""
     x_RK = a_ref[...].astype(jnp.float32) * b_ref[...].astype(jnp.float32)
-    if x_RK.shape[1] % _LANES == 0:
-        parts = [x_RK[:, at : at + _LANES] for at in range(0, x_RK.shape[1], _LANES)]
+    if x_RK.shape[1] % LANES == 0:
+        parts = [x_RK[:, at : at + LANES] for at in range(0, x_RK.shape[1], LANES)]
         x_RK = functools.reduce(jnp.add, parts)
     return jnp.sum(x_RK.T, axis=0, keepdims=True)
 
@@ -308,7 +305,7 @@ def _window_keys(
     if inputs.low is not None:
         mask_YR &= first + y_Y1 >= inputs.low[...]
         seen_Y1 = any_row_sees(mask_YR)
-    return _zero_unseen(inputs.window[...], seen_Y1), mask_YR
+    return where_seen(inputs.window[...], seen_Y1), mask_YR
 
 
 def lowest_key(
@@ -325,7 +322,7 @@ def any_row_sees(mask_XR: Bool[Array, "X R"]) -> Bool[Array, "X 1"]:
     return jnp.max(mask_XR.astype(jnp.int32), axis=1, keepdims=True) > 0
 
 
-def _zero_unseen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
+def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
     """Keep garbage out of products: 0 * NaN is NaN."""
     return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
 

@@ -17,10 +17,8 @@ channels, C2 = 2 * C of kv and gate side by side, P = overlap * M tokens before 
 rows, n entries, Q rotary pairs, X tokens of the windows.
 """
 
-import functools
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
@@ -30,12 +28,12 @@ from pallas_kernels.implementations import (
     check_arrays,
     check_number,
     check_whole,
-    dispatch,
     shown,
 )
+from pallas_kernels.reference_gradients import differentiable
 
 Rounding = Literal["none", "fp8", "fp4"]
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_run = differentiable("compress", {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference})
 
 
 def prefill(
@@ -80,7 +78,7 @@ def prefill(
     static = {"overlap": overlap, "eps": eps, "rounding": rounding, "dtype": dtype}
     check_number("compress.prefill", eps=eps)
     _check_entries("compress.prefill", tokens, rest, overlap, rounding)
-    return _run("prefill", impl, tuple(static.items()), (*tokens.values(), *rest))
+    return _run("prefill", impl, (*tokens.values(), *rest), **static)
 
 
 def decode(
@@ -123,7 +121,7 @@ def decode(
     check_number("compress.decode", eps=eps)
     _check_entries("compress.decode", tokens, rest, overlap, rounding)
     tokens["layer"] = jnp.asarray(layer)
-    return _run("decode", impl, tuple(static.items()), (*tokens.values(), *rest))
+    return _run("decode", impl, (*tokens.values(), *rest), **static)
 
 
 def pool(
@@ -161,8 +159,7 @@ def pool(
             f"{op}: kv_BXC has {sizes['X']} tokens, not those of n + {overlap - 1} windows of "
             f"{sizes['M']}."
         )
-    args = kv_BXC, gate_BXC, bias_MC, first_B
-    return _run("pool", impl, (("overlap", overlap),), args)
+    return _run("pool", impl, (kv_BXC, gate_BXC, bias_MC, first_B), overlap=overlap)
 
 
 def _check_windows(op: str, bias_MC: Any, overlap: int) -> dict[str, int]:
@@ -192,22 +189,3 @@ def _check_entries(op: str, tokens: Any, rest: Any, overlap: int, rounding: str)
     sizes = check_arrays(op, ends, sizes=sizes)
     if 2 * sizes["Q"] > sizes["K"]:
         raise ValueError(f"{op}: scale_K has {sizes['K']} channels; {sizes['Q']} pairs do not fit.")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(name: str, impl: Impl, static: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    return dispatch("compress", name, impl, _FORMS, *args, **dict(static))
-
-
-def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
-    return _run(name, impl, static, args), args
-
-
-def _backward(name: str, impl: Impl, static: Any, args: Any, grad: Any) -> Any:
-    """Gradients of the reference, whichever form ran forward."""
-    run = functools.partial(getattr(reference, name), **dict(static))
-    grads = jax.vjp(run, *args)[1](grad)
-    return (jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, grads),)
-
-
-_run.defvjp(_forward, _backward)

@@ -24,6 +24,7 @@ from pallas_kernels.compress import gpu_finish, gpu_pool
 from pallas_kernels.compress.gpu_finish import CHANNELS, Finish
 from pallas_kernels.compress.gpu_pool import Pieces
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_gpu import PARAMS
 
 # A block has up to 1024 threads.
 _WARPGROUPS = 8
@@ -309,7 +310,7 @@ class _Call:
                 **gpu_finish.scratch(W, warpgroups),
                 "entries": plgpu.SMEM((warpgroups, W, CHANNELS), dtype),
             },
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            compiler_params=PARAMS,
             kernel_name=self.name,
         )(*arrays, bias_MC, *norm)
 

@@ -8,54 +8,32 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.compress import tpu_decode, tpu_prefill
-from pallas_kernels.compress.tpu_finish import LANES
 from pallas_kernels.compress.tpu_pool import SUBLANES
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import LANES
 
 _TOKENS = 256  # most tokens per entry; VMEM holds several times as many
 
 
-def prefill(
-    rows_BTC: Any,
-    before_BPC: Any,
-    start_B: Any,
-    bias_MC: Any,
-    scale_K: Any,
-    table: Any,
-    *,
-    overlap: int,
-    **settings: Any,
-) -> Any:
+def prefill(rows_BTC: Any, before_BPC: Any, start_B: Any, *rest: Any, **settings: Any) -> Any:
     """See the package.
 
     Raises:
       Unsupported: another dtype, K or ratio.
     """
-    _require(rows_BTC, bias_MC, scale_K, table, overlap, **settings)
-    _require(before_BPC, bias_MC, scale_K, table, overlap, **settings)
-    args = rows_BTC, before_BPC, start_B, bias_MC, scale_K, table
-    return tpu_prefill.prefill(*args, overlap=overlap, **settings)
+    for tokens in (rows_BTC, before_BPC):
+        _require(tokens, *rest, **settings)
+    return tpu_prefill.prefill(rows_BTC, before_BPC, start_B, *rest, **settings)
 
 
-def decode(
-    ring_LBRC: Any,
-    layer: Any,
-    window_B: Any,
-    bias_MC: Any,
-    scale_K: Any,
-    table: Any,
-    *,
-    overlap: int,
-    **settings: Any,
-) -> Any:
+def decode(ring_LBRC: Any, layer: Any, window_B: Any, *rest: Any, **settings: Any) -> Any:
     """See the package.
 
     Raises:
       Unsupported: another dtype, K or ratio.
     """
-    _require(ring_LBRC, bias_MC, scale_K, table, overlap, **settings)
-    args = ring_LBRC, layer, window_B, bias_MC, scale_K, table
-    return tpu_decode.decode(*args, overlap=overlap, **settings)
+    _require(ring_LBRC, *rest, **settings)
+    return tpu_decode.decode(ring_LBRC, layer, window_B, *rest, **settings)
 
 
 def _require(
@@ -63,11 +41,11 @@ def _require(
     bias_MC: Any,
     scale_K: Any,
     table: Any,
-    overlap: int,
     *,
-    eps: float,
+    overlap: int,
     rounding: str,
     dtype: Any,
+    **_: Any,
 ) -> None:
     takes = "compress on TPU takes"
     dim, ratio = len(scale_K), len(bias_MC)

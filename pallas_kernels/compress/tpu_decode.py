@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.compress.tpu_finish import LANES, finish, in_pairs
+from pallas_kernels.compress.tpu_finish import finish, in_pairs
 from pallas_kernels.compress.tpu_pool import SUBLANES, pool
+from pallas_kernels.mosaic_tpu import LANES, resident
 
 
 def decode(
@@ -36,8 +37,6 @@ def decode(
     _, batch, rows, channels = ring_LBRC.shape
     dim, window_B = len(scale_K), window_B.astype(jnp.int32)
     per_row = lambda width: pl.BlockSpec((1, 1, width), lambda row, *_: (row, 0, 0))
-    # Always the same block: read once, then resident for all rows.
-    resident = lambda array: pl.BlockSpec(array.shape, lambda row, *_: (0, 0))
 
     def ring(row: Any, layer_ref: Any, window_ref: Any, rows_read_ref: Any) -> Any:
         # Not read for a row without an entry: the previous row's ring stays (`_rows_read`).
@@ -51,8 +50,8 @@ def decode(
             grid=(batch,),
             in_specs=[
                 pl.BlockSpec((1, 1, rows, channels), ring),
-                resident(bias_MC),
-                resident(scale_K[None]),
+                resident(*bias_MC.shape),
+                resident(*scale_K[None].shape),
                 *(per_row(part.shape[2]) for part in table),
             ],
             out_specs=per_row(dim),

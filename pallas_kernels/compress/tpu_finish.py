@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.compress.reference import FP4_BLOCK, FP8_BLOCK
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
 from pallas_kernels.quantize import reference as formats
-from pallas_kernels.rotary.tpu import LANES, turn
+from pallas_kernels.rotary.tpu import turn
 
 
 def finish(
@@ -30,15 +32,8 @@ def finish(
 ) -> Float[Array, "R K"]:
     """Finish pooled entries; returns them in `dtype`.
 
-    Args:
-      columns_RV: pooled sums.
-      scale_1K: weight of the norm.
-      cos_RV: cosine for the last `rotated` lanes of the last column, as `in_pairs` returns it.
-      sin_RV: sine, likewise.
-      rotated: number of rotated channels, 2Q.
-      eps: eps of the norm.
-      rounding: as in the package.
-      dtype: as in the package.
+    Cosine and sine, as `in_pairs` returns them, are for the last `rotated` lanes (2Q) of the last
+    column.
     """
     to_dtype = lambda x: x.astype(dtype).astype(jnp.float32)
     columns_RV = [to_dtype(x_RV) for x_RV in columns_RV]
@@ -71,13 +66,7 @@ def in_pairs(part: Float[Array, "..."], dim: int) -> Float32[Array, "R V"]:
     pair_QV = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     lane_QV = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - (LANES - 2 * pairs)
     ones_QV = ((lane_QV >> 1) == pair_QV).astype(jnp.float32)
-    return jax.lax.dot_general(
-        part.astype(jnp.float32),
-        ones_QV,
-        (((dim,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return contract(part.astype(jnp.float32), ones_QV, dim, 0, jax.lax.Precision.HIGHEST)
 
 
 def _lane(x: Any) -> Int32[Array, "R V"]:

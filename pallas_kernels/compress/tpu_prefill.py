@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compress.tpu_finish import LANES, finish, in_pairs
+from pallas_kernels.compress.tpu_finish import finish, in_pairs
 from pallas_kernels.compress.tpu_pool import SUBLANES, pool
+from pallas_kernels.mosaic_tpu import LANES, resident
 
 _BLOCK_BYTES = 2**21  # of tokens, read in each step of the grid
 _VMEM = 32 * 2**20
@@ -76,8 +77,8 @@ def prefill(
             grid=(batch, pl.cdiv(entries, tiling.windows), tiling.columns),
             in_specs=[
                 *_token_specs(tiling, rows_BTC.shape[2]),
-                pl.BlockSpec(bias_MC.shape, _resident),
-                pl.BlockSpec((1, dim), _resident),
+                resident(*bias_MC.shape),
+                resident(1, dim),
                 *table_specs,
             ],
             out_specs=_per_block(tiling, dim),
@@ -107,11 +108,6 @@ def _tiling(ratio: int, overlap: int, dim: int, entries: int) -> _Tiling:
 
 
 # Index maps: (row of the batch, block of windows, column of channels, prefetched starts) -> block.
-def _resident(row: Any, block: Any, column: Any, start_ref: Any) -> Any:
-    """Always the same block: read once."""
-    return 0, 0
-
-
 def _token_specs(tiling: _Tiling, channels: int) -> list[pl.BlockSpec]:
     """A column of each unit, the tokens before the block, and those before the chunk."""
 

@@ -13,20 +13,18 @@ Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R ro
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import residuals, softmax
-from pallas_kernels.attention_gradients import cotangents
+from pallas_kernels import softmax
+from pallas_kernels.attention_gradients import differentiable
 from pallas_kernels.dense_attention import reference, tpu, xla
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
-from pallas_kernels.implementations import Impl, check_arrays, check_number, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, check_number
 
-_FORMS = {"tpu": tpu, "xla": xla, "reference": reference}
+_run = differentiable("dense_attention", {"tpu": tpu, "xla": xla, "reference": reference})
 
 
 def decode(
@@ -68,7 +66,7 @@ def decode(
         sink_H=sink_H,
     )
     _check("dense_attention.decode", inputs, scale)
-    return _decode((scale, impl), inputs._replace(layer=jnp.asarray(layer)))
+    return _run("decode", impl, inputs._replace(layer=jnp.asarray(layer)), scale=scale)
 
 
 def prefill(
@@ -121,7 +119,8 @@ def prefill(
     )
     sizes = _check("dense_attention.prefill", inputs, scale)
     softmax.require_chunk_window("dense_attention.prefill", sizes["X"], window, sizes["T"])
-    return _prefill((window, scale, impl), inputs._replace(layer=jnp.asarray(layer)))
+    inputs = inputs._replace(layer=jnp.asarray(layer))
+    return _run("prefill", impl, inputs, window=window, scale=scale)
 
 
 def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
@@ -132,45 +131,3 @@ def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[st
     present = {name: x for name, x in arrays.items() if name not in optional or x is not None}
     integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
     return check_arrays(op, present, integers=integers, booleans=("window_mask_BTR",))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(settings: Any, inputs: DecodeInputs) -> Any:
-    scale, impl = settings
-    return dispatch("dense_attention", "decode", impl, _FORMS, inputs, scale=scale)
-
-
-def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
-    out_BTHK = residuals.saveable(_decode(settings, inputs))
-    return out_BTHK, (out_BTHK, inputs)
-
-
-def _decode_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
-    scale, impl = settings
-    out_BTHK, inputs = saved
-    args = (grad_BTHK, out_BTHK, inputs)
-    gradients = dispatch("dense_attention", "decode_backward", impl, _FORMS, *args, scale=scale)
-    return (cotangents(inputs, gradients),)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
-    window, scale, impl = settings
-    return dispatch("dense_attention", "prefill", impl, _FORMS, inputs, window=window, scale=scale)
-
-
-def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
-    out_BTHK = residuals.saveable(_prefill(settings, inputs))
-    return out_BTHK, (out_BTHK, inputs)
-
-
-def _prefill_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
-    window, scale, impl = settings
-    out_BTHK, inputs = saved
-    args, static = (grad_BTHK, out_BTHK, inputs), {"window": window, "scale": scale}
-    gradients = dispatch("dense_attention", "prefill_backward", impl, _FORMS, *args, **static)
-    return (cotangents(inputs, gradients),)
-
-
-_decode.defvjp(_decode_forward, _decode_backward)
-_prefill.defvjp(_prefill_forward, _prefill_backward)

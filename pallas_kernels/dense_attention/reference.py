@@ -3,43 +3,24 @@
 Axis letters: as in the package.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.attention_gradients import Gradients, of_reference
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
-    keys, masks = [inputs.window_BRK], [inputs.window_mask_BTR]
-    if inputs.pool_LBSK is not None:
-        keys.append(inputs.pool_LBSK[inputs.layer])
-        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
-        masks.append(index_11S < inputs.visible_BT[..., None])
-    return attend(inputs.q_BTHK, keys, masks, inputs.sink_H, scale)
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
+    return _attend(inputs, inputs.window_BRK, inputs.window_mask_BTR, None, scale)
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
-    queries = inputs.q_BTHK.shape[1]
-    keys = [inputs.window_BXK]
-    masks = [band(inputs.start_B, queries, window, inputs.first_BT)]
-    if inputs.pool_LBSK is not None:
-        keys.append(inputs.pool_LBSK[inputs.layer])
-        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
-        masks.append(index_11S < inputs.visible_BT[..., None])
-        if inputs.hidden_BT is not None:
-            masks[-1] &= index_11S >= inputs.hidden_BT[..., None]
-    return attend(inputs.q_BTHK, keys, masks, inputs.sink_H, scale)
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
+    near_BTX = band(inputs.start_B, inputs.q_BTHK.shape[1], window, inputs.first_BT)
+    return _attend(inputs, inputs.window_BXK, near_BTX, inputs.hidden_BT, scale)
 
 
 def decode_backward(
@@ -50,11 +31,7 @@ def decode_backward(
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    run = lambda q, window, pool, sink: decode(
-        inputs._replace(q_BTHK=q, window_BRK=window, pool_LBSK=pool, sink_H=sink), scale=scale
-    )
-    learned = (inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK, inputs.sink_H)
-    return Gradients(*jax.vjp(run, *learned)[1](grad_BTHK))
+    return of_reference(functools.partial(decode, scale=scale), grad_BTHK, inputs)
 
 
 def prefill_backward(
@@ -66,12 +43,22 @@ def prefill_backward(
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool and sink."""
-    replaced = lambda q, keys, pool, sink: inputs._replace(
-        q_BTHK=q, window_BXK=keys, pool_LBSK=pool, sink_H=sink
-    )
-    run = lambda *learned: prefill(replaced(*learned), window=window, scale=scale)
-    learned = (inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK, inputs.sink_H)
-    return Gradients(*jax.vjp(run, *learned)[1](grad_BTHK))
+    run = functools.partial(prefill, window=window, scale=scale)
+    return of_reference(run, grad_BTHK, inputs)
+
+
+def _attend(
+    inputs: Any, window: Any, near: Any, hidden_BT: Any, scale: float
+) -> Float[Array, "B T H K"]:
+    """Attend to the window under its mask, and to the entries from `hidden` to `visible`."""
+    keys, masks = [window], [near]
+    if inputs.pool_LBSK is not None:
+        keys.append(inputs.pool_LBSK[inputs.layer])
+        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
+        masks.append(index_11S < inputs.visible_BT[..., None])
+        if hidden_BT is not None:
+            masks[-1] &= index_11S >= hidden_BT[..., None]
+    return attend(inputs.q_BTHK, keys, masks, inputs.sink_H, scale)
 
 
 def band(

@@ -1,6 +1,7 @@
 """Attention sizes of the models. Axis letters: as in the package."""
 
 import dataclasses
+from typing import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,11 +12,9 @@ class Shape:
     head_dim: int
     window: int
 
-    def divided(self, by: int) -> "Shape":
+    def divided(self, by: int) -> Self:
         """The same proportions, small enough to test."""
-        return Shape(
-            max(1, self.heads // by), max(1, self.head_dim // by), max(1, self.window // by)
-        )
+        return type(self)(*(max(1, size // by) for size in dataclasses.astuple(self)))
 
 
 SHAPES = {

@@ -26,15 +26,15 @@ from pallas_kernels.dense_attention.tpu_window import (
     in_blocks,
     per_row,
     ring_keys,
-    where_seen,
 )
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.mosaic_tpu import in_hbm
-from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key
+from pallas_kernels.mosaic_tpu import LANES, in_hbm, resident
+from pallas_kernels.products import contract
+from pallas_kernels.tpu_attention_backward import queries_per_block
+from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key, where_seen
 
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
-_LANES = 128
 # Logits of rows x entries, 2 to 4 MB of float32, leave room in VMEM to double-buffer the rest.
 _ROWS = 1024
 _ENTRIES, _DECODE_ENTRIES = 512, 1024
@@ -48,11 +48,7 @@ _LOWEST = -1e30
 decode_backward = xla.decode_backward
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     """All queries of a row form one block; the pool is read once."""
     batch, queries, heads, dim = inputs.q_BTHK.shape
     ring = inputs.window_BRK.shape[1]
@@ -79,15 +75,10 @@ def decode(
     )
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     """A block of queries sees keys of two adjacent, aligned blocks of the window."""
     _, queries, heads, dim = inputs.q_BTHK.shape
-    block = queries_per_block(queries, heads)
+    block = queries_per_block(queries, heads, LANES)
     near = keys_per_block(queries, block, window)
     if heads * block > 2 * _ROWS or near > _ROWS:
         raise Unsupported(
@@ -124,14 +115,11 @@ def prefill(
     )
 
 
-def queries_per_block(queries: int, heads: int) -> int:
-    """A power of two, so that window blocks are multiples of query blocks; or all queries."""
-    most = max(1, min(_LANES, _ROWS // heads))
-    return min(queries, 2 ** (most.bit_length() - 1))
-
-
 def keys_per_block(queries: int, block: int, window: int) -> int:
-    """Keys per window block: two adjacent blocks cover the window of a block of queries."""
+    """Keys per window block: two adjacent blocks cover the window of a block of queries.
+
+    Window blocks are multiples of query blocks, which are a power of two or all queries.
+    """
     unit = _TILE if block >= queries else max(_TILE, block)
     return min(pl.cdiv(max(window, block), unit) * unit, window + queries)
 
@@ -191,7 +179,7 @@ def _attend(
         jnp.min(visible_BN1Q, axis=(2, 3)).reshape(-1),
         None if hidden_BN1Q is None else _hidden_of_blocks(visible_BN1Q, hidden_BN1Q),
         inputs.q_BTHK.reshape(batch, queries * heads, dim),
-        jnp.broadcast_to(inputs.sink_H.astype(jnp.float32)[:, None], (heads, _LANES)),
+        jnp.broadcast_to(inputs.sink_H.astype(jnp.float32)[:, None], (heads, LANES)),
         (visible_BN1Q, hidden_BN1Q),
         window.arrays,
         in_hbm(pool_LBSK),
@@ -226,7 +214,7 @@ def _grid(
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, rows, dim), _query_block),
-            pl.BlockSpec((heads, _LANES), _constant),
+            resident(heads, LANES),
             (_per_query(block), _per_query(block) if has_hidden else None),
             window_specs,
             pl.BlockSpec((None, None, width, dim), entry_block) if width else None,
@@ -234,8 +222,8 @@ def _grid(
         # The same for all steps of a block of queries, so that it stays in VMEM until the last.
         out_specs=pl.BlockSpec((None, rows, dim), _query_block),
         scratch_shapes=[
-            pltpu.VMEM((rows, _LANES), jnp.float32),
-            pltpu.VMEM((rows, _LANES), jnp.float32),
+            pltpu.VMEM((rows, LANES), jnp.float32),
+            pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, dim), jnp.float32),
         ],
     )
@@ -247,11 +235,6 @@ def _query_block(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
 
 def _batch_row(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
     return row, 0, 0
-
-
-def _constant(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
-    """One block for all steps, fetched once."""
-    return 0, 0
 
 
 def _stacked_query_block(query_block: Any, row: Any, step: Any, *_: Any) -> Any:
@@ -358,10 +341,7 @@ def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> N
 def _logits(
     q_RK: Float[Array, "R K"], keys_XK: Float[Array, "X K"], scale: float
 ) -> Float32[Array, "R X"]:
-    contract_last = (((1,), (1,)), ((), ()))
-    return scale * jax.lax.dot_general(
-        q_RK, keys_XK, contract_last, preferred_element_type=jnp.float32
-    )
+    return scale * contract(q_RK, keys_XK, 1, 1)
 
 
 def _add(
@@ -385,16 +365,16 @@ def _add(
 
 def _lanes(x_RW: Float32[Array, "R W"], width: int) -> Float32[Array, "R _"]:
     """A row's value in `width` lanes, or in one lane, which broadcasts."""
-    if width % _LANES:
+    if width % LANES:
         return x_RW[:, :1]
-    return jnp.concatenate([x_RW] * (width // _LANES), axis=1)
+    return jnp.concatenate([x_RW] * (width // LANES), axis=1)
 
 
 def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
     """128 lanes with the same sum as x: entire registers are added, no lane moves."""
     rows, width = x_RX.shape
-    if width % _LANES:
-        lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, _LANES), 1)
+    if width % LANES:
+        lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
         return jnp.where(lane_RW == 0, jnp.sum(x_RX, axis=1, keepdims=True), 0.0)
-    parts = [x_RX[:, at : at + _LANES] for at in range(0, width, _LANES)]
+    parts = [x_RX[:, at : at + LANES] for at in range(0, width, LANES)]
     return functools.reduce(jnp.add, parts)

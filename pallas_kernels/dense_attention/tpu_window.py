@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.tpu_attention_pull import any_row_sees
+from pallas_kernels.tpu_attention_pull import any_row_sees, where_seen
 
 
 def in_blocks(x_BT: Int[Array, "B T"], block: int) -> Int[Array, "B N 1 Q"]:
@@ -30,11 +30,6 @@ def per_row(x_1Q: Int[Array, "1 Q"], heads: int) -> Int[Array, "R 1"]:
     first_RQ = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * heads
     same_RQ = (row_RQ >= first_RQ) & (row_RQ < first_RQ + heads)
     return jnp.max(jnp.where(same_RQ, x_1Q, 0), axis=1, keepdims=True)
-
-
-def where_seen(keys_XK: Float[Array, "X K"], seen_X1: Bool[Array, "X 1"]) -> Float[Array, "X K"]:
-    """Keep garbage out of products: 0 * NaN is NaN."""
-    return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
 
 
 def seen_by_any(

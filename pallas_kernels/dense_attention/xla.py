@@ -19,11 +19,7 @@ from pallas_kernels.dense_attention.xla_backward import decode_backward, prefill
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     def attend_row(row: Any) -> Any:
         mask_TR = inputs.window_mask_BTR[row]
         keys_RK = blocks.where_seen(inputs.window_BRK[row], jnp.any(mask_TR, axis=0))
@@ -34,12 +30,7 @@ def decode(
     return jax.lax.map(attend_row, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     batch, queries, *rest = inputs.q_BTHK.shape
     block, count, pad = blocks.split(queries, blocks.QUERIES)
     bounds = blocks.Bounds(inputs.visible_BT, inputs.hidden_BT, inputs.first_BT).filled(pad)

@@ -28,12 +28,7 @@ __all__ = ["expert_mlp", "expert_mlp_backward", "make_steps"]
 expert_mlp_backward = functools.partial(xla_backward.expert_mlp_backward, sizes=(128,))
 
 
-def expert_mlp(
-    inputs: Inputs,
-    *,
-    limit: float,
-    weight_first: bool,
-) -> Float[Array, "T D"]:
+def expert_mlp(inputs: Inputs, *, limit: float, weight_first: bool) -> Float[Array, "T D"]:
     """Sort the rows by expert, two grouped matmuls, sum per token.
 
     Raises:

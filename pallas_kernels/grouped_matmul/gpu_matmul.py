@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.grouped_matmul.gpu_weights import CHANNELS, STAGES, Format, arrays_of
-from pallas_kernels.mosaic_gpu import TILED, load
+from pallas_kernels.mosaic_gpu import PARAMS, TILED, load
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS
@@ -127,7 +127,7 @@ class _Call:
             num_threads=4,
             thread_name="warpgroup",
             scratch_types=self._scratch(),
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            compiler_params=PARAMS,
             kernel_name=name,
         )(*leaves)
 

@@ -12,18 +12,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.dtypes import accumulator
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.grouped_matmul.inputs import Inputs
+from pallas_kernels.quantize.leaves import of_layer
 
 
-def expert_mlp(
-    inputs: Inputs,
-    *,
-    limit: float,
-    weight_first: bool,
-) -> Float[Array, "T D"]:
+def expert_mlp(inputs: Inputs, *, limit: float, weight_first: bool) -> Float[Array, "T D"]:
     """Sum over experts of (the token's weight for it) * (its output)."""
     x_TD, wide = inputs.x_TD, accumulator(inputs.x_TD.dtype)
-    of_layer = lambda w: jax.lax.dynamic_index_in_dim(w, inputs.layer, 0, keepdims=False)
-    weights = jax.tree.map(of_layer, inputs.weights)
+    weights = of_layer(inputs.weights, inputs.layer)
     experts = jax.tree.leaves(weights)[0].shape[0]
 
     def add_expert(total_TD: Array, expert: Any) -> tuple[Array, None]:

@@ -24,17 +24,12 @@ from pallas_kernels.grouped_matmul.tpu_outer import outer
 from pallas_kernels.implementations import Unsupported
 
 
-def expert_mlp(
-    inputs: Inputs,
-    *,
-    limit: float,
-    weight_first: bool,
-) -> Float[Array, "T D"]:
+def expert_mlp(inputs: Inputs, *, limit: float, weight_first: bool) -> Float[Array, "T D"]:
     """Sort the rows by expert, two grouped matmuls, sum per token.
 
     Raises:
       Unsupported: no rows, a dtype other than bfloat16 and float32, D or F that are not whole
-        blocks, a mesh of several devices outside shard_map.
+        blocks.
     """
     _check(inputs)
     A, weight_TA = inputs.expert_TA.shape[1], inputs.weight_TA.astype(jnp.float32)
@@ -153,9 +148,6 @@ def _check(inputs: Inputs) -> None:
         raise Unsupported(f"The TPU form takes bfloat16 and float32, not {x_TD.dtype}.")
     if expert_TA.size == 0:
         raise Unsupported("The TPU form takes at least one token and expert.")
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes):
-        raise Unsupported("The compiler does not partition TPU kernels; use jax.shard_map.")
     for w in weights:
         base = w.base if isinstance(w, lora.LoraWeight) else w
         quantised = isinstance(base, quantize.Fp8Weight | quantize.Fp4Weight)

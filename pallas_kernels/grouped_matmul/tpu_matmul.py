@@ -103,8 +103,8 @@ def grouped(
         num_scalar_prefetch=5,
         grid=(O // W, plan.steps),
         in_specs=[
-            pl.BlockSpec((None, 1, R), _numbers_of_tile),
-            [pl.BlockSpec((R, x.shape[1]), _rows_of_tile) for x in rows],
+            _of_tile((None, 1, R), lambda _, tile: (tile, 0, 0)),
+            [_of_tile((R, x.shape[1]), lambda _, tile: (tile, 0)) for x in rows],
             [w.specs for w in weights],
         ],
         out_specs=out_specs,
@@ -131,46 +131,32 @@ def grouped(
     return [*results[:-1], jnp.sum(results[-1], axis=0)] if summed else list(results)
 
 
-# Index maps: (block of output channels, step, prefetched scalars) -> block. A block is copied only
-# when its index changes: consecutive steps on one tile read its rows once, and a tile of results
-# stays in VMEM until the last of the experts that share it has written its rows.
-def _rows_of_tile(
-    _: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *__: Any
-) -> Any:
-    """All input channels."""
-    return tile_ref[step], 0
+# A block is copied only when its index changes: consecutive steps on one tile read its rows once,
+# and a tile of results stays in VMEM until the last of the experts that share it has written its
+# rows.
+def _of_tile(block: tuple[int | None, ...], index: Callable[[Any, Any], Any]) -> pl.BlockSpec:
+    """A step's block of an array cut into tiles; `index` takes (output channels, tile)."""
 
+    def of_step(
+        channels: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *_: Any
+    ) -> Any:
+        return index(channels, tile_ref[step])
 
-def _numbers_of_tile(
-    _: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *__: Any
-) -> Any:
-    """A number per row."""
-    return tile_ref[step], 0, 0
-
-
-def _outputs_of_tile(
-    channels: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *_: Any
-) -> Any:
-    """One block of output channels."""
-    return tile_ref[step], channels
-
-
-def _sums_of_tile(
-    channels: Any, step: Any, layer_ref: Any, expert_ref: Any, tile_ref: Any, *_: Any
-) -> Any:
-    """A number per row and block of output channels: blocks may be on different cores."""
-    return channels, tile_ref[step], 0, 0
+    return pl.BlockSpec(block, of_step)
 
 
 def _written(
     plan: Plan, width: int, block: int, dtype: Any, outputs: int, *, summed: bool
 ) -> tuple[list[Any], list[Any]]:
-    """Specs and shapes of what `grouped` writes; sums come last, one per block of columns."""
+    """Specs and shapes of what `grouped` writes.
+
+    Sums come last, one per block of output channels: blocks may be on different cores.
+    """
     R = plan.rows
-    specs: list[Any] = [pl.BlockSpec((R, block), _outputs_of_tile)] * outputs
+    specs: list[Any] = [_of_tile((R, block), lambda channels, tile: (tile, channels))] * outputs
     shapes = [jax.ShapeDtypeStruct((plan.tiles * R, width), dtype)] * outputs
     if summed:
-        specs.append(pl.BlockSpec((None, None, 1, R), _sums_of_tile))
+        specs.append(_of_tile((None, None, 1, R), lambda channels, tile: (channels, tile, 0, 0)))
         shapes.append(jax.ShapeDtypeStruct((width // block, plan.tiles, 1, R), jnp.float32))
     return specs, shapes
 

@@ -12,6 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_matmul.plan import Plan
+from pallas_kernels.grouped_matmul.tpu_weights import divisor
+from pallas_kernels.products import contract
 
 _VMEM_BYTES = 48 * 2**20
 
@@ -27,8 +29,7 @@ def outer(
 ) -> Float[Array, "E N K"]:
     """Per expert, the transpose of its left rows times its right rows."""
     (_, N), (_, K), R = left_PN.shape, right_PK.shape, plan.rows
-    size = lambda extent, most: next((b for b in range(most, 0, -128) if extent % b == 0), extent)
-    bn, bk = size(N, 512), size(K, 1024)
+    bn, bk = divisor(N, 512), divisor(K, 1024)
 
     # The steps are innermost: an expert's block of the result stays in VMEM for all of its steps.
     def left_rows(n: Any, k: Any, step: Any, expert_ref: Any, tile_ref: Any, *_: Any) -> Any:
@@ -85,12 +86,7 @@ def _step(
         wide = ref[...].astype(jnp.float32)
         return jnp.where((row >= low_ref[s]) & (row < high_ref[s]), wide, 0.0).astype(ref.dtype)
 
-    products = jax.lax.dot_general(
-        expert_rows(left_ref),
-        expert_rows(right_ref),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    products = contract(expert_rows(left_ref), expert_rows(right_ref), 0, 0)
 
     @pl.when(first)
     def _():

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.plan import Plan
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.products import contract
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight, tpu_codes
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
@@ -82,10 +83,10 @@ class Reader:
             return Form([w], [spec], [], lambda *_: None, add)
         few = self.plan.rows <= FEW and not transposed
         if isinstance(w, Fp8Weight):
-            return (self._fp8_few if few else self._fp8_many)(w, transposed)
-        return (self._fp4_few if few else self._fp4_many)(w, transposed)
+            return self._fp8_few(w) if few else self._fp8_many(w, transposed)
+        return self._fp4_few(w) if few else self._fp4_many(w, transposed)
 
-    def _codes_spec(self, w: Any, transposed: bool) -> Any:
+    def _codes_spec(self, w: Any, transposed: bool = False) -> Any:
         packed = w.shape[3] // w.codes.shape[2]
         return _spec(w.codes, self.W // packed if transposed else 0, 0 if transposed else self.W)
 
@@ -97,12 +98,12 @@ class Reader:
         of_step = lambda channels, step, *_: (step, 0, 0)
         return scale_S, pl.BlockSpec((None, *scale_S.shape[1:]), of_step)
 
-    def _fp8_few(self, w: Fp8Weight, transposed: bool) -> Form:
+    def _fp8_few(self, w: Fp8Weight) -> Form:
         scale_S, scale_spec = self._fp8_scale(w)
         native, blocks = tpu_codes.has_native_e4m3(), self.W // FP8_BLOCK
         return Form(
             [w.codes, scale_S],
-            [self._codes_spec(w, transposed), scale_spec],
+            [self._codes_spec(w), scale_spec],
             [pltpu.VMEM((scale_S.shape[1], self.W), jnp.float32)],
             lambda refs, scratch, n: _spread(refs[1], scratch[0], n * blocks, native),
             lambda total, x, refs, scratch: _add_fp8_products(
@@ -111,7 +112,7 @@ class Reader:
         )
 
     def _fp8_many(self, w: Fp8Weight, transposed: bool) -> Form:
-        if transposed and _divisor(w.shape[2], 512) == FP8_BLOCK < w.shape[2]:
+        if transposed and divisor(w.shape[2], 512) == FP8_BLOCK < w.shape[2]:
             raise Unsupported(f"The TPU form's gradients do not take {w.shape[2]} FP8 channels.")
         scale_S, scale_spec = self._fp8_scale(w)
         native, blocks = tpu_codes.has_native_e4m3(), self.W // FP8_BLOCK
@@ -130,10 +131,10 @@ class Reader:
             lambda total, x, _, scratch: _add(total, x, scratch[0], 1 if transposed else 0),
         )
 
-    def _fp4_few(self, w: Fp4Weight, transposed: bool) -> Form:
+    def _fp4_few(self, w: Fp4Weight) -> Form:
         return Form(
             [w.codes, w.scale],
-            [self._codes_spec(w, transposed), _spec(w.scale, 0, self.W)],
+            [self._codes_spec(w), _spec(w.scale, 0, self.W)],
             [],
             lambda *_: None,
             lambda total, x, refs, _: _add_fp4_products(total, x, refs[0], refs[1]),
@@ -171,7 +172,7 @@ def _spec(stack: Array, rows: int, columns: int) -> Any:
     return pl.BlockSpec(block, expert_block)
 
 
-def _divisor(extent: int, most: int) -> int:
+def divisor(extent: int, most: int) -> int:
     """The largest divisor that is a multiple of 128, up to `most`; or the extent itself."""
     sizes = range(most, 0, -128)
     return next((size for size in sizes if extent % size == 0), extent)
@@ -189,18 +190,17 @@ def _over(extent: int, step: int, run: Callable[[Any], None]) -> None:
 def _over_chunks(rows: int, columns: int, run: Callable[[Any, Any, int, int], None]) -> None:
     """Call `run(first row, first column, rows, columns)` for chunks small enough to unroll."""
     ck = 1024 if rows % 1024 == 0 else rows
-    cn = _divisor(columns, 512)
+    cn = divisor(columns, 512)
     _over(columns, cn, lambda n: _over(rows, ck, lambda k: run(k, n, ck, cn)))
 
 
 def _dot(x: Array, w: Array, dim: int = 0) -> Array:
-    """Multiply, contracting `dim` of w."""
-    dims = (((1,), (dim,)), ((), ()))
-    return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    """Multiply, summing over `dim` of w."""
+    return contract(x, w.astype(x.dtype), 1, dim)
 
 
 def _add(total_ref: Any, x_ref: Any, w_ref: Any, dim: int) -> None:
-    step = _divisor(x_ref.shape[1], 1024)
+    step = divisor(x_ref.shape[1], 1024)
 
     def run(k: Any) -> None:
         at = pl.ds(k, step)
@@ -227,7 +227,6 @@ def _add_fp8_products(
 
 
 def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any) -> None:
-    """Rows are repeated per block of 32, zero elsewhere: one product gives each block's sums."""
     R = x_ref.shape[0]
 
     def chunk(k: Any, n: Any, ck: int, cn: int) -> None:
@@ -238,9 +237,7 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
             packed = _part(k + b * FP8_BLOCK, FP8_BLOCK, 2)
             values = tpu_codes.e2m1_values(codes_ref[packed, columns])
             x = x_ref[:, _part(k + b * FP8_BLOCK, FP8_BLOCK)]
-            block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
-            per_block = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(_GROUP)]
-            products = _dot(jnp.concatenate(per_block), values)
+            products = _dot(tpu_codes.rows_per_block(x), values)
             for i in range(_GROUP):
                 row = b * _GROUP + i
                 total += products[i * R : (i + 1) * R] * scale[row : row + 1]
@@ -264,7 +261,7 @@ def _fp4_scale(scale_ref: Any, k: Any, columns: Any, ck: int) -> Array:
 def _spread(scale_ref: Any, wide_ref: Any, first: Any, native: bool) -> None:
     """Scales in float32, from block `first` on, each repeated for its block's 128 columns."""
     scale = tpu_codes.scale_values(scale_ref[...]) * tpu_codes.e4m3_unit(native)
-    cn = _divisor(wide_ref.shape[1], 512)
+    cn = divisor(wide_ref.shape[1], 512)
     for n in range(0, wide_ref.shape[1], cn):
         wide_ref[:, n : n + cn] = tpu_codes.spread(scale, first + n // FP8_BLOCK, cn)
 

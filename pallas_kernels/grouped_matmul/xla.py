@@ -21,12 +21,7 @@ __all__ = ["expert_mlp", "expert_mlp_backward"]
 _Expert = Callable[[Array, Array, Array], Array]
 
 
-def expert_mlp(
-    inputs: Inputs,
-    *,
-    limit: float,
-    weight_first: bool,
-) -> Float[Array, "T D"]:
+def expert_mlp(inputs: Inputs, *, limit: float, weight_first: bool) -> Float[Array, "T D"]:
     """Read each chosen expert's matrices once or a few times, and no others."""
     x_TD, expert_TA = inputs.x_TD, inputs.expert_TA
     rows, experts = expert_TA.size, inputs.w1_LEFD.shape[1]

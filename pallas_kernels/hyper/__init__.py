@@ -7,19 +7,18 @@ float32 in between, on GPUs it does not. XLA computes the gradients, with recomp
 Axis letters: B batch, T tokens, N streams, D hidden, M = N * D, Q mixing weights.
 """
 
-import functools
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.hyper import reference, tpu
 from pallas_kernels.hyper.reference import sinkhorn
-from pallas_kernels.implementations import Impl, check_arrays, check_number, check_whole, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, check_number, check_whole
+from pallas_kernels.reference_gradients import differentiable
 
 __all__ = ["head", "post", "pre", "sinkhorn"]
 
-_FORMS = {"tpu": tpu, "xla": reference, "reference": reference}
+_run = differentiable("hyper", {"tpu": tpu, "xla": reference, "reference": reference})
 
 
 def pre(
@@ -69,7 +68,7 @@ def pre(
     arrays = {"x_BTM": x_BTM, "fn_QM": fn_QM, "base_Q": base_Q, "scale_3": scale_3}
     _check("hyper.pre", arrays, streams, Q=streams * (2 + streams))
     static = {"streams": streams, "steps": steps, "eps": eps, "norm_eps": norm_eps}
-    return _run("pre", impl, tuple(static.items()), (x_BTM, fn_QM, base_Q, scale_3))
+    return _run("pre", impl, (x_BTM, fn_QM, base_Q, scale_3), **static)
 
 
 def post(
@@ -92,7 +91,7 @@ def post(
     arrays = {"x_BTM": x_BTM, "output_BTD": output_BTD}
     arrays |= {"post_BTN": post_BTN, "comb_BTNN": comb_BTNN}
     _check("hyper.post", arrays, N, D=sizes["M"] // max(N, 1))
-    return _run("post", impl, (), (output_BTD, x_BTM, post_BTN, comb_BTNN))
+    return _run("post", impl, (output_BTD, x_BTM, post_BTN, comb_BTNN))
 
 
 def head(
@@ -113,29 +112,10 @@ def head(
     arrays = {"x_BTM": x_BTM, "fn_NM": fn_NM, "base_N": base_N, "scale_1": scale_1}
     _check("hyper.head", arrays, check_arrays("hyper.head", {"fn_NM": fn_NM})["N"])
     check_number("hyper.head", eps=eps, norm_eps=norm_eps)
-    static = {"eps": eps, "norm_eps": norm_eps}
-    return _run("head", impl, tuple(static.items()), (x_BTM, fn_NM, base_N, scale_1))
+    return _run("head", impl, (x_BTM, fn_NM, base_N, scale_1), eps=eps, norm_eps=norm_eps)
 
 
 def _check(op: str, arrays: dict[str, Any], streams: int, **sizes: int) -> None:
     channels = check_arrays(op, arrays, sizes={"N": streams, **sizes})["M"]
     if streams < 1 or channels % streams:
         raise ValueError(f"{op}: x_BTM has {channels} channels, not {streams} equal streams.")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(name: str, impl: Impl, static: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    return dispatch("hyper", name, impl, _FORMS, *args, **dict(static))
-
-
-def _forward(name: str, impl: Impl, static: Any, args: Any) -> Any:
-    return _run(name, impl, static, args), args
-
-
-def _backward(name: str, impl: Impl, static: Any, args: Any, grads: Any) -> Any:
-    """Gradients of the reference, whichever form ran forward."""
-    run = functools.partial(getattr(reference, name), **dict(static))
-    return (jax.vjp(run, *args)[1](grads),)
-
-
-_run.defvjp(_forward, _backward)

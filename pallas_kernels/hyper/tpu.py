@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.hyper import tpu_post, tpu_pre
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import LANES, resident
 
-LANES = 128
 _TOKENS = 256  # tokens per block to collapse: its matmul loads the weights once
-_VMEM = 56 * 2**20
+_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=56 * 2**20)
 _MOST_BYTES = 2**16  # most bytes of a token's streams
 
 
@@ -94,9 +94,7 @@ def post(
         out_specs=along((block, M), 0),
         out_shape=jax.ShapeDtypeStruct((R, M), x_BTM.dtype),
         scratch_shapes=[pltpu.VMEM((LANES, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM
-        ),
+        compiler_params=_PARAMS,
         name="hyper_post",
     )(weights_QR, output_BTD.reshape(R, -1), x_BTM.reshape(R, M)).reshape(x_BTM.shape)
 
@@ -108,8 +106,6 @@ def _collapse(
     _require(x_BTM, streams, base_Q.dtype, scale_Q.dtype)
     R, (Q, M) = x_BTM.shape[0] * x_BTM.shape[1], fn_QM.shape
     block, along = _blocks(R, _TOKENS)
-    # Always the same block: read once, then resident for all blocks of tokens.
-    resident = lambda *shape: pl.BlockSpec(shape, lambda token_block: (0, 0))
     weights = [(Q - streams, R)] if streams < Q else []
     outs = pl.pallas_call(
         functools.partial(tpu_pre.kernel, streams, **static),
@@ -121,9 +117,7 @@ def _collapse(
             *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in weights),
         ],
         scratch_shapes=[pltpu.VMEM((_TOKENS, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM
-        ),
+        compiler_params=_PARAMS,
         name="hyper_pre" if weights else "hyper_head",
     )(x_BTM.reshape(R, M), fn_QM.astype(jnp.float32), base_Q[None], scale_Q[None])
     return tuple(outs)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float32
 
-_LANES = 128
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
+
 _CHUNK = 2048  # channels per matmul
 _COLLAPSED = 256  # channels collapsed at a time
 
@@ -73,23 +75,18 @@ def _mixes(x_ref: Any, fn_ref: Any, eps: float) -> Float32[Array, "R Q"]:
         at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
         x_RM, fn_QM = x_ref[:, at], fn_ref[:, at]
         x32_RM = x_RM.astype(jnp.float32)
-        parts = [x32_RM[:, c : c + _LANES] for c in range(0, chunk, _LANES)]
+        parts = [x32_RM[:, c : c + LANES] for c in range(0, chunk, LANES)]
         squares_RV += functools.reduce(jnp.add, [part * part for part in parts])
         if exact:
             fn_QM = jnp.concatenate([part.astype(jnp.bfloat16) for part in _thirds(fn_QM)])
-        products_RQ += jax.lax.dot_general(
-            x_RM,
-            fn_QM,
-            (((1,), (1,)), ((), ())),
-            precision=None if exact else jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        precision = None if exact else jax.lax.Precision.HIGHEST
+        products_RQ += contract(x_RM, fn_QM, 1, 1, precision)
         return squares_RV, products_RQ
 
     zeros = lambda width: jnp.zeros((R, width), jnp.float32)
     thirds = 3 if exact else 1
     padded = -(-Q // 16) * 16 if exact else Q
-    init = zeros(_LANES), zeros(thirds * padded)
+    init = zeros(LANES), zeros(thirds * padded)
     squares_RV, products_RQ = jax.lax.fori_loop(0, M // chunk, add, init)
     # Add the smallest parts first.
     parts = [products_RQ[:, i * padded : i * padded + Q] for i in reversed(range(thirds))]

@@ -10,14 +10,13 @@ S capacity in entries, k entries chosen.
 """
 
 import functools
-import types
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import check_arrays, dispatch
+from pallas_kernels.implementations import Impl, check_arrays, dispatch
 from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
 from pallas_kernels.indexer_topk.keys import (
     Fp4Keys,
@@ -44,8 +43,7 @@ __all__ = [
     "to_fp8",
 ]
 
-Impl = Literal["auto", "tpu", "gpu", "xla", "reference"]
-_FORMS: dict[str, types.ModuleType] = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 def select(

@@ -21,13 +21,13 @@ from pallas_kernels.indexer_topk import gpu_scores, gpu_select
 from pallas_kernels.indexer_topk.gpu_scores import HEADS, TILE
 from pallas_kernels.indexer_topk.gpu_select import NOTHING, SIZE
 from pallas_kernels.indexer_topk.keys import Keys, PagedKeys, entries
+from pallas_kernels.mosaic_gpu import PARAMS
 
 # Thread blocks that fill an H200 once.
 _BLOCKS = 128
 _FEWEST_ENTRIES = 1024
 # Bytes of lists at a time: long prompts are processed in turns.
 _LIST_BYTES = 16 * 2**20
-_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def select(
@@ -128,14 +128,9 @@ def _candidates(
 ) -> tuple[Int32[Array, "N H K"], Int32[Array, "N H K"]]:
     """Each chunk's best: indices, ascending, then -1; and their keys, then NOTHING.
 
-    Args:
-      inputs: q_NJI bfloat16, weights_NI float32, each query's batch row and visible entries
-        [N, 2], and the layer [1].
-      keys: index keys.
-      arrays: their `gpu_scores.arrays_of`.
-      heads: heads before padding.
-      chunk: entries per chunk.
-      k: entries to choose.
+    `inputs` are q_NJI in bfloat16, weights_NI in float32, each query's batch row and visible
+    entries [N, 2], and the layer [1]. `arrays` are the keys' `gpu_scores.arrays_of`. `heads` does
+    not count padding.
     """
     rows, dim, padded = inputs[0].shape
     capacity, width = entries(keys), gpu_select.slots(k)
@@ -182,7 +177,7 @@ def _candidates(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
         ],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
         kernel_name="indexer_candidates",
     )(*inputs, *arrays)
 
@@ -243,6 +238,6 @@ def _best_of_keys(key_NGC: Int32[Array, "N G C"], k: int) -> Int32[Array, "N G K
             plgpu.SMEM((width,), jnp.int32),
             plgpu.Barrier(),
         ],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
         kernel_name="indexer_merge",
     )(key_NGC.reshape(rows, groups, gpu_select.ROWS, gpu_select.COLUMNS))

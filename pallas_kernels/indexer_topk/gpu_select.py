@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu import TILED, load
 
 ROWS, COLUMNS, SLOTS = 64, 128, 64
@@ -41,15 +42,9 @@ def iota(shape: tuple[int, ...], dim: int, layout: Any = _MATRIX) -> Array:
 
 
 def product(a_ref: Any, b_ref: Any) -> Array:
-    """Product of two matrices in shared memory on tensor cores, accumulated in float32."""
+    """`mosaic_gpu.product` of matrices that were just written."""
     plgpu.commit_smem()
-
-    def multiply(acc_ref: Any) -> Array:
-        plgpu.wgmma(acc_ref, a_ref, b_ref)
-        return acc_ref[...]
-
-    shape = (a_ref.shape[0], b_ref.shape[1])
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, _f32))
+    return mosaic_gpu.product(a_ref, b_ref)
 
 
 def _along_rows(vector: Array, shape: tuple[int, int]) -> Array:

@@ -82,12 +82,7 @@ def entries(keys: Keys) -> int:
             return keys.shape[2]
 
 
-def check(
-    op: str,
-    arrays: dict[str, Any],
-    keys: Any,
-    k: Any,
-) -> None:
+def check(op: str, arrays: dict[str, Any], keys: Any, k: Any) -> None:
     """Reject arguments that the contract does not allow.
 
     Args:

@@ -6,13 +6,11 @@ exact. Devices exchange candidates (n * k indices and scores per query), never k
 Axis letters: as in the package; C candidates.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import dispatch
+from pallas_kernels.implementations import Impl, dispatch
 from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
 from pallas_kernels.indexer_topk.keys import Keys, check, clipped, entries, gathered
 
@@ -29,7 +27,7 @@ def select_sharded(
     *,
     k: int,
     axis: str,
-    impl: Literal["auto", "tpu", "gpu", "xla", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> Int32[Array, "B T k"]:
     """`select` over entries that are sharded along a mesh axis.
 

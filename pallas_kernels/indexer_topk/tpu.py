@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu_choice as choice
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
-from pallas_kernels.indexer_topk.tpu_scores import LANES, PEAKS, TILE, score_block
-from pallas_kernels.mosaic_tpu import in_hbm
+from pallas_kernels.indexer_topk.tpu_scores import PEAKS, TILE, score_block
+from pallas_kernels.mosaic_tpu import LANES, in_hbm
 
 _QUERIES = 8
 # Long blocks hide more of a product's latency, but a prompt sees less of each.
@@ -131,10 +131,8 @@ def _tiling(keys: Keys, heads: int, queries: int, k: int, has_hidden: bool) -> _
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
     """Reject what the kernel does not support."""
     takes = "indexer_topk.select on TPUs takes"
-    scores, scalars = (
-        tiling.step * tiling.blocks * tiling.block,
-        visible_BT.size * (1 + tiling.has_hidden),
-    )
+    scores = tiling.step * tiling.blocks * tiling.block
+    scalars = visible_BT.size * (1 + tiling.has_hidden)
     if isinstance(keys, Fp4Keys) and (half := keys.codes.shape[2]) % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
     if isinstance(keys, PagedKeys):

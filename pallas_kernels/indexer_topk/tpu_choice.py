@@ -36,7 +36,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float32, Int32
 
-LANES = 128
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
+
 # Below the key of every number and NaN: marks a missing entry.
 NOTHING = -(2**31)
 # Above every index: chooses all equal keys.
@@ -210,16 +212,6 @@ def index_of(rows: int, start: Int32[Array, ""]) -> Int32[Array, "rows 128"]:
     return (start + row) * LANES + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
 
-def _dot(a: Any, b: Any, axes: tuple[int, int], precision: Any = None) -> Any:
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _bits(x: Bool[Array, "*dims"]) -> Any:
     """Booleans as 0 and 1 in bfloat16, exact in every product here."""
     return jnp.where(x, 1.0, 0.0).astype(jnp.bfloat16)
@@ -244,7 +236,7 @@ def mark(
         equal = (keys == key) & (index_of(step, start) <= last)
         chosen = _bits((keys > key) | equal)
         chosen_ref[pl.ds(start, step), :] = chosen
-        counts = _dot(jnp.ones((8, LANES), jnp.bfloat16), chosen, (1, 1))
+        counts = contract(jnp.ones((8, LANES), jnp.bfloat16), chosen, 1, 1)
         for group in range(step // per_group):
             at = pl.ds(index * (step // per_group) + group, 1)
             of_group = counts[:1, group * per_group : (group + 1) * per_group]
@@ -268,14 +260,14 @@ def listed(
         for part in range(step // per_group):
             group = index * (step // per_group) + part
             start = pl.multiple_of(group * per_group, per_group)
-            rows_PL = _dot(within_PL, chosen_ref[pl.ds(start, per_group), :], (1, 0))
+            rows_PL = contract(within_PL, chosen_ref[pl.ds(start, per_group), :], 1, 0)
             marks_PL = jnp.where(group_P1 == group.astype(jnp.float32), rows_PL, marks_PL)
         return marks_PL
 
     steps = jax.lax.div(rows + step - 1, step)
     marks_PL = jax.lax.fori_loop(0, steps, fetch, jnp.zeros((slots, LANES), jnp.float32))
-    upto_PL = _dot(marks_PL.astype(jnp.bfloat16), _upper(), (1, 0))
-    lane_1P = _dot(jnp.ones((8, LANES), jnp.bfloat16), _bits(upto_PL <= rank_P1), (1, 1))[:1]
+    upto_PL = contract(marks_PL.astype(jnp.bfloat16), _upper(), 1, 0)
+    lane_1P = contract(jnp.ones((8, LANES), jnp.bfloat16), _bits(upto_PL <= rank_P1), 1, 1)[:1]
     return (row_1P * LANES + lane_1P).astype(jnp.int32)
 
 
@@ -292,23 +284,23 @@ def _rows_of_slots(
     exact = jax.lax.Precision.HIGHEST
     ones = jnp.ones((8, LANES), jnp.bfloat16)
     counts_GL = counts_ref[...].astype(jnp.bfloat16)
-    total_8G = _dot(ones, counts_GL, (1, 1))
-    upto_8G = _dot(total_8G, _upper().astype(jnp.float32), (1, 0), exact)
+    total_8G = contract(ones, counts_GL, 1, 1)
+    upto_8G = contract(total_8G, _upper().astype(jnp.float32), 1, 0, exact)
     upto_1G, before_1G = upto_8G[:1], (upto_8G - total_8G)[:1]
     slot_PG = jax.lax.broadcasted_iota(jnp.int32, (slots, LANES), 0).astype(jnp.float32)
     passed_PG = upto_1G <= slot_PG
     here_PG = (before_1G <= slot_PG) & (slot_PG < upto_1G)
     start_P1 = jnp.sum(jnp.where(here_PG, before_1G, 0.0), axis=1, keepdims=True)
     group_P1 = jnp.sum(jnp.where(passed_PG, 1.0, 0.0), axis=1, keepdims=True)
-    group_1P = _dot(ones, _bits(passed_PG), (1, 1))[:1]
+    group_1P = contract(ones, _bits(passed_PG), 1, 1)[:1]
     # Running counts of a group's rows, as two digits that bfloat16 holds exactly.
-    upto_GL = _dot(counts_GL, _upper(), (1, 0))
+    upto_GL = contract(counts_GL, _upper(), 1, 0)
     high_GL = jnp.floor(upto_GL * (1 / 256))
-    digit = lambda x_GL: _dot(_bits(here_PG), x_GL.astype(jnp.bfloat16), (1, 0))
+    digit = lambda x_GL: contract(_bits(here_PG), x_GL.astype(jnp.bfloat16), 1, 0)
     upto_PL = digit(high_GL) * 256 + digit(upto_GL - high_GL * 256)
     place_P1 = slot_PG[:, :1] - start_P1
     passed_PL = upto_PL <= place_P1
     before_P1 = jnp.max(jnp.where(passed_PL, upto_PL, 0.0), axis=1, keepdims=True)
     within_P1 = jnp.sum(jnp.where(passed_PL, 1.0, 0.0), axis=1, keepdims=True)
-    within_1P = _dot(ones, _bits(passed_PL), (1, 1))[:1]
+    within_1P = contract(ones, _bits(passed_PL), 1, 1)[:1]
     return group_P1, within_P1, place_P1 - before_P1, group_1P * LANES + within_1P

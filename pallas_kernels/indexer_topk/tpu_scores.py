@@ -18,9 +18,10 @@ from jaxtyping import Array, Float32, Int32
 from pallas_kernels.indexer_topk import tpu_choice as choice
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK
 from pallas_kernels.indexer_topk.reference import ordered
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
 from pallas_kernels.quantize import tpu_codes
 
-LANES = 128
 TILE = 8 * LANES  # keys whose scores are one vector
 # Of 4096 places, few have more than this many of the 512 best: 1 query in 1000 needs a second pass.
 PEAKS = 4
@@ -123,13 +124,8 @@ def _tile_of_scores(
     """Scores of keys [1024, J], or [J, 1024] with `by_channel`."""
     if keys.dtype != q_IJ.dtype:
         keys = keys.astype(q_IJ.dtype)
-    dots_IX = jax.lax.dot_general(
-        q_IJ,
-        keys,
-        (((1,), (0 if by_channel else 1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if q_IJ.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    precision = jax.lax.Precision.HIGHEST if q_IJ.dtype == jnp.float32 else None
+    dots_IX = contract(q_IJ, keys, 1, 0 if by_channel else 1, precision)
     if heads < len(dots_IX):
         # An infinite key times a padding head of zeros is NaN.
         head_IX = jax.lax.broadcasted_iota(jnp.int32, dots_IX.shape, 0)

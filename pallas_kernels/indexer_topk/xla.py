@@ -23,6 +23,7 @@ from pallas_kernels.indexer_topk.reference import (
     same_dtype,
     skip_hidden,
 )
+from pallas_kernels.products import contract
 
 # Keys per block: with few query rows a CPU runs short products in place, 2.5 times as fast as long
 # ones, which it splits over threads.
@@ -106,9 +107,7 @@ def _scores(
         start = jnp.minimum(block * width, capacity - width)
         zero = jnp.zeros_like(start)
         keys_XJ = key_block(keys, layer, row, start, width)
-        dots_RX = jax.lax.dot_general(
-            *same_dtype(q_RJ, keys_XJ), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        dots_RX = contract(*same_dtype(q_RJ, keys_XJ), 1, 1)
         dots_IQX = jax.nn.relu(dots_RX).reshape(heads, queries, width)
         # Plane by plane: XLA fuses this into one pass; a sum over heads takes half as long again.
         score_QX = dots_IQX[0] * weights_IQ1[0]

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.implementations import (
     Impl,
     check_arrays,
+    check_kind,
     check_number,
     check_whole,
     dispatch,
-    dtype_of,
 )
 from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
@@ -34,6 +34,7 @@ from pallas_kernels.quantize.checkpoint import (
     fp8_to_checkpoint,
 )
 from pallas_kernels.quantize.leaves import Fp4Weight, Fp8Weight, Weight, check_weight
+from pallas_kernels.quantize.reference import dense
 
 __all__ = [
     "Fp4Weight",
@@ -105,8 +106,7 @@ def fake_quant_fp4(
 
 
 def _check_rows(op: str, x: Any, block: Any = 1) -> None:
-    if not jnp.issubdtype(dtype := dtype_of(op, "x", x), jnp.floating):
-        raise TypeError(f"{op}: x is {dtype}; it must have a floating-point dtype.")
+    check_kind(op, "x", x)
     if not jnp.ndim(x):
         raise ValueError(f"{op}: x has no dims; its last dim must be the channels.")
     check_whole(op, "block", block)
@@ -155,11 +155,6 @@ def _(impl: Impl, primals: Any, tangents: Any) -> Any:
     return _hadamard(*primals, impl), reference.hadamard(*tangents)
 
 
-def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
-    """Dequantise a weight in any format to an array [..., N, K] in `dtype`."""
-    return reference.dense(w, dtype)
-
-
 def linear(
     x: Float[Array, "*rows GK"],
     w: Weight,
@@ -194,11 +189,11 @@ def linear(
     """
     _check_linear(x, w, layer, groups)
     layer = layer if layer is None else jnp.asarray(layer)
+    static = {"groups": groups, "precision": precision}
     if isinstance(w, Fp8Weight | Fp4Weight):
-        return _linear_quantised(x, w, layer, groups, precision, impl)
+        return _linear_quantised(x, w, layer, impl, tuple(static.items()))
     # XLA is best at multiplying plain arrays, and differentiates the product.
     impl = "xla" if impl == "auto" else impl
-    static = {"groups": groups, "precision": precision}
     return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **static)
 
 
@@ -221,29 +216,26 @@ def _check_linear(x: Any, w: Any, layer: Any, groups: int) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _linear_quantised(
     x: Float[Array, "*rows GK"],
     w: Fp8Weight | Fp4Weight,
     layer: Int[Array, ""] | None,
-    groups: int,
-    precision: jax.lax.PrecisionLike,
     impl: Impl,
+    static: tuple[tuple[str, Any], ...],
 ) -> Float[Array, "*rows N"]:
-    static = {"groups": groups, "precision": precision}
-    return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **static)
+    return dispatch("quantize", "linear", impl, _FORMS, x, w, layer, **dict(static))
 
 
-def _forward(x: Any, w: Any, layer: Any, groups: int, precision: Any, impl: Impl) -> Any:
-    return _linear_quantised(x, w, layer, groups, precision, impl), (w, layer)
+def _forward(x: Any, w: Any, layer: Any, impl: Impl, static: Any) -> Any:
+    return _linear_quantised(x, w, layer, impl, static), (w, layer)
 
 
-def _backward(groups: int, precision: Any, impl: Impl, saved: Any, dy: Any) -> Any:
+def _backward(impl: Impl, static: Any, saved: Any, dy: Any) -> Any:
     w, layer = saved
     # A layer index that is known while tracing comes back as a NumPy scalar.
     layer = layer if layer is None else jnp.asarray(layer)
-    static = {"groups": groups, "precision": precision}
-    dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, w, layer, **static)
+    dx = dispatch("quantize", "linear_backward", impl, _FORMS, dy, w, layer, **dict(static))
     return dx, None, None
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load
+from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load, product
 from pallas_kernels.quantize import gpu_tiles
 from pallas_kernels.quantize.gpu_tiles import COLUMNS
 from pallas_kernels.quantize.leaves import FP8_BLOCK, Fp8Weight, of_layer
@@ -61,7 +61,8 @@ def sums(
             plgpu.barrier_wait(smem["here_D"].at[slot])
             codes_XC = load(smem["codes_DXC"].at[slot], plgpu.Layout.WGMMA)
             smem["dense_XC"][...] = codes_XC.astype(jnp.float32).astype(jnp.bfloat16)
-            products_MC = _product(smem["x_DMX"].at[slot], smem["dense_XC"])
+            plgpu.commit_smem()
+            products_MC = product(smem["x_DMX"].at[slot], smem["dense_XC"])
             plgpu.commit_smem()  # all warps have read what is overwritten next
             pl.when(tile + _DEPTH < tiles)(functools.partial(fetch, tile + _DEPTH))
             return sum_MC + products_MC * scale_ref[first + tile, column]
@@ -85,14 +86,3 @@ def _scratch(rows: int) -> dict[str, Any]:
         "dense_XC": plgpu.SMEM((block, block), jnp.bfloat16, transforms=TILED),
         "here_D": plgpu.Barrier(num_arrivals=2, num_barriers=_DEPTH),
     }
-
-
-def _product(x_ref: Any, dense_ref: Any) -> Float32[Array, "M C"]:
-    plgpu.commit_smem()
-
-    def multiply(sum_ref: Any) -> Array:
-        plgpu.wgmma(sum_ref, x_ref, dense_ref)
-        return sum_ref[...]
-
-    shape = (x_ref.shape[0], dense_ref.shape[1])
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))

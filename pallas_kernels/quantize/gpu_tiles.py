@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
-from pallas_kernels.mosaic_gpu import store
+from pallas_kernels.mosaic_gpu import PARAMS, store
 
 COLUMNS = 128  # per block of threads
 _GRID = ("part", "column", "row")
@@ -44,7 +44,7 @@ def kernel(
         grid=(parts, N // COLUMNS, pl.cdiv(R, rows)),
         grid_names=_GRID,
         scratch_types=scratch | {"out_MC": plgpu.SMEM((_WRITTEN, COLUMNS), dtype)},
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=PARAMS,
         kernel_name=name,
     )
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import check_dtype, dtype_of
+from pallas_kernels.implementations import check_dtype, check_kind
 
 FP8_BLOCK = 128  # one scale per 128 x 128 block
 FP4_BLOCK = 32  # one scale per 32 input channels of each output channel
@@ -86,8 +86,7 @@ def check_weight(op: str, name: str, w: Any) -> None:
       ValueError: wrong shape.
     """
     if not isinstance(w, Fp8Weight | Fp4Weight):
-        if not jnp.issubdtype(dtype := dtype_of(op, name, w), jnp.floating):
-            raise TypeError(f"{op}: {name} is {dtype}; it must have a floating-point dtype.")
+        check_kind(op, name, w)
         return
     fp8, e8m0 = isinstance(w, Fp8Weight), jnp.float8_e8m0fnu
     check_dtype(op, f"{name}.codes", w.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)

@@ -139,7 +139,7 @@ def dense_transposed(w: Fp8Weight | Fp4Weight, dtype: Any) -> Float[Array, "*sta
 
 
 def dense(w: Weight, dtype: Any) -> Float[Array, "*stack N K"]:
-    """The matrix as an array in `dtype`."""
+    """Dequantise a weight in any format to an array [..., N, K] in `dtype`."""
     if isinstance(w, Fp8Weight | Fp4Weight):
         return jnp.swapaxes(dense_transposed(w, dtype), -1, -2)
     return w.astype(dtype)

@@ -63,6 +63,16 @@ def e2m1_values(packed_JN: UInt8[Array, "J N"]) -> Float[Array, "K N"]:
     return jnp.concatenate(parts)
 
 
+def rows_per_block(x_RK: Float[Array, "R K"]) -> Float[Array, "X K"]:
+    """128 channels of rows, once per block of 32, zero in the other blocks.
+
+    One product of these with 128 channels of FP4 weights gives the sums of each block.
+    """
+    block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x_RK.shape, 1), FP4_BLOCK)
+    blocks = range(FP8_BLOCK // FP4_BLOCK)
+    return jnp.concatenate([jnp.where(block == i, x_RK, jnp.zeros_like(x_RK)) for i in blocks])
+
+
 def scale_values(scale: Shaped[Array, "*dims"]) -> Float32[Array, "*dims"]:
     """Scales in float32; E8M0 is converted by its bits."""
     if scale.dtype == jnp.float32:

@@ -44,10 +44,6 @@ def matmul(
     def weight_tile(n: Any, k: Any, layer_ref: Any) -> Any:
         return layer_ref[0], k, n
 
-    def all_scales(n: Any, k: Any, layer_ref: Any) -> Any:
-        # Too few for tiles; one index, so that they are read once.
-        return layer_ref[0], 0, 0
-
     def group_channels(n: Any, k: Any, layer_ref: Any) -> Any:
         return 0, jax.lax.div(n, group_tiles) * (K // bk) + k
 
@@ -55,7 +51,7 @@ def matmul(
         return 0, n
 
     scale_shape = stack.scale.shape[1:]
-    scale_spec = pl.BlockSpec((None, *scale_shape), all_scales)
+    scale_spec = tpu_tiles.all_scales(stack.scale)
     if not fp8:
         scale_spec = pl.BlockSpec((None, bk // FP4_BLOCK, bn), weight_tile)
     per_block = pltpu.VMEM((bk // FP8_BLOCK, rows * FP8_BLOCK // FP4_BLOCK, FP8_BLOCK), x_RK.dtype)
@@ -135,7 +131,6 @@ def _fp4_products(
     precision: Any,
     native: bool,
 ) -> None:
-    """Rows are repeated per block of 32, zero elsewhere: one product gives each block's sums."""
     del layer_ref, native
     k = pl.program_id(1)
     R, bk = x_ref.shape
@@ -149,9 +144,7 @@ def _fp4_products(
     for g in range(bk // FP8_BLOCK):
         # In float32, whose layout does not depend on the number of rows.
         x = x_ref[:, g * FP8_BLOCK : (g + 1) * FP8_BLOCK].astype(jnp.float32)
-        block = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), FP4_BLOCK)
-        per_block = [jnp.where(block == i, x, jnp.zeros_like(x)) for i in range(group)]
-        per_block_ref[g] = jnp.concatenate(per_block).astype(x_ref.dtype)
+        per_block_ref[g] = tpu_codes.rows_per_block(x).astype(x_ref.dtype)
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:
         blocks = ck // FP4_BLOCK

@@ -97,13 +97,8 @@ def _of_format(
         # The scratch is not used.
         return pl.BlockSpec((None, bk // FP4_BLOCK, bn), weight_tile), (8, 128), _dequantise_fp4
 
-    def all_scales(o: Any, rows: Any, i: Any, layer_ref: Any) -> tuple[Any, int, int]:
-        # Too few for tiles; one index, so that they are read once.
-        return layer_ref[0], 0, 0
-
-    spec = pl.BlockSpec((None, *scale_shape), all_scales)
     scratch_shape = (bk // FP8_BLOCK, scale_shape[1]) if transposed else scale_shape
-    return spec, scratch_shape, _dequantise_fp8
+    return tpu_tiles.all_scales(stack.scale), scratch_shape, _dequantise_fp8
 
 
 def _own_n(N: int, K: int, most: int) -> int:

@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import LANES, resident
 from pallas_kernels.quantize import reference
 
-_LANES = 128
 _ROWS = 128  # rows that are in registers at once
 _BLOCK_BYTES = 2**20
 _MOST_CHANNELS = 2**14  # the most of which a block of `_ROWS` rows fits
@@ -85,15 +85,13 @@ def _by_rows(kernel: Any, name: str, x: Float[Array, "*rows K"], *others: Array)
         raise Unsupported(f"The TPU form takes up to {_MOST_CHANNELS} channels, not {x.shape[-1]}.")
     x_RK = x.reshape(-1, x.shape[-1])
     R, K = x_RK.shape
-    width = -(-K // _LANES) * _LANES
+    width = -(-K // LANES) * LANES
     rows = min(-(-R // _ROWS), max(_BLOCK_BYTES // (4 * width * _ROWS), 1)) * _ROWS
     spec = pl.BlockSpec((rows, width), lambda row_block: (row_block, 0))
-    # Always the same block: read once, then resident.
-    resident = [pl.BlockSpec(other.shape, lambda row_block: (0, 0)) for other in others]
     y_RK = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(R, rows),),
-        in_specs=[spec, *resident],
+        in_specs=[spec, *(resident(*other.shape) for other in others)],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(x_RK.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -112,12 +110,12 @@ def _round(
     to: reference.Format,
     channels: int,
 ) -> None:
-    columns = x_ref.shape[1] // _LANES
+    columns = x_ref.shape[1] // LANES
 
     def body(i: Any, carry: None) -> None:
         row = pl.multiple_of(jax.lax.div(i, columns) * _ROWS, _ROWS)
-        column = pl.multiple_of(jax.lax.rem(i, columns) * _LANES, _LANES)
-        at = (pl.ds(row, _ROWS), pl.ds(column, _LANES))
+        column = pl.multiple_of(jax.lax.rem(i, columns) * LANES, LANES)
+        at = (pl.ds(row, _ROWS), pl.ds(column, LANES))
         x_RL = x_ref[at].astype(jnp.float32)
         if channels % block:
             lane = jax.lax.broadcasted_iota(jnp.int32, x_RL.shape, 1)
@@ -130,7 +128,7 @@ def _round(
 
 def _largest(x_RL: Float32[Array, "R L"], block: int) -> Float32[Array, "R l"]:
     """The largest value of each block of lanes, in each of its lanes."""
-    if block == _LANES:
+    if block == LANES:
         return jnp.max(x_RL, axis=1, keepdims=True)
     distance = 1
     while distance < block:  # each lane gets the largest of twice as many lanes up to it

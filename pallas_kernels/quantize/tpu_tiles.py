@@ -1,17 +1,17 @@
 """Sizes of tiles, and loops over their parts inside a kernel.
 
-Axis letters: K input channels, N output channels.
+Axis letters: K input channels, N output channels, L layers of a stack, B blocks of K, n of N.
 """
 
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.products import contract
 
 VMEM_BYTES = 56 * 2**20
 
@@ -41,6 +41,14 @@ def columns(N: int, most: int) -> int:
     return size if N % size == 0 else min(512, most)
 
 
+def all_scales(scale_LBn: Shaped[Array, "L B n"]) -> pl.BlockSpec:
+    """All scales of the layer, the last of the index map's arguments.
+
+    They are too few for tiles; one index, so that they are read once.
+    """
+    return pl.BlockSpec((None, *scale_LBn.shape[1:]), lambda *at: (at[-1][0], 0, 0))
+
+
 def over_chunks(bk: int, bn: int, run: Any) -> None:
     """Call `run(at_k, at_n, ck, cn)` for parts small enough to unroll."""
     ck, cn = 1024 if bk % 1024 == 0 else bk, bn if bn % 128 else divisor(bn, 512, 128)
@@ -61,7 +69,4 @@ def part_of(at: Any, multiple: int, by: int) -> Any:
 
 
 def dot(x: Array, values: Array, precision: Any, *, transposed: bool = False) -> Array:
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        x, values.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return contract(x, values.astype(x.dtype), 1, 1 if transposed else 0, precision)

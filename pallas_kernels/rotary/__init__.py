@@ -8,19 +8,16 @@ GPUs XLA's form has one temporary, the normalised heads. XLA computes gradients,
 Axis letters: B batch, T tokens, H heads, K head dim, Q rotary pairs.
 """
 
-import functools
-from typing import Any
-
-import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Impl, check_arrays, dispatch, shown
+from pallas_kernels.implementations import Impl, check_arrays, shown
+from pallas_kernels.reference_gradients import differentiable
 from pallas_kernels.rotary import reference, tpu
 from pallas_kernels.rotary.reference import Norm
 
 __all__ = ["Norm", "rotate"]
 
-_FORMS = {"tpu": tpu, "xla": reference, "reference": reference}
+_run = differentiable("rotary", {"tpu": tpu, "xla": reference, "reference": reference})
 
 
 def rotate(
@@ -52,22 +49,4 @@ def rotate(
         raise ValueError(
             f"rotary.rotate: x_BTHK has {sizes['K']} channels; {sizes['Q']} pairs do not fit."
         )
-    return _rotate(norm, impl, (x_BTHK, cos_BTQ, sin_BTQ))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rotate(norm: Norm | None, impl: Impl, args: tuple[Any, ...]) -> Any:
-    return dispatch("rotary", "rotate", impl, _FORMS, *args, norm=norm)
-
-
-def _forward(norm: Norm | None, impl: Impl, args: Any) -> Any:
-    return _rotate(norm, impl, args), args
-
-
-def _backward(norm: Norm | None, impl: Impl, args: Any, grad_BTHK: Any) -> Any:
-    """The reference's gradient, whichever form ran forward."""
-    del impl
-    return (jax.vjp(functools.partial(reference.rotate, norm=norm), *args)[1](grad_BTHK),)
-
-
-_rotate.defvjp(_forward, _backward)
+    return _run("rotate", impl, (x_BTHK, cos_BTQ, sin_BTQ), norm=norm)

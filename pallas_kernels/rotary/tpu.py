@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.rotary.reference import Norm
 
-LANES = 128
 _BLOCK_BYTES = 2**20
 _HEADS = 32  # heads in registers at once
 # For fewer, XLA's form copies next to nothing.

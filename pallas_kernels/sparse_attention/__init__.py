@@ -13,22 +13,19 @@ Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R ro
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries, k entries chosen.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import residuals, softmax
-from pallas_kernels.attention_gradients import cotangents
+from pallas_kernels import softmax
+from pallas_kernels.attention_gradients import differentiable
 from pallas_kernels.implementations import (
     Impl,
     check_arrays,
     check_dtype,
     check_number,
     check_shape,
-    dispatch,
 )
 from pallas_kernels.sparse_attention import gpu, reference, rows, tpu, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
@@ -37,6 +34,7 @@ from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 __all__ = ["Fp8Rows", "decode", "prefill"]
 
 _FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_run = differentiable("sparse_attention", _FORMS)
 
 
 def decode(
@@ -78,7 +76,7 @@ def decode(
         sink_H=sink_H,
     )
     _check("sparse_attention.decode", inputs, scale)
-    return _decode((scale, impl), inputs._replace(layer=jnp.asarray(layer)))
+    return _run("decode", impl, inputs._replace(layer=jnp.asarray(layer)), scale=scale)
 
 
 def prefill(
@@ -127,7 +125,8 @@ def prefill(
     )
     sizes = _check("sparse_attention.prefill", inputs, scale)
     softmax.require_chunk_window("sparse_attention.prefill", sizes["X"], window, sizes["T"])
-    return _prefill((window, scale, impl), inputs._replace(layer=jnp.asarray(layer)))
+    inputs = inputs._replace(layer=jnp.asarray(layer))
+    return _run("prefill", impl, inputs, window=window, scale=scale)
 
 
 def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[str, int]:
@@ -145,47 +144,3 @@ def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[st
         check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})
         check_shape(op, "pool_LBSK", pool, sizes)
     return sizes
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(settings: Any, inputs: DecodeInputs) -> Any:
-    scale, impl = settings
-    return dispatch("sparse_attention", "decode", impl, _FORMS, inputs, scale=scale)
-
-
-def _decode_forward(settings: Any, inputs: DecodeInputs) -> Any:
-    out_BTHK = residuals.saveable(_decode(settings, inputs))
-    return out_BTHK, (out_BTHK, inputs)
-
-
-def _decode_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
-    (scale, impl), (out_BTHK, inputs) = settings, saved
-    return _backward("decode_backward", impl, grad_BTHK, out_BTHK, inputs, scale=scale)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefill(settings: Any, inputs: PrefillInputs) -> Any:
-    window, scale, impl = settings
-    return dispatch("sparse_attention", "prefill", impl, _FORMS, inputs, window=window, scale=scale)
-
-
-def _prefill_forward(settings: Any, inputs: PrefillInputs) -> Any:
-    out_BTHK = residuals.saveable(_prefill(settings, inputs))
-    return out_BTHK, (out_BTHK, inputs)
-
-
-def _prefill_backward(settings: Any, saved: Any, grad_BTHK: Any) -> Any:
-    (window, scale, impl), (out_BTHK, inputs) = settings, saved
-    static = {"window": window, "scale": scale}
-    return _backward("prefill_backward", impl, grad_BTHK, out_BTHK, inputs, **static)
-
-
-def _backward(name: str, impl: Impl, grad: Any, out: Any, inputs: Any, **static: Any) -> Any:
-    """Dispatch a backward pass; GPUs have no kernel for it and use XLA's form."""
-    impl = "xla" if impl == "gpu" else impl
-    gradients = dispatch("sparse_attention", name, impl, _FORMS, grad, out, inputs, **static)
-    return (cotangents(inputs, gradients),)
-
-
-_decode.defvjp(_decode_forward, _decode_backward)
-_prefill.defvjp(_prefill_forward, _prefill_backward)

@@ -21,11 +21,7 @@ from pallas_kernels.sparse_attention.rows import Pool
 _MULTIPROCESSORS = 132
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     """Attend to lists of the window's rows and of entries.
 
     Raises:
@@ -36,12 +32,7 @@ def decode(
     return _attend(inputs, inputs.window_BRK, near_BTr, scale)
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     """Like `decode`; query j sees the rows j + 1 .. j + window of its chunk's window.
 
     Raises:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.mosaic_gpu import store
+from pallas_kernels.mosaic_gpu import PARAMS, product, store
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK, TILED, load
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -49,16 +49,10 @@ def attend(
 ) -> tuple[Float[Array, "B T Z H K"], Float32[Array, "B T Z H"]]:
     """Weighted means of the listed rows, and the logs of the sums of weights.
 
-    Args:
-      q_BTHK: queries.
-      window_BRK: the first `near` numbers of each list are rows of this.
-      pool_LBSK: the others are entries of this.
-      layer: the layer to read.
-      rows_BTX: lists, -1 for none; each part has the same number of chunks.
-      sink_H: a logit per head, which counts as a key of the first part.
-      near: rows of the window per list, a multiple of the chunk size.
-      parts: number of parts that lists are split into.
-      scale: multiplies q . key.
+    The first `near` numbers of each list, whole chunks, are rows of the window, the others entries
+    of the pool; -1 for none. All parts of a list have the same number of chunks. The sink counts as
+    a key of the first part.
+
     Returns:
       Means, in the dtype of q if there is one part, otherwise in float32; and logs.
     """
@@ -93,7 +87,7 @@ def attend(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=call.scratch(),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=PARAMS,
         kernel_name="sparse_attention",
     )(q_BTHK, window_units, pool_units, layer.astype(jnp.int32)[None], rows_BTZNC, sink_H)
 
@@ -157,10 +151,8 @@ class _Call:
         """The kernel's body: the work of a block's three warpgroups."""
         warpgroup, part = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("part")
         block, of_query = jax.lax.axis_index("query_heads"), q_ref.shape[2] // HEADS
-        query, heads = (
-            jax.lax.div(block, of_query),
-            pl.ds(jax.lax.rem(block, of_query) * HEADS, HEADS),
-        )
+        query = jax.lax.div(block, of_query)
+        heads = pl.ds(jax.lax.rem(block, of_query) * HEADS, HEADS)
         b, t = jax.lax.div(query, self.queries), jax.lax.rem(query, self.queries)
 
         @pl.when(warpgroup == _GATHERER)
@@ -231,7 +223,7 @@ class _Call:
             plgpu.barrier_wait(smem["ready"].at[slot])
             largest_h, total_h, values = state
             keys_CK = smem["keys"].at[slot]
-            logits_hC = _product(smem["q_hK"], keys_CK.transpose((1, 0)), CHUNK)
+            logits_hC = product(smem["q_hK"], keys_CK.transpose((1, 0)))
             exists_C = load(smem["row_NC"].at[chunk], _BY_ROW) >= 0
             seen_hC = _along(exists_C, logits_hC.shape, 1)
             logits_hC = jnp.where(seen_hC, logits_hC * (self.scale * _LOG2E), -jnp.inf)
@@ -243,12 +235,10 @@ class _Call:
             smem["weights"][warpgroup] = weight_hC.astype(jnp.bfloat16)
             plgpu.commit_smem()
             shrink_hV = _along(shrink_h, zero_hV.shape, 0)
-            weights, columns = (
-                smem["weights"].at[warpgroup],
-                functools.partial(self._columns, warpgroup),
-            )
+            weights = smem["weights"].at[warpgroup]
+            columns = functools.partial(self._columns, warpgroup)
             values = tuple(
-                value_hV * shrink_hV + _product(weights, keys_CK.at[:, columns(i)], self._width)
+                value_hV * shrink_hV + product(weights, keys_CK.at[:, columns(i)])
                 for i, value_hV in enumerate(values)
             )
             pl.when(chunk + self.slots < self.chunks)(
@@ -266,16 +256,6 @@ class _Call:
     def _columns(self, warpgroup: Array, i: int) -> Any:
         """Channels of a warpgroup's i-th product."""
         return pl.ds(warpgroup * (self.channels // 2) + i * self._width, self._width)
-
-
-def _product(a_ref: Any, b_ref: Any, columns: int) -> Array:
-    """Matrix product on tensor cores, accumulated in float32."""
-
-    def multiply(acc_ref: Any) -> Array:
-        plgpu.wgmma(acc_ref, a_ref, b_ref)
-        return acc_ref[...]
-
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HEADS, columns), jnp.float32))
 
 
 def _along(vector: Array, shape: tuple[int, ...], dim: int) -> Array:

@@ -6,31 +6,21 @@ Axis letters: as in the package.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.attention_gradients import Gradients, of_reference
 from pallas_kernels.dense_attention import reference as dense
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     return _attend(inputs, inputs.window_BRK, inputs.window_mask_BTR, scale)
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     near_BTX = dense.band(inputs.start_B, inputs.q_BTHK.shape[1], window, inputs.first_BT)
     return _attend(inputs, inputs.window_BXK, near_BTX, scale)
 
@@ -43,8 +33,7 @@ def decode_backward(
     scale: float,
 ) -> Gradients:
     """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
-    run = functools.partial(decode, scale=scale)
-    return _pull(run, grad_BTHK, inputs, "window_BRK")
+    return of_reference(functools.partial(decode, scale=scale), grad_BTHK, inputs)
 
 
 def prefill_backward(
@@ -57,16 +46,7 @@ def prefill_backward(
 ) -> Gradients:
     """Gradients of queries, window, pool (None for Fp8Rows) and sink."""
     run = functools.partial(prefill, window=window, scale=scale)
-    return _pull(run, grad_BTHK, inputs, "window_BXK")
-
-
-def _pull(run: Any, grad: Any, inputs: Any, window: str) -> Gradients:
-    names = ["q_BTHK", window, "pool_LBSK", "sink_H"]
-    if isinstance(inputs.pool_LBSK, Fp8Rows):
-        names.remove("pool_LBSK")
-    learned = {name: getattr(inputs, name) for name in names}
-    (grads,) = jax.vjp(lambda learned: run(inputs._replace(**learned)), learned)[1](grad)
-    return Gradients(grads["q_BTHK"], grads[window], grads.get("pool_LBSK"), grads["sink_H"])
+    return of_reference(run, grad_BTHK, inputs)
 
 
 def _attend(inputs: Any, keys: Any, near: Any, scale: float) -> Float[Array, "B T H K"]:

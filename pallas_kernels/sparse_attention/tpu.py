@@ -10,21 +10,18 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.sparse_attention import tpu_backward, tpu_decode, tpu_prefill, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
-from pallas_kernels.sparse_attention.tpu_gather import LANES, packing
+from pallas_kernels.sparse_attention.tpu_gather import packing
 
 _QUERIES = 8
 
 decode_backward = xla.decode_backward
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     _require(inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK)
     if (queries := inputs.q_BTHK.shape[1]) > _QUERIES:
         raise Unsupported(
@@ -34,31 +31,19 @@ def decode(
     return tpu_decode.call(inputs, scale=scale)
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
     if isinstance(inputs.pool_LBSK, Fp8Rows):
         raise Unsupported("sparse_attention.prefill on TPUs does not take Fp8Rows; decode does.")
     return tpu_prefill.call(inputs, window=window, scale=scale)
 
 
-def prefill_backward(
-    grad_BTHK: Float[Array, "B T H K"],
-    out_BTHK: Float[Array, "B T H K"],
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Gradients:
+def prefill_backward(grad: Any, out: Any, inputs: PrefillInputs, **static: Any) -> Gradients:
     """Gradients of queries, window, pool and sink."""
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
     if isinstance(inputs.pool_LBSK, Fp8Rows):
         raise Unsupported("The gradient of sparse_attention.prefill on TPUs takes no Fp8Rows.")
-    return tpu_backward.call(grad_BTHK, out_BTHK, inputs, window=window, scale=scale)
+    return tpu_backward.call(grad, out, inputs, **static)
 
 
 def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu_attention_backward as backward
 from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.products import contract
 from pallas_kernels.sparse_attention.inputs import PrefillInputs
-from pallas_kernels.sparse_attention.tpu_gather import LANES, in_lanes
+from pallas_kernels.sparse_attention.tpu_gather import in_lanes
 from pallas_kernels.tpu_attention_pull import Visibility
 
 _QUERIES = 16  # a float32 sums this many bits exactly
@@ -62,12 +64,7 @@ def _write_words(indices_ref: Any, scratch: tuple[Any]) -> Int[Array, ""]:
         lane_Ck = jnp.where(one_hot(LANES, index_1k & (LANES - 1)), 2.0**t, 0.0)
         # -1 is in tile -1, which does not exist.
         tile_Nk = jnp.where(one_hot(tiles, index_1k >> 7), 1.0, 0.0)
-        words_CN += jax.lax.dot_general(
-            lane_Ck.astype(jnp.bfloat16),
-            tile_Nk.astype(jnp.bfloat16),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        words_CN += contract(lane_Ck.astype(jnp.bfloat16), tile_Nk.astype(jnp.bfloat16), 1, 1)
     words_CN = words_CN.astype(jnp.int32)
     for n in range(tiles):
         words_ref[n * LANES : (n + 1) * LANES] = jnp.broadcast_to(

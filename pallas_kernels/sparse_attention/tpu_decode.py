@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_tpu import in_hbm
+from pallas_kernels.mosaic_tpu import in_hbm, resident
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention.inputs import DecodeInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows
@@ -42,7 +42,7 @@ def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
                 _per_row(queries, heads, dim),
                 _per_row(ring, dim),
                 _per_row(*window_mask_BTN.shape[1:]),
-                pl.BlockSpec((heads, 1), _constant),
+                resident(heads, 1),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=_per_row(queries, heads, dim),
@@ -74,11 +74,6 @@ def _per_row(*dims: int, **space: Any) -> pl.BlockSpec:
         return row, *[0] * len(dims)
 
     return pl.BlockSpec((1, *dims), batch_row, **space)
-
-
-def _constant(row: Any, layer_ref: Any) -> Any:
-    """One block for all steps, fetched once."""
-    return 0, 0
 
 
 def _kernel(

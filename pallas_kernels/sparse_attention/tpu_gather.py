@@ -33,9 +33,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
+from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.sparse_attention import rows
+from pallas_kernels.tpu_attention_pull import where_seen
 
-LANES = 128
 # Copies per unrolled group: their addresses differ from the group's by a constant.
 _GROUP = 16
 
@@ -111,11 +112,7 @@ class Lists:
     def wait(self, query: Any, indices_1k: Int32[Array, "1 k"], packed: Any, dtype: Any) -> Any:
         """Wait for one list's entries: [k, K] in `dtype`, zero for -1.
 
-        Args:
-          query: as passed to `start`.
-          indices_1k: its list.
-          packed: dtype of the pool.
-          dtype: dtype of the result.
+        `query` is as for `start`, and `packed` the pool's dtype.
         """
         ref = self.ref.at[pl.ds(query % 2 * self.groups, self.groups)]
         # Waits for as many bytes as all the copies have together.
@@ -131,8 +128,7 @@ def column(row_1X: Any) -> Any:
 
 def zero_unseen(keys_XK: Float[Array, "X K"], seen_1N: Any) -> Float[Array, "X K"]:
     """Keep garbage out of products: 0 * NaN is NaN."""
-    seen_X1 = column(seen_1N)[: keys_XK.shape[0]] > 0
-    return jnp.where(seen_X1, keys_XK, jnp.zeros((), keys_XK.dtype))
+    return where_seen(keys_XK, column(seen_1N)[: keys_XK.shape[0]] > 0)
 
 
 def _pick(words_kW: Int32[Array, "k W"], index_k1: Any, packed: Any) -> Float[Array, "k K"]:

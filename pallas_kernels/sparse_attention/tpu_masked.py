@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.sparse_attention.tpu_gather import LANES
+from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.sparse_attention.tpu_softmax import logits
 
 STEP = 1024
@@ -91,12 +91,8 @@ def attend(
 ) -> Float[Array, "R K"]:
     """Attend to the window and to the listed entries.
 
-    Args:
-      q_RK: queries, query by query.
-      sink_H1: a logit per head.
-      window: finite keys, and which of them each query sees.
-      entries: the pool.
-      scale: scale of the logits.
+    Rows are query by query. The window's keys are finite, and come with which of them each query
+    sees.
     """
     entries_ref, last, scratch, sems = entries
     heads, queries = sink_H1.shape[0], scratch.listed.shape[0]

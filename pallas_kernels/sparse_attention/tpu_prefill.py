@@ -19,12 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.dense_attention.tpu_window import in_blocks, seen_by_any
-from pallas_kernels.mosaic_tpu import in_hbm
+from pallas_kernels.mosaic_tpu import LANES, in_hbm, resident
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention import tpu_masked as masked
 from pallas_kernels.sparse_attention.inputs import PrefillInputs
 from pallas_kernels.sparse_attention.tpu_softmax import attend
-from pallas_kernels.tpu_attention_pull import lowest_key
+from pallas_kernels.tpu_attention_pull import lowest_key, where_seen
 
 # Rows per block, queries x heads: more do not fill the MXU any better.
 _ROWS = 1024
@@ -94,7 +94,7 @@ def _grid(
             pl.BlockSpec((1, 1, 1, block * k), _stacked_query_block, memory_space=pltpu.SMEM),
             _per_block(block, k),
             _per_block(block, heads, dim),
-            pl.BlockSpec((heads, 1), _constant),
+            resident(heads, 1),
             pl.BlockSpec((None, None, 1, block), _stacked_query_block) if bounded else None,
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
@@ -121,11 +121,6 @@ def _per_block(block: int, *dims: int) -> pl.BlockSpec:
 def _stacked_query_block(row: Any, query_block: Any, *_: Any) -> Any:
     """For arrays [B, N, 1, _], whose blocks of queries are an axis of their own."""
     return row, query_block, 0, 0
-
-
-def _constant(row: Any, query_block: Any, *_: Any) -> Any:
-    """One block for all steps, fetched once."""
-    return 0, 0
 
 
 def _kernel(
@@ -155,7 +150,7 @@ def _kernel(
     )
     near.start()
     last = jnp.max(indices_ref[0])
-    few = scratch.listed.shape[1] * gather.LANES
+    few = scratch.listed.shape[1] * LANES
     low_1Q = None if low_ref is None else jnp.maximum(low_ref[...] - first, 0)
     mask = _WindowMask(near_ref.shape[0], window, window - start_ref[row] - first, low_1Q)
 
@@ -219,7 +214,7 @@ class _WindowMask:
         seen_Y1 = row_Y1 >= jnp.maximum(self.missing, 1)
         if self.low_1Q is not None:
             seen_Y1 &= seen_by_any(row_Y1, 0, self.low_1Q, self.window)
-        return jnp.where(seen_Y1, near_ref[...], jnp.zeros((), near_ref.dtype))
+        return where_seen(near_ref[...], seen_Y1)
 
     def _low(self, first: Any, queries: int) -> Int32[Array, "Q 1"]:
         shape = (queries, self.low_1Q.shape[1])

@@ -5,18 +5,15 @@ Axis letters: H heads, X keys, K channels.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
+
+from pallas_kernels.products import contract
 
 
 def logits(q_HK: Float[Array, "H K"], keys_XK: Float[Array, "X K"], scale: float) -> Any:
     """Scaled logits, float32 [H, X]."""
-    contract_last = (((1,), (1,)), ((), ()))
-    logits_HX = jax.lax.dot_general(
-        q_HK, keys_XK, contract_last, preferred_element_type=jnp.float32
-    )
-    return logits_HX * scale
+    return contract(q_HK, keys_XK, 1, 1) * scale
 
 
 def attend(

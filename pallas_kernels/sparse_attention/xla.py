@@ -18,11 +18,7 @@ from pallas_kernels.sparse_attention.xla_backward import decode_backward, prefil
 __all__ = ["decode", "decode_backward", "prefill", "prefill_backward"]
 
 
-def decode(
-    inputs: DecodeInputs,
-    *,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BRK.dtype
 
     def attend_row(row: Any) -> Any:
@@ -33,12 +29,7 @@ def decode(
     return jax.lax.map(attend_row, jnp.arange(inputs.q_BTHK.shape[0], dtype=jnp.int32))
 
 
-def prefill(
-    inputs: PrefillInputs,
-    *,
-    window: int,
-    scale: float,
-) -> Float[Array, "B T H K"]:
+def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     batch, queries, heads, dim = inputs.q_BTHK.shape
     pool, layer, dtype = inputs.pool_LBSK, inputs.layer, inputs.window_BXK.dtype
     all_entries = blocks.against_all(pool, inputs.indices_BTk.shape[2])

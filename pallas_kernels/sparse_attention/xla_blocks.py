@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dense_attention.xla_blocks import where_seen
+from pallas_kernels.dense_attention import xla_blocks as dense
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
@@ -27,17 +27,9 @@ def against_all(pool: Pool, listed: int) -> bool:
     return pool.shape[2] <= _SHARE * listed
 
 
-def split(
-    queries: int, heads: int, *, all_entries: bool
-) -> tuple[int, int, Callable[[Any, int], Any]]:
-    """Queries per block, number of blocks, and a function that pads [B, T, ...] to full blocks."""
-    block = min(queries, max(_QUERIES, _ROWS // heads) if all_entries else _QUERIES)
-    count = -(-queries // block)
-    spare = count * block - queries
-    pad = lambda x, fill: jnp.pad(
-        x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2)), constant_values=fill
-    )
-    return block, count, pad
+def split(queries: int, heads: int, *, all_entries: bool) -> tuple[int, int, Callable[..., Any]]:
+    """Like `dense_attention.xla_blocks.split`."""
+    return dense.split(queries, max(_QUERIES, _ROWS // heads) if all_entries else _QUERIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Entries:
         column_Qk = jnp.where(self.indices_Qk >= 0, self.indices_Qk, size)
         seen_QS = jnp.zeros((queries, size), bool)
         seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
-        return where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
+        return dense.where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
 
     def _read(self, *at: Any) -> Float[Array, "*rows K"]:
         if isinstance(self.pool, Fp8Rows):

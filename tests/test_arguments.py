@@ -268,6 +268,15 @@ def test_dtypes_of_any_library_are_accepted(passed: Any, dtype: Any) -> None:
     assert passed["keep_quantised"] is True
 
 
+def test_the_former_name_of_an_argument_is_read_with_a_warning(passed: Any) -> None:
+    load = cast(Any, v4jax.load)
+    with pytest.warns(FutureWarning, match="load: the argument keep is now called keep_quantised"):
+        load("tiny", keep=True)
+    assert passed["keep_quantised"] is True
+    with pytest.raises(ValueError, match="load got keep_quantised and keep, its old name"):
+        load("tiny", keep=True, keep_quantised=True)
+
+
 def test_every_form_of_paths_and_stop_strings_is_accepted(model: Any, passed: Any) -> None:
     for path in ("tiny", Path("tiny")):
         v4jax.load(path, adapter=path)

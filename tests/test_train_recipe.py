@@ -44,6 +44,13 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert settings.data.files == ("x.jsonl:2", "y.jsonl")
 
 
+def test_the_former_name_of_a_field_is_read_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match=r"model\.keep is now called keep_quantised"):
+        assert not read(tmp_path, MINIMAL, model__keep="false").model.keep_quantised
+    with pytest.raises(ValueError, match="has keep_quantised and keep, its old name"):
+        read(tmp_path, MINIMAL, model__keep="false", model__keep_quantised="true")
+
+
 def test_targets_are_a_word_or_a_list(tmp_path: Path) -> None:
     names = '["q_a_proj", "kv_proj"]'
     settings = read(tmp_path, MINIMAL, adapter__targets=names)

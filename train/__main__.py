@@ -175,6 +175,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", metavar="FILE", help="file to train on; may be repeated"
     )
+    # The former name of --model.keep_quantised, read with a warning.
+    parser.add_argument("--model.keep", help=argparse.SUPPRESS)
     out = recipe_help.attributes(Recipe).get("out", "")
     parser.add_argument("--out", metavar="DIR", help=out.rstrip("."))
     parser.epilog = (

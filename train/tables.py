@@ -56,7 +56,7 @@ def _renamed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     for old in new_name.keys() & table:
         new = new_name[old]
         if new in table:
-            raise ValueError(f"{where} has {new} and {old}, its old name; keep {new}.")
+            raise ValueError(f"{where} has {new} and {old}, its old name; remove {old}.")
         warnings.warn(f"{where}.{old} is now called {new}.", FutureWarning, stacklevel=2)
     return {new_name.get(key, key): value for key, value in table.items()}
 

@@ -66,7 +66,8 @@ def load(
       mesh: mesh of devices to shard weights and cache over (`v4jax.model.sharding.make_mesh`);
         all calls of the model then run on it. By default one device.
       revision: branch, tag or commit of a Hub id; the main branch by default.
-      progress: called with the name of the present task, the amount done and the total.
+      progress: called with the name of the present task, the amount done and the total; by
+        default they are shown on a terminal and in a notebook.
 
     Raises:
       ValueError: the checkpoint is damaged or not DeepSeek-V4, an argument is invalid, or the mesh

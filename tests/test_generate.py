@@ -247,7 +247,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_rejected(tmp_path: Path) -> N
     cfg = checkpoints.tiny(vocab_size=280)
     checkpoints.write_release(tmp_path, cfg, 0)
     build_demo_tokenizer(VOCAB).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: 300 tokens"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: has 300 tokens"):
         v4jax.load(tmp_path)
 
 

@@ -1,7 +1,6 @@
 """Attention sizes of the models. Axis letters: as in the package."""
 
 import dataclasses
-from typing import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,9 +11,11 @@ class Shape:
     head_dim: int
     window: int
 
-    def divided(self, by: int) -> Self:
+    def divided(self, by: int) -> "Shape":
         """The same proportions, small enough to test."""
-        return type(self)(*(max(1, size // by) for size in dataclasses.astuple(self)))
+        return Shape(
+            max(1, self.heads // by), max(1, self.head_dim // by), max(1, self.window // by)
+        )
 
 
 SHAPES = {

@@ -25,10 +25,9 @@ from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
+from v4jax.model.sharding import ROWS, STACKED_ROWS
 
-# Logical axes of the attention ops' arguments.
-_QUERIES = ("batch", None, "heads", None)
-_POOL, _ROWS = (None, "batch"), ("batch",)
+_QUERIES = ("batch", None, "heads", None)  # logical axes
 
 
 class Indexer(nnx.Module):
@@ -200,9 +199,9 @@ def _window(
     """Keys of positions start - window .. start + T - 1; None if the ring has them."""
     if cache.is_decode(kv_BTK.shape[1]):
         return None
-    before_W = jnp.arange(-context.cfg.sliding_window, 0, dtype=jnp.int32)
-    position_BW = context.start_B[:, None] + before_W[None]
-    earlier_BWK = cache.ring_read(state.stack.window_LBRK, state.layer, position_BW)
+    earlier_BWK = cache.ring_read(
+        state.stack.window_LBRK, state.layer, context.start_B, context.cfg.sliding_window
+    )
     return jnp.concatenate([earlier_BWK, kv_BTK.astype(earlier_BWK.dtype)], axis=1)
 
 
@@ -229,8 +228,8 @@ def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
         select,
         *(q_BTIJ, weights_BTI, chunk.state.stack.index_LBSK, chunk.state.layer),
         *(chunk.visible_BT, chunk.hidden_BT),
-        axes=(_ROWS, _ROWS, _POOL, (), _ROWS, _ROWS),
-        out=_ROWS,
+        axes=(ROWS, ROWS, STACKED_ROWS, (), ROWS, ROWS),
+        out=ROWS,
     )
     return saveable(indices_BTk)
 
@@ -293,10 +292,10 @@ def _mix(
     inputs |= {"q_BTHK": chunk.q_BTHK, "sink_H": layers.value(p.sink_H)}
     inputs |= {"pool_LBSK": state.stack.pool_LBSK, "layer": state.layer}
     scale = chunk.context.cfg.head_dim**-0.5
-    axes = {"q_BTHK": _QUERIES, "sink_H": ("heads",), "pool_LBSK": _POOL, "layer": ()}
+    axes = {"q_BTHK": _QUERIES, "sink_H": ("heads",), "pool_LBSK": STACKED_ROWS, "layer": ()}
     return sharding.per_device(
         lambda *arrays: run(**dict(zip(inputs, arrays, strict=True)), scale=scale, **static),
         *inputs.values(),
-        axes=tuple(axes.get(name, _ROWS) for name in inputs),
+        axes=tuple(axes.get(name, ROWS) for name in inputs),
         out=_QUERIES,
     )

@@ -9,8 +9,9 @@ K channels of the array at hand.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,15 @@ from v4jax.model import sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.pytree import pytree
 from v4jax.model.segments import segments
+from v4jax.model.sharding import ROWS, STACKED_ROWS
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 # Rows beyond the window, so that rejecting up to this many tokens loses nothing.
 SPARE = 8
 # Capacities are multiples of this many tokens: lcm(4, 128), the block of a paged pool.
 BLOCK = 128
 # Kernels need pools of entire device memory tiles, for every dtype down to 8 bits.
 _POOL_TILE = 32
-# Logical axes of states and rows: each device reads and writes its own rows.
-_STATE, _ROWS = (None, "batch"), ("batch",)
-_WRITTEN = (_STATE, (), _ROWS, _ROWS, _ROWS)
 
 
 @pytree
@@ -117,7 +117,7 @@ def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
     """The sharding of a cache's array of this shape: the mesh shares its rows."""
     if mesh is None:
         return None
-    return sharding.place(_ROWS if len(shape) == 1 else _STATE, shape, mesh)
+    return sharding.place(ROWS if len(shape) == 1 else STACKED_ROWS, shape, mesh)
 
 
 def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
@@ -176,20 +176,34 @@ def layer_of(stack: Float[Array, "L ..."], layer: Int[Array, ""]) -> Float[Array
 
 
 def ring_read(
-    ring_LBRK: Float[Array, "L B R K"], layer: Int[Array, ""], position_BX: Int[Array, "B X"]
+    ring_LBRK: Float[Array, "L B R K"], layer: Int[Array, ""], start_B: Int[Array, " B"], count: int
 ) -> Float[Array, "B X K"]:
-    """Rows at the given positions, which the ring must still hold."""
+    """The `count` rows before position `start`, which the ring must still hold."""
+    before_X = jnp.arange(-count, 0, dtype=jnp.int32)
+    position_BX = start_B[:, None] + before_X[None]
 
     def read(ring_LBRK: Array, layer: Array, position_BX: Array) -> Array:
         row_BX = jnp.mod(position_BX, ring_LBRK.shape[2])
         return jnp.take_along_axis(layer_of(ring_LBRK, layer), row_BX[..., None], axis=1)
 
-    axes = (_STATE, (), _ROWS)
+    axes = (STACKED_ROWS, (), ROWS)
     return sharding.per_device(
-        read, ring_LBRK, layer, position_BX, axes=axes, out=_ROWS, kernels=False
+        read, ring_LBRK, layer, position_BX, axes=axes, out=ROWS, kernels=False
     )
 
 
+def _writer(write: _F) -> _F:
+    """Decorates a function that writes to the rows of a stack: each device writes its own."""
+    axes = (STACKED_ROWS, (), ROWS, ROWS, ROWS)
+
+    @functools.wraps(write)
+    def call(*args: Any) -> Any:
+        return sharding.per_device(write, *args, axes=axes, out=STACKED_ROWS, kernels=False)
+
+    return cast(_F, call)
+
+
+@_writer
 def ring_write(
     ring_LBRK: Float[Array, "L B R K"],
     layer: Int[Array, ""],
@@ -198,18 +212,6 @@ def ring_write(
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B R K"]:
     """Write tokens start .. start + count - 1 of each row to their ring rows."""
-    return sharding.per_device(
-        _ring_write,
-        *(ring_LBRK, layer, new_BTK, start_B, count_B),
-        axes=_WRITTEN,
-        out=_STATE,
-        kernels=False,
-    )
-
-
-def _ring_write(
-    ring_LBRK: Array, layer: Array, new_BTK: Array, start_B: Array, count_B: Array
-) -> Array:
     rows, tokens = ring_LBRK.shape[2], new_BTK.shape[1]
     new_BTK = new_BTK.astype(ring_LBRK.dtype)
     if is_decode(tokens):
@@ -227,6 +229,7 @@ def _ring_write(
     return jax.lax.dynamic_update_index_in_dim(ring_LBRK, ring_BRK, layer, 0)
 
 
+@_writer
 def pool_write(
     pool_LBSK: Float[Array, "L B S K"],
     layer: Int[Array, ""],
@@ -235,18 +238,6 @@ def pool_write(
     count_B: Int[Array, " B"],
 ) -> Float[Array, "L B S K"]:
     """Write entries first .. first + count - 1 of each row to the pool."""
-    return sharding.per_device(
-        _pool_write,
-        *(pool_LBSK, layer, new_BnK, first_B, count_B),
-        axes=_WRITTEN,
-        out=_STATE,
-        kernels=False,
-    )
-
-
-def _pool_write(
-    pool_LBSK: Array, layer: Array, new_BnK: Array, first_B: Array, count_B: Array
-) -> Array:
     new_BnK = new_BnK.astype(pool_LBSK.dtype)
     rows, entries = pool_LBSK.shape[2], new_BnK.shape[1]
     entries = min(entries, rows)

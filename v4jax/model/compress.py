@@ -16,9 +16,7 @@ from v4jax.model import cache, layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.params import Declare
-
-# Logical axes of the ops' arguments.
-_RING, _ROWS = (None, "batch"), ("batch",)
+from v4jax.model.sharding import ROWS, STACKED_ROWS
 
 
 class Compressor(nnx.Module):
@@ -64,18 +62,17 @@ def update(
         entries_BnK = sharding.per_device(
             functools.partial(compress.decode, **settings),
             *(ring_LBRC, layer, window_B, *weights),
-            axes=(_RING, (), _ROWS, (), (), _ROWS),
-            out=_ROWS,
+            axes=(STACKED_ROWS, (), ROWS, (), (), ROWS),
+            out=ROWS,
         )
     else:
-        before_P = jnp.arange(-kind.overlap * kind.ratio, 0, dtype=jnp.int32)
-        position_BP = context.start_B[:, None] + before_P[None]
-        before_BPC = cache.ring_read(ring_LBRC, layer, position_BP)
+        before = kind.overlap * kind.ratio
+        before_BPC = cache.ring_read(ring_LBRC, layer, context.start_B, before)
         entries_BnK = sharding.per_device(
             functools.partial(compress.prefill, **settings),
             *(tail_BTC, before_BPC, context.start_B, *weights),
-            axes=(_ROWS, _ROWS, _ROWS, (), (), _ROWS),
-            out=_ROWS,
+            axes=(ROWS, ROWS, ROWS, (), (), ROWS),
+            out=ROWS,
         )
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
     entries_BnK = residuals.saveable(entries_BnK)

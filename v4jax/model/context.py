@@ -77,11 +77,10 @@ def make(
     Raises:
       ValueError: `document_BT` is given, but the model's compressed windows would mix documents.
     """
-    if document_BT is not None:
-        check_packing(cfg)
     position_BT = positions(start_B, tokens_BT.shape[1])
     first_BT = None
     if document_BT is not None:
+        check_packing(cfg)
         first_BT = firsts(document_BT)
         position_BT -= first_BT
     table = lambda compressed: layers.rope_table(

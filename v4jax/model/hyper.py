@@ -18,8 +18,7 @@ from v4jax.model.config import ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.layers import rms_norm, value
 from v4jax.model.params import Declare
-
-_ROWS = ("batch",)
+from v4jax.model.sharding import ROWS
 
 
 class HyperConnection(nnx.Module):
@@ -63,20 +62,20 @@ def around(
     )
     weights = value(p.fn_QM), value(p.base_Q), value(p.scale_3)
     input_BTD, post_BTN, comb_BTNN = saveable(
-        sharding.per_device(pre, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS)
+        sharding.per_device(pre, x_BTM, *weights, axes=(ROWS, (), (), ()), out=ROWS)
     )
     output_BTD, rest = sublayer(rms_norm(input_BTD, norm_D, cfg.rms_norm_eps))
     if not context.numerics.float32_islands:
         post_BTN, comb_BTNN = (part.astype(x_BTM.dtype) for part in (post_BTN, comb_BTNN))
     args = output_BTD, x_BTM, post_BTN, comb_BTNN
-    return saveable(sharding.per_device(hyper.post, *args, axes=(_ROWS,) * 4, out=_ROWS)), rest
+    return saveable(sharding.per_device(hyper.post, *args, axes=(ROWS,) * 4, out=ROWS)), rest
 
 
 def collapse(p: HyperHead, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
     """The streams combined into one, before the norm."""
     head = functools.partial(hyper.head, eps=cfg.hc_eps, norm_eps=cfg.rms_norm_eps)
     weights = value(p.fn_NM), value(p.base_N), value(p.scale_1)
-    return sharding.per_device(head, x_BTM, *weights, axes=(_ROWS, (), (), ()), out=_ROWS)
+    return sharding.per_device(head, x_BTM, *weights, axes=(ROWS, (), (), ()), out=ROWS)
 
 
 def expand(x_BTD: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T M"]:

@@ -201,7 +201,7 @@ def rotate(
     return sharding.per_device(
         functools.partial(rotary.rotate, norm=norm),
         *(x_BTHK, cos_BTQ, -sin_BTQ if inverse else sin_BTQ),
-        axes=(axes, ("batch",), ("batch",)),
+        axes=(axes, sharding.ROWS, sharding.ROWS),
         out=axes,
     )
 

@@ -21,8 +21,7 @@ from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
-
-_ROWS = ("batch",)
+from v4jax.model.sharding import ROWS
 
 
 class Router(nnx.Module):
@@ -83,7 +82,7 @@ def route(
         biased_BTE = score_BTE + layers.value(p.bias_E)[None, None]
         choose = lambda x_BTE: jax.lax.top_k(x_BTE, cfg.num_experts_per_tok)[1]
         expert_BTA = saveable(
-            sharding.per_device(choose, biased_BTE, axes=(_ROWS,), out=_ROWS, kernels=False)
+            sharding.per_device(choose, biased_BTE, axes=(ROWS,), out=ROWS, kernels=False)
         )
     else:
         expert_BTA = layers.value(p.expert_ids_VA)
@@ -170,10 +169,9 @@ def _over_experts(
     experts = jax.tree.leaves(weights)[0].shape[1]
     if experts % ways:
         # Every device holds all experts, so tokens need not move.
-        axes = (*(("batch",) for _ in range(3)), *(() for _ in weights))
-        args = (x_TD, expert_TA, weight_TA, *weights)
-        return sharding.per_device(run, *args, axes=axes, out=("batch",))
-    batch = sharding.partition_spec(("batch",))[0]
+        axes = (ROWS, ROWS, ROWS, *(() for _ in weights))
+        return sharding.per_device(run, x_TD, expert_TA, weight_TA, *weights, axes=axes, out=ROWS)
+    batch = sharding.partition_spec(ROWS)[0]
     split = x_TD.shape[0] % math.prod(mesh.shape[name] for name in batch) == 0
 
     def local(x_TD, expert_TA, weight_TA, *weights):

@@ -38,6 +38,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # Experts are not split, so that an optimiser that orthogonalises each needs no gather.
     "experts": ("expert", "fsdp"),
 }
+# Logical axes of rows of a batch, and of a stack over layers of such rows: each device has its own.
+ROWS, STACKED_ROWS = ("batch",), (None, "batch")
 
 
 @checked(

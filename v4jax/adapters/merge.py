@@ -33,7 +33,7 @@ from v4jax.checkpoints.disk import CheckpointError, Progress
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_directory import Checkpoint
-from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
+from v4jax.checkpoints.safetensors_file import DTYPES
 from v4jax.model.config import ModelConfig
 
 Weights = Literal["bfloat16", "keep"]
@@ -93,7 +93,7 @@ def merge(
     files = Checkpoint.open(source)
     change = updates.read(update, opened[1], best=best)
     identity = _identity(files, weights, updates.identity(update, best=best))
-    merged = _Tensors(files, opened, change, weights)
+    merged = _Merged(files, opened, change, weights)
     others = passengers.find(source)
     passengers.check(source, others, opened[1].vocab_size)
     with unfinished.begin(target, "merge", identity) as work:
@@ -102,15 +102,13 @@ def merge(
 
 def _identity(files: Checkpoint, weights: Weights, update: str) -> str:
     """A digest of everything the result depends on, judged by headers, sizes and times."""
-    stats = [os.stat(file) for file in sorted({str(files.info(name).file) for name in files.names})]
     infos = [(name, files.info(name).dtype, files.info(name).shape) for name in files.names]
-    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    inputs = [weights, update, files.config, versions, infos]
+    inputs = [weights, update, files.config, files.version, infos]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _write(
-    merged: "_Tensors",
+    merged: "_Merged",
     others: list[PurePath],
     work: unfinished.Work,
     ledgers: Path,
@@ -124,7 +122,7 @@ def _write(
         disk.write_json(place[file], {"sums": merged.ledger.to_json()})
         merged.ledger = Ledger()
 
-    export.write_shards(merged.files, merged.read, work, progress, what="merging", written=written)
+    export.write_shards(merged, work, progress, what="merging", written=written)
     if not merged.is_single and weights == "keep":
         others = [*others, PurePath(safetensors_directory.INDEX)]
     elif not merged.is_single:
@@ -139,13 +137,12 @@ def _write(
     return total.report()
 
 
-class _Tensors:
-    """The merged tensors, by their names in the source.
+class _Merged(export.Tensors):
+    """The merged tensors.
 
     Attributes:
       path: path of the source.
       weights: formats in which to store the tensors.
-      files: tensors of each file, in order.
       is_single: whether there is one file without an index.
       ledger: sums over the tensors read so far.
     """
@@ -157,50 +154,24 @@ class _Tensors:
         update: Update,
         weights: Weights,
     ) -> None:
+        self._tensors, cfg, formats = opened
+        extras = set(release.extras(self._tensors, cfg))
+        super().__init__(files.declarations(), cfg, formats, weights, extras)
         self.path, self.ledger = files.path, Ledger()
         self.weights: Weights = weights
-        self._tensors, cfg, self._formats = opened
         self._update = update
-        self._slots = tensor_names.slots(cfg)
-        self._matrix = {
-            tensor_names.scale_name(name): name
-            for name, slot in self._slots.items()
-            if self._formats[slot.leaf] is not None
-        }
         self._scales: dict[str, np.ndarray] = {}
-        translate = tensor_names.to_release(files.names)
-        self._ours = {theirs: translate(theirs) for theirs in files.names}
-        extras = set(release.extras(self._tensors, cfg))
-        self.files: dict[str, dict[str, TensorInfo]] = {}
-        for theirs, name in self._ours.items():
-            info = files.info(theirs)
-            declared = export.stored_as(
-                name, info, self._slots, "keep" if name in extras else weights
-            )
-            if declared is not None:
-                file = PurePath(str(info.file)).relative_to(files.path)
-                self.files.setdefault(file.as_posix(), {})[theirs] = declared
         self.is_single = list(self.files) == [safetensors_directory.SINGLE]
 
-    def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
-        """A tensor's values, in the declared format."""
-        name = self._ours[theirs]
-        if tensor_names.is_fused(name):
-            return self._fused(name, declared)
-        if name in self._matrix:
-            return self._scale(self._matrix[name])
-        if name in self._slots and self._slots[name].spec.stored != "i64":
-            return self._weight(name, declared.dtype)
+    def read_one(self, name: str, dtype: str) -> np.ndarray:
+        if name in self.matrices:
+            return self._scale(self.matrices[name])
+        if name in self.slots and self.slots[name].spec.stored != "i64":
+            return self._weight(name, dtype)
         return self._tensors[name].read()
 
-    def _fused(self, name: str, declared: TensorInfo) -> np.ndarray:
-        out = np.empty(declared.shape, DTYPES[declared.dtype])
-        for matrix, e, rows in tensor_names.of_fused(name, declared.shape):
-            out[e, rows] = self._weight(matrix, declared.dtype)
-        return out
-
     def _weight(self, name: str, dtype: str) -> np.ndarray:
-        stored = self._formats[self._slots[name].leaf]
+        stored = self.formats[self.slots[name].leaf]
         base, new = self._values(name)
         if new is None:
             if self.weights == "keep":
@@ -217,10 +188,10 @@ class _Tensors:
 
     def _values(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """A weight before and after the update, float32; the second is None if unchanged."""
-        leaf, at, _ = self._slots[name]
+        leaf, at, _ = self.slots[name]
         if not updates.touches(self._update, leaf):
             return np.empty(0, np.float32), None
-        base = release_weights.dense(self._tensors, name, self._formats[leaf], np.float32)
+        base = release_weights.dense(self._tensors, name, self.formats[leaf], np.float32)
         return base, updates.changed(self._update, leaf, at, base)
 
     def _scale(self, name: str) -> np.ndarray:
@@ -236,7 +207,7 @@ class _Tensors:
         """The scales of a changed matrix, cached between reading its values and its scales."""
         if name in self._scales:
             return self._scales.pop(name)
-        stored = self._formats[self._slots[name].leaf]
+        stored = self.formats[self.slots[name].leaf]
         assert stored is not None
         old = self._tensors[tensor_names.scale_name(name)].read()
         self._scales[name] = requantise.scales(new, old, stored)

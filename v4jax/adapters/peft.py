@@ -8,7 +8,6 @@ Axis letters: L layers of a stack, E experts, r rank, N output channels, K input
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,8 +123,7 @@ def export(
     config = peft_config.make(settings, base, names_in_order)
     with unfinished.begin(directory, "export-adapter", "") as work:
         write_safetensors(work.directory / TENSORS, infos, read, metadata={"format": "pt"})
-        text = json.dumps(config, indent=2)
-        (work.directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+        disk.write_json(work.directory / CONFIG, config, indent=2)
         work.finish()
 
 

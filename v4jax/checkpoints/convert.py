@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ import numpy as np
 
 from v4jax import arguments
 from v4jax.checkpoints import (
-    config_file,
     disk,
     hub,
     native,
@@ -54,21 +53,11 @@ _FILE_BYTES = 4096  # most that a file occupies on a disk beyond its contents
 _RESUME = "Free space or repair the disk, then run the command again: it resumes where it stopped."
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A checkpoint to convert.
-
-    Attributes:
-      files: the tensors.
-      folder: directory of the small files: configuration, index, tokenizer.
-      root: common prefix of the paths in `files`.
-      version: changes when the files do.
-    """
+class _Source(NamedTuple):
+    """A checkpoint to convert: its tensors, and the directory of its small files."""
 
     files: TensorFiles
     folder: Path
-    root: Path
-    version: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +65,7 @@ class _Conversion:
     """Everything that will be written.
 
     Attributes:
-      source: the checkpoint.
+      root: what the paths of the source's files begin with.
       tensors: its tensors by release name.
       config: its configuration.
       manifest: manifest of the native checkpoint.
@@ -85,7 +74,7 @@ class _Conversion:
       slots: destination of each release tensor.
     """
 
-    source: _Source
+    root: Path
     tensors: Release
     config: ModelConfig
     manifest: Manifest
@@ -130,7 +119,7 @@ def convert(
         unfinished.check_target(target, opened.folder)
         conversion = _check(opened, weights)
         files = _passengers(opened.folder, conversion.config)
-        with unfinished.begin(target, "convert", _identity(opened, weights)) as work:
+        with unfinished.begin(target, "convert", _identity(opened.files, weights)) as work:
             _write(conversion, work, progress)
             passengers.copy(opened.folder, files, work.directory)
             passengers.copy(opened.folder, [PurePath(safetensors_directory.CONFIG)], work.directory)
@@ -151,14 +140,12 @@ def _open(source: str | Path, revision: str | None, scratch: Path) -> Iterator[_
         folder = hub.resolve(source, revision=revision, allow_patterns=["*"], ignore_patterns=later)
         # The snapshot's name is its commit: take the shards from the same one.
         with hub.HubCheckpoint.open(str(source), scratch, revision=folder.name) as files:
-            yield _Source(files, folder, Path(files.repo_id), folder.name)
+            yield _Source(files, folder)
         return
     _refuse_native(path, str(path))
     unfinished.refuse_unfinished(path)
     with safetensors_directory.Checkpoint.open(path) as files:
-        shards = sorted({str(files.info(name).file) for name in files.names})
-        stats = [os.stat(shard) for shard in shards]
-        yield _Source(files, path, path, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+        yield _Source(files, path)
 
 
 def _refuse_native(folder: Path, name: str) -> None:
@@ -180,19 +167,16 @@ def _passengers(folder: Path, cfg: ModelConfig) -> list[PurePath]:
 
 
 def _check(source: _Source, weights: Weights) -> _Conversion:
-    files = source.files
-    cfg = config_file.read(source.folder / safetensors_directory.CONFIG)
-    tensors = Release(files, cfg)
-    cfg = release.fit_config(tensors, cfg)
-    formats = release.check(tensors, cfg)
+    tensors, cfg, formats = release_weights.check(source.files, source.folder)
     held: dict[str, Format] = formats if weights == "keep" else dict.fromkeys(formats)
     structs = {}
     for leaf, spec in params.leaves(Model(cfg)):
         struct = _struct(leaf, spec, held[leaf], tensors, cfg, weights)
         arrays = zip(native.array_names(leaf, held[leaf]), jax.tree.leaves(struct), strict=True)
         structs |= {name: (array, spec.stack_dims) for name, array in arrays}
-    manifest = Manifest(weights, held, _sources(source), _index(source))
-    return _Conversion(source, tensors, cfg, manifest, formats, structs, tensor_names.slots(cfg))
+    manifest = Manifest(weights, held, source.files.declarations(), _index(source))
+    slots = tensor_names.slots(cfg)
+    return _Conversion(source.files.path, tensors, cfg, manifest, formats, structs, slots)
 
 
 def _struct(
@@ -209,28 +193,20 @@ def _struct(
     return jax.ShapeDtypeStruct(spec.shape, dtype)
 
 
-def _sources(source: _Source) -> dict[str, TensorInfo]:
-    infos = {name: source.files.info(name) for name in source.files.names}
-    inside = lambda file: Path(PurePath(file).relative_to(source.root))
-    return {
-        name: TensorInfo(info.dtype, tuple(info.shape), inside(info.file))
-        for name, info in infos.items()
-    }
-
-
 def _index(source: _Source) -> dict[str, Any] | None:
     file = source.folder / safetensors_directory.INDEX
-    if not file.is_file() or (source.root / safetensors_directory.SINGLE).is_file():
+    if not file.is_file() or (source.files.path / safetensors_directory.SINGLE).is_file():
         return None
     return disk.read_json(file).get("metadata", {})
 
 
-def _identity(source: _Source, weights: Weights) -> str:
+def _identity(files: TensorFiles, weights: Weights) -> str:
     """A digest of the settings and of the source: its headers, configuration and version."""
     infos = [
-        (name, info.dtype, info.shape, str(info.file)) for name, info in _sources(source).items()
+        (name, info.dtype, info.shape, str(info.file))
+        for name, info in files.declarations().items()
     ]
-    parts = [native.VERSION, weights, source.files.config, source.version, infos]
+    parts = [native.VERSION, weights, files.config, files.version, infos]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -249,7 +225,7 @@ def _units(conversion: _Conversion) -> dict[str, int]:
 
 
 def _extras_file(conversion: _Conversion, name: str) -> str:
-    file = PurePath(conversion.tensors[name].file).relative_to(conversion.source.root)
+    file = PurePath(conversion.tensors[name].file).relative_to(conversion.root)
     return f"{native.EXTRAS}/{file.as_posix()}"
 
 

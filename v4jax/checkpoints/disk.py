@@ -1,11 +1,12 @@
 """The error of everything that reads or writes checkpoints, and helpers for small files."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from v4jax.text.files import parse_json, read_text
 
@@ -48,16 +49,26 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
       OSError: the file, which the error names, cannot be written.
     """
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears as `path` when it is complete and on disk; after an error it is gone."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
+    except BaseException:
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def require_space(folder: Path, nbytes: int) -> None:

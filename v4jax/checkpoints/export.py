@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +20,7 @@ from v4jax.checkpoints import (
     unfinished,
 )
 from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
+from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Native
 from v4jax.checkpoints.safetensors_file import (
     DTYPES,
@@ -28,6 +29,7 @@ from v4jax.checkpoints.safetensors_file import (
     write_safetensors,
 )
 from v4jax.checkpoints.zarr_arrays import DAMAGED
+from v4jax.model.config import ModelConfig
 
 _DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
@@ -66,10 +68,10 @@ def export(
     files = passengers.find(opened.path, besides=native.OWN)
     passengers.check(opened.path, files, opened.config.vocab_size)
     identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
-    tensors, index = _Tensors(opened), _source_index(opened)
+    tensors, index = _Native(opened), _source_index(opened)
     weights = opened.manifest.weights
     with unfinished.begin(target, "export", identity) as work:
-        write_shards(tensors.files, tensors.read, work, progress, what="exporting")
+        write_shards(tensors, work, progress, what="exporting")
         if index is not None:
             passengers.copy(index, [PurePath(safetensors_directory.INDEX)], work.directory)
         elif (metadata := opened.manifest.index) is not None:
@@ -105,75 +107,90 @@ def _source_index(opened: Native) -> Path | None:
     return file.parent
 
 
-class _Tensors:
-    """A native checkpoint as the tensors of its source, by the source's names.
+class Tensors:
+    """The tensors to write, by their names in the source.
 
     Attributes:
       files: tensors of each file, in order.
+      slots: where the model holds each release tensor.
+      formats: how each leaf is stored.
+      matrices: the quantised matrices, by the names of their scales.
     """
 
-    def __init__(self, opened: Native) -> None:
-        self._native = opened
-        self._slots = tensor_names.slots(opened.config)
-        quantised = [n for n, slot in self._slots.items() if not self._is_dense(slot)]
-        self._scales = {tensor_names.scale_name(name): self._slots[name] for name in quantised}
-        self._extras = {}
-        for file in sorted((opened.path / native.EXTRAS).rglob("*.safetensors")):
-            extras = open_safetensors(file)
-            self._extras |= dict.fromkeys(extras.names, extras)
-        sources = opened.manifest.sources
+    def __init__(
+        self,
+        sources: Mapping[str, TensorInfo],
+        cfg: ModelConfig,
+        formats: Mapping[str, Format],
+        weights: native.Weights,
+        extras: Collection[str],
+    ) -> None:
+        """Declare what to write.
+
+        Args:
+          sources: tensors of the source's files, in order, by their names there.
+          cfg: the model's configuration.
+          formats: how each leaf is stored.
+          weights: 'keep', or the dtype of everything that need not be float32.
+          extras: release tensors that stay as they are in the source.
+        """
+        self.formats, self.slots = formats, tensor_names.slots(cfg)
+        quantised = [name for name, slot in self.slots.items() if formats[slot.leaf] is not None]
+        self.matrices = {tensor_names.scale_name(name): name for name in quantised}
         translate = tensor_names.to_release(sources)
         self._ours = {theirs: translate(theirs) for theirs in sources}
         self.files: dict[str, dict[str, TensorInfo]] = {}
         for theirs, info in sources.items():
-            declared = self._declared(theirs, info)
+            name = self._ours[theirs]
+            declared = _stored_as(name, info, self.slots, "keep" if name in extras else weights)
             if declared is not None:
                 self.files.setdefault(str(info.file), {})[theirs] = declared
 
-    def _is_dense(self, slot: tensor_names.Slot) -> bool:
-        return self._native.manifest.leaves[slot.leaf] is None
-
-    def _declared(self, theirs: str, source: TensorInfo) -> TensorInfo | None:
-        """How a tensor is exported; None for the scales of a weight that is now dense."""
-        name, weights = self._ours[theirs], self._native.manifest.weights
-        if name in self._extras:
-            return TensorInfo(source.dtype, source.shape)
-        return stored_as(name, source, self._slots, weights)
-
     def read(self, theirs: str, declared: TensorInfo) -> np.ndarray:
         """A tensor's values, in the declared dtype and shape."""
-        name, dtype = self._ours[theirs], DTYPES[declared.dtype]
-        if name in self._extras:
-            return self._extras[name].read(name)
-        if name in self._scales:
-            leaf, index, _ = self._scales[name]
-            return self._native.read(f"{leaf}.scale", index).T
-        if tensor_names.is_fused(name):
-            return self._fused(name, declared)
-        slot = self._slots[name]
-        if self._is_dense(slot):
-            return self._native.dense(slot.leaf, slot.at).astype(dtype, copy=False)
-        return self._native.stored(slot.leaf, slot.at)[0].view(dtype)
-
-    def _fused(self, name: str, declared: TensorInfo) -> np.ndarray:
+        name = self._ours[theirs]
+        if not tensor_names.is_fused(name):
+            return self.read_one(name, declared.dtype)
         out = np.empty(declared.shape, DTYPES[declared.dtype])
         for matrix, e, rows in tensor_names.of_fused(name, declared.shape):
-            slot = self._slots[matrix]
-            out[e, rows] = self._native.dense(slot.leaf, slot.at)
+            out[e, rows] = self.read_one(matrix, declared.dtype)
         return out
 
+    def read_one(self, name: str, dtype: str) -> np.ndarray:
+        """The values of a release tensor."""
+        raise NotImplementedError
 
-def stored_as(
+
+class _Native(Tensors):
+    """The tensors of a native checkpoint's source."""
+
+    def __init__(self, opened: Native) -> None:
+        self._native = opened
+        self._extras = {}
+        for file in sorted((opened.path / native.EXTRAS).rglob("*.safetensors")):
+            extras = open_safetensors(file)
+            self._extras |= dict.fromkeys(extras.names, extras)
+        manifest = opened.manifest
+        super().__init__(
+            manifest.sources, opened.config, manifest.leaves, manifest.weights, self._extras
+        )
+
+    def read_one(self, name: str, dtype: str) -> np.ndarray:
+        if name in self._extras:
+            return self._extras[name].read(name)
+        if name in self.matrices:
+            leaf, index, _ = self.slots[self.matrices[name]]
+            return self._native.read(f"{leaf}.scale", index).T
+        leaf, index, _ = self.slots[name]
+        if self.formats[leaf] is None:
+            return self._native.read(leaf, index).astype(DTYPES[dtype], copy=False)
+        return self._native.stored(leaf, index)[0].view(DTYPES[dtype])
+
+
+def _stored_as(
     name: str, source: TensorInfo, slots: Mapping[str, tensor_names.Slot], weights: native.Weights
 ) -> TensorInfo | None:
-    """How a tensor of the model is written; None for the scales of a weight that is now dense.
-
-    Args:
-      name: its release name.
-      source: its declaration in the source.
-      slots: where each release tensor is stored.
-      weights: 'keep', or the dtype of everything that need not be float32.
-    """
+    """How a tensor is written; None for the scales of a weight that is now dense."""
     if weights == "keep":
         return TensorInfo(source.dtype, source.shape)
     if tensor_names.is_fused(name):
@@ -188,8 +205,7 @@ def stored_as(
 
 
 def write_shards(
-    files: Mapping[str, Mapping[str, TensorInfo]],
-    read: Callable[[str, TensorInfo], np.ndarray],
+    tensors: Tensors,
     work: unfinished.Work,
     progress: Progress | None,
     *,
@@ -199,18 +215,17 @@ def write_shards(
     """Write each file that is not done yet, one tensor at a time.
 
     Args:
-      files: tensors of each file, in order.
-      read: called once for each tensor, in order.
+      tensors: what to write; each is read once, in order.
       work: the directory to write to, and what is done.
       progress: called with `what`, bytes done and total bytes.
       what: current activity, for `progress`.
       written: called with each file before it counts as done.
     """
-    sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in files.items()}
+    sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in tensors.files.items()}
     total = sum(sizes.values())
     done = sum(size for file, size in sizes.items() if file in work.done)
     require_space(work.directory, total - done)
-    for file, infos in files.items():
+    for file, infos in tensors.files.items():
         if file in work.done:
             continue
 
@@ -219,7 +234,7 @@ def write_shards(
             done += infos[theirs].nbytes
             if progress is not None:
                 progress(what, done, total)
-            return read(theirs, infos[theirs])
+            return tensors.read(theirs, infos[theirs])
 
         path = work.directory / file
         path.parent.mkdir(parents=True, exist_ok=True)

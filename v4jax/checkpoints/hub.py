@@ -12,15 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from v4jax.checkpoints import disk, safetensors_directory
 from v4jax.checkpoints.disk import CheckpointError, require_space
+from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.checkpoints.safetensors_file import (
     SafetensorsFile,
     TensorInfo,
     check_entries,
-    lookup,
     open_safetensors,
 )
 
@@ -130,17 +128,12 @@ def _reason(error: Exception, revision: str | None) -> str:
     )
 
 
-class HubCheckpoint:
-    """A checkpoint on the Hub with the interface of `safetensors_directory.Checkpoint`.
+class HubCheckpoint(TensorFiles):
+    """A checkpoint on the Hub; its `version` is the commit.
 
-    `open` fetches headers only. Reading from a shard downloads it and deletes the one before it:
-    read in the order of `names`, as every change of shard is a download. Shards that the Hub's
-    cache already holds are read from there and kept.
-
-    Attributes:
-      repo_id: the repository.
-      config: contents of `config.json`.
-      names: all tensors, shard by shard, in byte order.
+    `open` fetches headers only. Reading from a shard downloads it and deletes the one before it,
+    whose views occupy disk space while they live: read in the order of `names`, as every change of
+    shard is a download. Shards that the Hub's cache already holds are read from there and kept.
     """
 
     def __init__(
@@ -151,14 +144,8 @@ class HubCheckpoint:
         config: dict[str, Any],
         shards: dict[str, dict[str, TensorInfo]],
     ) -> None:
-        self.repo_id = repo_id
-        self.config = config
-        self._commit = commit
-        self._folder = folder
-        self._shards = shards
-        self._infos = {name: info for infos in shards.values() for name, info in infos.items()}
-        self._shard_of = {name: shard for shard, infos in shards.items() for name in infos}
-        self.names = tuple(self._infos)
+        super().__init__(Path(repo_id), config, shards)
+        self.repo_id, self._commit, self._folder = repo_id, commit, folder
         self._held: tuple[str, SafetensorsFile] | None = None
 
     @classmethod
@@ -205,22 +192,8 @@ class HubCheckpoint:
         return cls(repo_id, commit, folder, config, shards)
 
     @property
-    def total_bytes(self) -> int:
-        """Total bytes of all tensors."""
-        return sum(info.nbytes for info in self._infos.values())
-
-    def info(self, name: str) -> TensorInfo:
-        """The tensor's dtype, shape and file."""
-        return lookup(self._infos, name, self.repo_id)
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A view as from `SafetensorsFile.read`; its shard occupies disk space while it lives."""
-        return self._hold(lookup(self._shard_of, name, self.repo_id)).read(name, rows)
-
-    def shards(self) -> Iterator[SafetensorsFile]:
-        """Yield the files in order; each is deleted when the next is requested."""
-        for shard in self._shards:
-            yield self._hold(shard)
+    def version(self) -> str:
+        return self._commit
 
     def _hold(self, shard: str) -> SafetensorsFile:
         if self._held is None or self._held[0] != shard:
@@ -250,9 +223,3 @@ class HubCheckpoint:
             self._held = None
         if self._folder.exists():
             shutil.rmtree(self._folder)
-
-    def __enter__(self) -> "HubCheckpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

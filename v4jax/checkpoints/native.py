@@ -13,6 +13,7 @@ Axis letters: N rows, K columns of a stored matrix.
 """
 
 import dataclasses
+import functools
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -134,12 +135,8 @@ class Native:
         self.config = read_config(path, self.manifest)
         self.arrays = Arrays(path / WEIGHTS)
 
-    def dense(self, leaf: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A slice of a leaf that is stored dense."""
-        return self.read(leaf, index)
-
     def read(self, array: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A slice of an array, its values checked."""
+        """A slice of an array, which is a dense leaf or a part of another; checks its values."""
         values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
         leaf = array.removesuffix(".scale")
         if leaf != array and self.manifest.leaves.get(leaf) is not None:
@@ -191,18 +188,8 @@ def load(
     structs = map_leaves(
         lambda name, spec: _struct(native, name, spec, dtype, keep_quantised), declared
     )
-    places = release_weights.placements(declared, structs, mesh)
-    total, done = len(native.manifest.leaves), 0
-
-    def fill(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
-        nonlocal done
-        leaf = _make_leaf(native, name, struct, place)
-        done += 1
-        if progress is not None:
-            progress("loading", done, total)
-        return leaf
-
-    return map_leaves(fill, declared, structs, places), native.config
+    make = functools.partial(_make_leaf, native)
+    return release_weights.fill(declared, structs, mesh, make, progress), native.config
 
 
 def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantised: bool) -> Any:

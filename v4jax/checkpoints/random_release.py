@@ -4,7 +4,6 @@ Axis letters: V vocabulary, D hidden.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 import zlib
@@ -17,6 +16,7 @@ import tokenizers
 
 from v4jax import arguments
 from v4jax.checkpoints import safetensors_directory, tensor_names
+from v4jax.checkpoints.disk import write_json
 from v4jax.checkpoints.formats import QUANTISED
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
 from v4jax.model import config_json, params
@@ -74,7 +74,7 @@ def make_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         extras = [Path(scratch, "tokenizer.json"), Path(scratch, "generation_config.json")]
         tokenizer.save(str(extras[0]))
-        extras[1].write_text(json.dumps(_generation_config(cfg), indent=2) + "\n")
+        write_json(extras[1], _generation_config(cfg), indent=2)
         safetensors_directory.write_checkpoint(
             directory, config_json.to_json(cfg), shards, arrays.__getitem__, extras=extras
         )

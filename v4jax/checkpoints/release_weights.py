@@ -17,6 +17,7 @@ from v4jax.checkpoints import config_file, release, safetensors_directory, tenso
 from v4jax.checkpoints.disk import Progress
 from v4jax.checkpoints.formats import BlockFormat, Format, Stored
 from v4jax.checkpoints.release import Release
+from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
@@ -33,8 +34,12 @@ def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
       CheckpointError: the directory is not a DeepSeek-V4 checkpoint, or is damaged.
     """
     unfinished.refuse_unfinished(path)
-    files = safetensors_directory.Checkpoint.open(path)
-    cfg = config_file.read(path / safetensors_directory.CONFIG)
+    return check(safetensors_directory.Checkpoint.open(path), path)
+
+
+def check(files: TensorFiles, folder: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
+    """`open_release` of open files; the configuration is in the folder."""
+    cfg = config_file.read(folder / safetensors_directory.CONFIG)
     tensors = Release(files, cfg)
     cfg = release.fit_config(tensors, cfg)
     return tensors, cfg, release.check(tensors, cfg)
@@ -55,18 +60,37 @@ def load(
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )
-    places = placements(declared, structs, mesh)
-    total, done = len(formats), 0
+    make = lambda name, struct, place: _make_leaf(name, struct, place, formats[name], tensors, cfg)
+    return fill(declared, structs, mesh, make, progress), cfg
 
-    def fill(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
+
+def fill(
+    declared: Model,
+    structs: Any,
+    mesh: Mesh | None,
+    make: Callable[[str, Any, Any], Any],
+    progress: Progress | None,
+) -> Model:
+    """The model, whose leaves are `make(name, struct, placement)`.
+
+    They are placed by `sharding.RULES`, or without a mesh on the first device.
+    """
+    if mesh is not None:
+        places = sharding.shardings(declared, mesh, structs)
+    else:
+        first = SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: first, structs)
+    total, done = sum(1 for _ in params.leaves(declared)), 0
+
+    def one(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
         nonlocal done
-        leaf = _make_leaf(name, struct, place, formats[name], tensors, cfg)
+        leaf = make(name, struct, place)
         done += 1
         if progress is not None:
             progress("loading", done, total)
         return leaf
 
-    return map_leaves(fill, declared, structs, places), cfg
+    return map_leaves(one, declared, structs, places)
 
 
 def leaf_struct(
@@ -81,14 +105,6 @@ def leaf_struct(
         scale = jax.ShapeDtypeStruct(struct.scale.shape, jnp.float32)
         struct = dataclasses.replace(struct, scale=scale)
     return struct
-
-
-def placements(declared: Model, structs: Any, mesh: Mesh | None) -> Any:
-    """The sharding of each array of the model: by `sharding.RULES`, or on the first device."""
-    if mesh is not None:
-        return sharding.shardings(declared, mesh, structs)
-    first = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda _: first, structs)
 
 
 def _make_leaf(

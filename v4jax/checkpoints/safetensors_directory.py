@@ -4,11 +4,12 @@ That is `config.json`, and either `model.safetensors` or an index with shards. I
 single file is read and the index ignored, as in transformers.
 """
 
+import abc
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,49 +28,78 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class TensorFiles(Protocol):
+class TensorFiles(abc.ABC):
     """A checkpoint's tensors, on this machine (`Checkpoint`) or on the Hub (`HubCheckpoint`).
 
-    Attributes:
-      config: contents of `config.json`.
-      names: all tensors, shard by shard, in byte order.
-    """
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def info(self, name: str) -> TensorInfo:
-        """The tensor's dtype, shape and file."""
-        ...
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A read-only view of a tensor, or of some of its rows."""
-        ...
-
-
-class Checkpoint:
-    """The tensors of a checkpoint directory.
-
-    `open` reads and checks every header. One shard at a time is mapped into memory; views are as
-    from `SafetensorsFile.read`.
+    One shard at a time is open; views are as from `SafetensorsFile.read`.
 
     Attributes:
-      path: the directory.
+      path: what its files' paths begin with: the directory, or the repository's id.
       config: contents of `config.json`.
       names: all tensors, shard by shard, in byte order.
     """
 
     def __init__(
+        self, path: Path, config: dict[str, Any], shards: Mapping[Any, Mapping[str, TensorInfo]]
+    ) -> None:
+        self.path, self.config = path, config
+        self._shards = shards
+        self._infos = {name: info for infos in shards.values() for name, info in infos.items()}
+        self._shard_of = {name: shard for shard, infos in shards.items() for name in infos}
+        self.names = tuple(self._infos)
+
+    @property
+    @abc.abstractmethod
+    def version(self) -> Any:
+        """In JSON, what changes when the files do."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Total bytes of all tensors."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's dtype, shape and file."""
+        return lookup(self._infos, name, self.path)
+
+    def declarations(self) -> dict[str, TensorInfo]:
+        """Each tensor's dtype, shape, and file relative to `path`."""
+        return {
+            name: TensorInfo(info.dtype, info.shape, Path(str(info.file)).relative_to(self.path))
+            for name, info in self._infos.items()
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A read-only view of a tensor or of some of its rows; see `SafetensorsFile.read`."""
+        return self._hold(lookup(self._shard_of, name, self.path)).read(name, rows)
+
+    def shards(self) -> Iterator[SafetensorsFile]:
+        """Yield the files in order; each is closed when the next is requested."""
+        for shard in self._shards:
+            yield self._hold(shard)
+
+    @abc.abstractmethod
+    def _hold(self, shard: Any) -> SafetensorsFile:
+        """Open a shard instead of the one before it."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release the open shard; a later read opens it again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checkpoint(TensorFiles):
+    """The tensors of a checkpoint directory; `open` reads and checks every header."""
+
+    def __init__(
         self, path: Path, config: dict[str, Any], shards: Sequence[SafetensorsFile]
     ) -> None:
-        self.path = path
-        self.config = config
-        self._shards = tuple(shards)
-        self._shard_of = {name: shard for shard in shards for name in shard.names}
-        self.names = tuple(self._shard_of)
+        super().__init__(path, config, {shard: shard.tensors for shard in shards})
         self._mapped: SafetensorsFile | None = None
 
     @classmethod
@@ -101,27 +131,12 @@ class Checkpoint:
         return cls(path, config, list(shards.values()))
 
     @property
-    def total_bytes(self) -> int:
-        """Total bytes of all tensors."""
-        return sum(self.info(name).nbytes for name in self.names)
+    def version(self) -> list[tuple[int, int]]:
+        """Sizes and times of the shards."""
+        files = sorted({str(info.file) for info in self._infos.values()})
+        return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
 
-    def info(self, name: str) -> TensorInfo:
-        """The tensor's dtype, shape and file."""
-        return self._shard(name).info(name)
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A read-only view of a tensor or of some of its rows; see `SafetensorsFile.read`."""
-        return self._map(self._shard(name)).read(name, rows)
-
-    def shards(self) -> Iterator[SafetensorsFile]:
-        """Yield the files in order; each is closed when the next is requested."""
-        for shard in self._shards:
-            yield self._map(shard)
-
-    def _shard(self, name: str) -> SafetensorsFile:
-        return lookup(self._shard_of, name, self.path)
-
-    def _map(self, shard: SafetensorsFile) -> SafetensorsFile:
+    def _hold(self, shard: SafetensorsFile) -> SafetensorsFile:
         if self._mapped is not shard:
             self.close()
             self._mapped = shard
@@ -132,12 +147,6 @@ class Checkpoint:
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from v4jax.checkpoints.disk import CheckpointError, require_space, sync_directory
+from v4jax.checkpoints.disk import CheckpointError, replacing, require_space, sync_directory
 from v4jax.text.files import parse_json
 
 DTYPES = {
@@ -78,7 +78,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One file's tensors as views of a memory map; `names` are in byte order."""
+    """One file's tensors, declared in `tensors` in byte order, as views of a memory map."""
 
     def __init__(
         self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str], data_start: int
@@ -86,7 +86,7 @@ class SafetensorsFile:
         self.path = path
         self.names = tuple(tensors)
         self.metadata = metadata
-        self._tensors = tensors
+        self.tensors = tensors
         self._data_start = data_start
         self._size = data_start + sum(info.nbytes for info in tensors.values())
         self._map: mmap.mmap | None = None
@@ -94,7 +94,7 @@ class SafetensorsFile:
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's dtype, shape and place in the file."""
-        return lookup(self._tensors, name, self.path)
+        return lookup(self.tensors, name, self.path)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A read-only view of a tensor, or of some of its rows; nothing is copied.
@@ -315,20 +315,11 @@ def write_safetensors(
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; give a file name.")
     header = _encode_header(path, tensors, metadata or {})
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    require_space(path.parent, len(header) + sum(info.nbytes for info in tensors.values()))
-    try:
-        with part.open("wb") as file:
-            file.write(header)
-            for name, info in tensors.items():
-                file.write(_array_bytes(path, name, info, read(name)))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        require_space(path.parent, len(header) + sum(info.nbytes for info in tensors.values()))
+        file.write(header)
+        for name, info in tensors.items():
+            file.write(_array_bytes(path, name, info, read(name)))
     sync_directory(path.parent)
 
 

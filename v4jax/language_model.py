@@ -93,7 +93,7 @@ class LanguageModel:
             update = updates.read(updates.resolve(path), engine.cfg)
             if isinstance(update, updates.Replaced):
                 raise CheckpointError(
-                    f"{path}: has trained the weights themselves, so there is no base to share; "
+                    f"{path}: trained the weights in full, so there is no base to share; "
                     "pass it to 'v4jax.load'."
                 )
             changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)

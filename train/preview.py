@@ -1,6 +1,5 @@
 """A preview of what a run would train on; uses no device."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,50 +19,6 @@ from .recipe import Recipe
 
 _SHOWN = 3
 _TRAINED, _SEEN = "bold green", "dim"
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """Statistics of one file.
-
-    Attributes:
-      rows, wrong: number of rows, and of invalid ones.
-      tokens, trained: number of tokens packed in an epoch, and of trained ones.
-      shortest, median, longest: tokens per document.
-      packs: number of packs in an epoch.
-      efficiency: fraction of the packs' positions that hold a token.
-      too_long, dropped: number of documents longer than a pack, and of tokens in no pack.
-    """
-
-    rows: int
-    wrong: int
-    tokens: int
-    trained: int
-    shortest: int
-    median: int
-    longest: int
-    packs: int
-    efficiency: float
-    too_long: int
-    dropped: int
-
-
-def facts(documents: Documents, packing: Packing) -> Facts:
-    """Statistics of a file and its first epoch."""
-    ordered_D = sorted(documents.lengths_D.tolist())
-    return Facts(
-        rows=documents.report.rows,
-        wrong=documents.report.wrong,
-        tokens=packing.tokens,
-        trained=packing.trained,
-        shortest=ordered_D[0],
-        median=ordered_D[len(ordered_D) // 2],
-        longest=ordered_D[-1],
-        packs=len(packing),
-        efficiency=packing.efficiency,
-        too_long=packing.too_long,
-        dropped=packing.dropped,
-    )
 
 
 def pieces(document: Document, number: int, packing: Packing) -> list[Document]:
@@ -151,27 +106,26 @@ def _print_facts(
     )
     say = lambda text, style="": console.print(Text(visible(text), style))
     for i, (documents, packs) in enumerate(zip(files, packed, strict=True)):
-        file = facts(documents, packs.packing(0))
-        path = documents.path
+        path, report, first = documents.path, documents.report, packs.packing(0)
+        lengths = sorted(documents.lengths_D.tolist())
+        shown = lengths[0], lengths[len(lengths) // 2], lengths[-1]
         table.add_row(
             Text(visible(path if i < trained else f"{path} (held out)")),
-            f"{file.rows:,}",
-            f"{file.wrong:,}",
-            f"{file.tokens:,}",
-            f"{file.trained:,} ({file.trained / file.tokens:.0%})",
-            f"{file.shortest:,} / {file.median:,} / {file.longest:,}",
-            f"{file.packs:,} x {recipe.data.seq_len:,}",
-            f"{file.efficiency:.1%}",
+            f"{report.rows:,}",
+            f"{report.wrong:,}",
+            f"{first.tokens:,}",
+            f"{first.trained:,} ({first.trained / first.tokens:.0%})",
+            " / ".join(f"{length:,}" for length in shown),
+            f"{len(first):,} x {recipe.data.seq_len:,}",
+            f"{first.efficiency:.1%}",
         )
-        say(f"{path}: {documents.report.form}.")
-        if file.too_long:
-            lost = (
-                f"{file.too_long:,} documents are longer than a pack; {file.dropped:,} tokens lost"
-            )
-            say(f"{path}: {lost}.", "yellow")
+        say(f"{path}: {report.form}.")
+        if first.too_long:
+            lost = f"are longer than a pack; {first.dropped:,} tokens lost"
+            say(f"{path}: {first.too_long:,} documents {lost}.", "yellow")
         for note in packs.notes(waste=i < trained):
             say(note, "yellow")
         if i < trained:
-            steps = -(-file.packs // recipe.steps.batch)
+            steps = -(-len(first) // recipe.steps.batch)
             say(f"{path}: an epoch is {steps:,} steps of {recipe.steps.batch} packs.")
     console.print(table)

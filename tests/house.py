@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "v4jax_train.data": (TEXT,),
     "v4jax_train": (*LIBRARY, "v4jax.commands", "v4jax_train.data"),
 }
-SHARED = "v4jax.arguments"
+SHARED = ("v4jax.arguments", "v4jax.waiting")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 400, 60, 6
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -99,7 +99,7 @@ def forbidden_imports(known: dict[str, Module]) -> list[str]:
         f"{module.name} imports {name}"
         for module in known.values()
         for name in sorted(imports(module, known))
-        if name != SHARED and known[name].layer not in (module.layer, *LAYERS[module.layer])
+        if name not in SHARED and known[name].layer not in (module.layer, *LAYERS[module.layer])
     ]
 
 

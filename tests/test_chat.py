@@ -324,7 +324,10 @@ BAD = [
     (assistant("a", tool_calls=[call(b"{}")]), "function.arguments is not a JSON value"),
     ({"role": "system", "tools": "f"}, "messages[1].tools is str; give a list"),
     ({"role": "system", "tools": [{"name": "f"}]}, "messages[1].tools[0] has no function object"),
-    ({"role": "system", "response_format": {1, 2}}, "messages[1].response_format is not a JSON value"),
+    (
+        {"role": "system", "response_format": {1, 2}},
+        "messages[1].response_format is not a JSON value",
+    ),
 ]
 
 

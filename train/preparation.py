@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import v4jax
 from v4jax import facts
 from v4jax.checkpoints import hub
-from v4jax.checkpoints.disk import Progress
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import context, numerics, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.text.tokenizer import Tokenizer
+from v4jax.waiting import Progress
 
 from . import optimizer, processes, step, trainable
 from .data import dataset, documents

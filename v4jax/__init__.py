@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
-    from v4jax.checkpoints.disk import Progress
     from v4jax.language_model import LanguageModel
     from v4jax.model import numerics as _numerics
+    from v4jax.waiting import Progress
 
 __all__ = ["encode_chat", "load", "parse_chat"]
 

@@ -181,27 +181,17 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from v4jax import waiting
     from v4jax.checkpoints import convert
 
-    with waiting.progress() as progress:
-        convert.convert(
-            args.source,
-            args.target,
-            weights=args.weights,
-            revision=args.revision,
-            progress=progress,
-        )
+    convert.convert(args.source, args.target, weights=args.weights, revision=args.revision)
     print(f"Wrote {args.target}.")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from v4jax import waiting
     from v4jax.checkpoints import convert
 
-    with waiting.progress() as progress:
-        convert.export(args.source, args.target, revision=args.revision, progress=progress)
+    convert.export(args.source, args.target, revision=args.revision)
     print(f"Wrote {args.target}.")
     return 0
 
@@ -216,17 +206,14 @@ def _export_adapter(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from v4jax import waiting
     from v4jax.adapters import merge, requantise
 
-    with waiting.progress() as progress:
-        rows = merge.merge(
-            *(args.source, options.run_state(args.change, args.state), args.target),
-            weights=args.weights,
-            best=args.best,
-            revision=args.revision,
-            progress=progress,
-        )
+    rows = merge.merge(
+        *(args.source, options.run_state(args.change, args.state), args.target),
+        weights=args.weights,
+        best=args.best,
+        revision=args.revision,
+    )
     for line in requantise.table(rows):
         print(line)
     print(f"Wrote {args.target}.")

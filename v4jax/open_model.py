@@ -1,20 +1,19 @@
 """The implementation of `v4jax.load`: from any kind of checkpoint to a model ready to run."""
 
-import contextlib
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from v4jax import programs, waiting
+from v4jax import programs
 from v4jax.adapters import updates
 from v4jax.checkpoints import hub
-from v4jax.checkpoints.disk import Progress
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.model import numerics
+from v4jax.waiting import Progress
 
 
 def load(
@@ -36,10 +35,9 @@ def load(
     update = None
     if adapter is not None:
         update = updates.read(updates.resolve(adapter), checkpoint.config)
-    with waiting.progress() if progress is None else contextlib.nullcontext(progress) as progress:
-        model, cfg = checkpoint.load(
-            jnp.dtype(dtype), keep_quantised=keep_quantised, mesh=mesh, progress=progress
-        )
+    model, cfg = checkpoint.load(
+        jnp.dtype(dtype), keep_quantised=keep_quantised, mesh=mesh, progress=progress
+    )
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
     return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), checkpoint.tokenizer())

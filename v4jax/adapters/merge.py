@@ -29,12 +29,13 @@ from v4jax.checkpoints import (
     tensor_names,
     unfinished,
 )
-from v4jax.checkpoints.disk import CheckpointError, Progress
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_directory import Checkpoint
 from v4jax.checkpoints.safetensors_file import DTYPES
 from v4jax.model.config import ModelConfig
+from v4jax.waiting import Progress
 
 Weights = Literal["bfloat16", "keep"]
 _NUMBERS = re.compile(r"^layers\.\d+\.|(?<=^mtp\.)\d+\.|(?<=experts\.)\d+\.|\.weight$")
@@ -64,7 +65,8 @@ def merge(
         them dense, except for float32 ones.
       best: use a run's best state instead of its newest.
       revision: branch, tag or commit of a source on the Hub; the main branch by default.
-      progress: called with the activity, the bytes done, and the total.
+      progress: called with the current activity, bytes done and total bytes; by default they are
+        shown on a terminal and in a notebook.
 
     Returns:
       How much of the update survives rounding, for each kind of weight.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import arguments
+from v4jax import arguments, waiting
 from v4jax.checkpoints import (
     disk,
     hub,
@@ -32,7 +32,7 @@ from v4jax.checkpoints import (
     unfinished,
     zarr_arrays,
 )
-from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
+from v4jax.checkpoints.disk import CheckpointError, require_space
 from v4jax.checkpoints.export import export
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Manifest, Weights
@@ -45,6 +45,7 @@ from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec
 from v4jax.model.transformer import Model
+from v4jax.waiting import Progress
 
 __all__ = ["convert", "export"]
 
@@ -103,7 +104,8 @@ def convert(
       weights: 'keep' stores every tensor as the source does, FP8 and FP4 included; a dtype decodes
         everything to it, except tensors that the model needs in float32.
       revision: branch, tag or commit of a Hub id; the main branch by default.
-      progress: called with the current activity, bytes done and total bytes.
+      progress: called with the current activity, bytes done and total bytes; by default they are
+        shown on a terminal and in a notebook.
 
     Raises:
       CheckpointError: the source is not a DeepSeek-V4 checkpoint or is damaged; the target exists;
@@ -240,7 +242,7 @@ def _write(conversion: _Conversion, work: unfinished.Work, progress: Progress | 
         for name, (struct, stack_dims) in conversion.structs.items()
     }
     arrays.write_metadata(list(stores))
-    with contextlib.closing(_Writer(work)) as writer:
+    with contextlib.closing(_Writer(work)) as writer, waiting.progress(progress) as report:
         for unit, size in units.items():
             if unit in work.done:
                 continue
@@ -249,8 +251,7 @@ def _write(conversion: _Conversion, work: unfinished.Work, progress: Progress | 
             else:
                 _write_extras(conversion, work, unit)
             done += size
-            if progress is not None:
-                progress("converting", done, total)
+            report("converting", done, total)
         writer.flush()
 
 

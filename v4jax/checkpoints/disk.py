@@ -4,14 +4,11 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from v4jax.text.files import parse_json, read_text
-
-# Called with the current activity, how much of it is done, and the total.
-Progress = Callable[[str, int, int], None]
 
 
 class CheckpointError(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from v4jax import arguments
+from v4jax import arguments, waiting
 from v4jax.checkpoints import (
     disk,
     hub,
@@ -19,7 +19,7 @@ from v4jax.checkpoints import (
     tensor_names,
     unfinished,
 )
-from v4jax.checkpoints.disk import CheckpointError, Progress, require_space
+from v4jax.checkpoints.disk import CheckpointError, require_space
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Native
 from v4jax.checkpoints.safetensors_file import (
@@ -30,6 +30,7 @@ from v4jax.checkpoints.safetensors_file import (
 )
 from v4jax.checkpoints.zarr_arrays import DAMAGED
 from v4jax.model.config import ModelConfig
+from v4jax.waiting import Progress
 
 _DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _QUANTISATION_KEYS = ("quantization_config", "expert_dtype")
@@ -55,7 +56,8 @@ def export(
       source: a native checkpoint, or a Hub id.
       target: directory to create.
       revision: branch, tag or commit of a Hub id; the main branch by default.
-      progress: called with the current activity, bytes done and total bytes.
+      progress: called with the current activity, bytes done and total bytes; by default they are
+        shown on a terminal and in a notebook.
 
     Raises:
       CheckpointError: the source is not a native checkpoint or is damaged; the target exists; the
@@ -225,22 +227,22 @@ def write_shards(
     total = sum(sizes.values())
     done = sum(size for file, size in sizes.items() if file in work.done)
     require_space(work.directory, total - done)
-    for file, infos in tensors.files.items():
-        if file in work.done:
-            continue
+    with waiting.progress(progress) as report:
+        for file, infos in tensors.files.items():
+            if file in work.done:
+                continue
 
-        def read_one(theirs: str, infos: Mapping[str, TensorInfo] = infos) -> np.ndarray:
-            nonlocal done
-            done += infos[theirs].nbytes
-            if progress is not None:
-                progress(what, done, total)
-            return tensors.read(theirs, infos[theirs])
+            def read_one(theirs: str, infos: Mapping[str, TensorInfo] = infos) -> np.ndarray:
+                nonlocal done
+                done += infos[theirs].nbytes
+                report(what, done, total)
+                return tensors.read(theirs, infos[theirs])
 
-        path = work.directory / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, infos, read_one, metadata={"format": "pt"})
-        written(file)
-        work.add(file)
+            path = work.directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, infos, read_one, metadata={"format": "pt"})
+            written(file)
+            work.add(file)
 
 
 def write_index(

@@ -29,7 +29,7 @@ from v4jax.checkpoints import (
     tensor_values,
     unfinished,
 )
-from v4jax.checkpoints.disk import CheckpointError, Progress
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import BY_NAME, BlockFormat, Format, Stored, name_of
 from v4jax.checkpoints.safetensors_file import TensorInfo
 from v4jax.checkpoints.zarr_arrays import DAMAGED, Arrays
@@ -37,6 +37,7 @@ from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
 from v4jax.model.transformer import Model
+from v4jax.waiting import Progress
 
 Weights = Literal["keep", "bfloat16", "float32"]
 MANIFEST, WEIGHTS, EXTRAS = "v4jax.json", "weights", "extras"

@@ -14,11 +14,12 @@ from v4jax.checkpoints import (
     release_weights,
     unfinished,
 )
-from v4jax.checkpoints.disk import CheckpointError, Progress
+from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_directory import CONFIG, locate
 from v4jax.model.config import ModelConfig
 from v4jax.model.transformer import Model
 from v4jax.text.tokenizer import Tokenizer
+from v4jax.waiting import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from v4jax import waiting
 from v4jax.checkpoints import config_file, release, safetensors_directory, tensor_names, unfinished
-from v4jax.checkpoints.disk import Progress
 from v4jax.checkpoints.formats import BlockFormat, Format, Stored
 from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_directory import TensorFiles
@@ -22,6 +22,7 @@ from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
 from v4jax.model.transformer import Model
+from v4jax.waiting import Progress
 
 # Reads a tensor, by release name, in the layout of the leaf's arrays.
 _Read = Callable[[str], np.ndarray]
@@ -82,15 +83,16 @@ def fill(
         places = jax.tree.map(lambda _: first, structs)
     total, done = sum(1 for _ in params.leaves(declared)), 0
 
-    def one(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
-        nonlocal done
-        leaf = make(name, struct, place)
-        done += 1
-        if progress is not None:
-            progress("loading", done, total)
-        return leaf
+    with waiting.progress(progress) as report:
 
-    return map_leaves(one, declared, structs, places)
+        def one(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
+            nonlocal done
+            leaf = make(name, struct, place)
+            done += 1
+            report("loading", done, total)
+            return leaf
+
+        return map_leaves(one, declared, structs, places)
 
 
 def leaf_struct(

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.grouped_matmul import LoraWeight
 from tests import models
 from tests.models import CSA, HCA
-from v4jax.adapters import lora
+from v4jax.adapters import lora, lora_settings
 from v4jax.adapters.lora import Lora
 from v4jax.decoding import steps
 from v4jax.model import cache as caches
@@ -83,11 +83,11 @@ def test_a_float32_linear_applies_its_update_in_float32() -> None:
 )
 def test_targets_are_sets_and_suffixes_of_names(targets: Any, fields: int) -> None:
     settings = Lora(targets)
-    assert len(lora.fields(settings)) == fields
+    assert len(lora_settings.fields(settings)) == fields
     assert lora.declare(CFG, settings).keys() == {
         name
         for name, _ in params.leaves(Model(CFG))
-        if name.endswith(tuple(f".{field}" for field in lora.fields(settings)))
+        if name.endswith(tuple(f".{field}" for field in lora_settings.fields(settings)))
     }
 
 

@@ -200,7 +200,7 @@ def _export_adapter(args: argparse.Namespace) -> int:
     from v4jax.adapters import updates
 
     run = options.run_state(args.run_directory, args.state)
-    updates.export_adapter(run, args.target, model=args.model, best=args.best)
+    updates.export_adapter(Path(run), args.target, model=args.model, best=args.best)
     print(f"Wrote {args.target}.")
     return 0
 

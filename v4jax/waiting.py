@@ -105,7 +105,7 @@ def compilation(otherwise: str | None = None) -> Iterator[None]:
             yield
             return
 
-        def listen(event: str, _: float, **__: object) -> None:
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
             if event in (_COMPILED, *_COMPILES):
                 line.start(otherwise if event == _COMPILED else "Compiling")
 

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from v4jax.checkpoints.open_checkpoint import open_checkpoint
     from v4jax.model import sharding
 
+    if args.state is not None and args.adapter is None:
+        raise ValueError("--state needs a training run; pass it with --adapter.")
     prompts = texts = _prompts(args)
     directory = hub.resolve(args.path, revision=args.revision)
     # Loading takes minutes, so errors are looked for before it.
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         numerics=args.numerics,
         keep_quantised=args.keep_quantised,
-        adapter=options.run_state(args.adapter, args.state),
+        adapter=args.adapter and options.run_state(args.adapter, args.state),
         mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
     )
     settings = {name: getattr(args, name) for name in _SAMPLING}

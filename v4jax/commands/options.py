@@ -98,7 +98,7 @@ def add_running_options(group: Any) -> None:
     )
 
 
-def add_revision(parser: argparse.ArgumentParser) -> None:
+def add_revision(parser: Any) -> None:
     """Add the revision of a Hub id."""
     text = "branch, tag or commit of a Hub id (default: the main branch)"
     parser.add_argument("--revision", metavar="NAME", help=text)
@@ -111,22 +111,16 @@ class _TurnCacheOff(argparse.Action):
         os.environ["V4JAX_CACHE"] = "off"
 
 
-def add_no_cache(parser: argparse.ArgumentParser) -> None:
+def add_no_cache(parser: Any) -> None:
     """Add the option that turns the cache of compiled programs off."""
     text = "do not use or write the cache of compiled programs in the user's cache directory"
     parser.add_argument("--no-cache", nargs=0, action=_TurnCacheOff, help=text)
 
 
-def run_state(run: str | Path | None, step: int | None) -> Path | str | None:
-    """The path of a training run or, with a step, of its state after that step.
-
-    Raises:
-      ValueError: there is a step but no run.
-    """
+def run_state(run: str | Path, step: int | None) -> str | Path:
+    """The path of a training run or, with a step, of its state after that step."""
     if step is None:
         return run
-    if run is None:
-        raise ValueError("--state needs a training run; pass it with --adapter.")
     from v4jax.adapters.runs import STATES
 
     return Path(run) / STATES / str(step)

@@ -21,7 +21,7 @@ def pytree(cls: type[_T]) -> type[_T]:
     def flatten(tree: _T) -> tuple[list[Any], None]:
         return [getattr(tree, name) for name in names], None
 
-    def flatten_with_keys(tree: _T) -> tuple[list[tuple[GetAttrKey, Any]], None]:
+    def flatten_with_keys(tree: _T) -> tuple[list[tuple[Any, Any]], None]:
         return [(GetAttrKey(name), getattr(tree, name)) for name in names], None
 
     def unflatten(_: None, children: Any) -> _T:

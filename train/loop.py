@@ -264,7 +264,11 @@ class _Run:
         why = "signal" if self.ended else None
         evaluate = done % self.recipe.evaluation.every == 0 or done == self.steps
         if self.evaluator.has_work and evaluate and not self.ended:
-            with self.clock.spent_on("evaluation"), sharding.on(self.setup.mesh):
+            with (
+                self.clock.spent_on("evaluation"),
+                sharding.on(self.setup.mesh),
+                waiting.compilation("Evaluating"),
+            ):
                 why = self._evaluate(done)
         if done % self.recipe.checkpoints.every == 0:
             self._save(done)

@@ -117,7 +117,8 @@ class LanguageModel:
         self._check_length(length, 0)
         rows = [*tokens, *[[0] * length] * (engine.rows(batch) - batch)]
         chunks = engine.chunks(steps.logits, rows, sum(loop.chunk_sizes(length)))
-        parts = [np.asarray(logits_BTV)[:batch, : count_B[0]] for logits_BTV, count_B, _ in chunks]
+        with waiting.compilation("Computing logits"):
+            parts = [np.asarray(logits)[:batch, : count_B[0]] for logits, count_B, _ in chunks]
         if not all(tensor_values.are_finite(part) for part in parts):
             raise loop.NotFiniteError
         return np.concatenate(parts, axis=1)

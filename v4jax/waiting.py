@@ -132,7 +132,7 @@ def _line() -> Iterator[_Line | None]:
 
 def _terminal() -> Callable[[str], None] | None:
     """A writer after the cursor, which does not move: the text of an answer may end there."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
 
     def write(text: str) -> None:

@@ -57,6 +57,8 @@ def main() -> int:
         "--worker", nargs=3, metavar=("SIDE", "MODEL", "LENGTH"), help=argparse.SUPPRESS
     )
     args = parser.parse_args()
+    # Every process compiles its step.
+    os.environ["V4JAX_CACHE"] = "off"
     if args.worker:
         side, model, length = args.worker
         _worker(side, Path(model), int(length))

@@ -183,3 +183,8 @@ def test_a_revision_reaches_the_hub(
 def test_a_directory_has_no_revision(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="is on this machine and has no revisions"):
         v4jax.load(checkpoint, revision="main")
+
+
+def test_a_preset_has_no_revision(capsys: Capsys) -> None:
+    error = fails(capsys, "inspect", "tiny", "--revision", "v1")
+    assert "tiny: is a preset and has no revisions; leave revision 'v1' out." in error

@@ -52,6 +52,10 @@ def find(name: str | Path, *, revision: str | None = None) -> Subject:
     """
     name = os.fspath(name)
     is_preset = name in presets.names()
+    if is_preset and revision is not None:
+        raise ValueError(
+            f"{name}: is a preset and has no revisions; leave revision {revision!r} out."
+        )
     path = Path(os.path.expanduser(name)) if is_preset else hub.local(name, revision)
     if path is not None and path.is_dir():
         return _directory(path)

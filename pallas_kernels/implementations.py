@@ -5,6 +5,8 @@ kernels, 'xla' is plain XLA for every platform, 'reference' plain maths.
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +26,20 @@ _KINDS = {
     "floating-point": jnp.floating,
 }
 _Form = Callable[..., Any]
+
+
+class LazyForm:
+    """A form whose module is imported when it is first used: Mosaic GPU takes half a second.
+
+    Args:
+      module: name of the module.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
 
 
 class Unsupported(NotImplementedError):
@@ -189,23 +205,33 @@ def dispatch(
     Raises:
       NotImplementedError: no such form, or it does not support these arguments.
     """
-    operation, available = f"{op}.{name}", {key for key in forms if hasattr(forms[key], name)}
-    require(operation, impl, available | {"auto"})
+    operation = f"{op}.{name}"
+    has = lambda key: hasattr(forms[key], name)
     run = lambda key: lambda *args: getattr(forms[key], name)(*args, **static)
+    if impl != "auto":
+        require(operation, impl, {key for key in forms if has(key)} | {"auto"})
     if impl in _PLATFORMS and _partitioned():
         raise Unsupported(f"{operation}: compilers do not partition kernels; use jax.shard_map.")
     if impl != "auto":
         return run(impl)(*args)
-    kernels = available & _PLATFORMS.keys()
+    kernels = any(has(key) for key in _PLATFORMS if key in forms)
     if not kernels or _partitioned():
         why = "compilers do not partition kernels" if kernels else "there is no kernel"
         record(operation, "any", "xla", jax.tree.leaves(args), why)
         return run("xla")(*args)
+    xla = _jitted(getattr(forms["xla"], name), tuple(static.items()))
+    kernel = lambda key: lambda: run(key) if key in forms and has(key) else None
     forms_by_platform = {
-        platform: _recorded(operation, key, run(key) if key in kernels else None, run("xla"))
+        platform: _recorded(operation, key, kernel(key), xla)
         for key, platform in _PLATFORMS.items()
     }
-    return _by_target(operation, run("xla"), forms_by_platform, args)
+    return _by_target(operation, xla, forms_by_platform, args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(form: _Form, static: tuple[tuple[str, Any], ...]) -> _Form:
+    """A form that is traced once for all calls with arguments like these, in whichever layer."""
+    return jax.jit(functools.partial(form, **dict(static)))
 
 
 def _partitioned() -> bool:
@@ -214,14 +240,14 @@ def _partitioned() -> bool:
     return not mesh.empty and mesh.size > 1 and set(mesh.axis_names) > set(mesh.manual_axes)
 
 
-def _recorded(operation: str, target: str, kernel: _Form | None, xla: _Form) -> _Form:
+def _recorded(operation: str, target: str, kernel: Callable[[], _Form | None], xla: _Form) -> _Form:
     """A target's kernel, or XLA's form where it has none for the arguments; each is recorded."""
 
     def run(*args: Any) -> Any:
         leaves, reason = jax.tree.leaves(args), f"there is no {target} kernel"
-        if kernel is not None:
+        if form := kernel():
             try:
-                result = kernel(*args)
+                result = form(*args)
                 record(operation, target, target, leaves)
                 return result
             except Unsupported as error:

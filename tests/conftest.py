@@ -43,9 +43,10 @@ def clear_caches() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt modules and tests, which are many, from garbage collection."""
+    """Exempt modules and tests, which are many, from garbage collection, and collect rarely."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

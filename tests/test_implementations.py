@@ -1,6 +1,8 @@
 """The compile target chooses the implementation, lazily; an explicit choice is never replaced."""
 
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import Choice, targets
-from pallas_kernels.implementations import Unsupported, dispatch
+from pallas_kernels.implementations import LazyForm, Unsupported, dispatch
 
 STRUCT = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
@@ -69,6 +71,29 @@ def test_kernels_are_not_traced_for_cpu() -> None:
     x = jnp.ones((8, 128))
     for program in (run, jax.jit(run), lambda x: jax.vmap(run)(x)):
         np.testing.assert_array_equal(program(x), 2 * x)
+
+
+def test_layers_share_one_trace() -> None:
+    traces = []
+
+    def traced(tree: Any, *, by: float) -> Any:
+        traces.append(by)
+        return tree
+
+    run = operation(xla=implementation(traced), tpu=implementation(never))
+    jax.jit(lambda x: run(run(x)))(jnp.ones((8, 128)))
+    assert traces == [1.0]
+
+
+def test_a_lazy_form_is_imported_when_its_platform_is_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lazy_kernels.py").write_text("scale = lambda tree, *, by: {'x': tree['x'] * 7.0}")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = operation(xla=times(3.0), tpu=times(5.0), gpu=LazyForm("lazy_kernels"))
+    jax.jit(run)(jnp.ones((8, 128)))
+    assert "lazy_kernels" not in sys.modules
+    assert "dense<7.0" in targets.lowered("h200", run, STRUCT).as_text()
 
 
 @pytest.mark.parametrize("target", ["v5p", "h200"])

@@ -22,9 +22,10 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.compress import gpu, reference, tpu, xla
+from pallas_kernels.compress import reference, tpu, xla
 from pallas_kernels.implementations import (
     Impl,
+    LazyForm,
     check_arrays,
     check_number,
     check_whole,
@@ -33,7 +34,8 @@ from pallas_kernels.implementations import (
 from pallas_kernels.reference_gradients import differentiable
 
 Rounding = Literal["none", "fp8", "fp4"]
-_run = differentiable("compress", {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference})
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__name__}.gpu"), "xla": xla, "reference": reference}
+_run = differentiable("compress", _FORMS)
 
 
 def prefill(

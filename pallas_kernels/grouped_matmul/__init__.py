@@ -16,15 +16,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dtypes import accumulator
-from pallas_kernels.grouped_matmul import gpu, reference, stacks, tpu, xla
+from pallas_kernels.grouped_matmul import reference, stacks, tpu, xla
 from pallas_kernels.grouped_matmul.inputs import Inputs
 from pallas_kernels.grouped_matmul.lora import LoraWeight, check_expert
 from pallas_kernels.grouped_matmul.stacks import LayerWeight, Weight
-from pallas_kernels.implementations import Impl, check_arrays, check_flag, check_number, dispatch
+from pallas_kernels.implementations import (
+    Impl,
+    LazyForm,
+    check_arrays,
+    check_flag,
+    check_number,
+    dispatch,
+)
 
 __all__ = ["LayerWeight", "LoraWeight", "Weight", "expert_mlp"]
 
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__name__}.gpu"), "xla": xla, "reference": reference}
 
 
 def expert_mlp(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import Impl, check_arrays, dispatch
-from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
+from pallas_kernels.implementations import Impl, LazyForm, check_arrays, dispatch
+from pallas_kernels.indexer_topk import reference, tpu, xla
 from pallas_kernels.indexer_topk.keys import (
     Fp4Keys,
     Fp8Keys,
@@ -43,7 +43,7 @@ __all__ = [
     "to_fp8",
 ]
 
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__name__}.gpu"), "xla": xla, "reference": reference}
 
 
 def select(

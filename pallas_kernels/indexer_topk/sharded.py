@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.implementations import Impl, dispatch
-from pallas_kernels.indexer_topk import gpu, reference, tpu, xla
+from pallas_kernels.implementations import Impl, LazyForm, dispatch
+from pallas_kernels.indexer_topk import reference, tpu, xla
 from pallas_kernels.indexer_topk.keys import Keys, check, clipped, entries, gathered
 
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__package__}.gpu"), "xla": xla, "reference": reference}
 
 
 def select_sharded(

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import (
     Impl,
+    LazyForm,
     check_arrays,
     check_kind,
     check_number,
     check_whole,
     dispatch,
 )
-from pallas_kernels.quantize import gpu, reference, tpu, tpu_rounding, xla
+from pallas_kernels.quantize import reference, tpu, tpu_rounding, xla
 from pallas_kernels.quantize.checkpoint import (
     decode_fp4_blocks,
     decode_fp8_blocks,
@@ -59,7 +60,7 @@ __all__ = [
     "linear",
 ]
 
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__name__}.gpu"), "xla": xla, "reference": reference}
 _ROUNDING = {"tpu": tpu_rounding, "xla": reference, "reference": reference}
 
 

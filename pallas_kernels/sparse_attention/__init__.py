@@ -22,18 +22,19 @@ from pallas_kernels import softmax
 from pallas_kernels.attention_gradients import differentiable
 from pallas_kernels.implementations import (
     Impl,
+    LazyForm,
     check_arrays,
     check_dtype,
     check_number,
     check_shape,
 )
-from pallas_kernels.sparse_attention import gpu, reference, rows, tpu, xla
+from pallas_kernels.sparse_attention import reference, rows, tpu, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
 __all__ = ["Fp8Rows", "decode", "prefill"]
 
-_FORMS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+_FORMS = {"tpu": tpu, "gpu": LazyForm(f"{__name__}.gpu"), "xla": xla, "reference": reference}
 _run = differentiable("sparse_attention", _FORMS)
 
 

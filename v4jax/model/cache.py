@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from v4jax.model import sharding
 from v4jax.model.config import LayerKind, ModelConfig
@@ -89,6 +89,8 @@ def bucket(tokens: int, limit: int) -> int:
     return min(capacity, -(-limit // BLOCK) * BLOCK)
 
 
+# One program instead of one for each shape.
+@functools.partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype", "mtp", "mesh"))
 def make(
     cfg: ModelConfig,
     batch: int,
@@ -104,7 +106,7 @@ def make(
     )
     drafters = range(cfg.num_nextn_predict_layers if mtp else 0)
     return Cache(
-        length_B=jnp.zeros(batch, jnp.int32, device=place((batch,), mesh)),
+        length_B=_zeros((batch,), jnp.int32, mesh),
         segments=tuple(
             tuple(layer(kind, segment.repeats) for kind in segment.pattern)
             for segment in segments(cfg.layers)
@@ -129,10 +131,14 @@ def _maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[
     """A function that creates a layer's empty arrays from numbers of rows and channels."""
 
     def zeros(rows: int, channels: int, dtype: Any = dtype) -> Float[Array, "L B R K"]:
-        shape = (repeats, batch, rows, channels)
-        return jnp.zeros(shape, dtype, device=place(shape, mesh))
+        return _zeros((repeats, batch, rows, channels), dtype, mesh)
 
     return zeros
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> Shaped[Array, "..."]:
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if mesh is None else jax.lax.with_sharding_constraint(zeros, place(shape, mesh))
 
 
 def _layer_cache(

@@ -66,14 +66,7 @@ class Checkpoints:
         self.wait()
         with _explained(self._states.directory, step):
             self._states.save(step, args=_saved(state, notes))
-        self._finishing = self._thread.submit(self._finish, step)
-
-    def _finish(self, step: int) -> None:
-        """Wait for Orbax to write a state, then add its checksums."""
-        with _explained(self._states.directory, step):
-            self._states.wait_until_finished()
-            if jax.process_index() == 0:
-                checksums.write(Path(self._states.directory) / str(step))
+        self._finishing = self._thread.submit(_finish, self._states, step)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Read a state and the notes saved with it.
@@ -108,9 +101,7 @@ class Checkpoints:
                 return
             with _explained(self._best_folder, step):
                 best.save(step, args=_saved(parts, notes))
-                best.wait_until_finished()
-                if jax.process_index() == 0:
-                    checksums.write(self._best_folder / str(step))
+            _finish(best, step)
         finally:
             _close(best)
 
@@ -131,6 +122,14 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             _close(self._states)
+
+
+def _finish(manager: ocp.CheckpointManager, step: int) -> None:
+    """Wait for Orbax to write a state, then add its checksums."""
+    with _explained(manager.directory, step):
+        manager.wait_until_finished()
+        if jax.process_index() == 0:
+            checksums.write(Path(manager.directory) / str(step))
 
 
 def _close(manager: ocp.CheckpointManager) -> None:

@@ -27,7 +27,7 @@ from .checkpoints import Checkpoints
 from .data import dataset
 from .evaluation import Evaluator
 from .journal import Clock, Journal
-from .preparation import Progress, Setup
+from .preparation import Setup
 from .recipe import Recipe
 from .trainable import Parts
 
@@ -56,13 +56,12 @@ class Stopped(ValueError):
     """Training went wrong, and the recipe says to stop."""
 
 
-def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Outcome:
+def begin(recipe: Recipe, *, show: Show) -> Outcome:
     """Train from the first step, in a directory that must be new or empty.
 
     Args:
       recipe: the run's settings.
       show: called with the metrics of each step.
-      progress: called while the model loads.
 
     Raises:
       ValueError: the recipe, the model or the data is invalid.
@@ -74,25 +73,19 @@ def begin(recipe: Recipe, *, show: Show, progress: Progress | None = None) -> Ou
     processes.first(lambda: _check_outside_model(directory, recipe.model.path))
     with runs.locked(directory):
         processes.first(lambda: _check_empty(directory))
-        run = _Run(recipe, directory, progress)
+        run = _Run(recipe, directory)
         processes.first(lambda: _write_record(run))
         return run.train(show)
 
 
 def resume(
-    directory: Path,
-    *,
-    show: Show,
-    progress: Progress | None = None,
-    step: int | None = None,
-    changed_data: bool = False,
+    directory: Path, *, show: Show, step: int | None = None, changed_data: bool = False
 ) -> Outcome:
     """Continue from the newest state of a run, or from its start if there is none yet.
 
     Args:
       directory: directory of the run.
       show: called with the metrics of each step.
-      progress: called while the model loads.
       step: continue from the state of this step, and drop everything after it.
       changed_data: continue even if the data has changed since the run began.
 
@@ -103,7 +96,7 @@ def resume(
     recipe = runs.read_recipe(directory)
     with runs.locked(directory):
         state_step = runs.choose_state(directory, step)
-        run = _Run(recipe, directory, progress, same_data=not changed_data)
+        run = _Run(recipe, directory, same_data=not changed_data)
         if changed_data:
             processes.first(lambda: fingerprint.write(directory, run.files))
         return run.train(show, state_step)
@@ -132,14 +125,7 @@ def _check_empty(directory: Path) -> None:
 class _Run:
     """A run in progress. Metrics of a step are read once the next one is under way."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        directory: Path,
-        progress: Progress | None,
-        *,
-        same_data: bool = False,
-    ) -> None:
+    def __init__(self, recipe: Recipe, directory: Path, *, same_data: bool = False) -> None:
         self.recipe, self.directory, self.clock = recipe, directory, Clock()
         with self.clock.spent_on("data"):
             tokenizer = preparation.text_tokenizer(recipe)
@@ -150,9 +136,8 @@ class _Run:
             if same_data:
                 processes.together(lambda: fingerprint.check(directory, self.files))
         self.steps = preparation.count_steps(recipe, self.data)
-        tokens = recipe.steps.batch * recipe.data.seq_len
         with self.clock.spent_on("load"):
-            prepared = preparation.prepare(recipe, self.steps, tokens, progress)
+            prepared = preparation.prepare(recipe, self.steps)
         self.setup: Setup
         self.setup, self.state = prepared
         # Computed at once: evaluating the schedule at each step would cost more than all other

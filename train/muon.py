@@ -21,6 +21,9 @@ from v4jax.model.params import path_name
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')(XX')X: eight fast iterations that bring
 # singular values near one, and two that converge to it.
 HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+_MOMENTUM = 0.95  # decay of the sum of gradients
+# Root mean square of an update's entries: that of AdamW, so that its learning rates carry over.
+_RMS = 0.18
 
 
 class MuonState(NamedTuple):
@@ -30,15 +33,12 @@ class MuonState(NamedTuple):
 
 
 def orthogonal(
-    x: Float[Array, "*stack M N"],
-    coefficients: Sequence[tuple[float, float, float]] = HYBRID,
-    dtype: Any = jnp.float32,
+    x: Float[Array, "*stack M N"], dtype: Any = jnp.float32
 ) -> Float[Array, "*stack M N"]:
     """Set the matrices' singular values to one, by Newton-Schulz iterations.
 
     Args:
       x: matrices; a zero matrix stays zero.
-      coefficients: coefficients of each iteration.
       dtype: dtype of the products' factors; products accumulate in float32.
 
     Returns:
@@ -66,22 +66,15 @@ def orthogonal(
         mixed_KK = b * gram_KK + c * product("...mk,...kn->...mn", gram_KK, gram_KK)
         return a * x32 + product(left, mixed_KK, x32), None
 
-    return jax.lax.scan(iterate, x32, jnp.asarray(coefficients, jnp.float32))[0]
+    return jax.lax.scan(iterate, x32, jnp.asarray(HYBRID, jnp.float32))[0]
 
 
 def scale_by_muon(
-    *,
-    momentum: float = 0.95,
-    rms: float = 0.18,
-    parts: Callable[[str], int] = lambda name: 1,
-    dtype: Any = jnp.float32,
+    *, parts: Callable[[str], int] = lambda name: 1, dtype: Any = jnp.float32
 ) -> optax.GradientTransformation:
     """Replace gradients of matrices by orthogonal updates, with Nesterov momentum.
 
     Args:
-      momentum: decay of the sum of gradients.
-      rms: root mean square of an update's entries; 0.18 matches AdamW, so that its learning rates
-        carry over.
       parts: maps a weight's dotted name to the number of independent matrices stacked along the
         rows of each of its matrices.
       dtype: as for `orthogonal`.
@@ -96,10 +89,10 @@ def scale_by_muon(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        ahead = lambda m, g: momentum * m + g.astype(m.dtype)
+        ahead = lambda m, g: _MOMENTUM * m + g.astype(m.dtype)
         total = jax.tree.map(ahead, state.momentum, updates)
         nesterov = jax.tree.map(ahead, total, updates)
-        step = lambda path, x: _step(x, parts(path_name(path)), rms, dtype)
+        step = lambda path, x: _step(x, parts(path_name(path)), dtype)
         return jax.tree_util.tree_map_with_path(step, nesterov), MuonState(total)
 
     return optax.GradientTransformation(init, update)
@@ -112,11 +105,11 @@ def _check(name: str, weight: Array, parts: Callable[[str], int]) -> None:
         )
 
 
-def _step(x: Array, count: int, rms: float, dtype: Any) -> Array:
+def _step(x: Array, count: int, dtype: Any) -> Array:
     *stack, rows, columns = x.shape
     matrices = x.reshape(*stack, count, rows // count, columns) if count > 1 else x
     # An orthogonal matrix's entries have a root mean square of 1 / sqrt(longer side).
-    scale = rms * math.sqrt(max(rows // count, columns))
+    scale = _RMS * math.sqrt(max(rows // count, columns))
     return (orthogonal(matrices, dtype=dtype) * scale).reshape(x.shape).astype(x.dtype)
 
 

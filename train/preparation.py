@@ -18,7 +18,6 @@ from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import context, numerics, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.text.tokenizer import Tokenizer
-from v4jax.waiting import Progress
 
 from . import optimizer, processes, step, trainable
 from .data import dataset, documents
@@ -124,16 +123,12 @@ def count_steps(recipe: Recipe, data: Any) -> int:
     return min(recipe.steps.steps or len(data), len(data))
 
 
-def prepare(
-    recipe: Recipe, steps: int, tokens: int, progress: Progress | None = None
-) -> tuple[Setup, step.State]:
+def prepare(recipe: Recipe, steps: int) -> tuple[Setup, step.State]:
     """Load the model, and create the optimiser and the state before the first step.
 
     Args:
       recipe: the run's recipe.
       steps: number of steps, for the learning rate.
-      tokens: tokens per step, for the warning about Muon's cost.
-      progress: called while the model loads.
 
     Raises:
       ValueError: the model cannot be loaded, or lacks something that the recipe needs.
@@ -150,7 +145,6 @@ def prepare(
         numerics=source.numerics,
         keep_quantised=adapts and source.keep_quantised,
         mesh=mesh,
-        progress=progress,
     )
     cfg = loaded.config
     parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(recipe.steps.seed))
@@ -159,6 +153,7 @@ def prepare(
         places = sharding.shardings(declared, mesh, parts.trained)
         parts = parts._replace(trained=jax.device_put(parts.trained, places))
     if recipe.optimizer.rule == "muon":
+        tokens = recipe.steps.batch * recipe.data.seq_len
         optimizer.warn_of_cost(declared, cfg, facts.report(cfg).active, tokens)
     rate = learning_rate(recipe, steps)
     rule = optimizer.make(

@@ -77,22 +77,19 @@ class Data:
 
     def read(self) -> RowSettings:
         """How rows are read."""
-        return RowSettings(format=self.format, ignore=self.ignore)
+        return RowSettings(**self._fields_of(RowSettings))
 
     def pack(self, seed: int) -> PackSettings:
         """How documents are packed."""
-        return PackSettings(
-            seq_len=self.seq_len,
-            too_long=self.too_long,
-            untrained=self.untrained,
-            window=self.window,
-            seed=seed,
-        )
+        return PackSettings(**self._fields_of(PackSettings), seed=seed)
 
     def render(self) -> RenderSettings:
         """How rows become tokens."""
-        fields = dataclasses.fields(RenderSettings)
-        return RenderSettings(**{field.name: getattr(self, field.name) for field in fields})
+        return RenderSettings(**self._fields_of(RenderSettings))
+
+    def _fields_of(self, kind: Any) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: value for name, value in vars(self).items() if name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +116,8 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         """Reject rates that cannot train."""
-        at_least(self, "rate", 0.0, above=True)
-        at_least(self, "clip", 0.0, above=True)
-        for name in ("warmup", "final", "weight_decay"):
-            at_least(self, name, 0)
+        at_least(self, 0.0, "rate", "clip", above=True)
+        at_least(self, 0, "warmup", "final", "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +138,7 @@ class Losses:
 
     def __post_init__(self) -> None:
         """Reject negative weights."""
-        for field in dataclasses.fields(self):
-            at_least(self, field.name, 0.0)
+        at_least(self, 0.0, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,14 +167,10 @@ class Steps:
 
     def __post_init__(self) -> None:
         """Reject numbers that make no step."""
-        for name in ("batch", "parts"):
-            at_least(self, name, 1)
-        for name in ("steps", "epochs"):
-            if getattr(self, name) is not None:
-                at_least(self, name, 1)
+        at_least(self, 1, "batch", "parts", "steps", "epochs")
         if self.batch % self.parts:
             raise ValueError(f"batch is {self.batch}; use a multiple of parts, {self.parts}.")
-        at_least(self, "seed", 0)
+        at_least(self, 0, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +187,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         """Reject numbers that keep nothing."""
-        at_least(self, "every", 1)
-        at_least(self, "keep", 1)
+        at_least(self, 1, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,9 +212,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Reject numbers that measure nothing."""
-        for name in ("every", "batches", "tokens"):
-            at_least(self, name, 1)
-        at_least(self, "patience", 0)
+        at_least(self, 1, "every", "batches", "tokens")
+        at_least(self, 0, "patience")
         if self.patience and not self.files:
             raise ValueError(f"patience is {self.patience}, but there are no files to evaluate.")
         for name in self.files:
@@ -251,7 +239,7 @@ class Guard:
         """Reject a limit that ordinary losses exceed."""
         if self.spike and not self.spike > 1.0:
             raise ValueError(f"spike is {self.spike}; use more than 1, or 0 for none.")
-        at_least(self, "most", 1)
+        at_least(self, 1, "most")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,8 +269,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         """Reject sizes below 1."""
-        for field in dataclasses.fields(self):
-            at_least(self, field.name, 1)
+        at_least(self, 1, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -143,8 +143,7 @@ def evaluate(
     step = choose_state(directory, step, best=best)
     tokenizer = preparation.text_tokenizer(recipe)
     held_out = preparation.read_data(recipe, tokenizer, recipe.evaluation.files)
-    tokens = recipe.steps.batch * recipe.data.seq_len
-    prepared, state = preparation.prepare(recipe, recipe.steps.steps or 1, tokens)
+    prepared, state = preparation.prepare(recipe, recipe.steps.steps or 1)
     if best:
         (trained, balanced), notes = restore_best(directory, (state.trained, state.balanced))
     else:

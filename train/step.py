@@ -199,12 +199,5 @@ def _gradients(
         add = lambda total, step: (jax.tree.map(jnp.add, total, one_part(*step)), None)
         totals, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
     gradients, loads, metrics = totals
-    return (
-        gradients,
-        loads,
-        metrics
-        | {
-            "tokens_trained": counts["loss"],
-            "tokens_seen": counts["balance_loss"],
-        },
-    )
+    metrics |= {"tokens_trained": counts["loss"], "tokens_seen": counts["balance_loss"]}
+    return gradients, loads, metrics

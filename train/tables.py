@@ -93,9 +93,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def at_least(settings: Any, name: str, least: int | float, *, above: bool = False) -> None:
-    """Reject a field below `least`, equal to it with `above`, or infinite."""
-    value = getattr(settings, name)
-    if not (value > least if above else value >= least) or value == float("inf"):
-        bound = "above" if above else "at least"
-        raise ValueError(f"{name} is {value}; it must be {bound} {least}.")
+def at_least(settings: Any, least: int | float, *names: str, above: bool = False) -> None:
+    """Reject fields below `least`, equal to it with `above`, or infinite; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if not (value > least if above else value >= least) or value == float("inf"):
+            bound = "above" if above else "at least"
+            raise ValueError(f"{name} is {value}; it must be {bound} {least}.")

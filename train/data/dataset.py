@@ -21,6 +21,7 @@ from .packing import Packing, PackSettings
 
 Arrays = dict[str, np.ndarray]
 _WELL_FILLED = 0.5
+_AHEAD = 2  # batches to prefetch
 
 
 class Packs:
@@ -152,12 +153,12 @@ def share(batch: int, group: int, groups: int) -> range:
     return range(group * size, (group + 1) * size)
 
 
-def iterate(dataset: grain.MapDataset, *, step: int = 0, ahead: int = 2) -> grain.DatasetIterator:
-    """Iterate over batches from a step on, prefetching `ahead` of them.
+def iterate(dataset: grain.MapDataset, *, step: int = 0) -> grain.DatasetIterator:
+    """Iterate over batches from a step on, prefetching a few of them.
 
     The iterator's state, `{"next_index": step}`, is the same in every process.
     """
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
     iterator = iter(dataset.to_iter_dataset(options))
     iterator.set_state({"next_index": step})
     return iterator

@@ -234,9 +234,7 @@ def _string(row: Mapping[str, Any], field: str, *, empty: bool = False) -> str:
 
 def _typed(row: Mapping[str, Any], field: str, kind: type) -> Any:
     value = row.get(field)
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{field} is {_name(value)}; give a {kind.__name__}, or leave it out.")
-    return value
+    return None if value is None else thinking.typed(kind, value, field)
 
 
 def _name(value: Any) -> str:

@@ -9,14 +9,14 @@ _TEMPLATE = "chat_template_kwargs"
 
 
 def _mode(value: Any, where: str) -> str:
-    mode = _of(str, value, where)
+    mode = typed(str, value, where)
     if mode not in chat.THINKING_MODES:
         raise ValueError(f"{where} is '{mode}'; use one of {', '.join(chat.THINKING_MODES)}.")
     return mode
 
 
 def _enabled(value: Any, where: str) -> str:
-    return "thinking" if _of(bool, value, where) else "chat"
+    return "thinking" if typed(bool, value, where) else "chat"
 
 
 def _switch(value: Any, where: str) -> str:
@@ -32,7 +32,8 @@ def _switch(value: Any, where: str) -> str:
     return switches[kind]
 
 
-def _of(kind: type, value: Any, where: str) -> Any:
+def typed(kind: type, value: Any, where: str) -> Any:
+    """The value of a field that may be left out; a ValueError if it is of another kind."""
     if not isinstance(value, kind):
         name = type(value).__name__
         raise ValueError(f"{where} is {name}; give a {kind.__name__}, or leave it out.")
@@ -44,9 +45,9 @@ _SPELLINGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {
     "thinking_mode": ("thinking_mode", _mode),
     "enable_thinking": ("thinking_mode", _enabled),
     "thinking": ("thinking_mode", _switch),
-    "reasoning_effort": ("reasoning_effort", lambda value, where: _of(str, value, where)),
-    "drop_thinking": ("drop_thinking", lambda value, where: _of(bool, value, where)),
-    "truncate_history_thinking": ("drop_thinking", lambda value, where: _of(bool, value, where)),
+    "reasoning_effort": ("reasoning_effort", lambda value, where: typed(str, value, where)),
+    "drop_thinking": ("drop_thinking", lambda value, where: typed(bool, value, where)),
+    "truncate_history_thinking": ("drop_thinking", lambda value, where: typed(bool, value, where)),
 }
 FIELDS = (*_SPELLINGS, _TEMPLATE)
 
@@ -58,7 +59,7 @@ def read(row: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a value is not allowed, or two contradict each other.
     """
     template = row.get(_TEMPLATE, {})
-    for key in _of(dict, template, _TEMPLATE):
+    for key in typed(dict, template, _TEMPLATE):
         if key not in _SPELLINGS:
             known = ", ".join(_SPELLINGS)
             raise ValueError(

@@ -42,6 +42,11 @@ def store(ref: Any, value: Array) -> None:
         ref[...] = value
 
 
+def along(vector: Array, shape: tuple[int, ...], dim: int) -> Array:
+    """A matrix with the vector along this dim, the same everywhere along the other."""
+    return jax.lax.broadcast_in_dim(vector, shape, (dim,))
+
+
 def product(a_ref: Any, b_ref: Any) -> Array:
     """Multiply two matrices in shared memory on tensor cores, accumulating in float32."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import lora
 from pallas_kernels.grouped_matmul.gpu_weights import CHANNELS, STAGES, Format, arrays_of
-from pallas_kernels.mosaic_gpu import PARAMS, TILED, load
+from pallas_kernels.mosaic_gpu import PARAMS, TILED, along, load
 
 COLUMNS = 128
 OUT_COLUMNS = 2 * COLUMNS
@@ -240,7 +240,7 @@ class _Call:
         number = None
         if number_ref is not None:
             number = load(number_ref.at[pl.ds(start, height)], _LAYOUT.reduce(1))
-            number = jax.lax.broadcast_in_dim(number, (height, width), (0,))
+            number = along(number, (height, width), 0)
         span = [jnp.clip(end - top, 0, height) for end in (skipped, skipped + count)]
         tiled, plain = smem["tiled"].at[warpgroup], smem["plain"].at[warpgroup]
         for i, result in enumerate(self.finish(sums[0], sums[1], number)):

@@ -65,6 +65,11 @@ class Plan:
         """Number of tiles."""
         return -(-self.order_P.shape[0] // self.rows)
 
+    @property
+    def scalars(self) -> tuple[Array, Array, Array, Array]:
+        """Each step's numbers, which kernels read from scalar memory."""
+        return self.expert_S, self.tile_S, self.low_S, self.high_S
+
 
 def make(expert_TA: Int[Array, "T A"], experts: int) -> Plan:
     """Sort the rows and plan the steps; ids out of range come last and get no step."""

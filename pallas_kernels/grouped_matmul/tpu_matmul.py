@@ -89,14 +89,12 @@ def grouped(
       Arrays [P, O] in the dtype of the rows, then the sums [M, 1, R] if there are any.
     """
     O, R, dtype = terms[0].outputs, plan.rows, rows[0].dtype
-    W, held = _columns(terms, R, dtype.itemsize)
-    if held + 2 * R * dtype.itemsize * sum(x.shape[1] for x in rows) > _MOST_BYTES:
-        raise Unsupported(
-            f"The TPU form has no room in VMEM for {name} with rows of {rows[0].shape[1]}."
-        )
+    W = _columns(terms, R, rows, name)
     number_M1R = jnp.zeros((plan.tiles, 1, R), jnp.float32) if number_M1R is None else number_M1R
     reader = tpu_weights.Reader(plan, layer, W, dtype)
     weights = [reader.form(t.weight, t.transposed) for t in terms]
+    scalars = layer.reshape(1).astype(jnp.int32), *plan.scalars
+    arrays = in_hbm([w.arrays for w in weights])
     out_specs, out_shape = _written(plan, O, W, dtype, outputs, summed=summed)
     totals = 1 + max(t.total for t in terms)
     spec = pltpu.PrefetchScalarGridSpec(
@@ -118,16 +116,7 @@ def grouped(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         name=name,
-    )(
-        layer.reshape(1).astype(jnp.int32),
-        plan.expert_S,
-        plan.tile_S,
-        plan.low_S,
-        plan.high_S,
-        number_M1R,
-        list(rows),
-        in_hbm([w.arrays for w in weights]),
-    )
+    )(*scalars, number_M1R, list(rows), arrays)
     return [*results[:-1], jnp.sum(results[-1], axis=0)] if summed else list(results)
 
 
@@ -207,9 +196,9 @@ def _swapped(b_LENr: Array) -> Array:
     return jnp.swapaxes(b_LENr, 2, 3)
 
 
-def _columns(terms: Sequence[Term], R: int, itemsize: int) -> tuple[int, float]:
-    """Channels per block, an even number of blocks for chips of two cores; bytes of a block."""
-    O, few = terms[0].outputs, R <= tpu_weights.FEW
+def _columns(terms: Sequence[Term], R: int, rows: Sequence[Array], name: str) -> int:
+    """Channels per block; an even number of blocks, for chips of two cores."""
+    O, few, itemsize = terms[0].outputs, R <= tpu_weights.FEW, rows[0].dtype.itemsize
     block = sum(t.inputs * tpu_weights.bytes_each(t.weight) for t in terms)
     quantised = lambda t: not isinstance(t.weight, jax.Array)
     dense = sum(
@@ -220,7 +209,12 @@ def _columns(terms: Sequence[Term], R: int, itemsize: int) -> tuple[int, float]:
     sizes = [size for size in range(unit, O + 1, unit) if O % size == 0]
     even = [size for size in sizes if O // size % 2 == 0] or sizes
     W = max((size for size in even if size <= most), default=even[0] if even else O)
-    return W, W * (2 * block + dense)
+    row_bytes = 2 * R * itemsize * sum(x.shape[1] for x in rows)
+    if W * (2 * block + dense) + row_bytes > _MOST_BYTES:
+        raise Unsupported(
+            f"The TPU form has no room in VMEM for {name} with rows of {rows[0].shape[1]}."
+        )
+    return W
 
 
 def _step(

@@ -60,7 +60,7 @@ def outer(
             vmem_limit_bytes=_VMEM_BYTES,
         ),
         name=name,
-    )(plan.expert_S, plan.tile_S, plan.low_S, plan.high_S, left_PN, right_PK)
+    )(*plan.scalars, left_PN, right_PK)
     # Blocks that no step has written hold garbage.
     has_rows_E = jnp.zeros(experts, bool).at[plan.expert_S].max(plan.high_S > plan.low_S)
     return jnp.where(has_rows_E[:, None, None], sum_ENK, jnp.zeros_like(sum_ENK))

@@ -70,22 +70,15 @@ def select(
     row_and_visible_BT2 = jnp.stack([row_BT, visible_BT.astype(jnp.int32)], axis=-1)
     layer_1 = layer.astype(jnp.int32).reshape(1)
 
-    def select_turn(inputs: Any) -> Array:
-        q_NIJ = inputs[0].reshape(block, heads, -1)
-        weights_NI, row_and_visible_N2 = (x.reshape(block, -1) for x in inputs[1:])
+    def select_turn(turn: Any) -> Array:
+        q_NIJ = turn[0].reshape(block, heads, -1)
+        weights_NI, row_and_visible_N2 = (x.reshape(block, -1) for x in turn[1:])
         # Heads last, as products need them, and padded to full tiles.
         padding = ((0, 0), (0, -heads % HEADS))
         q_NJI = jnp.pad(q_NIJ.astype(jnp.bfloat16).swapaxes(1, 2), ((0, 0), *padding))
         weights_NI = jnp.pad(weights_NI.astype(jnp.float32), padding)
-        lists = _candidates(
-            (q_NJI, weights_NI, row_and_visible_N2, layer_1),
-            keys,
-            arrays,
-            heads=heads,
-            chunk=chunk,
-            k=k,
-        )
-        return _merged(*lists, k)
+        inputs = q_NJI, weights_NI, row_and_visible_N2, layer_1
+        return _merged(*_candidates(inputs, keys, arrays, heads=heads, chunk=chunk, k=k), k)
 
     chosen = jax.lax.map(
         select_turn, (in_turns(q_BTIJ), in_turns(weights_BTI), in_turns(row_and_visible_BT2))
@@ -135,14 +128,14 @@ def _candidates(
     rows, dim, padded = inputs[0].shape
     capacity, width = entries(keys), gpu_select.slots(k)
     out = jax.ShapeDtypeStruct((rows, pl.cdiv(capacity, chunk), width), jnp.int32)
+    slots = plgpu.SMEM((width,), jnp.int32)
 
     def body(q_ref, weights_ref, row_and_visible_ref, layer_ref, *refs):
         *array_refs, entry_out, key_out, score_ref, entry_ref, key_ref = refs
         part, row = jax.lax.axis_index("chunk"), jax.lax.axis_index("row")
         first, visible = part * chunk, row_and_visible_ref[row, 1]
-        score_ref[...] = jnp.full(score_ref.shape, NOTHING, jnp.int32)
-        entry_ref[...] = jnp.full(entry_ref.shape, -1, jnp.int32)
-        key_ref[...] = jnp.full(key_ref.shape, NOTHING, jnp.int32)
+        for ref, empty in ((score_ref, NOTHING), (entry_ref, -1), (key_ref, NOTHING)):
+            ref[...] = jnp.full(ref.shape, empty, jnp.int32)
 
         @pl.when(first < visible)
         def _() -> None:
@@ -172,11 +165,7 @@ def _candidates(
         # Adjacent blocks read the same keys.
         grid=(out.shape[1], rows),
         grid_names=("chunk", "row"),
-        scratch_types=[
-            plgpu.SMEM((gpu_select.ROWS, gpu_select.COLUMNS), jnp.int32),
-            plgpu.SMEM((width,), jnp.int32),
-            plgpu.SMEM((width,), jnp.int32),
-        ],
+        scratch_types=[plgpu.SMEM((gpu_select.ROWS, gpu_select.COLUMNS), jnp.int32), slots, slots],
         compiler_params=PARAMS,
         kernel_name="indexer_candidates",
     )(*inputs, *arrays)

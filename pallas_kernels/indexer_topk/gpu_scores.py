@@ -22,7 +22,7 @@ from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
 from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
 from pallas_kernels.indexer_topk.reference import ordered
-from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, load
+from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, along, load
 
 # Heads are padded to a multiple of 64, a tile of a product, too.
 TILE = HEADS = 64
@@ -165,7 +165,7 @@ def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
         dots_XI = gpu_select.product(smem["keys_XJ"], smem["q_JI"])
     else:
         dots_XI = gpu_select.product(smem["keys_DXJ"].at[slot], smem["q_JI"])
-    terms_XI = jnp.maximum(dots_XI, 0.0) * jax.lax.broadcast_in_dim(weights_I, dots_XI.shape, (1,))
+    terms_XI = jnp.maximum(dots_XI, 0.0) * along(weights_I, dots_XI.shape, 1)
     if heads < dots_XI.shape[1]:
         # An infinite key times a padding head of zeros is NaN.
         terms_XI = jnp.where(gpu_select.iota(dots_XI.shape, 1) < heads, terms_XI, 0.0)

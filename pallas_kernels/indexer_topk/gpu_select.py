@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import TILED, load
+from pallas_kernels.mosaic_gpu import TILED, along, load
 
 ROWS, COLUMNS, SLOTS = 64, 128, 64
 SIZE = ROWS * COLUMNS
@@ -45,14 +45,6 @@ def product(a_ref: Any, b_ref: Any) -> Array:
     """`mosaic_gpu.product` of matrices that were just written."""
     plgpu.commit_smem()
     return mosaic_gpu.product(a_ref, b_ref)
-
-
-def _along_rows(vector: Array, shape: tuple[int, int]) -> Array:
-    return jax.lax.broadcast_in_dim(vector, shape, (0,))
-
-
-def _along_columns(vector: Array, shape: tuple[int, int]) -> Array:
-    return jax.lax.broadcast_in_dim(vector, shape, (1,))
 
 
 def cut(keys_ref: Any, k: int) -> tuple[Array, Array]:
@@ -145,23 +137,23 @@ def _rank(here_RC: Array, ranks: Any, mask_RC: Any, ones_CC: Any) -> Array:
     ranks["within_RC"][...] = within_RC.astype(_f16)
     ranks["total_R"][...] = jnp.sum(here_RC.astype(_i32), axis=1)
     square = (ROWS, ROWS)
-    total_RR = _along_columns(load(ranks["total_R"], _BY_COLUMN), square)
+    total_RR = along(load(ranks["total_R"], _BY_COLUMN), square, 1)
     before_R = jnp.sum(jnp.where(iota(square, 1) < iota(square, 0), total_RR, 0), axis=1)
     ranks["before_R"][...] = before_R
-    return within_RC.astype(_i32) + _along_rows(before_R, (ROWS, COLUMNS))
+    return within_RC.astype(_i32) + along(before_R, (ROWS, COLUMNS), 0)
 
 
 def _list_block(at_ref: Any, ranks: Any, row_VR: Any, first: Array) -> None:
     """Write the places of one block of slots."""
     square = (SLOTS, ROWS)
-    before_VR = _along_columns(load(ranks["before_R"], _BY_COLUMN), square)
-    total_VR = _along_columns(load(ranks["total_R"], _BY_COLUMN), square)
+    before_VR = along(load(ranks["before_R"], _BY_COLUMN), square, 1)
+    total_VR = along(load(ranks["total_R"], _BY_COLUMN), square, 1)
     slot_VR = iota(square, 0) + first
     here_VR = (slot_VR >= before_VR) & (slot_VR < before_VR + total_VR)
     row_VR[...] = here_VR.astype(_f32).astype(_f16)
     within_VC = product(row_VR, ranks["within_RC"]).astype(_i32)
     rank_V = jnp.sum(jnp.where(here_VR, slot_VR - before_VR, 0), axis=1)
-    column_V = jnp.sum((within_VC <= _along_rows(rank_V, (SLOTS, COLUMNS))).astype(_i32), axis=1)
+    column_V = jnp.sum((within_VC <= along(rank_V, (SLOTS, COLUMNS), 0)).astype(_i32), axis=1)
     row_V = jnp.sum(jnp.where(here_VR, iota(square, 1), 0), axis=1)
     exists_V = jnp.sum(here_VR.astype(_i32), axis=1) > 0
     at_ref[pl.ds(first, SLOTS)] = jnp.where(exists_V, row_V * COLUMNS + column_V, -1)
@@ -180,11 +172,11 @@ def _fetch_block(
     block = pl.ds(first, SLOTS)
     at_V = load(at_ref.at[block], _BY_ROW)
     row_V = jax.lax.shift_right_arithmetic(at_V, jnp.int32(COLUMNS.bit_length() - 1))
-    here_VR = iota((SLOTS, ROWS), 1) == _along_rows(row_V, (SLOTS, ROWS))
+    here_VR = iota((SLOTS, ROWS), 1) == along(row_V, (SLOTS, ROWS), 0)
     row_VR[...] = here_VR.astype(_f32).astype(_f16)
     digit_VC = product(row_VR, digit_RC).astype(_i32)
     shape = (SLOTS, COLUMNS)
-    this_VC = iota(shape, 1) == _along_rows(at_V & (COLUMNS - 1), shape)
+    this_VC = iota(shape, 1) == along(at_V & (COLUMNS - 1), shape, 0)
     part_V = jax.lax.shift_left(jnp.sum(jnp.where(this_VC, digit_VC, 0), axis=1), shift)
     before_V = jnp.where(at_V < 0, NOTHING, 0) if clear else load(key_ref.at[block], _BY_ROW)
     key_ref[block] = before_V | part_V

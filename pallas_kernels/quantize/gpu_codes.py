@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu import load
+from pallas_kernels.mosaic_gpu import along, load
 from pallas_kernels.quantize.leaves import FP4_BLOCK
 
 _HALF = FP4_BLOCK // 2  # rows of bytes per block
@@ -30,8 +30,7 @@ def write_fp4(codes: Any, scale: Any, tile: Any) -> None:
     for block in range(scale.shape[0]):
         code_KN = load(codes.at[pl.ds(block * _HALF, _HALF)], layout).astype(jnp.int32)
         scale_N = power_of_two(load(scale.at[block], layout.reduce(0)))
-        scale_KN = jax.lax.broadcast_in_dim(scale_N, code_KN.shape, (1,))
-        scale_KN = plgpu.layout_cast(scale_KN, layout)
+        scale_KN = plgpu.layout_cast(along(scale_N, code_KN.shape, 1), layout)
         for half in range(2):
             value_KN = e2m1(code_KN >> 4 if half else code_KN & 15) * scale_KN
             rows = pl.ds(block * FP4_BLOCK + half * _HALF, _HALF)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.mosaic_gpu import PARAMS, product, store
+from pallas_kernels.mosaic_gpu import PARAMS, along, product, store
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK, TILED, load
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -175,7 +175,7 @@ class _Call:
             largest_h, total_h, values = self._attend(warpgroup, part == 0, smem)
             inverse_h = 1.0 / jnp.where(total_h == 0, 1.0, total_h)
             for i, value_hV in enumerate(values):
-                value_hV = value_hV * _along(inverse_h, value_hV.shape, 0)
+                value_hV = value_hV * along(inverse_h, value_hV.shape, 0)
                 columns = self._columns(warpgroup, i)
                 to_hV = value_ref.at[b, t, part, heads, columns]
                 store(to_hV, value_hV.astype(value_ref.dtype))
@@ -225,16 +225,16 @@ class _Call:
             keys_CK = smem["keys"].at[slot]
             logits_hC = product(smem["q_hK"], keys_CK.transpose((1, 0)))
             exists_C = load(smem["row_NC"].at[chunk], _BY_ROW) >= 0
-            seen_hC = _along(exists_C, logits_hC.shape, 1)
+            seen_hC = along(exists_C, logits_hC.shape, 1)
             logits_hC = jnp.where(seen_hC, logits_hC * (self.scale * _LOG2E), -jnp.inf)
             new_h = jnp.maximum(largest_h, jnp.max(logits_hC, axis=1))
             base_h = jnp.where(new_h == -jnp.inf, 0.0, new_h)
             shrink_h = jnp.exp2(largest_h - base_h)
-            weight_hC = jnp.exp2(logits_hC - _along(base_h, logits_hC.shape, 0))
+            weight_hC = jnp.exp2(logits_hC - along(base_h, logits_hC.shape, 0))
             total_h = total_h * shrink_h + jnp.sum(weight_hC, axis=1)
             smem["weights"][warpgroup] = weight_hC.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            shrink_hV = _along(shrink_h, zero_hV.shape, 0)
+            shrink_hV = along(shrink_h, zero_hV.shape, 0)
             weights = smem["weights"].at[warpgroup]
             columns = functools.partial(self._columns, warpgroup)
             values = tuple(
@@ -256,7 +256,3 @@ class _Call:
     def _columns(self, warpgroup: Array, i: int) -> Any:
         """Channels of a warpgroup's i-th product."""
         return pl.ds(warpgroup * (self.channels // 2) + i * self._width, self._width)
-
-
-def _along(vector: Array, shape: tuple[int, ...], dim: int) -> Array:
-    return jax.lax.broadcast_in_dim(vector, shape, (dim,))

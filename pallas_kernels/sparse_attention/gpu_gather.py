@@ -144,7 +144,7 @@ def _put(keys_CJ: Array, row_C: Any, keys: Any) -> None:
 
 
 def _along_channels(x_C: Array, channels: int) -> Array:
-    wide = jax.lax.broadcast_in_dim(x_C, (CHUNK, channels), (0,))
+    wide = mosaic_gpu.along(x_C, (CHUNK, channels), 0)
     return plgpu.layout_cast(wide, _layout(channels))
 
 

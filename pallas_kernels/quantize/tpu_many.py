@@ -60,8 +60,7 @@ def matmul(
         return rows, o
 
     scale_spec, wide, dequantise = _of_format(stack, (bk, bn), weight_tile, transposed)
-    native = tpu_codes.has_native_e4m3()
-    settings = {"precision": precision, "transposed": transposed, "native": native}
+    settings = {"precision": precision, "transposed": transposed}
     return pl.pallas_call(
         functools.partial(_dense_tiles, dequantise=dequantise, place=place, **settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -96,9 +95,9 @@ def _of_format(
     if isinstance(stack, Fp4Weight):
         # The scratch is not used.
         return pl.BlockSpec((None, bk // FP4_BLOCK, bn), weight_tile), (8, 128), _dequantise_fp4
-
     scratch_shape = (bk // FP8_BLOCK, scale_shape[1]) if transposed else scale_shape
-    return tpu_tiles.all_scales(stack.scale), scratch_shape, _dequantise_fp8
+    dequantise = functools.partial(_dequantise_fp8, native=tpu_codes.has_native_e4m3())
+    return tpu_tiles.all_scales(stack.scale), scratch_shape, dequantise
 
 
 def _own_n(N: int, K: int, most: int) -> int:
@@ -131,7 +130,6 @@ def _dense_tiles(
     place: Any,
     precision: Any,
     transposed: bool,
-    native: bool,
 ) -> None:
     del layer_ref  # the index maps have picked its matrix
     o, m, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -140,7 +138,7 @@ def _dense_tiles(
     @pl.when(m == 0)
     def _():
         k, n = place(o, i)
-        dequantise(codes_ref, scale_ref, wide_ref, dense, k=k, n=n, native=native)
+        dequantise(codes_ref, scale_ref, dense, wide_ref, k, n)
 
     @pl.when(i == 0)
     def _():
@@ -163,10 +161,9 @@ def _own_k(stack: Fp8Weight | Fp4Weight, N: int, most: int) -> int:
 
 
 def _dequantise_fp8(
-    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, native: bool
+    codes_ref: Any, scale_ref: Any, dense: Any, wide_ref: Any, k: Any, n: Any, *, native: bool
 ) -> None:
     bk, bn = codes_ref.shape
-
     rows = wide_ref.shape[0]
     partial = rows != scale_ref.shape[0]  # k is outermost: only its tile's rows are needed
 
@@ -193,10 +190,7 @@ def _dequantise_fp8(
     tpu_tiles.over_chunks(bk, bn, chunk)
 
 
-def _dequantise_fp4(
-    codes_ref: Any, scale_ref: Any, wide_ref: Any, dense: Any, *, k: Any, n: Any, native: bool
-) -> None:
-    del wide_ref, k, n, native
+def _dequantise_fp4(codes_ref: Any, scale_ref: Any, dense: Any, *_: Any) -> None:
     bk, bn = dense.shape
 
     def chunk(at_k: Any, at_n: Any, ck: int, cn: int) -> None:

@@ -50,9 +50,8 @@ class Packs:
         self._first = [0]  # first pack of each packed epoch, and of the next one
         self._lock = threading.RLock()
         self.packing(0)
-        if epochs is not None:
-            for epoch in range(epochs):
-                self._first.append(self._first[-1] + len(self.packing(epoch)))
+        for epoch in range(epochs or 0):
+            self._first.append(self._first[-1] + len(self.packing(epoch)))
 
     def packing(self, epoch: int) -> Packing:
         """The packing of one epoch, counted from 0."""
@@ -186,12 +185,8 @@ class _Batches:
 
 
 def _fill(documents: Documents, packing: Packing, pack: int) -> Arrays:
-    arrays = {
-        "tokens": np.zeros(packing.seq_len, np.int32),
-        "trained": np.zeros(packing.seq_len, np.bool_),
-        "document": np.zeros(packing.seq_len, np.int32),
-        "position": np.zeros(packing.seq_len, np.int32),
-    }
+    dtypes = {"tokens": np.int32, "trained": np.bool_, "document": np.int32, "position": np.int32}
+    arrays = {name: np.zeros(packing.seq_len, dtype) for name, dtype in dtypes.items()}
     pieces = range(packing.first_K1[pack], packing.first_K1[pack + 1])
     for number, piece in enumerate(pieces, 1):
         begin, length = packing.begin_P[piece], packing.length_P[piece]

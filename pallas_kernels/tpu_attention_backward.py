@@ -215,13 +215,7 @@ class _IndexMaps:
 
 
 def _grid(
-    sizes: Sizes,
-    batch: int,
-    dim: int,
-    dtype: Any,
-    visibility: Visibility | None,
-    *,
-    bounded: bool,
+    sizes: Sizes, batch: int, dim: int, dtype: Any, visibility: Visibility | None, *, bounded: bool
 ) -> pltpu.PrefetchScalarGridSpec:
     """The grid: parts, rows of the batch, blocks of a part."""
     entries, maps = sizes.entries, _IndexMaps(sizes)

@@ -39,8 +39,7 @@ def check(directory: Path, data: Sequence[Documents]) -> None:
     remedy = "use --changed-data to continue with the data as it is now"
     if not path.is_file():
         warnings.warn(
-            f"{directory}: has no {FILE}, so whether its data has changed is unknown.",
-            stacklevel=2,
+            f"{directory}: has no {FILE}, so whether its data has changed is unknown.", stacklevel=2
         )
         return
     try:

@@ -157,11 +157,7 @@ def prepare(recipe: Recipe, steps: int) -> tuple[Setup, step.State]:
         optimizer.warn_of_cost(declared, cfg, facts.report(cfg).active, tokens)
     rate = learning_rate(recipe, steps)
     rule = optimizer.make(
-        declared,
-        cfg,
-        rate,
-        rule=recipe.optimizer.rule,
-        weight_decay=recipe.optimizer.weight_decay,
+        declared, cfg, rate, rule=recipe.optimizer.rule, weight_decay=recipe.optimizer.weight_decay
     )
     setup = Setup(
         settings=_settings(recipe, cfg),

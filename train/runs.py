@@ -112,11 +112,7 @@ def read_recipe(directory: Path) -> Recipe:
 
 
 def evaluate(
-    directory: Path,
-    *,
-    files: tuple[str, ...] = (),
-    best: bool = False,
-    step: int | None = None,
+    directory: Path, *, files: tuple[str, ...] = (), best: bool = False, step: int | None = None
 ) -> dict[str, Any]:
     """Evaluate a state of a run.
 

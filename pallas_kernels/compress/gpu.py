@@ -277,10 +277,7 @@ class _Call:
     finish: Finish | None = None
 
     def __call__(
-        self,
-        arrays: tuple[Array, ...],
-        bias_MC: Float[Array, "M C"],
-        norm: tuple[Array, ...] = (),
+        self, arrays: tuple[Array, ...], bias_MC: Float[Array, "M C"], norm: tuple[Array, ...] = ()
     ) -> Float[Array, "B n K"]:
         """The entries, from the arrays of `source`, the bias and the arrays of `finish`."""
         (B, n), W, warpgroups = self.entries, self.pieces.windows, self.pieces.warpgroups

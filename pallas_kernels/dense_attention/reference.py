@@ -62,10 +62,7 @@ def _attend(
 
 
 def band(
-    start_B: Int[Array, " B"],
-    queries: int,
-    window: int,
-    first_BT: Int[Array, "B T"] | None = None,
+    start_B: Int[Array, " B"], queries: int, window: int, first_BT: Int[Array, "B T"] | None = None
 ) -> Bool[Array, "B T X"]:
     """Which keys of a chunk's window each query sees.
 

@@ -21,12 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from pallas_kernels.dense_attention import xla
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
-from pallas_kernels.dense_attention.tpu_window import (
-    band_keys,
-    in_blocks,
-    per_row,
-    ring_keys,
-)
+from pallas_kernels.dense_attention.tpu_window import band_keys, in_blocks, per_row, ring_keys
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import LANES, in_hbm, resident
 from pallas_kernels.products import contract
@@ -168,8 +163,7 @@ def _attend(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), inputs.q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         name=name,
     )(

@@ -55,10 +55,7 @@ def split(queries: int, most: int) -> tuple[int, int, Callable[..., Any]]:
 
 
 def band(
-    position: Int[Array, ""],
-    queries: int,
-    window: int,
-    first_Q: Int[Array, " Q"] | None = None,
+    position: Int[Array, ""], queries: int, window: int, first_Q: Int[Array, " Q"] | None = None
 ) -> Bool[Array, "Q Y"]:
     """Which keys of a block's window each query sees; its first key is at `position`."""
     e_Y, j_Q1 = jnp.arange(queries + window), jnp.arange(queries)[:, None]

@@ -53,11 +53,7 @@ def expert_mlp(inputs: Inputs, *, limit: float, weight_first: bool) -> Float[Arr
 
 
 def expert_mlp_backward(
-    grad_TD: Float[Array, "T D"],
-    inputs: Inputs,
-    *,
-    limit: float,
-    learn: tuple[bool, bool, bool],
+    grad_TD: Float[Array, "T D"], inputs: Inputs, *, limit: float, learn: tuple[bool, bool, bool]
 ) -> tuple[Array, Array, list[Array], list[Array], list[Array]]:
     """As `xla.expert_mlp_backward`.
 

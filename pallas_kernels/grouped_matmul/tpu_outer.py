@@ -44,10 +44,7 @@ def outer(
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(N // bn, K // bk, plan.steps),
-        in_specs=[
-            pl.BlockSpec((R, bn), left_rows),
-            pl.BlockSpec((R, bk), right_rows),
-        ],
+        in_specs=[pl.BlockSpec((R, bn), left_rows), pl.BlockSpec((R, bk), right_rows)],
         out_specs=pl.BlockSpec((None, bn, bk), expert_block),
         scratch_shapes=[pltpu.VMEM((bn, bk), jnp.float32)],
     )
@@ -56,8 +53,7 @@ def outer(
         grid_spec=spec,
         out_shape=jax.ShapeDtypeStruct((experts, N, K), dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         name=name,
     )(*plan.scalars, left_PN, right_PK)

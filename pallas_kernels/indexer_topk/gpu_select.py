@@ -160,13 +160,7 @@ def _list_block(at_ref: Any, ranks: Any, row_VR: Any, first: Array) -> None:
 
 
 def _fetch_block(
-    at_ref: Any,
-    key_ref: Any,
-    digit_RC: Any,
-    shift: Array,
-    clear: bool,
-    row_VR: Any,
-    first: Array,
+    at_ref: Any, key_ref: Any, digit_RC: Any, shift: Array, clear: bool, row_VR: Any, first: Array
 ) -> None:
     """Add one digit to the keys of one block of slots."""
     block = pl.ds(first, SLOTS)

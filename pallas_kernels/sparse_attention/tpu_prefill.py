@@ -76,12 +76,7 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
 
 
 def _grid(
-    grid: tuple[int, int],
-    block: int,
-    arrays: tuple[Any, Any, Any],
-    window: int,
-    *,
-    bounded: bool,
+    grid: tuple[int, int], block: int, arrays: tuple[Any, Any, Any], window: int, *, bounded: bool
 ) -> pltpu.PrefetchScalarGridSpec:
     """The blocks of each step: queries and their lists; and scratch for both ways."""
     indices_BTk, q_BTHK, pool_LBSK = arrays

@@ -10,17 +10,18 @@ import math
 from v4jax import presets
 from v4jax.arguments import checked, integer
 from v4jax.checkpoints.formats import QUANTISED
+from v4jax.checkpoints.safetensors_file import DTYPES
 from v4jax.model import params
 from v4jax.model.block import Stack
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.hyper import HyperHead
 from v4jax.model.params import ParamSpec
+from v4jax.model.segments import mtp_segment
 from v4jax.model.transformer import Model
 
 # Memory per device in GiB: usable memory by the TPU compiler for v5p and v6e, else nominal.
 DEVICES = {"v5p chip": 95.74, "v6e chip": 31.25, "tpu7x chip": 192.0, "H100": 80.0, "H200": 141.0}
 GIB = 2**30
-_DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8, "I8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _drafter(cfg: ModelConfig) -> list[ParamSpec]:
     if cfg.dspark is None:
         return [spec for name, spec in params.leaves(Model(cfg)) if name.startswith("mtp.")]
     D, spark = cfg.hidden_size, cfg.dspark
-    stage = [spec for _, spec in params.leaves(Stack(cfg, (cfg.mtp_kind,), 1))]
+    stage = [spec for _, spec in params.leaves(Stack(cfg, mtp_segment(cfg)))]
     spec_of = lambda stored, *shape: ParamSpec(shape, (None,) * len(shape), stored)
     targets = len(spark.target_layer_ids)
     head = [spec for _, spec in params.leaves(HyperHead(cfg, params.Declare()))]
@@ -117,16 +118,13 @@ def release_bytes(cfg: ModelConfig) -> dict[str, int]:
     backbone = Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))
     for spec in [*(spec for _, spec in params.leaves(backbone)), *_drafter(cfg)]:
         for dtype, elements in _stored(spec, cfg):
-            sizes[dtype] += elements * _DTYPE_BYTES[dtype]
+            sizes[dtype] += elements * DTYPES[dtype].itemsize
     return dict(sorted(sizes.items()))
 
 
 def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
-    stored = cfg.expert_dtype if spec.stored == "expert" else spec.stored
-    if not cfg.quantized and stored in ("fp8", "fp4", None):
-        return [("BF16", spec.size)]
-    match stored:
-        case "fp8" | "fp4":
+    match cfg.expert_dtype if spec.stored == "expert" else spec.stored:
+        case "fp8" | "fp4" as stored if cfg.quantized:
             form = QUANTISED[stored]
             scales = math.prod(form.scales_shape(spec.shape))
             return [(form.dtypes[0], spec.size // form.packed), ("F8_E8M0", scales)]

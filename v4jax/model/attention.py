@@ -106,11 +106,7 @@ class _Chunk:
 
 
 def attend(
-    p: Attention,
-    x_BTD: Float[Array, "B T D"],
-    state: InStack,
-    kind: LayerKind,
-    context: Context,
+    p: Attention, x_BTD: Float[Array, "B T D"], state: InStack, kind: LayerKind, context: Context
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, Float32[Array, "B T"] | None]]:
     """One attention layer over a chunk.
 

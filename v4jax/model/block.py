@@ -19,6 +19,7 @@ from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
+from v4jax.model.segments import Segment
 
 
 class Block(nnx.Module):
@@ -41,10 +42,10 @@ class Stack(nnx.Module):
     that would copy what a kernel can read in place, including experts that are not chosen.
     """
 
-    def __init__(self, cfg: ModelConfig, pattern: tuple[LayerKind, ...], repeats: int) -> None:
-        weight = Declare(repeats, cfg.initializer_range)
-        self.blocks = nnx.List([Block(cfg, kind, weight) for kind in pattern])
-        self.experts = nnx.List([moe.Experts(cfg, weight) for _ in pattern])
+    def __init__(self, cfg: ModelConfig, part: Segment) -> None:
+        weight = Declare(part.repeats, cfg.initializer_range)
+        self.blocks = nnx.List([Block(cfg, kind, weight) for kind in part.pattern])
+        self.experts = nnx.List([moe.Experts(cfg, weight) for _ in part.pattern])
 
 
 class LayerTrace(NamedTuple):
@@ -91,8 +92,7 @@ def run_stack(
     p: Stack,
     x_BTM: Float[Array, "B T M"],
     states: tuple[LayerCache, ...],
-    pattern: tuple[LayerKind, ...],
-    repeats: int,
+    part: Segment,
     context: Context,
 ) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
     """Run all layers of a segment. Its caches are carried entire, so that updates are in place."""
@@ -107,14 +107,14 @@ def run_stack(
         ]
         blocks = tree.unflatten(of_layer)
         updated = []
-        for position, kind in enumerate(pattern):
+        for position, kind in enumerate(part.pattern):
             experts, state = (InStack(x[position], layer) for x in (p.experts, states))
             x_BTM, state, _ = run_block(blocks[position], experts, x_BTM, state, kind, context)
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
     arrays = [_sliced(leaf, context) for leaf in leaves]
-    steps = (jnp.arange(repeats, dtype=jnp.int32), arrays)
+    steps = (jnp.arange(part.repeats, dtype=jnp.int32), arrays)
     (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
     return x_BTM, states
 
@@ -122,8 +122,7 @@ def run_stack(
 def train_stack(
     p: Stack,
     x_BTM: Float[Array, "B T M"],
-    pattern: tuple[LayerKind, ...],
-    repeats: int,
+    part: Segment,
     context: Context,
     *,
     remat: bool,
@@ -147,7 +146,7 @@ def train_stack(
     def one_repeat(x_BTM, step):
         layer, blocks, slices = step
         watched = []
-        for position, kind in enumerate(pattern):
+        for position, kind in enumerate(part.pattern):
             state = InStack(cache.fresh(cfg, kind, batch, tokens, dtype), jnp.int32(0))
             experts = InStack(_of_layer(frozen[position], slices[position]), layer)
             x_BTM, _, trace = run_block(blocks[position], experts, x_BTM, state, kind, context)
@@ -158,7 +157,7 @@ def train_stack(
     policy = None if remat else residuals.SAVE_NAMED
     # Outside a loop, XLA would merge the recomputation with the forward pass.
     body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
-    steps = (jnp.arange(repeats, dtype=jnp.int32), blocks, p.experts)
+    steps = (jnp.arange(part.repeats, dtype=jnp.int32), blocks, p.experts)
     return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
 
 

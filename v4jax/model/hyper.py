@@ -71,13 +71,16 @@ def around(
     return saveable(sharding.per_device(hyper.post, *args, axes=(ROWS,) * 4, out=ROWS)), rest
 
 
-def collapse(p: HyperHead, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """The streams combined into one, before the norm."""
+def collapse(
+    p: HyperHead, x_BTM: Float[Array, "B T M"], norm_D: Any, cfg: ModelConfig
+) -> Float[Array, "B T D"]:
+    """The streams combined into one, after the final norm."""
     head = functools.partial(hyper.head, eps=cfg.hc_eps, norm_eps=cfg.rms_norm_eps)
     weights = value(p.fn_NM), value(p.base_N), value(p.scale_1)
-    return sharding.per_device(head, x_BTM, *weights, axes=(ROWS, (), (), ()), out=ROWS)
+    x_BTD = sharding.per_device(head, x_BTM, *weights, axes=(ROWS, (), (), ()), out=ROWS)
+    return rms_norm(x_BTD, norm_D, cfg.rms_norm_eps)
 
 
 def expand(x_BTD: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T M"]:
-    """Every stream starts as the token's embedding."""
+    """A token's embedding in each of its streams."""
     return jnp.tile(x_BTD, (1, 1, cfg.hc_mult))

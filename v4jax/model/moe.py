@@ -37,7 +37,7 @@ class Router(nnx.Module):
             self.bias_E = weight((experts,), (None,), "f32", constant=0.0)
         else:
             shape = (cfg.vocab_size, cfg.num_experts_per_tok)
-            self.expert_ids_VA = weight.expert_ids(shape, (None, None), experts)
+            self.expert_ids_VA = weight.expert_ids(shape, experts)
 
 
 class SharedExpert(nnx.Module):
@@ -152,14 +152,7 @@ def _over_experts(
 
     A group of devices that together hold all experts gathers its tokens; every device computes the
     sum over its experts, and the sums are scattered to the tokens' owners. Experts are never
-    gathered.
-
-    Args:
-      run: maps tokens to the sum over their experts; ignores ids that are not in 0 .. E - 1.
-      x_TD: tokens.
-      expert_TA: each token's experts.
-      weight_TA: their routing weights.
-      weights: stacks [L, E, ...], arrays or quantised weights.
+    gathered. `run` ignores expert ids that are not in 0 .. E - 1; `weights` are stacks [L, E, ...].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -8,7 +8,6 @@ Axis letters: B batch, T tokens, D hidden, N streams, M = N * D.
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -18,6 +17,7 @@ from v4jax.model.cache import LayerCache
 from v4jax.model.config import ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.params import Declare
+from v4jax.model.segments import mtp_segment
 
 
 class Mtp(nnx.Module):
@@ -29,7 +29,7 @@ class Mtp(nnx.Module):
         self.streams_DD = weight((D, D), ("embed", None), "fp8")
         self.embed_norm_D = weight((D,), (None,), constant=1.0)
         self.streams_norm_D = weight((D,), (None,), constant=1.0)
-        self.stack = Stack(cfg, (cfg.mtp_kind,), 1)
+        self.stack = Stack(cfg, mtp_segment(cfg))
         self.hyper_head = hyper.HyperHead(cfg, weight)
         self.norm_D = weight((D,), (None,), constant=1.0)
 
@@ -52,8 +52,8 @@ def run(
     """
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
-    x_BTM, (state,) = run_stack(p.stack, x_BTM, (state,), (cfg.mtp_kind,), 1, context)
-    return _hidden(p, x_BTM, cfg), x_BTM, state
+    x_BTM, (state,) = run_stack(p.stack, x_BTM, (state,), mtp_segment(cfg), context)
+    return hyper.collapse(p.hyper_head, x_BTM, p.norm_D, cfg), x_BTM, state
 
 
 def run_rows(
@@ -68,9 +68,9 @@ def run_rows(
     """`run` over entire rows without a cache: the hidden state, and the results of `watch`."""
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
-    pattern = (cfg.mtp_kind,)
-    x_BTM, watched = train_stack(p.stack, x_BTM, pattern, 1, context, remat=remat, watch=watch)
-    return _hidden(p, x_BTM, cfg), watched
+    part = mtp_segment(cfg)
+    x_BTM, watched = train_stack(p.stack, x_BTM, part, context, remat=remat, watch=watch)
+    return hyper.collapse(p.hyper_head, x_BTM, p.norm_D, cfg), watched
 
 
 def _mixed(
@@ -80,14 +80,9 @@ def _mixed(
     context: Context,
 ) -> Float[Array, "B T M"]:
     cfg = context.cfg
-    eps, streams = cfg.rms_norm_eps, cfg.hc_mult
+    eps = cfg.rms_norm_eps
     embedded_BTD = layers.rms_norm(embedded_BTD, p.embed_norm_D, eps)
     embedded_BTD = layers.linear(embedded_BTD, p.embed_DD)
-    x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], streams, cfg.hidden_size)
+    x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], cfg.hc_mult, cfg.hidden_size)
     x_BTND = layers.linear(layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD)
-    return x_BTND.reshape(streams_BTM.shape) + jnp.tile(embedded_BTD, (1, 1, streams))
-
-
-def _hidden(p: Mtp, x_BTM: Float[Array, "B T M"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    hidden_BTD = hyper.collapse(p.hyper_head, x_BTM, cfg)
-    return layers.rms_norm(hidden_BTD, p.norm_D, cfg.rms_norm_eps)
+    return x_BTND.reshape(streams_BTM.shape) + hyper.expand(embedded_BTD, cfg)

@@ -73,11 +73,9 @@ class Declare:
         kind, scale = ("normal", self._std) if constant is None else ("constant", constant)
         return self._param(ParamSpec(shape, axes, stored, kind, scale))
 
-    def expert_ids(
-        self, shape: tuple[int, int], axes: tuple[str | None, ...], experts: int
-    ) -> nnx.Param:
+    def expert_ids(self, shape: tuple[int, int], experts: int) -> nnx.Param:
         """A table whose rows are distinct expert ids."""
-        return self._param(ParamSpec(shape, axes, "i64", "experts", float(experts)))
+        return self._param(ParamSpec(shape, (None, None), "i64", "experts", float(experts)))
 
     def _param(self, spec: ParamSpec) -> nnx.Param:
         if self._repeats is not None:

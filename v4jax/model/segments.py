@@ -6,7 +6,7 @@ is one `lax.scan` over its repeats, whatever their number.
 
 import dataclasses
 
-from v4jax.model.config import LayerKind
+from v4jax.model.config import LayerKind, ModelConfig
 
 _LONGEST_PATTERN = 4
 
@@ -26,6 +26,11 @@ class Segment:
     def layer_index(self, position: int, repeat: int) -> int:
         """Index of the layer at `position` in copy `repeat` of the pattern."""
         return self.first + repeat * len(self.pattern) + position
+
+
+def mtp_segment(cfg: ModelConfig) -> Segment:
+    """The one layer of an MTP block."""
+    return Segment(0, (cfg.mtp_kind,), 1)
 
 
 def segments(layers: tuple[LayerKind, ...]) -> tuple[Segment, ...]:

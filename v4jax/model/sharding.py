@@ -58,7 +58,7 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     shape = (data, fsdp, expert, tensor)
-    if min(shape) < 1 or math.prod(shape) != len(devices):
+    if math.prod(shape) != len(devices):
         raise ValueError(
             f"A mesh of {_sizes(shape)} needs {math.prod(shape)} devices; there are {len(devices)}."
         )

@@ -26,8 +26,7 @@ class Model(nnx.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         weight = Declare(std=cfg.initializer_range)
         self.embed_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
-        pattern = segments(cfg.layers)
-        self.stacks = nnx.List([Stack(cfg, part.pattern, part.repeats) for part in pattern])
+        self.stacks = nnx.List([Stack(cfg, part) for part in segments(cfg.layers)])
         self.hyper_head = hyper.HyperHead(cfg, weight)
         self.norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
         self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
@@ -60,7 +59,7 @@ def forward(
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     updated = []
     for stack, part, states in zip(model.stacks, segments(cfg.layers), cache.segments, strict=True):
-        x_BTM, states = run_stack(stack, x_BTM, states, part.pattern, part.repeats, shared)
+        x_BTM, states = run_stack(stack, x_BTM, states, part, shared)
         updated.append(states)
     return x_BTM, dataclasses.replace(cache, length_B=shared.end_B, segments=tuple(updated))
 
@@ -100,27 +99,14 @@ def forward_rows(
     rows, length = tokens_BT.shape
     start_B, count_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
     shared = context.make(
-        cfg,
-        numerics,
-        tokens_BT,
-        start_B,
-        count_B,
-        embedded_BTD.dtype,
-        document_BT=document_BT,
+        cfg, numerics, tokens_BT, start_B, count_B, embedded_BTD.dtype, document_BT=document_BT
     )
     shared = dataclasses.replace(shared, watch_indexer=watch_indexer)
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     watched = []
     for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
         x_BTM, results = train_stack(
-            stack,
-            x_BTM,
-            part.pattern,
-            part.repeats,
-            shared,
-            remat=remat,
-            unroll=unroll,
-            watch=watch,
+            stack, x_BTM, part, shared, remat=remat, unroll=unroll, watch=watch
         )
         watched.append(results)
     return x_BTM, shared, watched
@@ -131,11 +117,10 @@ def draft_rows(
     streams_BTM: Float[Array, "B T M"],
     shared: context.Context,
     *,
-    index: int = 0,
     remat: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
-    """Run one MTP block over entire rows.
+    """Run the first MTP block over entire rows.
 
     The last token of a document has no next one, so the block treats it as padding.
 
@@ -143,7 +128,6 @@ def draft_rows(
       model: the weights.
       streams_BTM: the backbone's streams, from `forward_rows`.
       shared: the context that `forward_rows` returned with them.
-      index: index of the block.
       remat: as for `forward_rows`.
       watch: as for `forward_rows`.
 
@@ -152,8 +136,7 @@ def draft_rows(
     """
     shared = context.of_next(shared)
     embedded_BTD = embed(model, shared.tokens_BT)
-    drafter = model.mtp[index]
-    return mtp.run_rows(drafter, streams_BTM, embedded_BTD, shared, remat=remat, watch=watch)
+    return mtp.run_rows(model.mtp[0], streams_BTM, embedded_BTD, shared, remat=remat, watch=watch)
 
 
 def draft(
@@ -189,9 +172,7 @@ def embed(model: Model, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 
 def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T D"]:
     """Collapse the streams and apply the final norm."""
-    return layers.rms_norm(
-        hyper.collapse(model.hyper_head, x_BTM, cfg), model.norm_D, cfg.rms_norm_eps
-    )
+    return hyper.collapse(model.hyper_head, x_BTM, model.norm_D, cfg)
 
 
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:

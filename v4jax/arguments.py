@@ -285,12 +285,7 @@ FUNCTION = predicate("a function", callable)
 
 
 # Arguments that all conversions take.
-FILES = {
-    "source": PATH,
-    "target": PATH,
-    "revision": optional(TEXT),
-    "progress": optional(FUNCTION),
-}
+FILES = {"source": PATH, "target": PATH, "revision": optional(TEXT), "progress": optional(FUNCTION)}
 
 
 def _token_ids(value: Any) -> list[int]:

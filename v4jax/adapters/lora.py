@@ -83,18 +83,12 @@ def attach(
     Raises:
       ValueError: the adapter does not match the model and the settings.
     """
-    declared = Model(cfg)
-    expected_shapes = {
-        name: {part: spec.shape for part, spec in factors.items()}
-        for name, factors in declare(cfg, lora).items()
-    }
-    shapes = {
+    shapes = lambda tree: {
         name: {part: tuple(x.shape) for part, x in factors.items()}
-        for name, factors in adapter.items()
+        for name, factors in tree.items()
     }
-    if shapes != expected_shapes:
-        names = shapes.keys() | expected_shapes
-        wrong = sorted(n for n in names if shapes.get(n) != expected_shapes.get(n))
+    given, expected = shapes(adapter), shapes(declare(cfg, lora))
+    if wrong := sorted(n for n in given.keys() | expected if given.get(n) != expected.get(n)):
         raise ValueError(
             f"The adapter does not match the model and targets {lora.targets!r}, rank {lora.rank}:"
             f" {len(wrong)} weights differ, the first is '{wrong[0]}'."
@@ -110,4 +104,4 @@ def attach(
             a = Dropped(a, keys, lora.dropout)
         return LoraWeight(weight, a, b, lora.scale_of(name))
 
-    return params.map_leaves(updated, declared, model)
+    return params.map_leaves(updated, Model(cfg), model)

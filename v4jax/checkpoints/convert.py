@@ -123,8 +123,8 @@ def convert(
         files = _passengers(opened.folder, conversion.config)
         with unfinished.begin(target, "convert", _identity(opened.files, weights)) as work:
             _write(conversion, work, progress)
+            files.append(PurePath(safetensors_directory.CONFIG))
             passengers.copy(opened.folder, files, work.directory)
-            passengers.copy(opened.folder, [PurePath(safetensors_directory.CONFIG)], work.directory)
             if weights == "keep" and conversion.manifest.index is not None:
                 index = [PurePath(safetensors_directory.INDEX)]
                 passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
@@ -292,12 +292,11 @@ def _parts(
 
 
 def _write_extras(conversion: _Conversion, work: unfinished.Work, unit: str) -> None:
-    names = [
-        name
+    tensors = {
+        name: conversion.tensors[name]
         for name in release.extras(conversion.tensors, conversion.config)
         if _extras_file(conversion, name) == unit
-    ]
-    tensors = {name: conversion.tensors[name] for name in names}
+    }
     infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     path = work.directory / unit
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from v4jax.checkpoints import (
     config_file,
     disk,
+    release,
     release_weights,
     safetensors_directory,
     tensor_values,
@@ -115,8 +116,7 @@ def _inside(name: str) -> str:
 def read_config(path: Path, manifest: Manifest) -> ModelConfig:
     """The configuration of the weights that the checkpoint holds."""
     cfg = config_file.read(path / safetensors_directory.CONFIG)
-    if not any(leaf.startswith("mtp.") for leaf in manifest.leaves):
-        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    cfg = release.fit_config(manifest.leaves, cfg)
     if manifest.leaves.keys() != {leaf for leaf, _ in params.leaves(Model(cfg))}:
         raise CheckpointError(f"{path}: {MANIFEST} and config.json do not agree. {DAMAGED}")
     return cfg

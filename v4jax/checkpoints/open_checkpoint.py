@@ -7,13 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from v4jax.checkpoints import (
-    config_file,
-    native,
-    passengers,
-    release_weights,
-    unfinished,
-)
+from v4jax.checkpoints import config_file, native, passengers, release_weights, unfinished
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_directory import CONFIG, locate
 from v4jax.model.config import ModelConfig

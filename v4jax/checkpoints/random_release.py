@@ -18,7 +18,7 @@ from v4jax import arguments
 from v4jax.checkpoints import safetensors_directory, tensor_names
 from v4jax.checkpoints.disk import write_json
 from v4jax.checkpoints.formats import QUANTISED
-from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo
+from v4jax.checkpoints.safetensors_file import DTYPE_NAMES, TensorInfo
 from v4jax.model import config_json, params
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.params import ParamSpec
@@ -40,10 +40,7 @@ _HEAD_STD = 0.35
     ),
 )
 def make_checkpoint(
-    directory: Path,
-    cfg: ModelConfig,
-    seed: int,
-    tokenizer: tokenizers.Tokenizer | None = None,
+    directory: Path, cfg: ModelConfig, seed: int, tokenizer: tokenizers.Tokenizer | None = None
 ) -> None:
     """Write a checkpoint in the release format with random weights; all of it is held in memory.
 
@@ -66,8 +63,7 @@ def make_checkpoint(
         tokenizer = build_demo_tokenizer(cfg.vocab_size)
         words = _words(Tokenizer(tokenizer))
     arrays = dict(_arrays(cfg, seed, words))
-    dtype_name = {dtype: name for name, dtype in reversed(DTYPES.items())}
-    infos = {n: TensorInfo(dtype_name[array.dtype], array.shape) for n, array in arrays.items()}
+    infos = {n: TensorInfo(DTYPE_NAMES[array.dtype], array.shape) for n, array in arrays.items()}
     names = sorted(infos, key=lambda name: (-arrays[name].itemsize, name))
     size = math.ceil(len(names) / _SHARDS)
     shards = [{n: infos[n] for n in names[i : i + size]} for i in range(0, len(names), size)]

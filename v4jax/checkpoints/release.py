@@ -101,14 +101,14 @@ def _views(files: TensorFiles, theirs: str, name: str) -> Iterator[Tensor]:
         yield Tensor(matrix, info.dtype, shape, str(info.file), read)
 
 
-def fit_config(release: Release, cfg: ModelConfig) -> ModelConfig:
-    """The configuration, without MTP layers if the files hold none.
+def fit_config(names: Iterable[str], cfg: ModelConfig) -> ModelConfig:
+    """The configuration, without MTP layers if no tensor or leaf belongs to one.
 
     transformers keeps `num_nextn_predict_layers` but drops the MTP tensors.
     """
-    if cfg.num_nextn_predict_layers and not any(n.startswith("mtp.") for n in release.tensors):
-        return dataclasses.replace(cfg, num_nextn_predict_layers=0)
-    return cfg
+    if any(name.startswith("mtp.") for name in names):
+        return cfg
+    return dataclasses.replace(cfg, num_nextn_predict_layers=0)
 
 
 def extras(release: Release, cfg: ModelConfig) -> list[str]:

@@ -42,7 +42,7 @@ def check(files: TensorFiles, folder: Path) -> tuple[Release, ModelConfig, dict[
     """`open_release` of open files; the configuration is in the folder."""
     cfg = config_file.read(folder / safetensors_directory.CONFIG)
     tensors = Release(files, cfg)
-    cfg = release.fit_config(tensors, cfg)
+    cfg = release.fit_config(tensors.tensors, cfg)
     return tensors, cfg, release.check(tensors, cfg)
 
 

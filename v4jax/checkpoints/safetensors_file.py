@@ -40,6 +40,8 @@ DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "F4": np.dtype("u1"),  # two elements per byte
 }
+# The first name of each dtype: U8, not F4.
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors package's limit
 _MAX_RANK = 32
 _MAX_BYTES = 2**62

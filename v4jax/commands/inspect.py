@@ -14,7 +14,7 @@ from rich.table import Table
 from v4jax import arguments, presets
 from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
 from v4jax.checkpoints.disk import CheckpointError
-from v4jax.checkpoints.safetensors_file import DTYPES, open_safetensors
+from v4jax.checkpoints.safetensors_file import DTYPE_NAMES, open_safetensors
 from v4jax.facts import DEVICES, GIB, Report, devices, report
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.segments import segments
@@ -23,7 +23,6 @@ _CONTEXTS = {"128K": 2**17, "1M": 2**20}
 _FP4 = "FP4, two per byte"
 _DTYPE_NOTES = {"I8": f"I8 ({_FP4})", "U8": f"U8 ({_FP4})", "F8_E8M0": "F8_E8M0 (scales)"}
 _CACHE_NOTES = {"fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
-_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _native(path: Path) -> Subject:
         for array in native.array_names(leaf, form)
     ]
     sizes = [(a.dtype.numpy_dtype, math.prod(a.shape)) for a in arrays]
-    held = [(_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
+    held = [(DTYPE_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
     for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
         extra = open_safetensors(file)
         held += [(extra.info(name).dtype, extra.info(name).nbytes) for name in extra.names]
@@ -127,6 +126,7 @@ def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None
       held: bytes by dtype in the files; by default those of a release are computed.
     """
     facts = report(cfg)
+    sizes = facts.bytes_by_dtype if held is None else held
     console = Console(highlight=False, soft_wrap=True)
     if what:
         console.print(what, markup=False)
@@ -135,9 +135,9 @@ def show(cfg: ModelConfig, *, what: str = "", held: dict[str, int] | None = None
         _layers(cfg, facts),
         _segments(cfg),
         _parameters(cfg, facts),
-        _bytes(facts.bytes_by_dtype if held is None else held, held is None),
+        _bytes(sizes, held is None),
         _cache(cfg, facts),
-        _fit(facts, held),
+        _fit(sum(sizes.values())),
     ):
         console.print()
         console.print(table)
@@ -199,12 +199,11 @@ def _cache(cfg: ModelConfig, facts: Report) -> Table:
     return table
 
 
-def _fit(facts: Report, held: dict[str, int] | None) -> Table:
+def _fit(nbytes: int) -> Table:
     """The devices that the weights need, and the memory left for the cache."""
-    sizes = facts.bytes_by_dtype if held is None else held
     table = _table("Devices that hold the weights", "", "left for cache")
-    for name, count in devices(sum(sizes.values())).items():
-        left = count * DEVICES[name] * GIB - sum(sizes.values())
+    for name, count in devices(nbytes).items():
+        left = count * DEVICES[name] * GIB - nbytes
         table.add_row(f"{name}, {DEVICES[name]:g} GiB", str(count), _size(left))
     return table
 

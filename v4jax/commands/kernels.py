@@ -2,7 +2,6 @@
 
 import collections
 import os
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +12,6 @@ from v4jax import aot, waiting
 from v4jax.model import cache, sharding
 from v4jax.model.config import ModelConfig
 
-TARGETS = get_args(targets.Target)
 _CAPACITY, _TOKENS = 65536, 512
 _EXTRAS = {"h200": "gpu"}  # the extra with the compiler of a target; 'tpu' for all others
 

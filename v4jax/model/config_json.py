@@ -15,6 +15,7 @@ _LAYER_TYPES = {
 }
 _FFN_TYPES = {"hash_moe": "hash", "moe": "routed"}
 _CSA_RATIO, _HCA_RATIO = 4, 128
+_DSPARK = ("block_size", "markov_rank", "noise_token_id", "target_layer_ids")
 
 
 def from_json(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -80,12 +81,8 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.expert_dtype:
         out["expert_dtype"] = cfg.expert_dtype
     if cfg.dspark:
-        out |= {
-            "dspark_block_size": cfg.dspark.block_size,
-            "dspark_markov_rank": cfg.dspark.markov_rank,
-            "dspark_noise_token_id": cfg.dspark.noise_token_id,
-            "dspark_target_layer_ids": list(cfg.dspark.target_layer_ids),
-        }
+        out |= {f"dspark_{field}": getattr(cfg.dspark, field) for field in _DSPARK}
+        out["dspark_target_layer_ids"] = list(cfg.dspark.target_layer_ids)
     return out
 
 
@@ -331,10 +328,7 @@ def _mtp_layers(raw: Mapping[str, Any]) -> int:
 def _dspark(raw: Mapping[str, Any]) -> DSpark | None:
     if "dspark_block_size" not in raw:
         return None
-    numbers = {
-        field: _need(raw, f"dspark_{field}")
-        for field in ("block_size", "markov_rank", "noise_token_id", "target_layer_ids")
-    }
+    numbers = {field: _need(raw, f"dspark_{field}") for field in _DSPARK}
     numbers["target_layer_ids"] = tuple(numbers["target_layer_ids"])
     numbers["stages"] = raw.get("n_mtp_layers", 3)
     return DSpark(**numbers)

@@ -20,8 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.plan import Plan
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.products import contract
-from pallas_kernels.quantize import Fp4Weight, Fp8Weight, tpu_codes
+from pallas_kernels.quantize import Fp4Weight, Fp8Weight, tpu_codes, tpu_tiles
 from pallas_kernels.quantize.leaves import FP4_BLOCK, FP8_BLOCK
 
 FEW = 16  # products are scaled in tiles of up to this many rows
@@ -194,18 +193,13 @@ def _over_chunks(rows: int, columns: int, run: Callable[[Any, Any, int, int], No
     _over(columns, cn, lambda n: _over(rows, ck, lambda k: run(k, n, ck, cn)))
 
 
-def _dot(x: Array, w: Array, dim: int = 0) -> Array:
-    """Multiply, summing over `dim` of w."""
-    return contract(x, w.astype(x.dtype), 1, dim)
-
-
 def _add(total_ref: Any, x_ref: Any, w_ref: Any, dim: int) -> None:
     step = divisor(x_ref.shape[1], 1024)
 
     def run(k: Any) -> None:
         at = pl.ds(k, step)
         w = w_ref[:, at] if dim else w_ref[at, :]
-        total_ref[...] += _dot(x_ref[:, at], w, dim)
+        total_ref[...] += tpu_tiles.dot(x_ref[:, at], w, transposed=dim == 1)
 
     _over(x_ref.shape[1], step, run)
 
@@ -220,7 +214,7 @@ def _add_fp8_products(
         for b in range(ck // FP8_BLOCK):
             at = _part(k + b * FP8_BLOCK, FP8_BLOCK)
             values = tpu_codes.e4m3_values(codes_ref[at, columns], native)
-            total += _dot(x_ref[:, at], values) * scale[b : b + 1]
+            total += tpu_tiles.dot(x_ref[:, at], values) * scale[b : b + 1]
         total_ref[:, columns] = total
 
     _over_chunks(codes_ref.shape[0], codes_ref.shape[1], chunk)
@@ -237,7 +231,7 @@ def _add_fp4_products(total_ref: Any, x_ref: Any, codes_ref: Any, scale_ref: Any
             packed = _part(k + b * FP8_BLOCK, FP8_BLOCK, 2)
             values = tpu_codes.e2m1_values(codes_ref[packed, columns])
             x = x_ref[:, _part(k + b * FP8_BLOCK, FP8_BLOCK)]
-            products = _dot(tpu_codes.rows_per_block(x), values)
+            products = tpu_tiles.dot(tpu_codes.rows_per_block(x), values)
             for i in range(_GROUP):
                 row = b * _GROUP + i
                 total += products[i * R : (i + 1) * R] * scale[row : row + 1]

@@ -68,5 +68,6 @@ def part_of(at: Any, multiple: int, by: int) -> Any:
     return at if isinstance(at, int) else pl.multiple_of(jax.lax.div(at, by), multiple // by)
 
 
-def dot(x: Array, values: Array, precision: Any, *, transposed: bool = False) -> Array:
+def dot(x: Array, values: Array, precision: Any = None, *, transposed: bool = False) -> Array:
+    """Rows times a matrix [K, N], or [N, K] if transposed, in x's dtype with float32 sums."""
     return contract(x, values.astype(x.dtype), 1, 1 if transposed else 0, precision)

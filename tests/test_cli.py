@@ -1,9 +1,6 @@
 """The command line: output, exit status and error messages."""
 
-import io
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +9,9 @@ from typing import Any
 import pytest
 
 import v4jax
-from tests.checkpoints import tiny, tiny_dspark
+from tests.checkpoints import tiny
 from v4jax.__main__ import main
 from v4jax.checkpoints import native, random_release
-from v4jax.checkpoints.open_checkpoint import OpenCheckpoint
-from v4jax.text.chat import encode_chat
 
 COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
 Capsys = pytest.CaptureFixture[str]
@@ -263,151 +258,3 @@ def test_convert_and_export_round_trip(checkpoint: Path, tmp_path: Path, capsys:
     assert native.is_native(to)
     for file in checkpoint.glob("*.safetensors"):
         assert (back / file.name).read_bytes() == file.read_bytes()
-
-
-def generated(capsys: Capsys, checkpoint: Path, *args: str) -> str:
-    assert main(["generate", str(checkpoint), "--seed", "0", "--max-tokens", "16", *args]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
-
-
-def test_generated_text_equals_the_librarys(checkpoint: Path, capsys: Capsys) -> None:
-    expected = v4jax.load(checkpoint).generate("Once upon a time", max_tokens=16, seed=0).text
-    assert generated(capsys, checkpoint, "-p", "Once upon a time") == expected + "\n"
-    assert generated(capsys, checkpoint, "-p", "Once upon a time", "--stream") == expected + "\n"
-
-
-def test_a_dash_reads_the_prompt_from_standard_input(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
-    piped = generated(capsys, checkpoint, "-p", "-")
-    assert piped == generated(capsys, checkpoint, "-p", "Once upon a time")
-
-
-def test_standard_input_that_is_not_text_is_rejected(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
-    assert "not text in utf-8" in fails(capsys, "generate", str(checkpoint), "-p", "-")
-
-
-class _Recorder:
-    """Stands in for a loaded model and records its prompt."""
-
-    def __init__(self, cfg: Any) -> None:
-        self.config = cfg
-        self.prompt = ""
-
-    def generate(self, prompt: str, **_: Any) -> Any:
-        self.prompt = prompt
-        return type("Generation", (), {"text": "an answer"})
-
-
-@pytest.mark.parametrize(
-    ("cfg", "args", "encoding"),
-    [
-        (tiny(), ["--chat"], {"revision": "april"}),
-        (tiny(), ["--thinking", "high"], {"thinking_mode": "thinking", "revision": "april"}),
-        (
-            tiny(),
-            ["--thinking", "max"],
-            {"thinking_mode": "thinking", "reasoning_effort": "max", "revision": "april"},
-        ),
-        (
-            tiny_dspark(),
-            ["--thinking", "low"],
-            {"thinking_mode": "thinking", "reasoning_effort": "low", "revision": "0731"},
-        ),
-    ],
-)
-def test_chat_options_choose_the_encoding(
-    cfg: Any,
-    args: list[str],
-    encoding: dict[str, Any],
-    checkpoint: Path,
-    capsys: Capsys,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = _Recorder(cfg)
-    monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
-    function = "v4jax.checkpoints.open_checkpoint.open_checkpoint"
-    monkeypatch.setattr(function, lambda directory: OpenCheckpoint(directory, cfg))
-    assert generated(capsys, checkpoint, "-p", "Why?", *args) == "an answer\n"
-    assert model.prompt == encode_chat([{"role": "user", "content": "Why?"}], **encoding)
-
-
-def test_an_unsupported_effort_is_reported_before_loading(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    error = fails(capsys, "generate", str(checkpoint), "-p", "x", "--thinking", "low")
-    assert "--thinking low: not supported by this checkpoint (revision april)" in error
-    assert "use one of high, max." in error
-
-
-def test_an_adapter_is_passed_to_the_loader(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed: dict[str, Any] = {}
-    monkeypatch.setattr(
-        v4jax, "load", lambda *_, **options: passed.update(options) or _Recorder(tiny())
-    )
-    generated(capsys, checkpoint, "-p", "Why?", "--adapter", "runs/a")
-    assert passed["adapter"] == "runs/a"
-
-
-def test_a_path_without_an_adapter_is_reported_before_loading(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "v4jax.checkpoints.release_weights.load", lambda *_, **__: pytest.fail("loaded")
-    )
-    error = fails(capsys, "generate", str(checkpoint), "-p", "Why?", "--adapter", str(checkpoint))
-    assert "is neither an adapter (adapter_config.json) nor the directory of a run" in error
-
-
-def test_a_system_message_precedes_the_prompt(
-    checkpoint: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = _Recorder(tiny())
-    monkeypatch.setattr(v4jax, "load", lambda *_, **__: model)
-    generated(capsys, checkpoint, "-p", "Why?", "--system", "Be brief.")
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert model.prompt == encode_chat(messages)
-
-
-def test_output_to_a_pipe_is_plain_text() -> None:
-    result = run("inspect", "flash")
-    assert result.returncode == 0
-    assert result.stderr == ""
-    assert "159,609,485,896" in result.stdout
-    assert "\x1b" not in result.stdout
-
-
-def test_a_broken_pipe_prints_no_traceback() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "v4jax", "inspect", "flash"]
-    with os.fdopen(write) as broken_pipe:
-        result = subprocess.run(
-            command, stdout=broken_pipe, stderr=subprocess.PIPE, timeout=120, check=False
-        )
-    assert result.returncode == 1
-    assert result.stderr == b""
-
-
-def test_control_c_ends_the_process_with_one_line(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "v4jax", "generate", str(checkpoint), "-p", "-"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin
-        # More than a pipe buffers: this returns once the command is reading its prompt.
-        process.stdin.write("word " * 100_000)
-        process.stdin.flush()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err == "v4jax generate: interrupted.\n"

@@ -226,18 +226,19 @@ def test_unsupported_pages_are_refused_or_left_to_xla() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "k", "match"),
+    ("dtype", "dim", "capacity", "k", "match"),
     [
-        (jnp.float16, 64, 8, "not 64 channels in float16"),
-        (jnp.float32, 256, 8, "512 bytes each"),
-        (jnp.bfloat16, 64, 5000, "k up to 4096"),
+        (jnp.float16, 64, 8192, 8, "not 64 channels in float16"),
+        (jnp.float32, 256, 8192, 8, "512 bytes each"),
+        (jnp.bfloat16, 64, 8192, 5000, "k up to 4096"),
+        (jnp.bfloat16, 64, 2**21 + 1, 8, "pools of up to 2097152 entries"),
     ],
 )
 def test_what_would_not_compile_is_refused_at_once(
-    dtype: Any, dim: int, k: int, match: str
+    dtype: Any, dim: int, capacity: int, k: int, match: str
 ) -> None:
     struct = jax.ShapeDtypeStruct
     args = struct((1, 1, 4, dim), dtype), struct((1, 1, 4), jnp.float32)
-    args += struct((1, 1, 8192, dim), dtype), struct((), jnp.int32), struct((1, 1), jnp.int32)
+    args += struct((1, 1, capacity, dim), dtype), struct((), jnp.int32), struct((1, 1), jnp.int32)
     with pytest.raises(Unsupported, match=match):
         jax.eval_shape(functools.partial(SELECT, k=k), *args)

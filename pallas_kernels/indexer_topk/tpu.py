@@ -131,7 +131,8 @@ def _tiling(keys: Keys, heads: int, queries: int, k: int, has_hidden: bool) -> _
 def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
     """Reject what the kernel does not support."""
     takes = "indexer_topk.select on TPUs takes"
-    scores = tiling.step * tiling.blocks * tiling.block
+    capacity = tiling.blocks * tiling.block
+    scores = tiling.step * capacity
     scalars = visible_BT.size * (1 + tiling.has_hidden)
     if isinstance(keys, Fp4Keys) and (half := keys.codes.shape[2]) % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
@@ -145,6 +146,8 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(
             f"{takes} up to {_MOST_SCORES} scores per block of queries, not {scores}."
         )
+    if capacity > (most := choice.MOST_ROWS * LANES):
+        raise Unsupported(f"{takes} pools of up to {most} entries, not {capacity}.")
     if scalars > _MOST_SCALARS:
         raise Unsupported(f"{takes} up to {_MOST_SCALARS} lengths and page numbers, not {scalars}.")
     if tiling.k > _MOST_CHOSEN:

@@ -59,7 +59,9 @@ def lower(
     """
     inputs = arguments(cfg, step, mesh, **sizes)
     with jax.set_mesh(mesh):
-        return getattr(steps, step).lower(*inputs, cfg=cfg, numerics=rounding)
+        # `begin` only samples, so it has no numerics.
+        static = {} if step == "begin" else {"numerics": rounding}
+        return getattr(steps, step).lower(*inputs, cfg=cfg, **static)
 
 
 def arguments(

@@ -18,6 +18,7 @@ from pallas_kernels.sparse_attention.gpu_attend import HEADS
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.shapes import SHAPES
 from tests import gpu_kernels
+from tests.kernels import by_name
 from tests.test_sparse_attention import decode_inputs, poison, prefill_inputs
 
 SCALE = 0.1
@@ -44,7 +45,9 @@ def narrow(inputs: Inputs, H: int, K: int) -> Inputs:
 
 def both(name: str, inputs: Inputs, **static: Any) -> tuple[np.ndarray, np.ndarray]:
     """The outputs of the kernel and of the reference."""
-    run = lambda module: functools.partial(getattr(module, name), scale=SCALE, **static)
+    record = {"decode": DecodeInputs, "prefill": PrefillInputs}[name]
+    form = lambda module: by_name(getattr(module, name), record)
+    run = lambda module: functools.partial(form(module), scale=SCALE, **static)
     with gpu_kernels.interpreted():
         actual_BTHK = jax.block_until_ready(jax.jit(run(gpu))(**inputs))
     expected_BTHK = run(reference)(**inputs)

@@ -21,9 +21,7 @@ def error(w_NK: np.ndarray, scale: np.ndarray, fmt: BlockFormat) -> float:
 
 
 @pytest.mark.parametrize("fmt", [FP8, FP4], ids=["fp8", "fp4"])
-def test_an_unchanged_matrix_keeps_its_scales_and_values(
-    fmt: BlockFormat,
-) -> None:
+def test_an_unchanged_matrix_keeps_its_scales_and_values(fmt: BlockFormat) -> None:
     w_NK, scale = stored(fmt)
     np.testing.assert_array_equal(requantise.scales(w_NK, scale, fmt), scale)
     assert error(w_NK, scale, fmt) == 0

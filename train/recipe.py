@@ -167,7 +167,8 @@ class Steps:
 
     def __post_init__(self) -> None:
         """Reject numbers that make no step."""
-        at_least(self, 1, "batch", "parts", "steps", "epochs")
+        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
+        at_least(self, 1, "batch", "parts", *given)
         if self.batch % self.parts:
             raise ValueError(f"batch is {self.batch}; use a multiple of parts, {self.parts}.")
         at_least(self, 0, "seed")

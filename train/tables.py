@@ -94,11 +94,9 @@ def _short(value: Any) -> str:
 
 
 def at_least(settings: Any, least: int | float, *names: str, above: bool = False) -> None:
-    """Reject fields below `least`, equal to it with `above`, or infinite; None is allowed."""
+    """Reject fields below `least`, equal to it with `above`, or infinite."""
     for name in names:
         value = getattr(settings, name)
-        if value is None:
-            continue
         if not (value > least if above else value >= least) or value == float("inf"):
             bound = "above" if above else "at least"
             raise ValueError(f"{name} is {value}; it must be {bound} {least}.")

@@ -14,9 +14,9 @@ from typing import Any
 # and AMD, and TPUs.
 _DEVICES = ("nvidia*", "dxg", "nvmap", "kfd", "accel*", "vfio/[0-9]*")
 _PLUGINS = ("xla_cuda", "rocm", "xla_rocm")
-# Python's own threshold of 2,000 or less takes a fifth of the time of tracing a program.
-_GARBAGE = 100_000
 _CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS")
+# With Python's own threshold of 2,000 or less, a fifth of a command's time is garbage collection.
+_OBJECTS_PER_COLLECTION = 100_000
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def process(program: str) -> Iterator[None]:
             # In this order each stream gets back its own descriptor, which no other file can take.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     choose_platform()
-    gc.set_threshold(_GARBAGE)
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     stdout, stderr = _Watched(sys.stdout), _Watched(sys.stderr, forgiving=True)
     with (
         contextlib.redirect_stdout(stdout),  # pyright: ignore[reportArgumentType]

@@ -5,14 +5,18 @@ BIN := $(VENV)/bin
 # The tests install compilers for TPUs and GPUs: plugins, which JAX would load in every command.
 TEST := $(VENV)-test
 
-.PHONY: demo train-demo docs test test-whole test-others test-part part-types part-tests check bench \
-	clean
+.PHONY: demo train-demo serve docs test test-whole test-others test-part part-types part-tests check \
+	bench clean
 
 demo: $(VENV)/run
 	$(BIN)/v4jax demo
 
 train-demo: $(VENV)/train
 	$(BIN)/v4jax-train demo
+
+# A server of the embedded model with a chat page, at http://127.0.0.1:8000.
+serve: $(VENV)/serve
+	$(BIN)/v4jax-serve tiny
 
 # The site, in site/. The variable silences the theme's notice about its successor.
 docs: $(VENV)/docs
@@ -66,7 +70,7 @@ test-part: $(VENV)/part
 
 # JAX's types differ between versions. Tests are not checked: some import what is not installed.
 part-types:
-	$(BIN)/pyright --pythonpath $(BIN)/python v4jax pallas_kernels train
+	$(BIN)/pyright --pythonpath $(BIN)/python v4jax pallas_kernels serve train
 
 part-tests:
 	$(BIN)/v4jax demo
@@ -91,6 +95,10 @@ $(VENV)/run: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	touch $@ $(VENV)/run
+
+$(VENV)/serve: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
 	touch $@ $(VENV)/run
 
 $(VENV)/docs: pyproject.toml | $(VENV)/bin/python

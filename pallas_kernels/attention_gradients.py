@@ -8,6 +8,7 @@ import jax
 
 from pallas_kernels import residuals
 from pallas_kernels.implementations import Impl, dispatch
+from pallas_kernels.paged import Paged
 
 
 class Gradients(NamedTuple):
@@ -23,6 +24,7 @@ def differentiable(op: str, forms: Mapping[str, Any]) -> Callable[..., Any]:
     """`dispatch`, as a function of (name, impl, inputs) and static arguments, with gradients.
 
     A form computes them in its function `name`_backward. GPUs have no kernel for it and use XLA's.
+    There are none with a pool in pages.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -30,6 +32,10 @@ def differentiable(op: str, forms: Mapping[str, Any]) -> Callable[..., Any]:
         return dispatch(op, name, impl, forms, inputs, **dict(static))
 
     def forward(name: str, impl: Impl, static: tuple[Any, ...], inputs: Any) -> Any:
+        if isinstance(inputs.pool_LBSK, Paged):
+            raise NotImplementedError(
+                f"{op}.{name} has no gradient with a pool in pages; pass the entries as an array."
+            )
         out_BTHK = residuals.saveable(run(name, impl, static, inputs))
         return out_BTHK, (out_BTHK, inputs)
 

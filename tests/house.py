@@ -10,19 +10,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Folders of the source tree and their import names.
-PACKAGES = {"pallas_kernels": "pallas_kernels", "v4jax": "v4jax", "train": "v4jax_train"}
+PACKAGES = {
+    "pallas_kernels": "pallas_kernels",
+    "v4jax": "v4jax",
+    "serve": "v4jax_serve",
+    "train": "v4jax_train",
+}
 # Layers, and the other layers that each may import. All may import `SHARED`.
 KERNELS, MODEL, TEXT, DISK = "pallas_kernels", "v4jax.model", "v4jax.text", "v4jax.checkpoints"
-LIBRARY = (KERNELS, "v4jax", MODEL, TEXT, DISK, "v4jax.decoding", "v4jax.adapters")
+DECODING, ENGINE = "v4jax.decoding", "v4jax.engine"
+LIBRARY = (KERNELS, "v4jax", MODEL, TEXT, DISK, DECODING, ENGINE, "v4jax.adapters")
 LAYERS: dict[str, tuple[str, ...]] = {
     KERNELS: (),
     TEXT: (),
     MODEL: (KERNELS,),
-    "v4jax.decoding": (KERNELS, MODEL),
+    DECODING: (KERNELS, MODEL),
+    ENGINE: (MODEL, TEXT, DECODING),
     DISK: (KERNELS, MODEL, TEXT),
     "v4jax.adapters": (KERNELS, MODEL, DISK),
     "v4jax.commands": LIBRARY,
     "v4jax": (*LIBRARY, "v4jax.commands"),
+    "v4jax_serve": ("v4jax", MODEL, TEXT, DECODING, ENGINE, "v4jax.commands"),
     "v4jax_train.data": (TEXT,),
     "v4jax_train": (*LIBRARY, "v4jax.commands", "v4jax_train.data"),
 }

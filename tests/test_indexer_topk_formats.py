@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import indexer_topk, targets
-from pallas_kernels.indexer_topk import Fp8Keys, PagedKeys, keys, reference, to_fp4, to_fp8
+from pallas_kernels.indexer_topk import Fp8Keys, keys, reference, to_fp4, to_fp8
+from pallas_kernels.paged import Paged
 from tests.test_indexer_topk import whole_numbers
 
 
@@ -30,7 +31,7 @@ def of_format(name: str, keys_LBSJ: jax.Array) -> Any:
             order_BM = np.random.default_rng(0).permutation(B * S // 20).reshape(B, -1)
             pages_LPNJ = jnp.zeros((L, B * S // 20, 20, J))
             pages_LPNJ = pages_LPNJ.at[:, order_BM.reshape(-1)].set(keys_LBSJ.reshape(L, -1, 20, J))
-            return PagedKeys(pages_LPNJ, jnp.asarray(order_BM, jnp.int32))
+            return Paged(pages_LPNJ, jnp.asarray(order_BM, jnp.int32))
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])

@@ -13,8 +13,9 @@ import pytest
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu, gpu_scores, reference
-from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys, to_fp8
+from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, to_fp8
 from pallas_kernels.indexer_topk.shapes import SHAPES
+from pallas_kernels.paged import Paged
 from pallas_kernels.targets import lowered, temporaries
 from tests.gpu_kernels import interpreted
 from tests.test_indexer_topk import case_of, hard_rows
@@ -47,7 +48,7 @@ def keys_of(kind: str, B: int, S: int, J: int) -> Keys:
         case "pages":
             pages = B * S // 64 + 3
             table = np.random.default_rng(4).permutation(pages)[: B * S // 64].reshape(B, -1)
-            return PagedKeys(whole_numbers(2, 2, pages, 64, J), jnp.asarray(table, I32))
+            return Paged(whole_numbers(2, 2, pages, 64, J), jnp.asarray(table, I32))
     return keys_LBSJ
 
 
@@ -126,7 +127,7 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
         codes = struct(keys.shape, jnp.float8_e4m3fn)
         keys = Fp8Keys(codes, struct((2, B, -(-S // 128), 128), jnp.float8_e8m0fnu))
     if kind == "pages":
-        keys = PagedKeys(struct((2, B * S // 64, 64, J), BF16), struct((B, S // 64), I32))
+        keys = Paged(struct((2, B * S // 64, 64, J), BF16), struct((B, S // 64), I32))
     return (
         struct((B, T, I, J), BF16),
         struct((B, T, I), BF16),

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import indexer_topk, targets
 from pallas_kernels.implementations import Unsupported
-from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys, PagedKeys, reference, to_fp4
+from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys, reference, to_fp4
 from pallas_kernels.indexer_topk.shapes import SHAPES
+from pallas_kernels.paged import Paged
 from tests.kernels import interpreted
 from tests.test_indexer_topk import case_of, hard_rows, oracle, whole_numbers
 
@@ -116,7 +117,7 @@ def narrow(name: str, keys_LBSJ: Any, per_page: int = 128) -> Any:
             order_BM = rng.permutation(B * (S // per_page)).reshape(B, -1).astype(np.int32)
             pages_LPNJ = np.zeros((L, B * (S // per_page), per_page, J), np.float32)
             pages_LPNJ[:, order_BM.reshape(-1)] = keys_LBSJ.reshape(L, -1, per_page, J)
-            return PagedKeys(jnp.asarray(pages_LPNJ, jnp.bfloat16), jnp.asarray(order_BM))
+            return Paged(jnp.asarray(pages_LPNJ, jnp.bfloat16), jnp.asarray(order_BM))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_quantised_keys_compile_without_copies(name: str, target: Any) -> None:
 @pytest.mark.parametrize("target", TPUS)
 def test_paged_keys_compile_without_copies(target: Any) -> None:
     struct, pages = jax.ShapeDtypeStruct, 8 * 262144 // 128
-    keys = PagedKeys(struct((2, pages, 128, 128), jnp.bfloat16), struct((8, 2048), jnp.int32))
+    keys = Paged(struct((2, pages, 128, 128), jnp.bfloat16), struct((8, 2048), jnp.int32))
     assert targets.temporaries(compiled(target, 512, full_size("flash", 8, 2, keys))) <= 4 * 2**20
 
 
@@ -217,7 +218,7 @@ def test_unsupported_pages_are_refused_or_left_to_xla() -> None:
     q_BTIJ, weights_BTI, keys_LBSJ = whole_numbers(0, 1, 1, 1, 8, 96)
     args = arrays(q_BTIJ, weights_BTI, visible=[[96]])
     pages = jnp.asarray(keys_LBSJ).reshape(2, 2, 48, 8)
-    args.insert(2, PagedKeys(pages, jnp.asarray([[0, 1]])))
+    args.insert(2, Paged(pages, jnp.asarray([[0, 1]])))
     with pytest.raises(Unsupported, match="pages whose size divides 1024"):
         indexer_topk.select(*args, k=2, impl="tpu")
     np.testing.assert_array_equal(

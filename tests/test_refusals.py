@@ -20,7 +20,8 @@ from pallas_kernels import (
     sparse_attention,
 )
 from pallas_kernels.grouped_matmul import LoraWeight
-from pallas_kernels.indexer_topk import PagedKeys, to_fp4, to_fp8
+from pallas_kernels.indexer_topk import to_fp4, to_fp8
+from pallas_kernels.paged import Paged
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.sparse_attention import Fp8Rows
 
@@ -37,7 +38,7 @@ FP8_KEYS, FP4_KEYS = (
     jax.tree.map(lambda x: ones(*x.shape, dtype=x.dtype), jax.eval_shape(to, KEYS))
     for to in (to_fp8, to_fp4)
 )
-PAGES = PagedKeys(ones(2, 9, 20, 64), ones(2, 15, dtype=jnp.int32))
+PAGES = Paged(ones(2, 9, 20, 64), ones(2, 15, dtype=jnp.int32))
 INDEXER: dict[str, Any] = {
     "q_BTIJ": ones(2, 3, 4, 64),
     "weights_BTI": ones(2, 3, 4),

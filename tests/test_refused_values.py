@@ -22,7 +22,8 @@ from pallas_kernels import (
     sparse_attention,
 )
 from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
-from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys, PagedKeys
+from pallas_kernels.indexer_topk import Fp4Keys, Fp8Keys
+from pallas_kernels.paged import Paged
 from pallas_kernels.quantize import Fp4Weight, Fp8Weight
 from pallas_kernels.sparse_attention import Fp8Rows
 from tests import test_refusals as cases
@@ -48,7 +49,7 @@ VALUES: dict[str, Any] = {
     "short": Fp8Weight(jnp.zeros(3, jnp.float8_e4m3fn), jnp.ones(1)),
     "keys": Fp8Keys([1.0], jnp.ones(3)),
     "narrow keys": Fp4Keys(jnp.zeros(3, jnp.uint8), jnp.ones(3, jnp.float8_e8m0fnu)),
-    "pages": PagedKeys([1.0], None),
+    "pages": Paged([1.0], None),
     "rows": Fp8Rows([1.0]),
     "update": LoraWeight(jnp.ones(3), [1.0], None, 1.0),
     "layer's": LayerWeight([1.0], [1.0]),

@@ -5,9 +5,11 @@ entries, with a sink logit per head that takes its share of probability and adds
 and softmax are float32; probabilities are rounded to the keys' dtype before they multiply the
 values. Rows that see nothing return 0. What is not visible may be garbage. Queries, window, pool
 and sink have gradients (in the pool, 0 for all layers but one), computed in blocks from recomputed
-logits.
+logits; with a pool in pages (`Paged`) there are none.
 
-TPU kernels compute the attention and the gradients of prefill, XLA the gradients of decode.
+TPU kernels compute the attention and the gradients of prefill, XLA the gradients of decode. The
+kernels take pages with a number of entries that is even in bfloat16 and divides a block (512, or
+1024 in decode) or is a multiple of 16 (8 in float32), and copy those that a block of queries sees.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries.
@@ -18,11 +20,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import softmax
+from pallas_kernels import paged, softmax
 from pallas_kernels.attention_gradients import differentiable
 from pallas_kernels.dense_attention import reference, tpu, xla
-from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
+from pallas_kernels.dense_attention.inputs import DecodeInputs, Pool, PrefillInputs
 from pallas_kernels.implementations import Impl, check_arrays, check_number
+from pallas_kernels.paged import Paged
 
 _run = differentiable("dense_attention", {"tpu": tpu, "xla": xla, "reference": reference})
 
@@ -32,7 +35,7 @@ def decode(
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
     window_mask_BTR: Bool[Array, "B T R"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
@@ -45,7 +48,7 @@ def decode(
       q_BTHK: queries.
       window_BRK: keys of the newest tokens, in any order.
       window_mask_BTR: which of them each query sees.
-      pool_LBSK: entries of all layers of a stack; None without a pool.
+      pool_LBSK: entries of all layers of a stack, also in pages; None without a pool.
       layer: the layer to read.
       visible_BT: each query sees the entries below this, 0 to S.
       sink_H: a logit per head.
@@ -74,7 +77,7 @@ def prefill(
     q_BTHK: Float[Array, "B T H K"],
     window_BXK: Float[Array, "B X K"],
     start_B: Int[Array, " B"],
-    pool_LBSK: Float[Array, "L B S K"] | None,
+    pool_LBSK: Pool,
     layer: Int[Array, ""],
     visible_BT: Int[Array, "B T"],
     sink_H: Float[Array, " H"],
@@ -127,7 +130,12 @@ def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[st
     """Check the arguments; returns the size of each axis letter."""
     check_number(op, scale=scale)
     optional = ("pool_LBSK", "first_BT", "hidden_BT")
-    arrays = inputs._asdict()
+    arrays, pool = inputs._asdict(), inputs.pool_LBSK
     present = {name: x for name, x in arrays.items() if name not in optional or x is not None}
+    if isinstance(pool, Paged):
+        del present["pool_LBSK"]
     integers = ("start_B", "layer", "visible_BT", "first_BT", "hidden_BT")
-    return check_arrays(op, present, integers=integers, booleans=("window_mask_BTR",))
+    sizes = check_arrays(op, present, integers=integers, booleans=("window_mask_BTR",))
+    if isinstance(pool, Paged):
+        paged.check(op, "pool_LBSK", pool, sizes, channels="K")
+    return sizes

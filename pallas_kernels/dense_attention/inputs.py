@@ -3,9 +3,13 @@
 Axis letters: as in the package.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.paged import Paged
+
+Pool: TypeAlias = Float[Array, "L B S K"] | Paged | None
 
 
 class DecodeInputs(NamedTuple):
@@ -14,7 +18,7 @@ class DecodeInputs(NamedTuple):
     q_BTHK: Float[Array, "B T H K"]
     window_BRK: Float[Array, "B R K"]
     window_mask_BTR: Bool[Array, "B T R"]
-    pool_LBSK: Float[Array, "L B S K"] | None
+    pool_LBSK: Pool
     layer: Int[Array, ""]
     visible_BT: Int[Array, "B T"]
     sink_H: Float[Array, " H"]
@@ -26,7 +30,7 @@ class PrefillInputs(NamedTuple):
     q_BTHK: Float[Array, "B T H K"]
     window_BXK: Float[Array, "B X K"]
     start_B: Int[Array, " B"]
-    pool_LBSK: Float[Array, "L B S K"] | None
+    pool_LBSK: Pool
     layer: Int[Array, ""]
     visible_BT: Int[Array, "B T"]
     sink_H: Float[Array, " H"]

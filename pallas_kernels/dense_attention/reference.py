@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention_gradients import Gradients, of_reference
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
+from pallas_kernels.paged import Paged
 
 
 def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
@@ -53,8 +54,9 @@ def _attend(
     """Attend to the window under its mask, and to the entries from `hidden` to `visible`."""
     keys, masks = [window], [near]
     if inputs.pool_LBSK is not None:
-        keys.append(inputs.pool_LBSK[inputs.layer])
-        index_11S = jnp.arange(inputs.pool_LBSK.shape[2])[None, None]
+        pool, layer = inputs.pool_LBSK, inputs.layer
+        keys.append(pool.of_layer(layer) if isinstance(pool, Paged) else pool[layer])
+        index_11S = jnp.arange(pool.shape[2])[None, None]
         masks.append(index_11S < inputs.visible_BT[..., None])
         if hidden_BT is not None:
             masks[-1] &= index_11S >= hidden_BT[..., None]

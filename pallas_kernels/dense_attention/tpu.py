@@ -4,6 +4,8 @@ A grid step holds a block of queries with all their heads as rows (there is one 
 block of entries; the window is added in the first step. Window and pool are read in place, and only
 as far as the block's queries see. The softmax starts from the sink, a key without a value.
 
+With a pool in pages a grid step holds all entries that the queries see, a block after another.
+
 Axis letters: as in the package; N blocks of queries, Q queries per block, R = Q x H rows,
 Y keys of a block's window, S entries of a block (in the kernel), W = 128 lanes.
 """
@@ -16,15 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dense_attention import xla
+from pallas_kernels.dense_attention import tpu_pages, xla
 from pallas_kernels.dense_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.dense_attention.tpu_backward import prefill_backward
+from pallas_kernels.dense_attention.tpu_softmax import add, begin, logits
 from pallas_kernels.dense_attention.tpu_window import band_keys, in_blocks, per_row, ring_keys
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import LANES, in_hbm, resident
-from pallas_kernels.products import contract
+from pallas_kernels.paged import Paged
 from pallas_kernels.tpu_attention_backward import queries_per_block
 from pallas_kernels.tpu_attention_pull import any_row_sees, lowest_key, where_seen
 
@@ -38,7 +41,6 @@ _VMEM_BYTES = 48 * 2**20
 _TILE = 16
 # Two or four scalars per block of queries must fit in half of the scalar memory.
 _SCALARS = 2**17
-_LOWEST = -1e30
 
 decode_backward = xla.decode_backward
 
@@ -146,9 +148,13 @@ def _attend(
     most = _SCALARS // (2 if hidden_BN1Q is None else 4)
     if batch * blocks > most:
         raise Unsupported(f"dense_attention on TPUs takes up to {most} blocks of {block} queries.")
-    width = 0 if pool_LBSK is None else min(entries, pool_LBSK.shape[2])
-    steps = 1 if pool_LBSK is None else pl.cdiv(pool_LBSK.shape[2], width)
-
+    capacity, steps = 0 if pool_LBSK is None else pool_LBSK.shape[2], 1
+    if paged := isinstance(pool_LBSK, Paged):
+        width = min(entries, pl.cdiv(capacity, LANES) * LANES)
+        pool = tpu_pages.arrays_of(pool_LBSK, width)
+    else:
+        width, pool = min(entries, capacity), in_hbm(pool_LBSK)
+        steps = pl.cdiv(capacity, width) if width else 1
     out = pl.pallas_call(
         functools.partial(
             _kernel, read_window=window.read, blocks=blocks, heads=heads, scale=scale
@@ -158,12 +164,15 @@ def _attend(
             block,
             (heads, dim),
             window.specs,
+            pool,
             width,
             has_hidden=hidden_BN1Q is not None,
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries * heads, dim), inputs.q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+            disable_bounds_checks=paged,  # most of the cost of a copy; `tpu_pages` stays in bounds
         ),
         name=name,
     )(
@@ -176,7 +185,7 @@ def _attend(
         jnp.broadcast_to(inputs.sink_H.astype(jnp.float32)[:, None], (heads, LANES)),
         (visible_BN1Q, hidden_BN1Q),
         window.arrays,
-        in_hbm(pool_LBSK),
+        pool,
     )
     return out.reshape(inputs.q_BTHK.shape)
 
@@ -186,6 +195,7 @@ def _grid(
     block: int,
     head: tuple[int, int],
     window_specs: tuple[Any, Any],
+    pool: Any,
     width: int,
     *,
     has_hidden: bool,
@@ -203,6 +213,11 @@ def _grid(
             step = jnp.maximum(step, jax.lax.div(of_block(hidden_refs[0]), width))
         return layer_ref[0], row, jnp.minimum(step, last), 0
 
+    pool_spec, buffers = None, None
+    if isinstance(pool, tpu_pages.Arrays):
+        pool_spec, buffers = pool.specs(), tpu_pages.Buffers.shapes(width, pool.pieces_LPNK)
+    elif pool is not None:
+        pool_spec = pl.BlockSpec((None, None, width, dim), entry_block)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=grid,
@@ -211,7 +226,7 @@ def _grid(
             resident(heads, LANES),
             (_per_query(block), _per_query(block) if has_hidden else None),
             window_specs,
-            pl.BlockSpec((None, None, width, dim), entry_block) if width else None,
+            pool_spec,
         ],
         # The same for all steps of a block of queries, so that it stays in VMEM until the last.
         out_specs=pl.BlockSpec((None, rows, dim), _query_block),
@@ -219,6 +234,7 @@ def _grid(
             pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, LANES), jnp.float32),
             pltpu.VMEM((rows, dim), jnp.float32),
+            buffers,
         ],
     )
 
@@ -259,11 +275,12 @@ def _kernel(
     sink_ref: Any,  # [H, W]
     bounds_refs: Any,  # [1, Q] of visible and of hidden, or None
     window_refs: Any,
-    pool_ref: Any,  # [S, K] or None
+    pool_refs: Any,  # [S, K], or `tpu_pages.Arrays`, or None
     out_ref: Any,  # [R, K]
     largest_ref: Any,  # [R, W], the same in all lanes
     total_ref: Any,  # [R, W], to be summed over lanes
     value_ref: Any,  # [R, K]
+    buffers: Any,  # `tpu_pages.Buffers`, or None
     *,
     read_window: Callable[..., Any],
     blocks: int,
@@ -272,43 +289,82 @@ def _kernel(
 ) -> None:
     i, b, s = (pl.program_id(axis) for axis in range(3))
     state = largest_ref, total_ref, value_ref
+    of_block = lambda refs: jax.tree.map(lambda ref: ref[b * blocks + i], refs)
+    seen = _Seen(of_block(most_ref), of_block(least_ref), of_block(hidden_refs), bounds_refs)
+    rows = _Rows(q_ref, seen, state, heads, scale)
+    pages = None
+    if buffers is not None:
+        pieces_ref = pool_refs.pieces_LPNK.at[layer_ref[0]]
+        table_ref = pool_refs.table_B11M
+        first = 0 if seen.hidden is None else seen.hidden[0]
+        pages = tpu_pages.Pages(pieces_ref, table_ref, buffers, first, seen.most)
+        pages.start()
 
     @pl.when(s == 0)
     def _window() -> None:
-        _begin(sink_ref, *state)
+        begin(sink_ref, *state)
         keys_YK, mask_RY = read_window(window_refs, i, start_ref[b])
-        _add(jnp.where(mask_RY, _logits(q_ref[...], keys_YK, scale), -jnp.inf), keys_YK, *state)
+        add(jnp.where(mask_RY, logits(q_ref[...], keys_YK, scale), -jnp.inf), keys_YK, *state)
 
-    if pool_ref is not None:
-        most, least = most_ref[b * blocks + i], least_ref[b * blocks + i]
-        width = pool_ref.shape[0]
-        first = s * width
-        all_seen, begin = first + width <= least, 0
-        if hidden_refs is not None:
-            begin, end = (ref[b * blocks + i] for ref in hidden_refs)
-            all_seen &= first >= end
-
-        @pl.when(all_seen)
-        def _unmasked_block() -> None:
-            _add(_logits(q_ref[...], pool_ref[...], scale), pool_ref[...], *state)
-
-        some_seen = (first < most) & (first + width > least)
-        if hidden_refs is not None:
-            some_seen = (first < most) & (first + width > begin) & jnp.logical_not(all_seen)
-
-        @pl.when(some_seen)
-        def _masked_block() -> None:
-            index_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
-            keys_SK = where_seen(pool_ref[...], _any_query_sees(index_S1, bounds_refs, most))
-            bounds_R1 = [ref if ref is None else per_row(ref[...], heads) for ref in bounds_refs]
-            index_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
-            logits_RS = _logits(q_ref[...], keys_SK, scale)
-            _add(jnp.where(_between(index_1S, *bounds_R1), logits_RS, -jnp.inf), keys_SK, *state)
+    if pages is not None:
+        pages.each_block(rows.add_block)
+    elif pool_refs is not None:
+        rows.add_block(s * pool_refs.shape[0], pool_refs)
 
     @pl.when(s == pl.num_programs(2) - 1)
     def _finish() -> None:
         total_R1 = jnp.sum(total_ref[...], axis=1, keepdims=True)
         out_ref[...] = (value_ref[...] / total_R1).astype(out_ref.dtype)
+
+
+class _Seen(NamedTuple):
+    """What a block of queries sees.
+
+    Attributes:
+      most, least: the largest `visible` of its queries, and the smallest.
+      hidden: the block's `_hidden_of_blocks`, or None.
+      bounds_refs: each query's `visible` and `hidden`, [1, Q]; the latter may be None.
+    """
+
+    most: Any
+    least: Any
+    hidden: Any
+    bounds_refs: Any
+
+
+class _Rows(NamedTuple):
+    """The rows of a block of queries, and the state of their softmax."""
+
+    q_ref: Any
+    seen: _Seen
+    state: tuple[Any, Any, Any]
+    heads: int
+    scale: float
+
+    def add_block(self, first: Any, keys_ref: Any) -> None:
+        """Add the entries [S, K] from number `first` on, if some query sees one of them."""
+        q_ref, (most, least, hidden, bounds_refs), state, heads, scale = self
+        width = keys_ref.shape[0]
+        all_seen = first + width <= least
+        if hidden is not None:
+            all_seen &= first >= hidden[1]
+
+        @pl.when(all_seen)
+        def _unmasked_block() -> None:
+            add(logits(q_ref[...], keys_ref[...], scale), keys_ref[...], *state)
+
+        some_seen = (first < most) & (first + width > least)
+        if hidden is not None:
+            some_seen = (first < most) & (first + width > hidden[0]) & jnp.logical_not(all_seen)
+
+        @pl.when(some_seen)
+        def _masked_block() -> None:
+            index_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+            keys_SK = where_seen(keys_ref[...], _any_query_sees(index_S1, bounds_refs, most))
+            bounds_R1 = [ref if ref is None else per_row(ref[...], heads) for ref in bounds_refs]
+            index_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            logits_RS = logits(q_ref[...], keys_SK, scale)
+            add(jnp.where(_between(index_1S, *bounds_R1), logits_RS, -jnp.inf), keys_SK, *state)
 
 
 def _any_query_sees(index_S1: Int[Array, "S 1"], refs: Any, most: Any) -> Bool[Array, "S 1"]:
@@ -321,54 +377,3 @@ def _any_query_sees(index_S1: Int[Array, "S 1"], refs: Any, most: Any) -> Bool[A
 def _between(index: Any, visible: Any, hidden: Any) -> Any:
     below = index < visible
     return below if hidden is None else below & (index >= hidden)
-
-
-def _begin(sink_ref: Any, largest_ref: Any, total_ref: Any, value_ref: Any) -> None:
-    """Start from the sink alone, with weight 1; a sink of -inf would make masked logits NaN."""
-    rows, heads = largest_ref.shape[0], sink_ref.shape[0]
-    largest_ref[...] = jnp.maximum(jnp.tile(sink_ref[...], (rows // heads, 1)), _LOWEST)
-    lane_RW = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)
-    total_ref[...] = jnp.where(lane_RW == 0, 1.0, 0.0)
-    value_ref[...] = jnp.zeros_like(value_ref)
-
-
-def _logits(
-    q_RK: Float[Array, "R K"], keys_XK: Float[Array, "X K"], scale: float
-) -> Float32[Array, "R X"]:
-    return scale * contract(q_RK, keys_XK, 1, 1)
-
-
-def _add(
-    logits_RX: Float32[Array, "R X"],
-    keys_XK: Float[Array, "X K"],
-    largest_ref: Any,
-    total_ref: Any,
-    value_ref: Any,
-) -> None:
-    before_RW = largest_ref[...]
-    largest_RW = jnp.maximum(before_RW, jnp.max(logits_RX, axis=1, keepdims=True))
-    shrink_RW = jnp.exp(before_RW - largest_RW)
-    weights_RX = jnp.exp(logits_RX - _lanes(largest_RW, logits_RX.shape[1]))
-    largest_ref[...] = largest_RW
-    total_ref[...] = total_ref[...] * shrink_RW + _partial_sums(weights_RX)
-    value_RK = jnp.matmul(
-        weights_RX.astype(keys_XK.dtype), keys_XK, preferred_element_type=jnp.float32
-    )
-    value_ref[...] = value_ref[...] * _lanes(shrink_RW, value_ref.shape[1]) + value_RK
-
-
-def _lanes(x_RW: Float32[Array, "R W"], width: int) -> Float32[Array, "R _"]:
-    """A row's value in `width` lanes, or in one lane, which broadcasts."""
-    if width % LANES:
-        return x_RW[:, :1]
-    return jnp.concatenate([x_RW] * (width // LANES), axis=1)
-
-
-def _partial_sums(x_RX: Float32[Array, "R X"]) -> Float32[Array, "R W"]:
-    """128 lanes with the same sum as x: entire registers are added, no lane moves."""
-    rows, width = x_RX.shape
-    if width % LANES:
-        lane_RW = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-        return jnp.where(lane_RW == 0, jnp.sum(x_RX, axis=1, keepdims=True), 0.0)
-    parts = [x_RX[:, at : at + LANES] for at in range(0, width, LANES)]
-    return functools.reduce(jnp.add, parts)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.paged import Paged
+
 # With 8 heads, products of 128 queries are large and logits stay in the cache. More entries are not
 # faster then, and are slower for a few queries.
 QUERIES = 128
@@ -113,12 +115,18 @@ class Entries:
         size, visible_Q, hidden_Q = self.width, self.bounds.visible, self.bounds.hidden
         # The last block reaches back to stay inside the pool; what it repeats is masked.
         start = jnp.minimum(block * size, self.pool_LBSK.shape[2] - size)
-        at = (self.layer, self.row, start, jnp.zeros_like(start))
-        shape = (1, 1, size, self.pool_LBSK.shape[3])
-        keys_EK = jax.lax.dynamic_slice(self.pool_LBSK, at, shape)[0, 0]
         index_E = start + jnp.arange(size, dtype=jnp.int32)
+        keys_EK = self._read(start, index_E)
         seen_QE = (index_E[None] < visible_Q[:, None]) & (index_E >= block * size)[None]
         if hidden_Q is None:
             return where_seen(keys_EK, index_E < jnp.max(visible_Q)), seen_QE, start
         seen_QE &= index_E[None] >= hidden_Q[:, None]
         return where_seen(keys_EK, jnp.any(seen_QE, axis=0)), seen_QE, start
+
+    def _read(self, start: Int[Array, ""], index_E: Int[Array, " E"]) -> Float[Array, "E K"]:
+        """The entries `index_E`, the first of which is `start`."""
+        if isinstance(self.pool_LBSK, Paged):
+            return self.pool_LBSK.gathered(self.layer, self.row, index_E)
+        at = (self.layer, self.row, start, jnp.zeros_like(start))
+        shape = (1, 1, index_E.shape[0], self.pool_LBSK.shape[3])
+        return jax.lax.dynamic_slice(self.pool_LBSK, at, shape)[0, 0]

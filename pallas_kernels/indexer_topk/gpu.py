@@ -20,8 +20,9 @@ from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu_scores, gpu_select
 from pallas_kernels.indexer_topk.gpu_scores import HEADS, TILE
 from pallas_kernels.indexer_topk.gpu_select import NOTHING, SIZE
-from pallas_kernels.indexer_topk.keys import Keys, PagedKeys, entries
+from pallas_kernels.indexer_topk.keys import Keys, entries
 from pallas_kernels.mosaic_gpu import PARAMS
+from pallas_kernels.paged import Paged
 
 # Thread blocks that fill an H200 once.
 _BLOCKS = 128
@@ -140,7 +141,7 @@ def _candidates(
         @pl.when(first < visible)
         def _() -> None:
             score = gpu_scores.score_chunk(
-                (array_refs, isinstance(keys, PagedKeys)),
+                (array_refs, isinstance(keys, Paged)),
                 layer_ref[0],
                 row_and_visible_ref[row, 0],
                 q_ref.at[row],

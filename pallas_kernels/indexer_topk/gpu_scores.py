@@ -20,9 +20,10 @@ from jaxtyping import Array
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
-from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, PagedKeys
+from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys
 from pallas_kernels.indexer_topk.reference import ordered
 from pallas_kernels.mosaic_gpu import BYTES_TILED, TILED, along, load
+from pallas_kernels.paged import Paged
 
 # Heads are padded to a multiple of 64, a tile of a product, too.
 TILE = HEADS = 64
@@ -43,7 +44,7 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
             if scale.dtype == jnp.float8_e8m0fnu:
                 scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)
             return keys.codes, scale.reshape(*scale.shape[:2], -1)
-        case PagedKeys() if keys.pages.dtype == jnp.bfloat16 and keys.pages.shape[2] % TILE == 0:
+        case Paged() if keys.pages.dtype == jnp.bfloat16 and keys.pages.shape[2] % TILE == 0:
             return keys.pages, keys.table.astype(jnp.int32)
         case jax.Array() if keys.dtype == jnp.bfloat16:
             return (keys,)

@@ -1,7 +1,6 @@
 """Index keys as caches store them: arrays, narrow formats with scales, pages of a pool.
 
-Axis letters: as in the package; G rows of 128 entries' scales, P pages of a pool, N entries per
-page, M pages of a row's table.
+Axis letters: as in the package; G rows of 128 entries' scales.
 """
 
 import dataclasses
@@ -11,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels import paged
 from pallas_kernels.implementations import check_arrays, check_dtype, check_shape, check_whole
+from pallas_kernels.paged import Paged
 
 FP4_BLOCK = 32  # channels per scale
 SCALE_ROW = 128  # entries whose scales are adjacent
@@ -52,28 +53,12 @@ class Fp4Keys:
     scale: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedKeys:
-    """A pool of pages shared by all rows; entry s of row b is entry s % N of page table[b, s // N].
-
-    Attributes:
-      pages: float [L, P, N, J].
-      table: int32 [B, M]; its numbers beyond the visible entries may be garbage.
-    """
-
-    pages: Any
-    table: Any
-
-
-Keys: TypeAlias = Float[Array, "L B S J"] | Fp8Keys | Fp4Keys | PagedKeys
+Keys: TypeAlias = Float[Array, "L B S J"] | Fp8Keys | Fp4Keys | Paged
 
 
 def entries(keys: Keys) -> int:
     """Capacity in entries, per row."""
     match keys:
-        case PagedKeys():
-            return keys.table.shape[1] * keys.pages.shape[2]
         case Fp8Keys():
             return keys.codes.shape[2]
         case Fp4Keys():
@@ -102,9 +87,8 @@ def check(op: str, arrays: dict[str, Any], keys: Any, k: Any) -> None:
 
 def _check_keys(op: str, keys: Any, sizes: dict[str, int]) -> None:
     known = {letter: sizes[letter] for letter in "BJ"}
-    if isinstance(keys, PagedKeys):
-        arrays = {"keys.pages_LPNJ": keys.pages, "keys.table_BM": keys.table}
-        check_arrays(op, arrays, integers=("keys.table_BM",), sizes=known)
+    if isinstance(keys, Paged):
+        paged.check(op, "keys", keys, known, channels="J")
     elif isinstance(keys, Fp8Keys | Fp4Keys):
         fp8, e8m0 = isinstance(keys, Fp8Keys), jnp.float8_e8m0fnu
         check_dtype(op, "keys.codes", keys.codes, jnp.float8_e4m3fn if fp8 else jnp.uint8)
@@ -130,10 +114,8 @@ def gathered(
 ) -> Float[Array, "*rows J"]:
     """Gather any entries of any batch rows; float32 if they were quantised."""
     match keys:
-        case PagedKeys():
-            page, within = entry // keys.pages.shape[2], entry % keys.pages.shape[2]
-            page = keys.table.at[row, page].get(mode="clip")
-            return keys.pages.at[layer, page, within].get(mode="clip")
+        case Paged():
+            return keys.gathered(layer, row, entry)
         case Fp8Keys():
             scale = keys.scale[layer, row, entry // SCALE_ROW, entry % SCALE_ROW]
             codes = keys.codes[layer, row, entry].astype(jnp.float32)
@@ -152,7 +134,7 @@ def block(
     keys: Keys, layer: Int[Array, ""], row: Int[Array, ""], start: Int[Array, ""], width: int
 ) -> Float[Array, "X J"]:
     """Entries start .. start + width - 1 of a row, as from `gathered`."""
-    if isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
+    if isinstance(keys, Fp8Keys | Fp4Keys | Paged):
         entry_X = start + jnp.arange(width, dtype=start.dtype)
         return gathered(keys, layer, jnp.full_like(entry_X, row), entry_X)
     at = (layer, row, start, jnp.zeros_like(start))
@@ -161,10 +143,12 @@ def block(
 
 def dense(keys: Keys, layer: Int[Array, ""]) -> Float[Array, "B S J"]:
     """One layer's keys as an array, as from `gathered`."""
-    if not isinstance(keys, Fp8Keys | Fp4Keys | PagedKeys):
+    if isinstance(keys, Paged):
+        return keys.of_layer(layer)
+    if not isinstance(keys, Fp8Keys | Fp4Keys):
         return keys[layer]
-    rows = keys.table.shape[0] if isinstance(keys, PagedKeys) else keys.codes.shape[1]
-    iota = lambda dim: jax.lax.broadcasted_iota(jnp.int32, (rows, entries(keys)), dim)
+    rows = keys.codes.shape[1], entries(keys)
+    iota = lambda dim: jax.lax.broadcasted_iota(jnp.int32, rows, dim)
     return gathered(keys, layer, iota(0), iota(1))
 
 

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu_choice as choice
-from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, PagedKeys, entries
+from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, entries
 from pallas_kernels.indexer_topk.tpu_scores import PEAKS, TILE, score_block
 from pallas_kernels.mosaic_tpu import LANES, in_hbm
+from pallas_kernels.paged import Paged
 
 _QUERIES = 8
 # Long blocks hide more of a product's latency, but a prompt sees less of each.
@@ -56,7 +57,7 @@ def select(
         layer.astype(jnp.int32)[None],
         *blocks_seen(visible_BT, hidden_BT, tiling.step, tiling.block),
     ]
-    if isinstance(keys, PagedKeys):
+    if isinstance(keys, Paged):
         scalars.append(keys.table.astype(jnp.int32))
     arrays, specs = _key_blocks(keys, tiling)
     q_BTIJ, weights_BTI = _padded_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
@@ -117,7 +118,7 @@ def _tiling(keys: Keys, heads: int, queries: int, k: int, has_hidden: bool) -> _
     up = lambda n: pl.cdiv(n, TILE) * TILE
     capacity, pieces, per_page = entries(keys), 1, 0
     most = max(_KEYS_OF_FEW if queries <= _QUERIES else _KEYS, up(k))
-    if isinstance(keys, PagedKeys):
+    if isinstance(keys, Paged):
         per_page = keys.pages.shape[2]
         most = max(min(most, up(_PIECES * per_page)), up(k))
         pieces = pl.cdiv(min(up(capacity), most), per_page)
@@ -136,7 +137,7 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
     scalars = visible_BT.size * (1 + tiling.has_hidden)
     if isinstance(keys, Fp4Keys) and (half := keys.codes.shape[2]) % FP4_BLOCK:
         raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
-    if isinstance(keys, PagedKeys):
+    if isinstance(keys, Paged):
         scalars += keys.table.size
         if (n := keys.pages.shape[2]) % TILE and TILE % n:
             raise Unsupported(
@@ -152,7 +153,7 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} up to {_MOST_SCALARS} lengths and page numbers, not {scalars}.")
     if tiling.k > _MOST_CHOSEN:
         raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
-    stored = keys.pages if isinstance(keys, PagedKeys) else keys
+    stored = keys.pages if isinstance(keys, Paged) else keys
     for array in (q_BTIJ, *([] if isinstance(stored, Fp8Keys | Fp4Keys) else [stored])):
         if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
             raise Unsupported(
@@ -178,7 +179,7 @@ def _key_blocks(keys: Keys, tiling: _Tiling) -> tuple[list[Any], list[Any]]:
         return layer, row, 0, block
 
     match keys:
-        case PagedKeys():
+        case Paged():
             last_place, last_page = keys.table.shape[1] - 1, keys.pages.shape[1] - 1
 
             def page(piece: int, *args: Any) -> Any:

@@ -6,8 +6,9 @@ concatenated.
 
 TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
 of 16, head dims in multiples of 128, pools with a capacity that is a multiple of 16 entries (8 in
-float32, 32 in eight bits), and gather without copying the pool. GPU kernels take one document per
-row. Where there is no kernel, XLA's form runs.
+float32, 32 in eight bits), pages of a power of two of them, 16 or more (8 in float32), and gather
+without copying the pool. GPU kernels take one document per row, and pages of any size. Where there
+is no kernel, XLA's form runs.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries, k entries chosen.
@@ -18,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import softmax
+from pallas_kernels import paged, softmax
 from pallas_kernels.attention_gradients import differentiable
 from pallas_kernels.implementations import (
     Impl,
@@ -28,6 +29,7 @@ from pallas_kernels.implementations import (
     check_number,
     check_shape,
 )
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import reference, rows, tpu, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -56,7 +58,7 @@ def decode(
       q_BTHK: queries.
       window_BRK: keys of the newest tokens, in any order.
       window_mask_BTR: which of them each query sees.
-      pool_LBSK: entries of all layers of a stack; those not listed may be garbage.
+      pool_LBSK: entries of all layers of a stack, also in pages; those not listed may be garbage.
       layer: the layer to read.
       indices_BTk: the entries that each query sees, without repeats, in any order; -1 for none.
       sink_H: a logit per head.
@@ -134,12 +136,14 @@ def _check(op: str, inputs: DecodeInputs | PrefillInputs, scale: Any) -> dict[st
     """Check the arguments; returns the size of each axis letter."""
     check_number(op, scale=scale)
     pool, arrays = inputs.pool_LBSK, inputs._asdict()
-    if isinstance(pool, Fp8Rows):
+    if isinstance(pool, Fp8Rows | Paged):
         del arrays["pool_LBSK"]
     if arrays.get("first_BT") is None:
         arrays.pop("first_BT", None)
     integers = ("start_B", "layer", "indices_BTk", "first_BT")
     sizes = check_arrays(op, arrays, integers=integers, booleans=("window_mask_BTR",))
+    if isinstance(pool, Paged):
+        paged.check(op, "pool_LBSK", pool, sizes, channels="K")
     if isinstance(pool, Fp8Rows):
         check_dtype(op, "pool_LBSK.data", pool.data, jnp.uint8)
         check_shape(op, "pool_LBSK.data_LBSW", pool.data, {**sizes, "W": rows.WIDTH})

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.implementations import Unsupported
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_attend import HEADS, attend
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
-from pallas_kernels.sparse_attention.rows import Pool
+from pallas_kernels.sparse_attention.rows import Fp8Rows
 
 _MULTIPROCESSORS = 132
 
@@ -75,16 +76,19 @@ def _attend(
     near_BTr: Int[Array, "B T r"],
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    _check(inputs.q_BTHK, window_BRK, inputs.pool_LBSK)
+    pool, far_BTk = inputs.pool_LBSK, inputs.indices_BTk
+    if isinstance(pool, Paged):
+        pool, far_BTk = _in_one_row(pool, far_BTk)
+    _check(inputs.q_BTHK, window_BRK, pool)
     B, T, H, _ = inputs.q_BTHK.shape
-    near_BTr, far_BTk = _full_chunks(near_BTr), _full_chunks(inputs.indices_BTk)
+    near_BTr, far_BTk = _full_chunks(near_BTr), _full_chunks(far_BTk)
     rows_BTX = jnp.concatenate([near_BTr, far_BTk], axis=2)
     parts = parts_of(rows_BTX.shape[2] // CHUNK, B * T * (H // HEADS))
     rows_BTX = _padded(rows_BTX, parts * CHUNK)
     value_BTZHK, lse_BTZH = attend(
         inputs.q_BTHK,
         window_BRK,
-        inputs.pool_LBSK,
+        pool,
         inputs.layer,
         rows_BTX,
         inputs.sink_H.astype(jnp.float32),
@@ -97,6 +101,18 @@ def _attend(
     return joined(value_BTZHK, lse_BTZH).astype(inputs.q_BTHK.dtype)
 
 
+def _in_one_row(
+    pool: Paged, indices_BTk: Int[Array, "B T k"]
+) -> tuple[Float[Array, "L 1 S K"], Int32[Array, "B T k"]]:
+    """All pages one after another, as one row that the batch shares, and lists of its entries."""
+    layers, pages, size, channels = pool.pages.shape
+    place_BTk, within_BTk = jnp.divmod(jnp.maximum(indices_BTk.astype(jnp.int32), 0), size)
+    row_B11 = jnp.arange(indices_BTk.shape[0], dtype=jnp.int32)[:, None, None]
+    page_BTk = pool.table.astype(jnp.int32).at[row_B11, place_BTk].get(mode="clip")
+    entry_BTk = jnp.clip(page_BTk, 0, pages - 1) * size + within_BTk
+    return pool.pages.reshape(layers, 1, -1, channels), jnp.where(indices_BTk < 0, -1, entry_BTk)
+
+
 def _full_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:
     return _padded(rows_BTX.astype(jnp.int32), CHUNK)
 
@@ -106,7 +122,7 @@ def _padded(rows_BTX: Int32[Array, "B T X"], unit: int) -> Int32[Array, "B T Y"]
     return jnp.pad(rows_BTX, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
 
 
-def _check(q_BTHK: Array, window_BRK: Array, pool_LBSK: Pool) -> None:
+def _check(q_BTHK: Array, window_BRK: Array, pool_LBSK: Float[Array, "L B S K"] | Fp8Rows) -> None:
     gpu_gather.check(pool_LBSK)
     if q_BTHK.dtype != jnp.bfloat16 or window_BRK.dtype != jnp.bfloat16:
         raise Unsupported(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels.mosaic_gpu import PARAMS, along, product, store
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK, TILED, load
-from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
+from pallas_kernels.sparse_attention.rows import Fp8Rows
 
 HEADS = 64
 _GATHERER = 2  # the warpgroup
@@ -38,7 +38,7 @@ _BY_HEAD, _BY_ROW = _TILE.reduce(1), _TILE.reduce(0)
 def attend(
     q_BTHK: Float[Array, "B T H K"],
     window_BRK: Float[Array, "B R K"],
-    pool_LBSK: Pool,
+    pool_LBSK: Float[Array, "L _ S K"] | Fp8Rows,
     layer: Int[Array, ""],
     rows_BTX: Int32[Array, "B T X"],
     sink_H: Float32[Array, " H"],
@@ -69,7 +69,7 @@ def attend(
         near=near,
         window=window_BRK.shape[1],
         entries=pool.shape[2],
-        batch=B,
+        batch=pool.shape[1],
         narrow=narrow,
         scale=scale,
     )
@@ -97,10 +97,11 @@ class _Call:
     """Sizes of one call.
 
     Attributes:
-      queries, channels, batch: T, K, B.
+      queries, channels: T, K.
       chunks: chunks of a part's list.
       near: rows of the window per list.
       window, entries: R, S.
+      batch: rows of the pool; 1 if all rows of the batch share it.
       narrow: whether entries are `Fp8Rows`.
       scale: scale of the logits.
     """
@@ -163,7 +164,8 @@ class _Call:
             plgpu.copy_gmem_to_smem(sink_ref.at[heads], smem["sink_h"], smem["q_here"])
             plgpu.barrier_wait(smem["q_here"])
             near = gpu_gather.Source(window_ref, b * self.window, narrow=False)
-            first = (layer_ref[0] * self.batch + b) * self.entries
+            row = b if self.batch > 1 else 0
+            first = (layer_ref[0] * self.batch + row) * self.entries
             far = gpu_gather.Source(pool_ref, first, narrow=self.narrow)
             near_chunks = self.near // CHUNK - part * self.chunks
             self._gather(near, far, near_chunks, smem)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.sparse_attention import rows
-from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
+from pallas_kernels.sparse_attention.rows import Fp8Rows
 
 CHUNK = 32
 # A row of weights has a number per row of a chunk, 64 bytes; both operands need the same swizzle.
@@ -28,7 +28,7 @@ _WIDTH = 128
 _LOW, _HIGH, _SCALE = rows.CODES, rows.CODES + rows.ROTATED, rows.CODES + 2 * rows.ROTATED
 
 
-def check(pool: Pool) -> None:
+def check(pool: Float[Array, "L B S K"] | Fp8Rows) -> None:
     """Reject pools that cannot be gathered from.
 
     Raises:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention_gradients import Gradients, of_reference
 from pallas_kernels.dense_attention import reference as dense
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
@@ -57,7 +58,13 @@ def _attend(inputs: Any, keys: Any, near: Any, scale: float) -> Float[Array, "B 
 
 
 def _layer_of(pool: Pool, layer: Int[Array, ""], dtype: Any) -> Float[Array, "B S K"]:
-    return rows.decode(pool.data[layer], dtype) if isinstance(pool, Fp8Rows) else pool[layer]
+    match pool:
+        case Fp8Rows():
+            return rows.decode(pool.data[layer], dtype)
+        case Paged():
+            return pool.of_layer(layer)
+        case _:
+            return pool[layer]
 
 
 def _listed(indices_BTk: Int[Array, "B T k"], entries: int) -> Bool[Array, "B T S"]:

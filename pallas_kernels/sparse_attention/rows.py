@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.paged import Paged
+
 CODES = 448
 BLOCK = 64
 ROTATED = 64
@@ -44,7 +46,7 @@ class Fp8Rows:
         return (*self.data.shape[:-1], CHANNELS)
 
 
-Pool: TypeAlias = Float[Array, "L B S K"] | Fp8Rows
+Pool: TypeAlias = Float[Array, "L B S K"] | Fp8Rows | Paged
 
 
 def encode(entries: Float[Array, "*rows K"]) -> Fp8Rows:

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 from pallas_kernels.attention_gradients import Gradients
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import tpu_backward, tpu_decode, tpu_prefill, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
-from pallas_kernels.sparse_attention.tpu_gather import packing
+from pallas_kernels.sparse_attention.tpu_gather import array_of, packing
 
 _QUERIES = 8
 
@@ -59,14 +60,20 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
             "sparse_attention on TPUs takes heads in multiples of 16 and head dims in multiples "
             f"of {LANES}, not {heads} heads of dim {dim}."
         )
-    data = pool.data if isinstance(pool, Fp8Rows) else pool
+    data = array_of(pool)
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(
             "sparse_attention on TPUs takes a pool in the queries' dtype or Fp8Rows, not "
             f"{data.dtype}."
         )
-    if data.shape[2] % (tile := 8 * packing(data.dtype)):
+    size, tile = data.shape[2], 8 * packing(data.dtype)
+    if isinstance(pool, Paged) and (size < tile or size & (size - 1)):
+        raise Unsupported(
+            f"sparse_attention on TPUs takes pages of 2^n entries of {data.dtype}, {tile} or more, "
+            f"not {size}."
+        )
+    if size % tile:
         raise Unsupported(
             f"sparse_attention on TPUs takes a pool whose capacity is a multiple of {tile} "
-            f"entries of {data.dtype}, not {data.shape[2]}."
+            f"entries of {data.dtype}, not {size}."
         )

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic_tpu import in_hbm, resident
 from pallas_kernels.sparse_attention import tpu_gather as gather
 from pallas_kernels.sparse_attention.inputs import DecodeInputs
-from pallas_kernels.sparse_attention.rows import Fp8Rows
 from pallas_kernels.sparse_attention.tpu_softmax import attend
 
 _VMEM = 40 * 2**20
@@ -26,13 +25,13 @@ _VMEM = 40 * 2**20
 def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
     """Run the kernel; S must be a multiple of the rows of a tile of the pool."""
     q_BTHK, window_BRK, pool = inputs.q_BTHK, inputs.window_BRK, inputs.pool_LBSK
-    pool_LBSW = pool.data if isinstance(pool, Fp8Rows) else pool
+    stored = gather.stored(pool)
     indices_BTk = gather.in_lanes(inputs.indices_BTk, -1)
     window_mask_BTN = gather.in_lanes(inputs.window_mask_BTR, 0)
     batch, queries, heads, dim = q_BTHK.shape
     k, ring = indices_BTk.shape[2], window_BRK.shape[1]
     return pl.pallas_call(
-        functools.partial(_kernel, scale=scale),
+        functools.partial(_kernel, page=stored.page, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch,),
@@ -43,10 +42,11 @@ def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
                 _per_row(ring, dim),
                 _per_row(*window_mask_BTN.shape[1:]),
                 resident(heads, 1),
+                stored.offsets_spec(),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=_per_row(queries, heads, dim),
-            scratch_shapes=[gather.Lists.scratch(k, pool_LBSW), pltpu.SemaphoreType.DMA((2,))],
+            scratch_shapes=[gather.Lists.scratch(k, stored.array), pltpu.SemaphoreType.DMA((2,))],
         ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -57,13 +57,14 @@ def call(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
         name="sparse_attention_decode",
     )(
         inputs.layer.astype(jnp.int32)[None],
-        gather.word_rows(indices_BTk, pool_LBSW, queries),
+        gather.word_rows(indices_BTk, pool, queries),
         indices_BTk,
         q_BTHK,
         window_BRK,
         window_mask_BTN,
         inputs.sink_H.astype(jnp.float32)[:, None],
-        in_hbm(pool_LBSW),
+        stored.offsets_B11M,
+        in_hbm(stored.array),
     )
 
 
@@ -84,23 +85,25 @@ def _kernel(
     window_ref: Any,  # [1, R, K]
     mask_ref: Any,  # [1, T, N]
     sink_ref: Any,  # [H, 1]
-    pool_ref: Any,  # HBM [L, B, S, W]
+    offsets_ref: Any,  # SMEM [1, 1, 1, M], or None
+    pool_ref: Any,  # HBM, `Stored.array`
     out_ref: Any,  # [1, T, H, K]
     listed_ref: Any,  # scratch for two lists
     sems: Any,
     *,
+    page: int,
     scale: float,
 ) -> None:
-    entries_ref = pool_ref.at[layer_ref[0], pl.program_id(0)]
+    source = gather.Source.of_row(pool_ref, layer_ref[0], pl.program_id(0), offsets_ref, page)
     ring, queries = window_ref.shape[1], q_ref.shape[1]
 
     lists = gather.Lists(listed_ref, sems)
-    lists.start(words_ref, jnp.int32(0), entries_ref)
+    lists.start(words_ref, jnp.int32(0), source)
     seen_1N = jnp.max(mask_ref[0], axis=0, keepdims=True)
     window_RK = gather.zero_unseen(window_ref[0], seen_1N)
 
     def query(t: Any, _: Any) -> None:
-        pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
+        pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, source))
         indices_1k = indices_ref[0, pl.ds(t, 1)]
         mask_1R = mask_ref[0, pl.ds(t, 1)][:, :ring] > 0
         keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)

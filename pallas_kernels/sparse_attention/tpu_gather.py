@@ -21,11 +21,13 @@ Example: a bfloat16 pool with a single lane, and one query's list of k = 3.
 
 There is room for two lists: while query t is computed, the list of query t + 1 is copied.
 
-Axis letters: k entries listed, W lanes of a row of words, K channels, X keys, N keys padded to a
+Axis letters: B batch, S capacity of the pool in entries, P pages, N entries per page, M pages of a
+row's table, k entries listed, W lanes of a row of words, K channels, X keys, N keys padded to a
 multiple of 128, C = 128 lanes; in `word_rows`, N blocks of M rows of words.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import rows
+from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 from pallas_kernels.tpu_attention_pull import where_seen
 
 # Copies per unrolled group: their addresses differ from the group's by a constant.
@@ -52,14 +56,14 @@ def packing(dtype: Any) -> int:
     return 4 // jnp.dtype(dtype).itemsize
 
 
-def word_rows(indices: Int[Array, "B T k"], pool: Any, block: int) -> Int32[Array, "B N 1 M"]:
+def word_rows(indices: Int[Array, "B T k"], pool: Pool, block: int) -> Int32[Array, "B N 1 M"]:
     """The rows of words to copy, for `block` queries (a divisor of T) at a time.
 
     They are inside the pool for -1 too. A block is one long row, so that the scalar core finds a
     number with a single addition.
     """
     batch, queries, k = indices.shape
-    words = jnp.clip(indices, 0, pool.shape[2] - 1) // packing(pool.dtype)
+    words = jnp.clip(indices, 0, pool.shape[2] - 1) // packing(array_of(pool).dtype)
     return words.reshape(batch, queries // block, 1, block * k)
 
 
@@ -71,6 +75,77 @@ def as_words(entries_ref: Any) -> Any:
 def copy_words(source: Any, to: Any, sem: Any) -> Any:
     """A copy between refs to words; a function of its own, so that tests can replace it."""
     return pltpu.make_async_copy(source, to, sem)
+
+
+def array_of(pool: Pool) -> Array:
+    """The array that holds the entries: [L, B, S, W], or [L, P, N, W] in pages."""
+    match pool:
+        case Fp8Rows():
+            return pool.data
+        case Paged():
+            return pool.pages
+        case _:
+            return pool
+
+
+class Stored(NamedTuple):
+    """A pool as kernels read it.
+
+    Attributes:
+      array: [L, B, S, W]; or all pages one after another, [L, 1, P x N, W].
+      offsets_B11M: rows of words from where page m would be in an array to where it is; None
+        without pages.
+      page: rows of words per page, a power of two; 0 without pages.
+    """
+
+    array: Array
+    offsets_B11M: Int32[Array, "B 1 1 M"] | None
+    page: int
+
+    def offsets_spec(self) -> pl.BlockSpec | None:
+        """Spec of the offsets, for grids whose first dim is rows of the batch."""
+        if self.offsets_B11M is None:
+            return None
+        block = (1, *self.offsets_B11M.shape[1:])
+        return pl.BlockSpec(block, lambda row, *_: (row, 0, 0, 0), memory_space=pltpu.SMEM)
+
+
+def stored(pool: Pool) -> Stored:
+    """A pool as kernels read it; numbers of the table that are no pages become some page's."""
+    array = array_of(pool)
+    if not isinstance(pool, Paged):
+        return Stored(array, None, 0)
+    layers, pages, size, width = array.shape
+    page, places = size // packing(array.dtype), pool.table.shape[1]
+    place_1M = jnp.arange(places, dtype=jnp.int32)[None]
+    offsets_BM = jnp.clip(pool.table.astype(jnp.int32), 0, pages - 1) - place_1M
+    return Stored(array.reshape(layers, 1, -1, width), (offsets_BM * page)[:, None, None], page)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the entries of a row of the batch are.
+
+    Attributes:
+      ref: HBM [S, W], the row's entries; or all pages, [P x N, W].
+      offsets_ref: SMEM [1, 1, 1, M], the row's offsets; None without pages.
+      page: as in `Stored`.
+    """
+
+    ref: Any
+    offsets_ref: Any
+    page: int
+
+    @classmethod
+    def of_row(cls, pool_ref: Any, layer: Any, row: Any, offsets_ref: Any, page: int) -> "Source":
+        """The source of a row; `pool_ref` is a ref to `Stored.array`."""
+        return cls(pool_ref.at[layer, 0 if page else row], offsets_ref, page)
+
+    def at(self, word: Any) -> Any:
+        """Where in `ref`, in rows of words, the row of words `word` of the row's entries is."""
+        if not self.page:
+            return word
+        return word + self.offsets_ref[0, 0, 0, word >> (self.page.bit_length() - 1)]
 
 
 class Lists:
@@ -90,22 +165,22 @@ class Lists:
         """Shape of the scratch `ref`."""
         return pltpu.VMEM((2 * k // _GROUP, _GROUP, pool.shape[3]), jnp.int32)
 
-    def start(self, words_ref: Any, query: Any, entries_ref: Any) -> None:
+    def start(self, words_ref: Any, query: Any, source: Source) -> None:
         """Start the copies of one query's list.
 
         Args:
           words_ref: [1, 1, 1, M] in SMEM, a block of `word_rows`.
           query: number of the query in the block.
-          entries_ref: rows of the pool in HBM.
+          source: where to copy from.
         """
-        source, first = as_words(entries_ref), query % 2 * self.groups
+        words, first = as_words(source.ref), query % 2 * self.groups
         sem, listed = self.sems.at[query % 2], query * self.groups * _GROUP
 
         def group(g: Any, _: Any) -> None:
             for i in range(_GROUP):
                 word = words_ref[0, 0, 0, listed + g * _GROUP + i]
                 to = self.ref.at[first + g, pl.ds(i, 1)]
-                copy_words(source.at[pl.ds(word, 1)], to, sem).start()
+                copy_words(words.at[pl.ds(source.at(word), 1)], to, sem).start()
 
         jax.lax.fori_loop(0, self.groups, group, None)
 

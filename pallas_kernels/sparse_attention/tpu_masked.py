@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.sparse_attention.tpu_gather import Source, packing
 from pallas_kernels.sparse_attention.tpu_softmax import logits
 
 STEP = 1024
@@ -70,13 +71,13 @@ class Entries(NamedTuple):
     """The pool of one batch row, and what is needed to read it.
 
     Attributes:
-      entries_ref: HBM [S, K].
+      source: where to read.
       last: the last entry listed, -1 for none; below the capacity of `scratch`.
       scratch: scratch with `listed` filled.
       sems: two DMA semaphores.
     """
 
-    entries_ref: Any
+    source: Source
     last: Any
     scratch: Scratch
     sems: Any
@@ -94,14 +95,14 @@ def attend(
     Rows are query by query. The window's keys are finite, and come with which of them each query
     sees.
     """
-    entries_ref, last, scratch, sems = entries
+    source, last, scratch, sems = entries
     heads, queries = sink_H1.shape[0], scratch.listed.shape[0]
     per_row = lambda x_QX: jnp.repeat(x_QX, heads, axis=0)
     scratch.largest[...] = jnp.tile(sink_H1, (queries, 1))
     scratch.total[...] = jnp.ones(scratch.total.shape, jnp.float32)
     scratch.value[...] = jnp.zeros(scratch.value.shape, jnp.float32)
     steps = jax.lax.div(last + STEP, STEP)
-    fetch = lambda i: _copy(entries_ref, scratch.entries, sems, i, "start")
+    fetch = lambda i: _copy(source, scratch.entries, sems, i, "start")
     pl.when(steps > 0)(lambda: fetch(jnp.int32(0)))
     window_YK, near_QY = window
     _add(q_RK, window_YK, per_row(near_QY), scratch, scale)
@@ -109,7 +110,7 @@ def attend(
     def step(i: Any, _: Any) -> None:
         pl.when(i + 1 < steps)(lambda: fetch(i + 1))
         listed_QNC = scratch.listed[:, pl.ds(pl.multiple_of(i * _TILES, _TILES), _TILES)]
-        _copy(entries_ref, scratch.entries, sems, i, "wait")
+        _copy(source, scratch.entries, sems, i, "wait")
         keys_EK = _zero_unlisted(scratch.entries[i % 2], jnp.max(listed_QNC, axis=0))
         mask_RE = jnp.concatenate([per_row(listed_QNC[:, n]) > 0.0 for n in range(_TILES)], axis=1)
         _add(q_RK, keys_EK, mask_RE, scratch, scale)
@@ -118,20 +119,32 @@ def attend(
     return scratch.value[...] / scratch.total[...]
 
 
-def _copy(from_ref: Any, to_ref: Any, sems: Any, i: Any, do: str) -> None:
-    """Start the copy of a step's entries, or wait for it; the pool's last step may be short."""
-    entries = from_ref.shape[0]
-    full_steps, rest = divmod(entries, STEP)
+def _copy(source: Source, to_ref: Any, sems: Any, i: Any, do: str) -> None:
+    """Start the copies of a step's entries, or wait for them; the pool's last step may be short."""
 
-    def copy(rows: int) -> None:
-        at = pl.multiple_of(i * STEP, STEP)
-        to = to_ref.at[i % 2, pl.ds(0, rows)]
-        getattr(pltpu.make_async_copy(from_ref.at[pl.ds(at, rows)], to, sems.at[i % 2]), do)()
+    def copy(first: Any, at: Any, rows: int) -> None:
+        to = to_ref.at[i % 2, pl.ds(at, rows)]
+        rows_ref = source.ref.at[pl.ds(first, rows)]
+        getattr(pltpu.make_async_copy(rows_ref, to, sems.at[i % 2]), do)()
 
+    if source.page:
+        per_word = packing(source.ref.dtype)
+        words, step = min(source.page, STEP // per_word), STEP // per_word
+        last = source.offsets_ref.shape[3] * source.page - words
+
+        def copy_piece(p: Any, _: Any) -> None:
+            # Beyond the pool, where nothing is listed, the last piece is copied again.
+            word = source.at(jnp.minimum(i * step + p * words, last))
+            rows = words * per_word
+            copy(pl.multiple_of(word * per_word, rows), pl.multiple_of(p * rows, rows), rows)
+
+        jax.lax.fori_loop(0, step // words, copy_piece, None)
+        return
+    at, (full_steps, rest) = pl.multiple_of(i * STEP, STEP), divmod(source.ref.shape[0], STEP)
     if full_steps:
-        pl.when(i < full_steps)(lambda: copy(STEP))
+        pl.when(i < full_steps)(lambda: copy(at, 0, STEP))
     if rest:
-        pl.when(i == full_steps)(lambda: copy(rest))
+        pl.when(i == full_steps)(lambda: copy(at, 0, rest))
 
 
 def _zero_unlisted(keys_EK: Any, seen_NC: Any) -> Any:

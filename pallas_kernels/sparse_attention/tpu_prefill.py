@@ -36,7 +36,8 @@ _VMEM = 48 * 2**20
 
 def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     """Run the kernel; S must be a multiple of the rows of a tile of the pool."""
-    q_BTHK, pool_LBSK, first_BT = inputs.q_BTHK, inputs.pool_LBSK, inputs.first_BT
+    q_BTHK, pool, first_BT = inputs.q_BTHK, inputs.pool_LBSK, inputs.first_BT
+    stored = gather.stored(pool)
     start_B = inputs.start_B.astype(jnp.int32)
     batch, queries, heads, _ = q_BTHK.shape
     block = min(queries, _QUERIES, max(8, _ROWS // heads))
@@ -47,12 +48,13 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
     indices_BTk = pad(gather.in_lanes(inputs.indices_BTk, -1), -1)
     low_BN1Q = None if first_BT is None else in_blocks(lowest_key(first_BT, start_B, window), block)
     return pl.pallas_call(
-        functools.partial(_kernel, window=window, scale=scale),
+        functools.partial(_kernel, page=stored.page, window=window, scale=scale),
         grid_spec=_grid(
             (batch, blocks),
             block,
-            (indices_BTk, q_BTHK, pool_LBSK),
+            (indices_BTk, q_BTHK, stored),
             window,
+            pool.shape[2],
             bounded=first_BT is not None,
         ),
         out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
@@ -65,23 +67,30 @@ def call(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B
     )(
         inputs.layer.astype(jnp.int32)[None],
         start_B,
-        gather.word_rows(indices_BTk, pool_LBSK, block),
+        gather.word_rows(indices_BTk, pool, block),
         indices_BTk,
         q_BTHK,
         inputs.sink_H.astype(jnp.float32)[:, None],
         low_BN1Q,
         pad(inputs.window_BXK, 0),
-        in_hbm(pool_LBSK),
+        stored.offsets_B11M,
+        in_hbm(stored.array),
     )
 
 
 def _grid(
-    grid: tuple[int, int], block: int, arrays: tuple[Any, Any, Any], window: int, *, bounded: bool
+    grid: tuple[int, int],
+    block: int,
+    arrays: tuple[Any, Any, gather.Stored],
+    window: int,
+    capacity: int,
+    *,
+    bounded: bool,
 ) -> pltpu.PrefetchScalarGridSpec:
     """The blocks of each step: queries and their lists; and scratch for both ways."""
-    indices_BTk, q_BTHK, pool_LBSK = arrays
+    indices_BTk, q_BTHK, stored = arrays
     k, (heads, dim) = indices_BTk.shape[2], q_BTHK.shape[2:]
-    few = min(FEW, pl.cdiv(pool_LBSK.shape[2], masked.STEP) * masked.STEP)
+    few = min(FEW, pl.cdiv(capacity, masked.STEP) * masked.STEP)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=grid,
@@ -92,12 +101,13 @@ def _grid(
             resident(heads, 1),
             pl.BlockSpec((None, None, 1, block), _stacked_query_block) if bounded else None,
             pl.BlockSpec(memory_space=pl.ANY),
+            stored.offsets_spec(),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=_per_block(block, heads, dim),
         scratch_shapes=[
             pltpu.VMEM((window + block, dim), q_BTHK.dtype),
-            gather.Lists.scratch(k, pool_LBSK),
+            gather.Lists.scratch(k, stored.array),
             pltpu.SemaphoreType.DMA((3,)),
             masked.scratch(block, heads, dim, few, q_BTHK.dtype),
         ],
@@ -127,19 +137,21 @@ def _kernel(
     sink_ref: Any,  # [H, 1]
     low_ref: Any,  # [1, Q], the first key of the chunk's window that each query may see, or None
     window_ref: Any,  # HBM [B, X, K]
-    pool_ref: Any,  # HBM [L, B, S, K]
+    offsets_ref: Any,  # SMEM [1, 1, 1, M], or None
+    pool_ref: Any,  # HBM, `Stored.array`
     out_ref: Any,  # [1, Q, H, K]
     near_ref: Any,  # [Y, K]
     listed_ref: Any,  # scratch for two lists
     sems: Any,
     scratch: masked.Scratch,
     *,
+    page: int,
     window: int,
     scale: float,
 ) -> None:
     queries = q_ref.shape[1]
     row, first = pl.program_id(0), pl.program_id(1) * queries
-    entries_ref = pool_ref.at[layer_ref[0], row]
+    source = gather.Source.of_row(pool_ref, layer_ref[0], row, offsets_ref, page)
     near = pltpu.make_async_copy(
         window_ref.at[row, pl.ds(first, near_ref.shape[0])], near_ref, sems.at[2]
     )
@@ -156,19 +168,19 @@ def _kernel(
         near_QY = mask.of_queries(0, queries)
         near_YK = mask.zero_unseen(near_ref)
         q_RK = q_ref[0].reshape(-1, q_ref.shape[3])
-        entries = masked.Entries(entries_ref, last, scratch, sems)
+        entries = masked.Entries(source, last, scratch, sems)
         out_RK = masked.attend(q_RK, sink_ref[...], (near_YK, near_QY), entries, scale)
         out_ref[0] = out_RK.reshape(q_ref.shape[1:]).astype(out_ref.dtype)
 
     @pl.when(last >= few)
     def _() -> None:
         lists = gather.Lists(listed_ref, sems)
-        lists.start(words_ref, jnp.int32(0), entries_ref)
+        lists.start(words_ref, jnp.int32(0), source)
         near.wait()
         near_YK = mask.zero_unseen(near_ref)
 
         def query(t: Any, _: Any) -> None:
-            pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, entries_ref))
+            pl.when(t + 1 < queries)(lambda: lists.start(words_ref, t + 1, source))
             indices_1k = indices_ref[0, pl.ds(t, 1)]
             keys_kK = lists.wait(t, indices_1k, pool_ref.dtype, q_ref.dtype)
             parts = [(near_YK, mask.of_queries(t, 1)), (keys_kK, indices_1k >= 0)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.dense_attention import xla_blocks as dense
+from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import rows
 from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 
@@ -51,19 +52,25 @@ class Entries:
 
     def listed(self) -> Float[Array, "Q k K"]:
         """The entries of each query's list, zero for -1."""
-        chosen = self._read(self.layer, self.row, jnp.maximum(self.indices_Qk, 0))
+        chosen = self._read(jnp.maximum(self.indices_Qk, 0))
         return jnp.where((self.indices_Qk >= 0)[..., None], chosen, jnp.zeros((), chosen.dtype))
 
     def all(self) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
         """All entries of the row, zero where no query sees them, and which each query sees."""
-        entries_SK = self._read(self.layer, self.row)
+        entries_SK = self._read()
         (queries, _), size = self.indices_Qk.shape, entries_SK.shape[0]
         column_Qk = jnp.where(self.indices_Qk >= 0, self.indices_Qk, size)
         seen_QS = jnp.zeros((queries, size), bool)
         seen_QS = seen_QS.at[jnp.arange(queries)[:, None], column_Qk].set(True, mode="drop")
         return dense.where_seen(entries_SK, jnp.any(seen_QS, axis=0)), seen_QS
 
-    def _read(self, *at: Any) -> Float[Array, "*rows K"]:
-        if isinstance(self.pool, Fp8Rows):
-            return rows.decode(self.pool.data[at], self.dtype)
-        return self.pool[at]
+    def _read(self, *entries: Any) -> Float[Array, "*rows K"]:
+        """The row's entries with these numbers, or all."""
+        at = self.layer, self.row, *entries
+        match self.pool:
+            case Fp8Rows():
+                return rows.decode(self.pool.data[at], self.dtype)
+            case Paged():
+                return self.pool.gathered(*at)
+            case _:
+                return self.pool[at]

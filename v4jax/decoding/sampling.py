@@ -3,25 +3,24 @@
 The order is that of transformers 5.23 (`GenerationMixin._get_logits_processor`): penalties,
 temperature, top-k, top-p, min-p, draw. Temperature 0 takes the largest penalised logit instead.
 
-Top-k and top-p find the smallest kept logit by bisection over all float32 values, in at most 32
-passes over the vocabulary: as exact as sorting, and on CPU 20 times faster at V = 129280. Filters,
-penalties and noise each run only if a row needs them.
+Filters, penalties and noise each run only if a row needs them.
 
 Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives reported per token.
 """
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped, UInt32
 
 from v4jax.arguments import checked, integer, number, optional
+from v4jax.decoding import filters
 from v4jax.model import sharding
 from v4jax.model.pytree import pytree
 
@@ -128,21 +127,30 @@ def init(
             f"{B} rows of prompt tokens need {B} params and lengths; "
             f"got {len(params)} and {len(prompt_lengths_B)}."
         )
-    reals = lambda name: jnp.array([getattr(p, name) for p in params], jnp.float32)
     return SamplingState(
-        temperature_B=reals("temperature"),
-        top_k_B=jnp.array([min(p.top_k, vocab) for p in params], jnp.int32),
-        # In double precision, as 1 - float32(0.95) loses four bits.
-        tail_B=jnp.array([1.0 - p.top_p for p in params], jnp.float32),
-        min_p_B=reals("min_p"),
-        repetition_B=reals("repetition_penalty"),
-        presence_B=reals("presence_penalty"),
-        frequency_B=reals("frequency_penalty"),
-        seed_B2=jnp.array([_seed_words(p.seed) for p in params], jnp.uint32),
+        **{name: jnp.asarray(values) for name, values in settings(params, vocab).items()},
         drawn_B=jnp.zeros(B, jnp.int32),
         in_prompt_BV=jnp.asarray(_occurs(prompt_tokens_BT, prompt_lengths_B, vocab)),
         count_BV=jnp.zeros((B, vocab), jnp.int32),
     )
+
+
+def settings(
+    params: Sequence[SamplingParams], vocab: int
+) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+    """The fields of `SamplingState` that do not change while rows are sampled."""
+    reals = lambda name: np.array([getattr(p, name) for p in params], np.float32)
+    return {
+        "temperature_B": reals("temperature"),
+        "top_k_B": np.array([min(p.top_k, vocab) for p in params], np.int32),
+        # In double precision, as 1 - float32(0.95) loses four bits.
+        "tail_B": np.array([1.0 - p.top_p for p in params], np.float32),
+        "min_p_B": reals("min_p"),
+        "repetition_B": reals("repetition_penalty"),
+        "presence_B": reals("presence_penalty"),
+        "frequency_B": reals("frequency_penalty"),
+        "seed_B2": np.array([_seed_words(p.seed) for p in params], np.uint32),
+    }
 
 
 def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
@@ -178,7 +186,11 @@ def _seed_words(seed: int | None) -> tuple[int, int]:
 
 
 def sample(
-    logits_BV: Float32[Array, "B V"], state: SamplingState, *, top_logprobs: int = 0
+    logits_BV: Float32[Array, "B V"],
+    state: SamplingState,
+    *,
+    top_logprobs: int = 0,
+    allowed_BW: UInt32[Array, "B W"] | None = None,
 ) -> tuple[
     Int32[Array, " B"],
     Float32[Array, " B"],
@@ -198,6 +210,7 @@ def sample(
       logits_BV: logits; -inf forbids a token.
       state: the state from `init` or the previous call.
       top_logprobs: N, static; number of most probable tokens to report.
+      allowed_BW: the tokens that may be sampled, bit t % 32 of word t // 32; None for all.
 
     Returns:
       The tokens, their logprobs, the most probable tokens (ids and logprobs in descending order,
@@ -212,6 +225,9 @@ def sample(
     keep_logits = lambda x_BV, _: x_BV
     penalise = (state.repetition_B != 1) | (state.presence_B != 0) | (state.frequency_B != 0)
     x_BV = jax.lax.cond(jnp.any(penalise), penalised_logits, keep_logits, logits_BV, state)
+    if allowed_BW is not None:
+        restrict = jnp.any(allowed_BW != jnp.uint32(0xFFFFFFFF))
+        x_BV = jax.lax.cond(restrict, _restricted, keep_logits, x_BV, allowed_BW)
     x_BV = jax.lax.cond(jnp.any(state.temperature_B > 0), _scores, keep_logits, x_BV, state)
     token_B = _first_argmax(x_BV)
 
@@ -224,6 +240,15 @@ def sample(
         count_BV=state.count_BV + _one_hot(token_B, state.count_BV.shape[1]),
     )
     return token_B, logprob_B, (top_id_BN, top_BN - logsum_B[:, None]), state
+
+
+def _restricted(
+    x_BV: Float32[Array, "B V"], allowed_BW: UInt32[Array, "B W"]
+) -> Float32[Array, "B V"]:
+    """Logits with -inf at tokens whose bits are not set."""
+    id_V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)
+    bit_BV = allowed_BW[:, id_V // 32] >> (id_V % 32)[None] & 1
+    return jnp.where(bit_BV == 1, x_BV, -jnp.inf)
 
 
 def _one_hot(token_B: Int32[Array, " B"], vocab: int) -> Int32[Array, "B V"]:
@@ -259,8 +284,8 @@ def filtered_logits(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float3
     top_k_B = jnp.where(state.temperature_B > 0, state.top_k_B, 0)
     tail_B = jnp.where(state.temperature_B > 0, state.tail_B, 0.0)
     keep_all = lambda x_BV, *_: x_BV
-    filters = jnp.any((top_k_B > 0) | (tail_B > 0))
-    x_BV = jax.lax.cond(filters, _top_k_top_p, keep_all, x_BV, top_k_B, tail_B)
+    needed = jnp.any((top_k_B > 0) | (tail_B > 0))
+    x_BV = jax.lax.cond(needed, filters.top_k_top_p, keep_all, x_BV, top_k_B, tail_B)
     floor_B = jnp.max(x_BV, axis=-1) + jnp.log(state.min_p_B)
     # For a largest logit of +inf, the sum with log 0 would be NaN.
     floor_B = jnp.where(state.min_p_B > 0, floor_B, -jnp.inf)
@@ -272,97 +297,6 @@ def _scores(x_BV: Float32[Array, "B V"], state: SamplingState) -> Float32[Array,
     noise_BV = _gumbel(state.seed_B2, state.drawn_B, x_BV.shape[1])
     greedy_B1 = state.temperature_B[:, None] == 0
     return jnp.where(greedy_B1, x_BV, filtered_logits(x_BV, state) + noise_BV)
-
-
-def _top_k_top_p(
-    x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"], tail_B: Float32[Array, " B"]
-) -> Float32[Array, "B V"]:
-    """Top-k (0 is off), then top-p (a tail of 0 is off)."""
-    x_BV = jnp.where(x_BV >= _kth_largest(x_BV, top_k_B)[:, None], x_BV, -jnp.inf)
-    edge_B, kept_ties_B = _nucleus_edge(x_BV, tail_B)
-    tie_BV = x_BV == edge_B[:, None]
-    last_B1 = _id_of_nth(tie_BV, kept_ties_B)[:, None]
-    ids_1V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)[None]
-    keep_BV = (x_BV > edge_B[:, None]) | (tie_BV & (ids_1V <= last_B1))
-    return jnp.where(keep_BV, x_BV, -jnp.inf)
-
-
-def _kth_largest(x_BV: Float32[Array, "B V"], top_k_B: Int32[Array, " B"]) -> Float32[Array, " B"]:
-    """The k-th largest value of each row; -inf where k is 0."""
-
-    def holds(code_B):
-        threshold_B1 = _decoded(code_B)[:, None]
-        return jnp.sum(x_BV >= threshold_B1, axis=-1, dtype=jnp.int32) >= top_k_B
-
-    low_B = _encoded(jnp.full_like(x_BV[:, 0], -jnp.inf))
-    high_B = jnp.where(top_k_B > 0, _encoded(jnp.max(x_BV, axis=-1)), low_B)
-    return _decoded(_last_that_holds(holds, low_B, high_B))
-
-
-def _nucleus_edge(
-    x_BV: Float32[Array, "B V"], tail_B: Float32[Array, " B"]
-) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
-    """The smallest logit that top-p keeps, and how many of the tokens with that logit are kept.
-
-    Tokens are cut from the least probable up, while their probabilities sum to at most `tail_B`;
-    the last token is kept (transformers' TopPLogitsWarper). Among ties, for which transformers
-    has no fixed order, the lower ids are kept, so that the smallest top_p is greedy. A tail of 0
-    keeps all tokens.
-    """
-    max_B = jnp.max(x_BV, axis=-1)
-    mass_BV = jnp.exp(x_BV - max_B[:, None])
-    cut_B = tail_B * jnp.sum(mass_BV, axis=-1)
-
-    def mass_below(edge_B):
-        return jnp.sum(jnp.where(x_BV < edge_B[:, None], mass_BV, 0.0), axis=-1)
-
-    low_B = _encoded(jnp.full_like(max_B, -jnp.inf))
-    high_B = jnp.where(tail_B > 0, _encoded(max_B), low_B)
-    is_cut = lambda code_B: mass_below(_decoded(code_B)) <= cut_B
-    edge_B = _decoded(_last_that_holds(is_cut, low_B, high_B))
-    ties_B = jnp.sum(x_BV == edge_B[:, None], axis=-1, dtype=jnp.int32)
-    cut_ties_B = ((cut_B - mass_below(edge_B)) / jnp.exp(edge_B - max_B)).astype(jnp.int32)
-    return edge_B, ties_B - jnp.where(tail_B > 0, jnp.minimum(cut_ties_B, ties_B - 1), 0)
-
-
-def _id_of_nth(marked_BV: Bool[Array, "B V"], n_B: Int32[Array, " B"]) -> UInt32[Array, " B"]:
-    """The id of each row's n-th marked token, n from 1; V - 1 if there are only n marked tokens."""
-    V = marked_BV.shape[1]
-    ids_1V = jnp.arange(V, dtype=jnp.uint32)[None]
-
-    def fewer_below(id_B):
-        below_BV = marked_BV & (ids_1V < id_B[:, None])
-        return jnp.sum(below_BV, axis=-1, dtype=jnp.int32) < n_B
-
-    high_B = jnp.full(n_B.shape, V - 1, jnp.uint32)
-    all_B = n_B >= jnp.sum(marked_BV, axis=-1, dtype=jnp.int32)
-    return _last_that_holds(fewer_below, jnp.where(all_B, high_B, jnp.uint32(0)), high_B)
-
-
-def _last_that_holds(
-    holds: Callable[[Array], Array], low_B: UInt32[Array, " B"], high_B: UInt32[Array, " B"]
-) -> UInt32[Array, " B"]:
-    """Bisect each row for the largest number in [low, high] that `holds`; low always does."""
-
-    def halve(span):
-        low_B, high_B = span
-        middle_B = low_B + (high_B - low_B + 1) // 2
-        holds_B = holds(middle_B)
-        return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
-
-    unsettled = lambda span: jnp.any(span[0] < span[1])
-    return jax.lax.while_loop(unsettled, halve, (low_B, high_B))[0]
-
-
-def _encoded(x_B: Float32[Array, " B"]) -> UInt32[Array, " B"]:
-    """Floats as integers of the same order."""
-    bits_B = jax.lax.bitcast_convert_type(x_B, jnp.uint32)
-    return jnp.where(bits_B >> 31 == 1, ~bits_B, bits_B | jnp.uint32(1 << 31))
-
-
-def _decoded(code_B: UInt32[Array, " B"]) -> Float32[Array, " B"]:
-    bits_B = jnp.where(code_B >> 31 == 1, code_B ^ jnp.uint32(1 << 31), ~code_B)
-    return jax.lax.bitcast_convert_type(bits_B, jnp.float32)
 
 
 def _gumbel(

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
+from pallas_kernels.paged import Paged
 from pallas_kernels.residuals import saveable
 from v4jax.model import cache, compress, indexer_divergence, layers, sharding
 from v4jax.model.cache import LayerCache
@@ -87,7 +88,9 @@ class _Chunk:
         """Whether CSA must select entries: its pool has room for more than the top k."""
         if self.kind.attention != "csa":
             return False
-        return self.state.stack.pool_LBSK.shape[2] > self.context.cfg.index_topk
+        pool, table_BM = self.state.stack.pool_LBSK, self.context.table_BM
+        pages = 1 if table_BM is None else table_BM.shape[1]
+        return pages * pool.shape[2] > self.context.cfg.index_topk
 
     @property
     def visible_BT(self) -> Int[Array, "B T"]:
@@ -217,17 +220,23 @@ def _query(
 def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     """The entries that CSA attends to. Every device scores with all index heads."""
     q_BTIJ, weights_BTI = _query(p, chunk.x_BTD, chunk.latent_BTR, chunk.context)
-    select = lambda *args: indexer_topk.select(
-        *args[:-1], hidden_BT=args[-1], k=chunk.context.cfg.index_topk
+    k = chunk.context.cfg.index_topk
+    select = lambda q_BTIJ, weights_BTI, keys, table_BM, *rest: indexer_topk.select(
+        q_BTIJ, weights_BTI, _in_pages(keys, table_BM), *rest, k=k
     )
     indices_BTk = sharding.per_device(
         select,
-        *(q_BTIJ, weights_BTI, chunk.state.stack.index_LBSK, chunk.state.layer),
-        *(chunk.visible_BT, chunk.hidden_BT),
-        axes=(ROWS, ROWS, STACKED_ROWS, (), ROWS, ROWS),
+        *(q_BTIJ, weights_BTI, chunk.state.stack.index_LBSK, chunk.context.table_BM),
+        *(chunk.state.layer, chunk.visible_BT, chunk.hidden_BT),
+        axes=(ROWS, ROWS, STACKED_ROWS, ROWS, (), ROWS, ROWS),
         out=ROWS,
     )
     return saveable(indices_BTk)
+
+
+def _in_pages(pool: Any, table_BM: Int[Array, "B M"] | None) -> Any:
+    """The pool as the ops take it: an array, None, or pages with their table."""
+    return pool if pool is None or table_BM is None else Paged(pool, table_BM)
 
 
 def _divergence(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
@@ -289,9 +298,15 @@ def _mix(
     inputs |= {"pool_LBSK": state.stack.pool_LBSK, "layer": state.layer}
     scale = chunk.context.cfg.head_dim**-0.5
     axes = {"q_BTHK": _QUERIES, "sink_H": ("heads",), "pool_LBSK": STACKED_ROWS, "layer": ()}
+
+    def run_here(table_BM, *arrays):
+        of_device = dict(zip(inputs, arrays, strict=True))
+        of_device["pool_LBSK"] = _in_pages(of_device["pool_LBSK"], table_BM)
+        return run(**of_device, scale=scale, **static)
+
     return sharding.per_device(
-        lambda *arrays: run(**dict(zip(inputs, arrays, strict=True)), scale=scale, **static),
-        *inputs.values(),
-        axes=tuple(axes.get(name, ROWS) for name in inputs),
+        run_here,
+        *(chunk.context.table_BM, *inputs.values()),
+        axes=(ROWS, *(axes.get(name, ROWS) for name in inputs)),
         out=_QUERIES,
     )

@@ -41,16 +41,16 @@ class LayerCache:
     Attributes:
       window_LBRK: keys of the newest tokens.
       tail_LBRK: the compressor's kv and gate of the newest tokens, concatenated (float32).
-      pool_LBSK: compressed entries.
+      pool_LBSK: compressed entries; in a paged cache, B are pages and S entries of a page.
       index_tail_LBRK: `tail_LBRK` of CSA's indexer.
       index_LBSK: `pool_LBSK` of CSA's indexer.
     """
 
     window_LBRK: Float[Array, "L B R K"]
     tail_LBRK: Float32[Array, "L B _ _"] | None = None
-    pool_LBSK: Float[Array, "L B S K"] | None = None
+    pool_LBSK: Float[Array, "L _ S K"] | None = None
     index_tail_LBRK: Float32[Array, "L B _ _"] | None = None
-    index_LBSK: Float[Array, "L B S _"] | None = None
+    index_LBSK: Float[Array, "L _ S _"] | None = None
 
 
 @pytree
@@ -62,11 +62,13 @@ class Cache:
       length_B: number of tokens of each row in the cache (int32).
       segments: for each segment, a LayerCache for each position of its pattern.
       mtp: a LayerCache for each MTP block.
+      table_BM: the pages of each row if pools are pages that all rows share (`v4jax.model.paging`).
     """
 
     length_B: Int[Array, " B"]
     segments: tuple[tuple[LayerCache, ...], ...]
     mtp: tuple[LayerCache, ...] = ()
+    table_BM: Int[Array, "B M"] | None = None
 
 
 def is_decode(tokens: int) -> bool:
@@ -102,7 +104,7 @@ def make(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens, on the mesh if there is one."""
     layer = lambda kind, repeats: _layer_cache(
-        cfg, kind, capacity, _maker(repeats, batch, dtype, mesh)
+        cfg, kind, capacity, maker(repeats, batch, dtype, mesh)
     )
     drafters = range(cfg.num_nextn_predict_layers if mtp else 0)
     return Cache(
@@ -124,10 +126,10 @@ def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
 
 def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any) -> LayerCache:
     """The empty state of one layer, for rows of `tokens` processed at once."""
-    return _layer_cache(cfg, kind, tokens, _maker(1, batch, dtype, None))
+    return _layer_cache(cfg, kind, tokens, maker(1, batch, dtype, None))
 
 
-def _maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
+def maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
     """A function that creates a layer's empty arrays from numbers of rows and channels."""
 
     def zeros(rows: int, channels: int, dtype: Any = dtype) -> Float[Array, "L B R K"]:
@@ -144,23 +146,38 @@ def _zeros(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> Shaped[Arra
 def _layer_cache(
     cfg: ModelConfig, kind: LayerKind, capacity: int, zeros: Callable[..., Any]
 ) -> LayerCache:
-    window = zeros(cfg.sliding_window + SPARE, cfg.head_dim)
+    rings = layer_rings(cfg, kind, zeros)
     if kind.attention == "sliding":
-        return LayerCache(window_LBRK=window)
+        return rings
     # A chunk also writes the rows of windows that it does not complete, beyond the text's entries.
     entries = -(-capacity // kind.ratio) + 1
     entries += -entries % _POOL_TILE
-    tail_rows = kind.overlap * kind.ratio + SPARE
-    tail = zeros(tail_rows, 2 * kind.overlap * cfg.head_dim, jnp.float32)
-    pool = zeros(entries, cfg.head_dim)
-    if kind.attention == "hca":
-        return LayerCache(window_LBRK=window, tail_LBRK=tail, pool_LBSK=pool)
+    return with_pools(rings, cfg, kind, lambda channels: zeros(entries, channels))
+
+
+def layer_rings(cfg: ModelConfig, kind: LayerKind, zeros: Callable[..., Any]) -> LayerCache:
+    """A layer's empty rings; `zeros` creates them from numbers of rows and channels."""
+    window = zeros(cfg.sliding_window + SPARE, cfg.head_dim)
+    if kind.attention == "sliding":
+        return LayerCache(window_LBRK=window)
+    tail = lambda channels: zeros(
+        kind.overlap * kind.ratio + SPARE, 2 * kind.overlap * channels, jnp.float32
+    )
     return LayerCache(
         window_LBRK=window,
-        tail_LBRK=tail,
-        pool_LBSK=pool,
-        index_tail_LBRK=zeros(tail_rows, 2 * kind.overlap * cfg.index_head_dim, jnp.float32),
-        index_LBSK=zeros(entries, cfg.index_head_dim),
+        tail_LBRK=tail(cfg.head_dim),
+        index_tail_LBRK=tail(cfg.index_head_dim) if kind.attention == "csa" else None,
+    )
+
+
+def with_pools(
+    rings: LayerCache, cfg: ModelConfig, kind: LayerKind, zeros: Callable[[int], Any]
+) -> LayerCache:
+    """A layer's rings and its empty pools; `zeros` creates a pool from its number of channels."""
+    return dataclasses.replace(
+        rings,
+        pool_LBSK=zeros(cfg.head_dim),
+        index_LBSK=zeros(cfg.index_head_dim) if kind.attention == "csa" else None,
     )
 
 

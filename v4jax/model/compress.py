@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compress, residuals
-from v4jax.model import cache, layers, sharding
+from v4jax.model import cache, layers, paging, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
 from v4jax.model.params import Declare
@@ -32,12 +32,12 @@ class Compressor(nnx.Module):
 
 def update(
     compressor: Compressor,
-    ring_pool_layer: tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"], Int[Array, ""]],
+    ring_pool_layer: tuple[Float[Array, "L B R C2"], Float[Array, "L _ S K"], Int[Array, ""]],
     x_BTD: Float[Array, "B T D"],
     kind: LayerKind,
     context: Context,
     rounding: compress.Rounding,
-) -> tuple[Float[Array, "L B R C2"], Float[Array, "L B S K"]]:
+) -> tuple[Float[Array, "L B R C2"], Float[Array, "L _ S K"]]:
     """Add a chunk: its tokens to the ring, and the entries that it completes to the pool.
 
     Args:
@@ -76,7 +76,11 @@ def update(
         )
         ring_LBRC = cache.ring_write(ring_LBRC, *chunk)
     entries_BnK = residuals.saveable(entries_BnK)
-    return ring_LBRC, cache.pool_write(pool_LBSK, layer, entries_BnK, first_B, complete_B)
+    entries = layer, entries_BnK, first_B, complete_B
+    if context.table_BM is None:
+        return ring_LBRC, cache.pool_write(pool_LBSK, *entries)
+    unit = 1 if cache.is_decode(tokens) else cache.BLOCK // kind.ratio
+    return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit)
 
 
 def _settings(

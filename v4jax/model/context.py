@@ -22,7 +22,8 @@ class Context:
 
     If a row holds several documents, each begins at a multiple of `cache.BLOCK` tokens, so that no
     compressed window spans two of them, and `first_BT` says where each token's document begins.
-    `watch_indexer` makes sparse attention return its indexer's divergence.
+    `watch_indexer` makes sparse attention return its indexer's divergence. If pools are pages,
+    `table_BM` holds those of each row.
     """
 
     cfg: ModelConfig
@@ -35,6 +36,7 @@ class Context:
     first_BT: Int[Array, "B T"] | None = None
     document_BT: Int[Array, "B T"] | None = None
     watch_indexer: bool = False
+    table_BM: Int[Array, "B M"] | None = None
 
     @property
     def end_B(self) -> Int[Array, " B"]:
@@ -69,10 +71,12 @@ def make(
     dtype: Any,
     *,
     document_BT: Int[Array, "B T"] | None = None,
+    table_BM: Int[Array, "B M"] | None = None,
 ) -> Context:
     """The context of a pass over `tokens_BT`, with activations in `dtype`.
 
     `document_BT`, 0 at padding, is for rows of several documents; these rows begin at position 0.
+    `table_BM` is the cache's.
 
     Raises:
       ValueError: `document_BT` is given, but the model's compressed windows would mix documents.
@@ -96,6 +100,7 @@ def make(
         rope_compressed=table(True),
         first_BT=first_BT,
         document_BT=document_BT,
+        table_BM=table_BM,
     )
 
 

@@ -55,7 +55,10 @@ def forward(
       The residual streams before their final collapse, and the cache including the chunk.
     """
     embedded_BTD = embed(model, tokens_BT)
-    shared = context.make(cfg, numerics, tokens_BT, cache.length_B, count_B, embedded_BTD.dtype)
+    shared = context.make(
+        *(cfg, numerics, tokens_BT, cache.length_B, count_B, embedded_BTD.dtype),
+        table_BM=cache.table_BM,
+    )
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     updated = []
     for stack, part, states in zip(model.stacks, segments(cfg.layers), cache.segments, strict=True):

@@ -17,6 +17,8 @@ STOP = Kind(
 class StopStrings:
     """Finds the first stop string that becomes complete, and passes on only the text before it.
 
+    `matched` is that string; None until then.
+
     The match that ends first counts; of several that end there, the longest. The concatenated
     output does not depend on how the text was split into pieces.
     """
@@ -39,7 +41,7 @@ class StopStrings:
             )
         self._stops = tuple(stops)
         self._held = ""
-        self._stopped = False
+        self.matched: str | None = None
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Process the next piece of text.
@@ -48,13 +50,14 @@ class StopStrings:
           Text that is certainly before any stop string, and whether one is complete. Once one is,
           every push returns ("", True).
         """
-        if self._stopped:
+        if self.matched is not None:
             return "", True
         text = self._held + piece
-        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            self._stopped, self._held = True, ""
-            return text[: min(ends)[1]], True
+            _, at, self.matched = min(ends)
+            self._held = ""
+            return text[:at], True
         held_from = self._first_open(text)
         self._held = text[held_from:]
         return text[:held_from], False

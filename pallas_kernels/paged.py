@@ -1,0 +1,74 @@
+"""Pools whose entries lie in pages that all rows of a batch share.
+
+Axis letters: L layers of a stack, P pages, N entries per page, K channels, B batch, M pages of a
+row's table, S = M x N entries of a row.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.implementations import check_arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Pages of entries; entry s of row b is entry s % N of page table[b, s // N].
+
+    What no query sees may be garbage: pages, entries, and numbers of the table.
+
+    Attributes:
+      pages: float [L, P, N, K].
+      table: int32 [B, M].
+    """
+
+    pages: Any
+    table: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the entries as an array of rows: [L, B, S, K]."""
+        layers, _, size, channels = self.pages.shape
+        batch, places = self.table.shape
+        return layers, batch, places * size, channels
+
+    def gathered(
+        self,
+        layer: Int[Array, ""],
+        row: Int[Array, "..."],
+        entry: Int[Array, "*rows"] | None = None,
+    ) -> Float[Array, "*rows K"]:
+        """Any entries of any batch rows; None: all entries of a row."""
+        entry = jnp.arange(self.shape[2], dtype=jnp.int32) if entry is None else entry
+        place, within = jnp.divmod(entry, self.pages.shape[2])
+        page = self.table.at[row, place].get(mode="clip")
+        return self.pages.at[layer, page, within].get(mode="clip")
+
+    def of_layer(self, layer: Int[Array, ""]) -> Float[Array, "B S K"]:
+        """All entries of a layer."""
+        rows = self.shape[1:3]
+        iota = lambda dim: jax.lax.broadcasted_iota(jnp.int32, rows, dim)
+        return self.gathered(layer, iota(0), iota(1))
+
+
+def check(op: str, name: str, pool: Paged, sizes: Mapping[str, int], channels: str) -> None:
+    """Reject pools that do not match the other arrays.
+
+    Args:
+      op: the operation, for error messages.
+      name: the argument's name.
+      pool: the pool.
+      sizes: sizes of the letters known so far.
+      channels: the letter of the channels.
+
+    Raises:
+      TypeError: wrong dtype.
+      ValueError: wrong shape.
+    """
+    arrays = {f"{name}.pages_LPN{channels}": pool.pages, f"{name}.table_BM": pool.table}
+    check_arrays(op, arrays, integers=(f"{name}.table_BM",), sizes=sizes)

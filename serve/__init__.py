@@ -1,0 +1,1 @@
+"""The HTTP wrapper around an engine: DeepSeek's, OpenAI's and Anthropic's interfaces."""

@@ -1,0 +1,163 @@
+"""From sampled tokens to what clients see: text, reasoning and calls, up to a stop string."""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+from v4jax.engine.request import Event, Token
+from v4jax.text import chat_parser
+from v4jax.text.chat import END_THINK
+from v4jax.text.chat_parser import (
+    ArgumentsDelta,
+    ChatParser,
+    ContentDelta,
+    Done,
+    ReasoningDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from v4jax.text.stopping import StopStrings
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer
+
+from .conversation import ChatRequest, Delta, TextRequest, Update
+from .replays import Turn
+from .service import Service
+
+# What the text begins with: plain text, an answer, or an answer's reasoning.
+Mode = Literal["text", "chat", "thinking"]
+
+
+class Reader:
+    """Turns sampled tokens into events of the chat parser, up to a stop string in the content."""
+
+    def __init__(self, tokenizer: Tokenizer, mode: Mode, stops: Sequence[str]) -> None:
+        self.thinking = mode == "thinking"
+        self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(stops)
+        self._parser = None if mode == "text" else ChatParser(mode)
+        self._tail = ""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the text."""
+        return self._stops.matched
+
+    def push(self, token: int) -> list[chat_parser.Event]:
+        """The events that this token completes."""
+        piece = self._decoder.push(token)
+        if self.thinking:
+            tail = self._tail + piece
+            self.thinking, self._tail = END_THINK not in tail, tail[-len(END_THINK) :]
+        return self._until_stop(self._parse(piece))
+
+    def finish(self) -> list[chat_parser.Event]:
+        """The remaining events."""
+        end = self._parser.finish() if self._parser else [Done(truncated=False)]
+        return self._until_stop([*self._parse(self._decoder.flush()), *end])
+
+    def _parse(self, text: str) -> list[chat_parser.Event]:
+        return self._parser.feed(text) if self._parser else [ContentDelta(text)]
+
+    def _until_stop(self, events: list[chat_parser.Event]) -> list[chat_parser.Event]:
+        passed: list[chat_parser.Event] = []
+        for event in events:
+            if self.stop:
+                break
+            if isinstance(event, ContentDelta):
+                text, _ = self._stops.push(event.text)
+                passed += [ContentDelta(text)] if text else []
+            else:
+                # What interrupts the content also interrupts a stop string.
+                held = self._stops.flush()
+                passed += [ContentDelta(held), event] if held else [event]
+        return passed
+
+
+class Watcher:
+    """Ends a request at a stop string."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def push(self, token: int) -> bool:
+        """Whether the text ends with this token."""
+        self._reader.push(token)
+        return self._reader.stop is not None
+
+
+class Translation:
+    """Turns the events of one request into updates."""
+
+    def __init__(self, service: Service, request: TextRequest, mode: Mode) -> None:
+        self._service = service
+        self.new_reader = functools.partial(Reader, service.tokenizer, mode, request.stop)
+        self._reader = self.new_reader()
+        self._may_call = isinstance(request, ChatRequest) and bool(request.callable_tools)
+        self._may_keep = isinstance(request, ChatRequest) and not request.prefix
+        # Of the whole answer, if it may have calls.
+        self._events: list[chat_parser.Event] = []
+        self._sampled: list[int] = []
+        # What no update has had yet, and how many tokens are reasoning: in all, and in updates.
+        self._prompt: tuple[Token, ...] = ()
+        self._tokens: list[Token] = []
+        self._reasoning = self._reported = 0
+
+    def update(self, event: Event) -> Update:
+        """What is new for the client; an empty update while that is not certain yet."""
+        events: list[chat_parser.Event] = []
+        self._prompt += event.prompt
+        self._tokens += event.tokens
+        for token in event.tokens:
+            self._reasoning += self._reader.thinking
+            if token.id not in self._service.eos_ids:
+                events += self._reader.push(token.id)
+        if event.finish:
+            events += self._reader.finish()
+        if self._may_call:
+            self._events += events
+            self._sampled += [token.id for token in event.tokens]
+        deltas = self._deltas(events)
+        if not deltas and not event.finish:
+            # Tokens wait for the text that they begin.
+            return Update((), (), 0, None, event.usage, self._reasoning)
+        finish = "tool_calls" if event.finish == "stop" and self._starts() else event.finish
+        prompt, tokens, reasoning = self._prompt, tuple(self._tokens), self._reasoning
+        new = reasoning - self._reported
+        update = Update(
+            deltas, tokens, new, finish, event.usage, reasoning, prompt, self._reader.stop
+        )
+        self._prompt, self._tokens, self._reported = (), [], reasoning
+        if finish == "tool_calls" and self._may_keep:
+            self._keep()
+        return update
+
+    def _starts(self) -> list[ToolCallStart]:
+        return [event for event in self._events if isinstance(event, ToolCallStart)]
+
+    def _deltas(self, events: list[chat_parser.Event]) -> tuple[Delta, ...]:
+        """The events that clients see, with texts that follow each other joined."""
+        deltas: list[Delta] = []
+        for event in events:
+            is_call = isinstance(event, ToolCallStart | ArgumentsDelta)
+            if isinstance(event, ToolCallEnd | Done) or (is_call and not self._may_call):
+                continue
+            match deltas[-1:], event:
+                case [ContentDelta(text)], ContentDelta(more):
+                    deltas[-1] = ContentDelta(text + more)
+                case [ReasoningDelta(text)], ReasoningDelta(more):
+                    deltas[-1] = ReasoningDelta(text + more)
+                case [ArgumentsDelta(index, text)], ArgumentsDelta(_, more):
+                    deltas[-1] = ArgumentsDelta(index, text + more)
+                case _:
+                    deltas.append(event)
+        return tuple(deltas)
+
+    def _keep(self) -> None:
+        """Remember how a turn with calls was sampled, if it ended by itself and is well-formed."""
+        broken = any(isinstance(e, ToolCallEnd) and not e.complete for e in self._events)
+        if self._sampled[-1] not in self._service.eos_ids or broken or self._reader.thinking:
+            return
+        message = chat_parser.collect(self._events)
+        for call, start in zip(message["tool_calls"], self._starts(), strict=True):
+            call["id"] = start.id
+        split = self._reasoning
+        self._service.replays.keep(Turn(message, self._sampled[:split], self._sampled[split:]))

@@ -1,0 +1,94 @@
+"""The page on the server names all that it has, and nothing else."""
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+
+from starlette.routing import Route
+
+from tests.house import ROOT
+from v4jax.engine.engine import Stats
+from v4jax_serve import __main__ as command
+from v4jax_serve import app
+from v4jax_serve.conversation import EFFORTS
+from v4jax_serve.metrics import Metrics
+
+PAGE = (ROOT / "docs" / "serve.md").read_text("utf-8")
+ROWS = [
+    [cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (.*) \|$", PAGE, re.M)
+]
+CODE = set(re.findall(r"`([^`\n]+)`", PAGE))
+READERS = ("anthropic", "blocks", "chat_request", "completions", "information", "responses")
+
+
+def options() -> Iterator[tuple[str, argparse.Action]]:
+    for action in command._parser()._actions:
+        yield from ((flag, action) for flag in action.option_strings if flag.startswith("--"))
+
+
+def test_every_option_is_there_with_its_default() -> None:
+    rows = {row[0].strip("`").split()[0]: row[-1] for row in ROWS if row[0].startswith("`--")}
+    assert rows.keys() == {flag for flag, _ in options()}
+    for flag, action in options():
+        if default := re.search(r"\(default: ([\w.]+)", action.help or ""):
+            assert default[1] in rows[flag], flag
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE))
+    assert mentioned == rows.keys()
+
+
+def test_every_endpoint_is_there_with_its_method() -> None:
+    endpoints = {
+        f"{'POST' if 'POST' in (route.methods or ()) else 'GET'} {route.path}".replace(":path", "")
+        for route in app.ROUTES
+        if isinstance(route, Route)
+    }
+    assert len(endpoints) == len(app.ROUTES)
+    rows = {name for row in ROWS for name in re.findall(r"`((?:GET|POST) /[^`]*)`", row[0])}
+    assert rows == endpoints
+    paths = {endpoint.split()[1] for endpoint in endpoints}
+    assert {code for code in CODE if code.startswith("/")} <= paths
+
+
+def test_every_metric_is_there() -> None:
+    text = Metrics("name", Stats).text().decode()
+    names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    names = {name for name in names if not name.endswith("_created")}
+    rows = {row[0].strip("`") for row in ROWS if re.match(r"`(vllm|v4jax):", row[0])}
+    assert rows == names
+    assert {code for code in CODE if re.match("(vllm|v4jax):", code)} == names
+
+
+def test_every_effort_is_there() -> None:
+    table = {row[0].strip("`"): row[1:] for row in ROWS if row[1:2] in (["high"], ["max"])}
+    april, last = (EFFORTS[revision] for revision in ("april", "0731"))
+    assert table == {name or "none given": [april[name], last[name]] for name in april}
+
+
+def read_fields() -> Iterator[str]:
+    """Names of the fields that the server reads from bodies."""
+    for name in READERS:
+        tree = ast.parse((ROOT / "serve" / f"{name}.py").read_text("utf-8"))
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(
+                    ast.Attribute(_, "read" | "require" | "object" | "objects"),
+                    [ast.Constant(field), *_],
+                ):
+                    yield field
+                case ast.Call(
+                    ast.Attribute(ast.Attribute(_, "values"), "get"), [ast.Constant(field), *_]
+                ):
+                    yield field
+                case ast.Call(function, [ast.Name(), ast.Constant(str(field)), *_]):
+                    if "read_" in ast.unparse(function):  # such as read_stop(body, "stop")
+                        yield field
+                case ast.Compare(ast.Constant(str(field)), [ast.In()], [ast.Name("body")]):
+                    yield field
+
+
+def test_every_field_is_there() -> None:
+    fields = set(read_fields())
+    assert {"messages", "budget_tokens", "prompt", "stop_sequences", "input_schema"} <= fields
+    words = {word for code in CODE for word in re.split(r"\W+", code)}
+    assert fields <= words, fields - words

@@ -1,0 +1,1 @@
+"""Many requests on one compiled loop: sequences, pages, prefix cache, drafts, masks."""

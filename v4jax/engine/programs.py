@@ -1,0 +1,286 @@
+"""The engine's compiled programs: a chunk of one row's prompt, and steps of all rows.
+
+The host owns every integer and passes it with each call, so that admitting, rewinding or ending a
+row is bookkeeping; the device owns the cache and the counts of tokens. A row takes up to k drafts:
+it is then sampled at 1 + k positions, from the same draws as without drafts, and goes on while the
+draft was the token sampled. So drafts change nothing but speed.
+
+Axis letters: B rows, T tokens, V vocabulary, W words of a bitmask, M pages of a row, E stop tokens,
+N alternatives reported per token, k drafts, S steps of a call, D hidden, H streams.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+
+from v4jax.decoding import sampling
+from v4jax.decoding.sampling import SamplingState
+from v4jax.engine.arrays import ChunkArrays, Counts, Drafting, Rows, Sampled, Scores, Static
+from v4jax.model import paging, transformer
+from v4jax.model.cache import BLOCK, Cache
+from v4jax.model.transformer import Model
+
+# Most steps of one call of `advance`.
+STEPS = 64
+# Below this share of right drafts, a row takes none for so many tokens.
+_FEW_RIGHT, _REST = 0.25, 64
+# Positions that are scored at once; divides the width of every chunk.
+_SCORED = 64
+
+
+_program = functools.partial(jax.jit, static_argnames="static", donate_argnames=("cache", "counts"))
+
+
+@_program
+def prefill(
+    model: Model,
+    cache: Cache,
+    counts: Counts,
+    row: Rows,
+    chunk: ChunkArrays,
+    *,
+    static: Static,
+) -> tuple[Cache, Counts, tuple[Sampled, Int[Array, "B k"], Scores]]:
+    """Add a chunk of a prompt to a row, and sample the token after it.
+
+    Args:
+      model: the weights.
+      cache: the cache; its length and table are not used.
+      counts: tokens of all rows.
+      row: the one row, of `length` tokens before the chunk.
+      chunk: the chunk.
+      static: what the program is compiled for.
+
+    Returns:
+      The cache, the counts, the sampled token with the drafts that follow it, and the scores, which
+      are zeros if they were not asked for.
+    """
+    cfg, slot, count_1 = static.cfg, chunk.row, chunk.count[None]
+    one = paging.take(cache, slot, row.length_B, row.table_BM)
+    tokens_1T = chunk.tokens_T[None]
+    x_1TM, one = transformer.forward(model, cfg, static.numerics, tokens_1T, one, count_1)
+    x_11M = jnp.take_along_axis(x_1TM, count_1[:, None, None] - 1, axis=1)
+    logits_11V = transformer.head(model, transformer.hidden(model, cfg, x_11M))
+    old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), counts)
+    sampled, new, _ = _sample(logits_11V, old, row, static)
+    new = jax.tree.map(lambda new, old: jnp.where(chunk.last, new, old), new, old)
+    into_row = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0)
+    counts = jax.tree.map(into_row, counts, new)
+    draft_1k = row.drafting.draft_Bk
+    if static.drafts:
+        # A prefix must not depend on what followed it: no draft sees the token after a block.
+        at_T = jnp.arange(chunk.tokens_T.shape[0])
+        next_T = jnp.where((row.length_B + at_T + 1) % BLOCK == 0, 0, chunk.next_T)
+        ends_T = (at_T + 1 == chunk.count) & chunk.last
+        next_T = jnp.where(ends_T, sampled.token_BT[0], next_T)
+        draft_1k, one = _draft(model, x_1TM, next_T[None], one, (row.length_B, count_1), static)
+    zeros_TN = jnp.zeros((chunk.tokens_T.shape[0], static.top))
+    unscored = lambda *_: Scores(zeros_TN[:, 0], zeros_TN.astype(jnp.int32), zeros_TN)
+    score = lambda x_TM, next_T: _scores(model, x_TM, next_T, static)
+    scores = jax.lax.cond(chunk.scored, score, unscored, x_1TM[0], chunk.next_T)
+    return paging.put(cache, slot, one), counts, (sampled, draft_1k, scores)
+
+
+@_program
+def advance(
+    model: Model,
+    cache: Cache,
+    counts: Counts,
+    rows: Rows,
+    steps: Int[Array, ""],
+    *,
+    static: Static,
+) -> tuple[Cache, Counts, tuple[Sampled, Drafting, Int[Array, ""]]]:
+    """Run up to `steps` (at most STEPS) steps of all rows, fewer as soon as a row ends.
+
+    Args:
+      model: the weights.
+      cache: the cache; its length and table are not used.
+      counts: tokens of all rows.
+      rows: the rows; those with nothing left to generate do not take part.
+      steps: number of steps.
+      static: what the program is compiled for.
+
+    Returns:
+      The cache, the counts, the tokens [B, S * (1 + k)] of all steps, the drafts that follow them,
+      and the number of steps.
+    """
+
+    def step(carry):
+        n, cache, counts, now, block = carry
+        cache, counts, now, sampled = _step(model, cache, counts, now, static)
+        put = lambda block, new: jax.lax.dynamic_update_slice_in_dim(
+            block, new, n * (1 + static.drafts), 1
+        )
+        return n + 1, cache, counts, now, jax.tree.map(put, block, sampled)
+
+    def go_on(carry):
+        n, _, _, now, _ = carry
+        ended_B = (rows.left_B > 0) & (now.left_B <= 0)
+        return (n < jnp.minimum(steps, STEPS)) & ~jnp.any(ended_B)
+
+    shape = rows.token_B.shape[0], STEPS * (1 + static.drafts)
+    block = Sampled(
+        real_BT=jnp.zeros(shape, bool),
+        token_BT=jnp.zeros(shape, jnp.int32),
+        logprob_BT=jnp.zeros(shape, jnp.float32),
+        top_id_BTN=jnp.zeros((*shape, static.top), jnp.int32),
+        top_logprob_BTN=jnp.zeros((*shape, static.top), jnp.float32),
+    )
+    carry = jnp.int32(0), cache, counts, rows, block
+    n, cache, counts, now, block = jax.lax.while_loop(go_on, step, carry)
+    return cache, counts, (block, now.drafting, n)
+
+
+def _step(
+    model: Model, cache: Cache, counts: Counts, rows: Rows, static: Static
+) -> tuple[Cache, Counts, Rows, Sampled]:
+    """One step of all rows: run the newest token and its drafts, sample, draft anew."""
+    cfg = static.cfg
+    drafting, goes_B = rows.drafting, rows.left_B > 0
+    tokens_BT = jnp.concatenate([rows.token_B[:, None], drafting.draft_Bk], axis=1)
+    count_B = jnp.where(goes_B, 1 + drafting.count_B, 0)
+    cache = dataclasses.replace(cache, length_B=rows.length_B, table_BM=rows.table_BM)
+    x_BTM, cache = transformer.forward(model, cfg, static.numerics, tokens_BT, cache, count_B)
+    cache = dataclasses.replace(cache, table_BM=None)
+    logits_BTV = transformer.head(model, transformer.hidden(model, cfg, x_BTM))
+    sampled, counts, left_B = _sample(logits_BTV, counts, rows, static)
+    new_B = jnp.sum(sampled.real_BT, axis=1, dtype=jnp.int32)
+    newest_B1 = jnp.take_along_axis(sampled.token_BT, jnp.maximum(new_B - 1, 0)[:, None], axis=1)
+    if static.drafts:
+        drafting = _judged(drafting, new_B, goes_B)
+        count_B = jnp.where(_takes_drafts(drafting), new_B, 0)
+        skip = lambda cache: (drafting.draft_Bk, cache)
+        draft = lambda cache: _draft(
+            model, x_BTM, sampled.token_BT, cache, (rows.length_B, count_B), static
+        )
+        draft_Bk, cache = jax.lax.cond(jnp.any(count_B > 0), draft, skip, cache)
+        count_B = jnp.where(count_B > 0, static.drafts, 0)
+        drafting = dataclasses.replace(drafting, draft_Bk=draft_Bk, count_B=count_B)
+    rows = dataclasses.replace(
+        rows,
+        token_B=jnp.where(new_B > 0, newest_B1[:, 0], rows.token_B),
+        length_B=rows.length_B + new_B,
+        left_B=left_B,
+        drafting=drafting,
+        settings={**rows.settings, "drawn_B": rows.settings["drawn_B"] + new_B},
+    )
+    return cache, counts, rows, sampled
+
+
+def _takes_drafts(drafting: Drafting) -> Bool[Array, " B"]:
+    return drafting.allowed_B & (drafting.rest_B == 0)
+
+
+def _judged(drafting: Drafting, new_B: Int[Array, " B"], goes_B: Bool[Array, " B"]) -> Drafting:
+    """Count the drafts of a step that sampled `new_B` tokens, and rest where few were right."""
+    drafted_B = jnp.where(goes_B, drafting.count_B, 0)
+    right_B = jnp.where(drafted_B > 0, new_B - 1, 0)
+    share_B = right_B / jnp.maximum(drafted_B, 1)
+    change_B = jnp.where(drafted_B > 0, 0.1 * (share_B - drafting.share_B), 0.0)
+    share_B = drafting.share_B + change_B
+    few_B = share_B < _FEW_RIGHT
+    return dataclasses.replace(
+        drafting,
+        share_B=jnp.where(few_B, 2 * _FEW_RIGHT, share_B),
+        rest_B=jnp.where(few_B, _REST, jnp.maximum(drafting.rest_B - new_B, 0)),
+        drafted_B=drafting.drafted_B + drafted_B,
+        right_B=drafting.right_B + right_B,
+    )
+
+
+def _sample(
+    logits_BTV: Float32[Array, "B T V"], counts: Counts, rows: Rows, static: Static
+) -> tuple[Sampled, Counts, Int[Array, " B"]]:
+    """Sample each row at T positions, for as long as its drafts are right.
+
+    Returns:
+      The tokens, the counts with them, and what each row may still generate: 0 if it has ended.
+    """
+    draft_BT = jnp.pad(rows.drafting.draft_Bk, ((0, 0), (0, 1)))[:, : logits_BTV.shape[1]]
+    state = SamplingState(**rows.settings, **vars(counts))
+
+    def at_position(carry, position):
+        state, left_B, goes_B = carry
+        t, logits_BV, draft_B = position
+        # Without it, sums would be fused, and rounded, differently for each number of drafts.
+        logits_BV = jax.lax.optimization_barrier(logits_BV)
+        token_B, logprob_B, top, counted = sampling.sample(
+            logits_BV, state, top_logprobs=static.top, allowed_BW=rows.allowed_BW
+        )
+        finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
+        sampled = goes_B, token_B, jnp.where(finite_B, logprob_B, jnp.nan), *top
+        ends_B = ~finite_B | jnp.any(rows.stop_BE == token_B[:, None], axis=1)
+        left_B = jnp.where(goes_B, jnp.where(ends_B, 0, left_B - 1), left_B)
+        state = jax.tree.map(functools.partial(_where_rows, goes_B), counted, state)
+        goes_B &= (t < rows.drafting.count_B) & (token_B == draft_B) & (left_B > 0)
+        return (state, left_B, goes_B), sampled
+
+    positions = jnp.arange(draft_BT.shape[1]), jnp.swapaxes(logits_BTV, 0, 1), draft_BT.T
+    carry = state, rows.left_B, rows.left_B > 0
+    (state, left_B, _), sampled = jax.lax.scan(at_position, carry, positions)
+    sampled = Sampled(*(jnp.swapaxes(x, 0, 1) for x in sampled))
+    return sampled, Counts(in_prompt_BV=state.in_prompt_BV, count_BV=state.count_BV), left_B
+
+
+def _scores(
+    model: Model, x_TM: Float[Array, "T M"], next_T: Int[Array, " T"], static: Static
+) -> Scores:
+    """Score the token after each position, a few at a time: all their logits would be large."""
+
+    def some(x_next: tuple[Float[Array, "t M"], Int[Array, " t"]]) -> Scores:
+        x_tM, next_t = x_next
+        hidden_1tD = transformer.hidden(model, static.cfg, x_tM[None])
+        logprob_tV = jax.nn.log_softmax(transformer.head(model, hidden_1tD)[0])
+        top_tN, top_id_tN = jax.lax.top_k(logprob_tV, static.top)
+        next_logprob_t1 = jnp.take_along_axis(logprob_tV, next_t[:, None], axis=1)
+        return Scores(next_logprob_t1[:, 0], top_id_tN, top_tN)
+
+    parts = lambda x: x.reshape(-1, _SCORED, *x.shape[1:])
+    scores = jax.lax.map(some, (parts(x_TM), parts(next_T)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scores)
+
+
+def _where_rows(
+    rows_B: Bool[Array, " B"], new: Shaped[Array, "B ..."], old: Shaped[Array, "B ..."]
+) -> Shaped[Array, "B ..."]:
+    return jnp.where(rows_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _draft(
+    model: Model,
+    x_BTM: Float[Array, "B T M"],
+    next_BT: Int[Array, "B T"],
+    cache: Cache,
+    chunk: tuple[Int[Array, " B"], Int[Array, " B"]],
+    static: Static,
+) -> tuple[Int[Array, "B k"], Cache]:
+    """Draft k tokens after a chunk.
+
+    Args:
+      model: the weights.
+      x_BTM: the backbone's streams at the chunk's positions.
+      next_BT: the token after each of them.
+      cache: the cache.
+      chunk: position of each row's first token, and the number of its tokens.
+      static: what the program is compiled for.
+    """
+    start_B, count_B = chunk
+    drafts = []
+    for _ in range(static.drafts):
+        hidden_BTD, x_BTM, cache = transformer.draft(
+            *(model, static.cfg, static.numerics, x_BTM, next_BT, cache),
+            start_B=start_B,
+            count_B=count_B,
+        )
+        last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+        newest = lambda x_BTK, at_B11=last_B11: jnp.take_along_axis(x_BTK, at_B11, axis=1)
+        next_BT = jnp.argmax(transformer.head(model, newest(hidden_BTD)), axis=-1)
+        next_BT = next_BT.astype(jnp.int32)
+        drafts.append(next_BT[:, 0])
+        x_BTM, start_B = newest(x_BTM), start_B + count_B
+        count_B = jnp.minimum(count_B, 1)
+    return jnp.stack(drafts, axis=1), cache

@@ -1,0 +1,119 @@
+"""Sizes of an engine, and what its cache depends on."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from v4jax.arguments import shown
+from v4jax.decoding import loop
+from v4jax.engine.device import Shape
+from v4jax.engine.programs import Static
+from v4jax.engine.sequence import BLOCK
+from v4jax.model import cache, sharding
+
+MOST_DRAFTS = cache.SPARE - 1
+# Tokens of a page if the context is that long.
+PAGE = 4096
+
+
+class Loaded(Protocol):
+    """A model that `v4jax.load` returned."""
+
+    @property
+    def engine(self) -> loop.Engine:
+        """Weights and configuration."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes and limits of an engine; programs depend on the first six.
+
+    Attributes:
+      max_seqs: sequences that run at once.
+      context: most tokens of a prompt and its answer.
+      page: tokens of a page; PAGE, or less if the context is shorter.
+      pages: pages of all sequences and cached prefixes; by default each sequence can be full.
+      chunk: tokens of a prompt that are read at once.
+      drafts: tokens that the MTP block drafts for each token.
+      queue: requests that may wait; more are refused.
+      snapshots: prefixes' ends that are kept on the device.
+      interval: tokens between the ends of prefixes that are kept of a long prompt.
+      cache_ram: bytes of RAM for prefixes that leave the device.
+      cache_dir: directory for prefixes that leave RAM, and for the next start.
+      cache_disk: bytes of that directory.
+      hang_seconds: a step that takes longer is reported, and the engine is not ready.
+    """
+
+    max_seqs: int = 16
+    context: int = 65536
+    page: int | None = None
+    pages: int | None = None
+    chunk: int = 512
+    drafts: int = 0
+    queue: int = 1024
+    snapshots: int = 256
+    interval: int = 8192
+    cache_ram: int = 0
+    cache_dir: Path | None = None
+    cache_disk: int = 64 * 2**30
+    hang_seconds: float = 300
+
+
+def drafts_of(speculate: str | None, model: Loaded) -> int:
+    """The number of drafts that 'mtp:2' asks for."""
+    if speculate is None:
+        return 0
+    kind, _, count = speculate.partition(":")
+    if kind != "mtp" or not (count or "1").isdecimal() or not 1 <= int(count or 1) <= MOST_DRAFTS:
+        raise ValueError(
+            f"speculate is {shown(speculate)}; give 'mtp:K' with K from 1 to {MOST_DRAFTS}."
+        )
+    if not model.engine.cfg.num_nextn_predict_layers:
+        raise ValueError("speculate='mtp' needs an MTP block, and this checkpoint has none.")
+    return int(count or 1)
+
+
+def check(settings: Settings, model: Loaded) -> Settings:
+    """Settings with their defaults filled in."""
+    for name in ("max_seqs", "context", "chunk", "queue", "snapshots", "interval"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {shown(getattr(settings, name))}; it must be 1 or more.")
+    limit = model.engine.cfg.max_position_embeddings
+    if settings.context > limit:
+        raise ValueError(f"context is {settings.context}; the model's own is {limit}.")
+    for name in ("chunk", "interval", "page"):
+        if (getattr(settings, name) or 0) % BLOCK:
+            raise ValueError(f"{name} is {getattr(settings, name)}; use a multiple of {BLOCK}.")
+    if sharding.row_groups(model.engine.mesh) > 1:
+        raise ValueError(
+            "The mesh splits the rows of a batch (data, fsdp or expert above 1), which the engine "
+            "does not support; use tensor only."
+        )
+    page = settings.page or min(PAGE, -(-settings.context // BLOCK) * BLOCK)
+    row_pages = -(-settings.context // page)
+    pages = settings.pages or 1 + settings.max_seqs * row_pages
+    if pages <= row_pages:
+        raise ValueError(
+            f"pages is {pages}, but a sequence of {settings.context} tokens needs {row_pages} of "
+            f"{page} tokens, and one more is scratch: raise pages or lower context."
+        )
+    return dataclasses.replace(settings, page=page, pages=pages)
+
+
+def fingerprint(model: Any, static: Static, shape: Shape) -> str:
+    """Identifies what entries of the cache depend on: weights, rounding, programs and compiler.
+
+    Of each array some elements are read, spread over all of it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    device = jax.devices()[0].device_kind
+    digest.update(repr((static, shape.widths, jax.__version__, device)).encode())
+    for leaf in jax.tree.leaves(model):
+        some = leaf.reshape(-1)[:: max(1, leaf.size // 64)]
+        digest.update(np.asarray(some).tobytes() + repr((leaf.shape, leaf.dtype)).encode())
+    return digest.hexdigest()

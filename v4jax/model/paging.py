@@ -1,0 +1,256 @@
+"""A cache for serving: rows are slots that requests come to and leave, pools are shared pages.
+
+Entry s of a row is entry s % N of page `table_BM[row, s // N]`, where N entries are one page's.
+Rings are constant in size and stay with the row. At a multiple of `BLOCK` tokens no compressed
+window is open, so what a row's future depends on, besides its pages, is the sliding window and the
+last window of CSA's compressors: a snapshot.
+
+Axis letters: L layers of a stack, B rows, R rows of a ring, P pages, N entries of a page, M pages
+of a row, n new entries, X rows of a snapshot, K channels of the array at hand.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from v4jax.model import cache as caches
+from v4jax.model.cache import BLOCK, Cache, LayerCache
+from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.segments import segments
+
+_RINGS = ("window_LBRK", "tail_LBRK", "index_tail_LBRK")
+_POOLS = ("pool_LBSK", "index_LBSK")
+# Arrays of each layer, listed as the cache's layers: the newest rows of rings; a page's entries.
+if TYPE_CHECKING:
+    _AnyArray = Array
+else:
+    _AnyArray = Array | np.ndarray  # what was kept on the host
+Snapshot = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
+Page = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp"))
+def make(
+    cfg: ModelConfig, *, rows: int, pages: int, page: int, dtype: Any, mtp: bool = False
+) -> Cache:
+    """An empty cache of `rows` slots and `pages` pages of `page` tokens each, without a table.
+
+    Raises:
+      ValueError: a page is not a multiple of BLOCK tokens, or of a compression ratio.
+    """
+    ratios = sorted({kind.ratio for kind in cfg.layers if kind.ratio})
+    if any(BLOCK % ratio for ratio in ratios) or page % BLOCK:
+        raise ValueError(
+            f"Pages of {page} tokens with compression ratios {ratios}: a page must be a multiple "
+            f"of {BLOCK} tokens, and every ratio must divide {BLOCK}."
+        )
+
+    def layer(kind: LayerKind, repeats: int) -> LayerCache:
+        rings = caches.layer_rings(cfg, kind, caches.maker(repeats, rows, dtype, None))
+        if kind.attention == "sliding":
+            return rings
+        entries, zeros = page // kind.ratio, caches.maker(repeats, pages, dtype, None)
+        return caches.with_pools(rings, cfg, kind, lambda channels: zeros(entries, channels))
+
+    return Cache(
+        length_B=jnp.zeros(rows, jnp.int32),
+        segments=tuple(
+            tuple(layer(kind, segment.repeats) for kind in segment.pattern)
+            for segment in segments(cfg.layers)
+        ),
+        mtp=tuple(
+            layer(cfg.mtp_kind, 1) for _ in range(cfg.num_nextn_predict_layers if mtp else 0)
+        ),
+    )
+
+
+def write(
+    pages_LPNK: Float[Array, "L P N K"],
+    layer: Int[Array, ""],
+    new_BnK: Float[Array, "B n K"],
+    first_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    table_BM: Int[Array, "B M"],
+    *,
+    unit: int,
+) -> Float[Array, "L P N K"]:
+    """Write entries first .. first + count - 1 of each row to its pages.
+
+    They are written `unit` at a time; `first` is a multiple of it, and so is a page. Nothing is
+    written for the rest of the entries, whose pages may not exist.
+    """
+    unit = min(unit, new_BnK.shape[1])
+    new_BnK = new_BnK.astype(pages_LPNK.dtype)
+    units = -(-new_BnK.shape[1] // unit)
+    new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))
+
+    def write_unit(i, pages_LPNK):
+        b, at = i // units, i % units * unit
+        entry = first_B[b] + at
+        page = table_BM.at[b, entry // pages_LPNK.shape[2]].get(mode="clip")
+        place = (layer, page, entry % pages_LPNK.shape[2], jnp.zeros((), jnp.int32))
+        size = (1, 1, unit, pages_LPNK.shape[3])
+        old_nK = jax.lax.dynamic_slice(pages_LPNK, place, size)[0, 0]
+        unit_nK = jax.lax.dynamic_slice_in_dim(new_BnK[b], at, unit)
+        kept_n = at + jnp.arange(unit) < count_B[b]
+        unit_nK = jnp.where(kept_n[:, None], unit_nK, old_nK)
+        return jax.lax.dynamic_update_slice(pages_LPNK, unit_nK[None, None], place)
+
+    return jax.lax.fori_loop(0, new_BnK.shape[0] * units, write_unit, pages_LPNK)
+
+
+def take(
+    cache: Cache, row: Int[Array, ""], length_1: Int[Array, "1"], table_1M: Int[Array, "1 M"]
+) -> Cache:
+    """The cache of one row: its rings, and all pages.
+
+    The rings of a row without tokens are zeros, whatever the row held before.
+    """
+
+    def of_row(ring_LBRK: Array) -> Array:
+        ring_L1RK = jax.lax.dynamic_slice_in_dim(ring_LBRK, row, 1, axis=1)
+        return jnp.where(length_1[0] > 0, ring_L1RK, jnp.zeros_like(ring_L1RK))
+
+    one = _with_layers(cache, [_map_arrays(of_row, _RINGS, layer) for layer in _layers(cache)])
+    return dataclasses.replace(one, length_B=length_1, table_BM=table_1M)
+
+
+def put(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
+    """The cache with the row that `take` returned, after a step: its rings, and all pages."""
+    into = lambda new, ring: jax.lax.dynamic_update_slice_in_dim(ring, new, row, axis=1)
+    pairs = zip(_layers(one), _layers(cache), strict=True)
+    return _with_layers(cache, [_map_arrays(into, _RINGS, new, old) for new, old in pairs])
+
+
+def _layers(cache: Cache) -> list[LayerCache]:
+    """All layers' state: the segments', then the MTP blocks'."""
+    return [*(layer for segment in cache.segments for layer in segment), *cache.mtp]
+
+
+def _with_layers(cache: Cache, layers: list[LayerCache]) -> Cache:
+    """The cache with other layers, listed as `_layers` does."""
+    rest = iter(layers)
+    stacks = tuple(tuple(next(rest) for _ in segment) for segment in cache.segments)
+    return dataclasses.replace(cache, segments=stacks, mtp=tuple(rest))
+
+
+def _map_arrays(
+    change: Callable[..., Array], names: tuple[str, ...], layer: LayerCache, *others: Any
+) -> LayerCache:
+    """The layer with the named arrays that it has changed; the others' are further arguments."""
+    changed = {
+        name: change(array, *(getattr(other, name) for other in others))
+        for name in names
+        if (array := getattr(layer, name)) is not None
+    }
+    return dataclasses.replace(layer, **changed)
+
+
+def _snapshot_rows(
+    cfg: ModelConfig, kind: LayerKind, layer: LayerCache, entire: bool
+) -> dict[str, int]:
+    """Number of the newest rows of a layer's rings that a snapshot has."""
+    if entire:
+        return {n: x.shape[2] for n in _RINGS if (x := getattr(layer, n)) is not None}
+    rows = {"window_LBRK": cfg.sliding_window}
+    if kind.overlap > 1 and kind.attention == "csa":
+        rows |= dict.fromkeys(("tail_LBRK", "index_tail_LBRK"), (kind.overlap - 1) * kind.ratio)
+    return rows
+
+
+def _kinds(cfg: ModelConfig, cache: Cache) -> list[LayerKind]:
+    backbone = [kind for segment in segments(cfg.layers) for kind in segment.pattern]
+    return [*backbone, *[cfg.mtp_kind] * len(cache.mtp)]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "entire"))
+def snapshot(
+    cache: Cache,
+    row: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    cfg: ModelConfig,
+    entire: bool = False,
+) -> Snapshot:
+    """What a row of `length` tokens needs besides its pages to go on.
+
+    Unless the rings are saved entire, `length` must be a multiple of BLOCK.
+    """
+
+    def newest(ring_LBRK: Array, count: int) -> Float[Array, "L X K"]:
+        ring_LRK = jax.lax.dynamic_index_in_dim(ring_LBRK, row, axis=1, keepdims=False)
+        return ring_LRK[:, _ring_rows(length, count, ring_LRK.shape[1])]
+
+    def of_layer(layer: LayerCache, kind: LayerKind) -> dict[str, Array]:
+        rows = _snapshot_rows(cfg, kind, layer, entire)
+        return {name: newest(getattr(layer, name), count) for name, count in rows.items()}
+
+    pairs = zip(_layers(cache), _kinds(cfg, cache), strict=True)
+    return tuple(of_layer(*pair) for pair in pairs)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def restore(
+    cache: Cache, row: Int[Array, ""], length: Int[Array, ""], saved: Snapshot
+) -> Cache:
+    """The cache with a snapshot's rows in a row's rings, which are zero elsewhere."""
+
+    def refill(ring_LBRK: Array, saved_LXK: Array | None) -> Array:
+        L, _, R, K = ring_LBRK.shape
+        ring_LRK = jnp.zeros((L, R, K), ring_LBRK.dtype)
+        if saved_LXK is not None:
+            ring_LRK = ring_LRK.at[:, _ring_rows(length, saved_LXK.shape[1], R)].set(saved_LXK)
+        return jax.lax.dynamic_update_index_in_dim(ring_LBRK, ring_LRK, row, axis=1)
+
+    def of_layer(layer: LayerCache, rows: dict[str, Array]) -> LayerCache:
+        names = [name for name in _RINGS if getattr(layer, name) is not None]
+        rings = {name: refill(getattr(layer, name), rows.get(name)) for name in names}
+        return dataclasses.replace(layer, **rings)
+
+    pairs = zip(_layers(cache), saved, strict=True)
+    return _with_layers(cache, [of_layer(*pair) for pair in pairs])
+
+
+def _ring_rows(length: Int[Array, ""], count: int, rows: int) -> Int[Array, " X"]:
+    """Rows of a ring in which the newest `count` tokens are, oldest first."""
+    return jnp.mod(length - count + jnp.arange(count), rows)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_page(cache: Cache, source: Int[Array, ""], target: Int[Array, ""]) -> Cache:
+    """The cache with one page's entries copied to another page."""
+    copy = lambda pool_LPNK: pool_LPNK.at[:, target].set(pool_LPNK[:, source])
+    return _with_layers(cache, [_map_arrays(copy, _POOLS, layer) for layer in _layers(cache)])
+
+
+@jax.jit
+def read_page(cache: Cache, page: Int[Array, ""]) -> Page:
+    """The entries of a page in all layers."""
+    return tuple(
+        {name: pool[:, page] for name in _POOLS if (pool := getattr(layer, name)) is not None}
+        for layer in _layers(cache)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_entries(
+    cache: Cache, page: Int[Array, ""], position: Int[Array, ""], entries: Page
+) -> Cache:
+    """The cache with part of a page replaced: if each layer has n entries, from position * n on."""
+
+    def update(pool_LPNK: Array, new_LnK: Array) -> Array:
+        at = jnp.zeros((), jnp.int32), page, position * new_LnK.shape[1], jnp.zeros((), jnp.int32)
+        return jax.lax.dynamic_update_slice(pool_LPNK, new_LnK[:, None], at)
+
+    def of_layer(layer: LayerCache, new: dict[str, Array]) -> LayerCache:
+        pools = {name: update(getattr(layer, name), new[name]) for name in new}
+        return dataclasses.replace(layer, **pools)
+
+    pairs = zip(_layers(cache), entries, strict=True)
+    return _with_layers(cache, [of_layer(*pair) for pair in pairs])

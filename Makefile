@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # The tests install compilers for TPUs and GPUs: plugins, which JAX would load in every command.
 TEST := $(VENV)-test
 
-.PHONY: demo train-demo serve docs test test-whole test-others test-part part-types part-tests check \
-	bench clean
+.PHONY: demo train-demo serve docs browser test test-whole test-others test-part part-types \
+	part-tests check bench bench-serve clean
 
 demo: $(VENV)/run
 	$(BIN)/v4jax demo
@@ -24,9 +24,16 @@ docs: $(VENV)/docs
 
 # The full suite on PYTHON, then a part of it on the oldest and newest supported versions. Types are
 # checked in parallel, since the type checker uses a single core.
-test: $(TEST)/ready
+test: $(TEST)/ready browser
 	@$(MAKE) --jobs 2 check test-whole
 	@$(MAKE) test-others
+
+# The chat page is tested in Chromium, which is no Python package.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes \
+		--no-install-recommends chromium chromium-driver >/dev/null; } || { \
+		echo "The tests need Chromium and ChromeDriver on PATH."; exit 1; }
 
 # For one Python: all tests but those of compiled programs, then those.
 PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -83,6 +90,9 @@ check: $(TEST)/ready
 
 bench: $(TEST)/ready
 	$(TEST)/bin/python -m benchmarks.compare
+
+bench-serve: $(TEST)/ready
+	$(TEST)/bin/python -m benchmarks.serve
 
 $(VENV)/bin/python $(TEST)/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -34,7 +34,10 @@ examples:
 """
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Options that are the engine's settings.
-_ENGINE_OPTIONS = ("max_seqs", "queue", "speculate", "cache_ram", "cache_dir", "cache_disk")
+_ENGINE_OPTIONS = (
+    *("max_seqs", "memory", "queue", "speculate"),
+    *("cache_ram", "cache_dir", "cache_disk"),
+)
 # After the drain, for the last bytes to reach slow clients.
 _CLOSE_SECONDS = 5
 # Clients keep connections for later requests.
@@ -132,6 +135,8 @@ def _add_engine(group: Any) -> None:
     add("--max-seqs", type=whole, default=16, metavar="N", help=text)
     text = "most tokens of a prompt and its answer (default: 65536, or the model's own)"
     add("--context", type=whole, metavar="N", help=text)
+    text = "memory of the cache, such as 12GiB (default: room for --max-seqs full answers)"
+    add("--memory", type=_size, metavar="SIZE", help=text)
     text = "requests that may wait; more are refused (default: 1024)"
     add("--queue", type=whole, default=1024, metavar="N", help=text)
     add("--speculate", metavar="mtp:N", help="draft N tokens at a time with the MTP block")
@@ -215,6 +220,7 @@ def _run(
         )
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("v4jax").setLevel(logging.INFO)
+        listener.listen()
         command_line.say(f"v4jax-serve: {service.names[0]} is ready at {where}")
         Server(config, service, args.drain_seconds).run(sockets=[listener])
     return 0
@@ -260,7 +266,7 @@ def _read_keys(path: str | None) -> tuple[str, ...]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket; clients can connect once the server runs."""
+    """A bound socket; clients can connect once it listens."""
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with contextlib.ExitStack() as stack:

@@ -23,7 +23,7 @@ _HEADERS = {
 
 def _page(http: Request) -> Response:
     name, media_type = _OTHERS.get(http.url.query, _INDEX)
-    content = resources.files(__package__).joinpath("page", name).read_bytes()
+    content = resources.files("v4jax_serve").joinpath("page", name).read_bytes()
     return Response(content, headers=_HEADERS, media_type=media_type)
 
 

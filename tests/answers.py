@@ -10,7 +10,8 @@ from v4jax.engine.request import Token, Usage
 from v4jax.text.chat_parser import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallStart
 from v4jax_serve.conversation import Delta, Update
 
-CALL = f"{OPEN}{invoke('weather', parameter('city', 'Zürich'))}{CLOSE}"
+CITY = "Z\u00fcrich"
+CALL = f"{OPEN}{invoke('weather', parameter('city', CITY))}{CLOSE}"
 USAGE = Usage(prompt_tokens=300, cached_tokens=256, completion_tokens=7)
 
 
@@ -27,7 +28,8 @@ def answers(draw: st.DrawFn) -> tuple[list[list[Delta]], str]:
     deltas: list[Delta] = []
     calls = 0
     for kind in draw(st.lists(st.sampled_from([ReasoningDelta, ContentDelta, None]))):
-        pieces = draw(st.lists(st.text('a\n"\\é\U0001f30d', min_size=1), min_size=1, max_size=3))
+        characters = 'a\n"\\\u00e9\U0001f30d'
+        pieces = draw(st.lists(st.text(characters, min_size=1), min_size=1, max_size=3))
         if kind is None:
             deltas.append(ToolCallStart(calls, f"call_{calls}", "weather"))
             texts = ['{"city": ', '"Paris"', "}"] if len(pieces) == 3 else ["{}"]

@@ -13,7 +13,7 @@ from tests.checkpoints import tiny
 from v4jax.__main__ import main
 from v4jax.checkpoints import native, random_release
 
-COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate")
+COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate", "chat")
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -104,7 +104,10 @@ def test_a_request_is_answered_alike_alone_and_in_any_mix(engine):
 
         delays = [rng.uniform(0, 0.5) for _ in requests]
         mixed = [answer(engine, *pair) for pair in zip(requests, delays, strict=True)]
-        return (await asyncio.gather(*mixed, *map(cancelled, requests[:8])))[: len(requests)]
+        leaving = asyncio.gather(*map(cancelled, requests[:8]))
+        answers = await asyncio.gather(*mixed)
+        await leaving
+        return [*answers]
 
     for expected, mixed in zip(alone, asyncio.run(mix()), strict=True):
         assert mixed.tokens == expected.tokens
@@ -304,7 +307,8 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(loaded):
     [
         ({"context": 70000}, "context is 70000; the model's own is 65536"),
         ({"chunk": 100}, "chunk is 100; use a multiple of 128"),
-        ({"pages": 3}, "pages is 3, but a sequence of 768 tokens needs 3"),
+        ({"pages": 3}, "has 3 pages of 256 tokens, but a sequence of 768 tokens needs 3"),
+        ({"pages": None, "memory": 150_000}, "has 2 pages"),
         ({"speculate": "mtp:9"}, "'mtp:9'"),
         ({"speculate": "ngram"}, "'ngram'"),
         ({"max_seqs": 0}, "max_seqs is 0"),

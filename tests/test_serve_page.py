@@ -1,26 +1,18 @@
 """The chat page, in a headless browser: streaming, stopping, keys, errors, and the keyboard."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from selenium import webdriver
-from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
 
 from tests import serving
+from tests.browser import CONTROL, ENTER, ESCAPE, SHIFT, TAB, Browser, start
+from v4jax.text.chat import USER
 
-# The first opens no connections of its own accord; the browser's sandbox does not work for root.
-FLAGS = "disable-background-networking disable-component-update disable-sync no-first-run"
-FLAGS += " headless no-sandbox disable-gpu disable-quic window-size=900,700"
 THOUGHT, ANSWER = "It is <i>markup</i>.", "Not <b>bold</b>\n  but *plain* text."
-FILES = ("", "?chat.css", "?chat.js")
 
 
 @dataclasses.dataclass
@@ -38,188 +30,179 @@ def server() -> Iterator[serving.Running]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    assert all(programs), "Chromium is missing: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0] or ""
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    try:
-        yield driver
-    finally:
-        driver.quit()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with start(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 class Page:
     """The page as its reader sees it."""
 
-    def __init__(self, browser: webdriver.Chrome, url: str) -> None:
-        self.browser = browser
-        browser.get(url)
-        self.until(lambda: self.focus() == "prompt")
+    def __init__(self, browser: Browser, url: str) -> None:
+        self.browser, self.press = browser, browser.press
+        browser.call("url", url=url)
+        self.until(lambda: self.texts("option") and self.texts("#model option, .error"))
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Wait for a condition, for at most ten seconds."""
         end = time.monotonic() + 10
         while not condition():
-            assert time.monotonic() < end, self.one("body").text
+            assert time.monotonic() < end, self.texts("body")
             time.sleep(0.02)
 
-    def one(self, selector: str) -> WebElement:
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
     def texts(self, selector: str) -> list[str]:
-        return [e.text for e in self.browser.find_elements(By.CSS_SELECTOR, selector)]
+        each = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
+        return self.browser.run(each, selector)
 
-    def focus(self) -> str:
-        return self.browser.execute_script("return document.activeElement.id")
+    def get(self, selector: str, name: str) -> Any:
+        """A property of an element."""
+        script = "return document.querySelector(arguments[0])[arguments[1]]"
+        return self.browser.run(script, selector, name)
 
-    def press(self, *keys: str) -> None:
-        """Press keys, wherever the focus is."""
-        ActionChains(self.browser).send_keys(*keys).perform()
+    def focus(self, selector: str) -> None:
+        self.browser.run("document.querySelector(arguments[0]).focus()", selector)
 
     def ask(self, text: str) -> None:
         """Send a message, and wait until its answer has ended."""
-        ended = len(self.texts("article[aria-busy=false]"))
-        self.press(text, Keys.ENTER)
-        self.until(lambda: len(self.texts("article[aria-busy=false]")) > ended)
-        self.until(lambda: self.one("#send").is_displayed())
+        ended = len(self.texts("[aria-busy=false]"))
+        self.press(text + ENTER)
+        self.until(lambda: len(self.texts("[aria-busy=false]")) > ended)
+        self.until(lambda: self.get("#stop", "hidden"))
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome, server: serving.Running) -> Iterator[Page]:
+def page(browser: Browser, server: serving.Running) -> Iterator[Page]:
     server.engine.reset()
     server.engine.script = lambda _: f"{THOUGHT}</think>{ANSWER}"
+    yield Page(browser, server.url)
     server.service.keys = ()
-    page = Page(browser, server.url)
-    page.until(lambda: page.texts("#model option") == ["tiny"])
-    browser.get_log("browser")
-    yield page
-    server.service.keys = ()
+
+
+def last_prompt(server: serving.Running) -> str:
+    return serving.tokenizer().decode(server.engine.requests[-1].tokens)
 
 
 def test_an_answer_is_plain_text_with_its_thinking_folded_and_its_costs(
     page: Page, server: serving.Running
 ) -> None:
-    page.ask("word " * 128)
+    page.ask("word " * 100)
     assert page.texts(".content") == [ANSWER]
-    assert page.texts(".thinking div") == [""]
-    page.press(Keys.SHIFT, Keys.TAB)
-    page.one("summary").send_keys(Keys.ENTER)
     assert page.texts(".thinking div") == [THOUGHT]
-    assert page.one("summary").text.startswith("Thought for ")
-    page.one("#prompt").click()
+    assert page.texts("summary")[0].startswith("Thought for ")
+    assert not page.get("details", "open")
+    page.focus("summary")
+    page.press(ENTER)
+    assert page.get("details", "open")
+    page.focus("#prompt")
     page.ask("Go on")
-    first, second = page.texts(".facts")
-    assert "cache hit: 0 of " in first
-    assert "cache hit: 128 of " in second
-    for facts in (first, second):
-        assert "tokens/s" in facts
-        assert "drafts accepted by this server: 75%" in facts
-    prompt = serving.tokenizer().decode(server.engine.requests[-1].tokens)
-    assert ANSWER in prompt
-    assert THOUGHT not in prompt
-    assert page.browser.get_log("browser") == []
+    costs = page.texts(".facts")
+    assert "cache hit: 0 of " in costs[0]
+    assert "cache hit: 128 of " in costs[1]
+    for text in costs:
+        assert " tokens/s" in text
+        assert "drafts accepted by this server: 75%" in text
+    assert ANSWER in last_prompt(server)
+    assert THOUGHT not in last_prompt(server)
+    assert page.browser.console() == []
 
 
 def test_text_appears_while_it_is_generated_and_escape_stops_it(
     page: Page, server: serving.Running
 ) -> None:
     server.engine.script, server.engine.delay = (lambda _: "</think>" + "word " * 1000), 0.01
-    page.press("Why?", Keys.ENTER)
-    page.until(lambda: page.texts(".content")[0].count("word") > 3)
-    assert page.one("article.assistant").get_attribute("aria-busy") == "true"
-    page.press("next", Keys.ENTER)
-    page.press(Keys.ESCAPE)
+    page.press("Why?" + ENTER)
+    page.until(lambda: "".join(page.texts(".content")).count("word") > 3)
+    assert page.get(".assistant", "ariaBusy") == "true"
+    page.press("next" + ENTER)
+    page.press(ESCAPE)
     page.until(lambda: server.engine.finished == ["abort"])
     page.until(lambda: page.texts(".facts") == ["stopped"])
-    assert page.one("#prompt").get_attribute("value") == "next"
+    assert page.get("#prompt", "value") == "next"
     assert len(server.engine.requests) == 1
-    begun = page.texts(".content")[0].strip()
     server.engine.script, server.engine.delay = (lambda _: "</think>Done."), 0.0
     page.ask("?")
-    assert page.texts(".content")[1] == "Done."
-    assert f"{begun}" in serving.tokenizer().decode(server.engine.requests[-1].tokens)
+    part, second = page.texts(".content")
+    assert second == "Done."
+    assert part in last_prompt(server)
 
 
 def test_the_keyboard_alone_suffices(page: Page, server: serving.Running) -> None:
-    visited = []
+    focused = "const e = document.activeElement; return [e.id, getComputedStyle(e).outlineStyle]"
+    outlines: dict[str, str] = {}
     for _ in range(8):
-        page.press(Keys.TAB)
-        visited.append(page.focus())
-    assert {"model", "effort", "temperature", "new", "conversation", "send"} <= {*visited}
-    assert page.browser.execute_script(
-        "return getComputedStyle(document.activeElement).outlineStyle"
-    ) in ("solid", "auto")
-    page.one("#effort").send_keys("no")
-    page.one("#temperature").send_keys(Keys.CONTROL, "a", Keys.NULL, "0")
-    page.one("#prompt").send_keys("two", Keys.SHIFT, Keys.ENTER, Keys.NULL, "lines", Keys.ENTER)
-    page.until(lambda: page.texts(".facts"))
+        page.press(TAB)
+        name, outlines[name] = page.browser.run(focused)
+    controls = ("model", "effort", "temperature", "new", "conversation", "prompt", "send")
+    assert [outlines[name] for name in controls] == ["solid"] * len(controls)
+    page.focus("#effort")
+    page.press("no")
+    page.focus("#temperature")
+    page.press("a", hold=CONTROL)
+    page.press("0")
+    page.focus("#prompt")
+    page.press("two")
+    page.press(ENTER, hold=SHIFT)
+    page.ask("lines")
     assert page.texts(".user p") == ["two\nlines"]
-    [request] = server.engine.requests
-    assert request.sampling.temperature == 0
-    assert serving.tokenizer().decode(request.tokens).endswith("lines<｜Assistant｜></think>")
-    page.one("#new").send_keys(Keys.ENTER)
+    assert server.engine.requests[0].sampling.temperature == 0
+    assert last_prompt(server).endswith("</think>")
+    page.focus("#new")
+    page.press(ENTER)
     assert page.texts("article") == []
-    assert page.focus() == "prompt"
     page.ask("Anew")
-    assert "lines" not in serving.tokenizer().decode(server.engine.requests[-1].tokens)
+    assert "lines" not in last_prompt(server)
 
 
-def test_the_api_key_is_asked_for_and_stays_in_memory(
-    browser: webdriver.Chrome, server: serving.Running, page: Page
-) -> None:
+def test_the_api_key_is_asked_for_and_stays_in_memory(page: Page, server: serving.Running) -> None:
+    assert page.get("#key-label", "hidden")
     server.service.keys = ("the-key",)
-    page = Page(browser, server.url)
-    page.until(lambda: page.one("#key").is_displayed())
+    page = Page(page.browser, server.url)
     assert "Authentication Fails" in page.texts(".error")[0]
-    page.one("#key").send_keys("the-key", Keys.TAB)
+    assert not page.get("#key-label", "hidden")
+    page.focus("#key")
+    page.press("the-key" + TAB)
     page.until(lambda: page.texts("#model option") == ["tiny"])
-    page.one("#prompt").click()
+    page.focus("#prompt")
     page.ask("Hello")
     assert page.texts(".content") == [ANSWER]
-    stored = browser.execute_script("return [localStorage.length, document.cookie]")
-    assert stored == [0, ""]
+    assert page.browser.run("return [localStorage.length, document.cookie]") == [0, ""]
+    page.browser.console()
 
 
 def test_errors_are_text_and_give_the_message_back(page: Page, server: serving.Running) -> None:
     server.engine.max_running = 0
     page.ask("First")
     assert page.texts(".error") == ["Too many requests are waiting."]
-    assert page.one("#prompt").get_attribute("value") == "First"
+    assert page.get("#prompt", "value") == "First"
     server.engine.max_running, server.engine.fault = 1, "error"
-    page.ask("")
+    page.ask(" try")
     assert "its log says why" in page.texts(".error")[1]
     server.engine.fault = ""
-    page.one("#prompt").clear()
+    page.focus("#new")
+    page.press(ENTER)
     page.ask("Second")
-    prompt = serving.tokenizer().decode(server.engine.requests[-1].tokens)
-    assert prompt.count("<｜User｜>") == 2
+    assert page.texts(".error") == []
+    assert last_prompt(server).count(USER) == 1
+    page.browser.console()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system(page: Page, scheme: str, tmp_path: Path) -> None:
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    page.ask("Hello")
-    script = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
-    light, dark = "rgb(255, 255, 255)", "rgb(20, 23, 26)"
-    back, text = page.browser.execute_script(script)
-    assert back == (light if scheme == "light" else dark)
-    assert text != back
+@pytest.mark.parametrize(("scheme", "colour"), [("light", 255), ("dark", 20)])
+def test_colours_follow_the_system(page: Page, scheme: str, colour: int) -> None:
+    page.browser.prefer(scheme)
+    back = page.browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert back.startswith(f"rgb({colour}, ")
 
 
 def test_the_files_need_no_key_and_ask_for_nothing_from_elsewhere(server: serving.Running) -> None:
     server.service.keys = ("the-key",)
-    answers = [httpx.get(f"{server.url}/{name}") for name in FILES]
+    answers = [httpx.get(server.url + path) for path in ("/", "/?chat.css", "/?chat.js")]
     server.service.keys = ()
     types = [answer.headers["content-type"].partition(";")[0] for answer in answers]
     assert types == ["text/html", "text/css", "text/javascript"]
     for answer in answers:
         assert answer.status_code == 200
-        assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
-        assert "//" not in answer.text.replace("\n// ", "").replace(" // ", "")
-        assert "innerHTML" not in answer.text
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+        assert "http:" not in answer.text
+        assert "https:" not in answer.text
+        assert "HTML" not in answer.text.removeprefix("<!doctype html>")

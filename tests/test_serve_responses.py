@@ -254,7 +254,7 @@ def test_rounds_with_a_tool_replay_the_answer(
         assert kinds.index(f"response.{name}.delta") < kinds.index(f"response.{name}.done")
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
     call = response.output[2]
-    assert (call.name, call.arguments) == ("weather", '{"city": "Zürich"}')
+    assert (call.name, call.arguments) == ("weather", '{"city": "Z\u00fcrich"}')
     items = [item.to_dict() for item in response.output]
     if include:
         items[0].pop("content")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.commands import command_line, generate, help_texts, options
+from v4jax.commands import chat, command_line, generate, help_texts, options
 
 # Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export_adapter(commands)
     _add_merge(commands)
     _add_generate(commands)
+    _add_chat(commands)
     return parser
 
 
@@ -159,6 +160,13 @@ def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", generate.run, text, help_texts.GENERATE)
     parser.add_argument("path", help=_SOURCE)
     generate.add_options(parser)
+
+
+def _add_chat(commands: Any) -> None:
+    text = "hold a conversation in the terminal"
+    parser = _command(commands, "chat", chat.run, text, chat.EPILOG)
+    parser.add_argument("path", help=_SOURCE)
+    chat.add_options(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:

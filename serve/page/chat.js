@@ -87,14 +87,14 @@ class Answer {
     if (!this.thoughts) {
       const details = add(this.article, "details", "thinking");
       this.text.before(details);
-      this.summary = add(details, "summary", "", "Thinking…");
+      this.summary = add(details, "summary", "", "Thinking\u2026");
       this.thoughts = add(details, "div", "");
     }
     grow(this.thoughts, text);
   }
 
   endThinking() {
-    if (this.summary?.textContent !== "Thinking…") return;
+    if (this.summary?.textContent !== "Thinking\u2026") return;
     const seconds = (performance.now() - this.began) / 1000;
     this.summary.textContent = `Thought for ${seconds.toFixed(1)} s`;
   }
@@ -102,7 +102,7 @@ class Answer {
   end(...notes) {
     this.endThinking();
     this.article.ariaBusy = "false";
-    grow(add(this.article, "p", "facts"), notes.filter(Boolean).join(" · "));
+    grow(add(this.article, "p", "facts"), notes.filter(Boolean).join(" \u00b7 "));
   }
 
   facts() {
@@ -181,7 +181,7 @@ async function loadModels() {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const text = prompt.value;
-  if (running || !text.trim() || !byId("temperature").reportValidity()) return;
+  if (running || !text.trim()) return;
   prompt.value = "";
   send(text);
 });

@@ -21,7 +21,6 @@ from v4jax.model.cache import SPARE
 _log = logging.getLogger("v4jax.engine")
 # Seconds that a call of the device should take while no prompt waits: tokens come at this pace.
 _CALL_SECONDS = 0.03
-
 # Answers that wait to be sealed, at most: while there is always other work, the oldest are dropped.
 _SEALS = 64
 
@@ -115,7 +114,7 @@ class Core:
         masks: dict[int, Any] = {}
         for sequence in group:
             if (mask_W := _mask(sequence)) is not None:
-                masks[sequence.row or 0], sequence.drafts = mask_W, []
+                masks[sequence.row or 0] = mask_W
         if any(sequence.constraint for sequence in group):
             # What follows the token that wakes a constraint is taken back.
             steps = 1 if masks else min(steps, SPARE // self.device.width)

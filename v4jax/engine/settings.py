@@ -13,7 +13,7 @@ from v4jax.decoding import loop
 from v4jax.engine.device import Shape
 from v4jax.engine.programs import Static
 from v4jax.engine.sequence import BLOCK
-from v4jax.model import cache, sharding
+from v4jax.model import cache, paging, sharding
 
 MOST_DRAFTS = cache.SPARE - 1
 # Tokens of a page if the context is that long.
@@ -37,7 +37,8 @@ class Settings:
       max_seqs: sequences that run at once.
       context: most tokens of a prompt and its answer.
       page: tokens of a page; PAGE, or less if the context is shorter.
-      pages: pages of all sequences and cached prefixes; by default each sequence can be full.
+      memory: bytes of the cache, sequences and prefixes; by default each sequence can be full.
+      pages: pages of the cache, instead of `memory`.
       chunk: tokens of a prompt that are read at once.
       drafts: tokens that the MTP block drafts for each token.
       queue: requests that may wait; more are refused.
@@ -52,6 +53,7 @@ class Settings:
     max_seqs: int = 16
     context: int = 65536
     page: int | None = None
+    memory: int | None = None
     pages: int | None = None
     chunk: int = 512
     drafts: int = 0
@@ -96,13 +98,32 @@ def check(settings: Settings, model: Loaded) -> Settings:
         )
     page = settings.page or min(PAGE, -(-settings.context // BLOCK) * BLOCK)
     row_pages = -(-settings.context // page)
+    settings = dataclasses.replace(settings, page=page)
     pages = settings.pages or 1 + settings.max_seqs * row_pages
+    if settings.memory is not None and settings.pages is None:
+        fixed, each = _cache_bytes(settings, model)
+        pages = max(0, settings.memory - fixed) // each
     if pages <= row_pages:
         raise ValueError(
-            f"pages is {pages}, but a sequence of {settings.context} tokens needs {row_pages} of "
-            f"{page} tokens, and one more is scratch: raise pages or lower context."
+            f"The cache has {pages} pages of {page} tokens, but a sequence of {settings.context} "
+            f"tokens needs {row_pages}, and one more is scratch: raise memory or lower context."
         )
-    return dataclasses.replace(settings, page=page, pages=pages)
+    return dataclasses.replace(settings, pages=pages)
+
+
+def _cache_bytes(settings: Settings, model: Loaded) -> tuple[int, int]:
+    """Bytes of a cache without pages, and of a page."""
+    engine = model.engine
+
+    def nbytes(pages: int) -> int:
+        sizes = {"rows": settings.max_seqs, "pages": pages, "page": settings.page or PAGE}
+        mtp = settings.drafts > 0
+        make = lambda: paging.make(engine.cfg, **sizes, dtype=engine.dtype, mtp=mtp)
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make))
+        )
+
+    return 2 * nbytes(1) - nbytes(2), nbytes(2) - nbytes(1)
 
 
 def fingerprint(model: Any, static: Static, shape: Shape) -> str:

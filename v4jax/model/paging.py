@@ -196,9 +196,7 @@ def snapshot(
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def restore(
-    cache: Cache, row: Int[Array, ""], length: Int[Array, ""], saved: Snapshot
-) -> Cache:
+def restore(cache: Cache, row: Int[Array, ""], length: Int[Array, ""], saved: Snapshot) -> Cache:
     """The cache with a snapshot's rows in a row's rings, which are zero elsewhere."""
 
     def refill(ring_LBRK: Array, saved_LXK: Array | None) -> Array:

@@ -2,7 +2,7 @@
 
 An entry is a hash of the adapter, the salt and all tokens up to its own; it is negative where a
 step has computed it, and positive where prefill has. A row that reads anything else than the
-entries of its tokens is an AssertionError.
+entries of its tokens is an AssertionError. `answer_of` tells what it has to answer.
 """
 
 import array
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.pages import Pages
 from v4jax.engine.programs import STEPS
 from v4jax.engine.request import Request
@@ -52,6 +53,85 @@ def logprob(entry: int, token: int) -> float:
 def is_fault(request: Request, entry: int) -> bool:
     """Whether the logits after an entry are not finite."""
     return request.salt == FAULTS and entry % 50 == 0
+
+
+class Pair:
+    """Ends the text after two equal tokens."""
+
+    last: int | None = None
+
+    def push(self, token: int) -> bool:
+        self.last, before = token, self.last
+        return token == before
+
+
+class Wakes:
+    """After a multiple of 8, three tokens have to be odd ones below 16."""
+
+    rest = 0
+
+    def mask(self) -> np.ndarray | None:
+        return np.array([0xAAAA, 0], np.uint32) if self.rest else None
+
+    def push(self, token: int) -> None:
+        assert not self.rest or (token < 16 and token % 2)
+        self.rest = 3 if token % 8 == 0 else max(0, self.rest - 1)
+
+
+class Breaks(Wakes):
+    """Raises an error after its 20th token."""
+
+    count = 0
+
+    def mask(self) -> np.ndarray | None:
+        return super().mask() if self.count < 20 else self.fail()
+
+    def push(self, token: int) -> None:
+        super().push(token)
+        self.count += 1
+
+    def fail(self) -> None:
+        raise RuntimeError("broken")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stops": {"stop_tokens": (3, 4)},
+    "watched": {"watcher": Pair},
+    "held": {"constraint": Wakes},
+    "broken": {"constraint": Breaks},
+    "penalised": {"sampling": SamplingParams(presence_penalty=1)},
+    "penalised and held": {
+        "sampling": SamplingParams(repetition_penalty=2),
+        "constraint": Wakes,
+        "stop_tokens": (7,),
+    },
+    "scored and penalised": {
+        "prompt_logprobs": True,
+        "top_logprobs": 1,
+        "sampling": SamplingParams(frequency_penalty=-1),
+    },
+}
+
+
+def answer_of(request: Request) -> tuple[list[int], str]:
+    """The tokens of a request that runs alone, and why it ends."""
+    answer: list[int] = []
+    watcher = request.watcher and request.watcher()
+    constraint = request.constraint and request.constraint()
+    try:
+        for _ in range(request.max_tokens):
+            entry = entries_of(request, [*request.tokens, *answer])[-1]
+            if is_fault(request, entry):
+                return answer, "error"
+            answer.append(draw(entry, constraint.mask() if constraint else None))
+            if answer[-1] in request.stop_tokens or (watcher and watcher.push(answer[-1])):
+                return answer, "stop"
+            if constraint:
+                constraint.push(answer[-1])
+    except RuntimeError:
+        return answer, "error"
+    return answer, "length"
 
 
 @functools.cache
@@ -107,7 +187,7 @@ class Device:
             row = _Row(sequence, [*sequence.tokens], [], sequence.left)
             _sample(row, entries[-1], mask_W, (sampled, 0, 0))
             draft_1k[0] = self._drafts(row)
-            self._counted[sequence.row or 0] = row.tokens
+            self._counted[_slot(sequence)] = row.tokens
         scores = None
         if sequence.request.prompt_logprobs:
             next_T = np.array([*sequence.tokens[start + 1 : end + 1], 0])[: chunk.count]
@@ -125,7 +205,7 @@ class Device:
         rows: dict[int, _Row] = {}
         for sequence in sequences:
             self._read(sequence)
-            slot = sequence.row or 0
+            slot = _slot(sequence)
             assert sequence.left > 0
             drafts = [] if slot in masks else sequence.drafts
             rows[slot] = _Row(sequence, [*sequence.tokens], drafts, sequence.left)
@@ -149,7 +229,7 @@ class Device:
         return outputs
 
     def set_counts(self, sequence: Sequence) -> None:
-        self._counted[sequence.row or 0] = [*sequence.tokens]
+        self._counted[_slot(sequence)] = [*sequence.tokens]
 
     def copy_page(self, source: int, target: int) -> None:
         self.entries[target] = [*self.entries[source]]
@@ -180,7 +260,7 @@ class Device:
 
     def save(self, sequence: Sequence) -> Any:
         pages = [[*self.entries[page]] for page in sequence.pages]
-        return self._rings[sequence.row or 0][: sequence.length], pages
+        return self._rings[_slot(sequence)][: sequence.length], pages
 
     def resume(self, row: int, sequence: Sequence) -> None:
         self._rings[row], pages = sequence.saved
@@ -193,7 +273,7 @@ class Device:
         for page in range(1, self._pages.count):
             if not self._pages.references(page):
                 self.entries[page] = [0] * self._page
-        row, length = sequence.row or 0, sequence.length
+        row, length = _slot(sequence), sequence.length
         expected = entries_of(sequence.request, sequence.tokens)
         pages = itertools.chain(*(self.entries[page] for page in sequence.pages))
         assert [*itertools.islice(pages, length)] == expected[:length]
@@ -212,8 +292,8 @@ class Device:
             self.entries[page][position % self._page] = entry
         others = [s.pages for s in self.scheduler.running if s is not sequence]
         assert not {*sequence.pages[start // self._page :]} & {*itertools.chain(*others)}
-        ring = self._rings[sequence.row or 0]
-        self._rings[sequence.row or 0] = ring[:start] + entries
+        ring = self._rings[_slot(sequence)]
+        self._rings[_slot(sequence)] = ring[:start] + entries
 
     def _step(self, row: _Row, mask_W: np.ndarray | None, place: tuple[Any, int, int]) -> None:
         """Run a row's newest token and its drafts, and sample while they are right."""
@@ -239,6 +319,11 @@ class Device:
             is_wrong = entry // VOCAB % 4 >= self._accuracy
             drafts.append((draw(entry) + is_wrong) % VOCAB)
         return drafts
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.row is not None, "a sequence without a row runs"
+    return sequence.row
 
 
 def _outputs(rows: int, tokens: int) -> Any:

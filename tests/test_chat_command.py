@@ -154,6 +154,12 @@ class Terminal:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
+    def interrupt_prompt(self) -> None:
+        """Interrupt until there is a new prompt: Python misses a signal right before it waits."""
+        while not select.select([self._end], [], [], 2)[0]:
+            self.interrupt()
+        self.read_until("> ")
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -179,8 +185,7 @@ def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
         shown = terminal.read_until("> ")
         assert f"cache hit: {cached} of " in shown
         assert "stopped]" in shown
-        terminal.interrupt()
-        terminal.read_until("> ")
+        terminal.interrupt_prompt()
         terminal.type("/reset\n")
         terminal.read_until("> ")
     terminal.type("\x04")

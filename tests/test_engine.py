@@ -308,7 +308,7 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(loaded):
         ({"context": 70000}, "context is 70000; the model's own is 65536"),
         ({"chunk": 100}, "chunk is 100; use a multiple of 128"),
         ({"pages": 3}, "has 3 pages of 256 tokens, but a sequence of 768 tokens needs 3"),
-        ({"pages": None, "memory": 150_000}, "has 2 pages"),
+        ({"pages": None, "memory": 150_000}, "raise memory or lower context"),
         ({"speculate": "mtp:9"}, "'mtp:9'"),
         ({"speculate": "ngram"}, "'ngram'"),
         ({"max_seqs": 0}, "max_seqs is 0"),

@@ -8,6 +8,7 @@ examples:
   v4jax inspect flash
   v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native
   v4jax generate flash-native --chat -p "Why is the sky blue?" --thinking high
+  v4jax chat flash-native
   v4jax export flash-native flash-hf
   v4jax export-adapter runs/a adapter
   v4jax merge flash-hf runs/a flash-tuned --weights bfloat16

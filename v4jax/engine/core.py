@@ -98,9 +98,9 @@ class Core:
             counters.prompt_tokens += usage.prompt_tokens
             counters.cached_tokens += usage.cached_tokens
             counters.generated_tokens += usage.completion_tokens
-        _report(sequence, tokens, finish)
         if finish in ("stop", "length"):
             self._seal(sequence)
+        _report(sequence, tokens, finish)
 
     def _enter(self, sequence: Sequence) -> None:
         """Prepare a row for a sequence that has been admitted."""

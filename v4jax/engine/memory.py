@@ -83,9 +83,9 @@ class Memory:
         return self._prefix.keys(request.tokens[:-1], adapter, request.salt, known)
 
     def open(self, sequence: Sequence, row: int, tokens: int) -> bool:
-        """Give a sequence pages for its tokens, and what is known of them; False if there are none.
+        """Open a sequence on a row, with pages for some tokens; False if too few are free.
 
-        A sequence that was preempted while it was decoded goes on where it was.
+        It begins with what is known of its prompt, or goes on where it was if it was saved.
         """
         if sequence.saved is not None:
             if not self.extend(sequence, tokens):

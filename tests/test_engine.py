@@ -273,6 +273,7 @@ def test_what_can_never_run_is_refused(engine):
         "outside the vocabulary of 96": {"tokens": [96]},
         "together they may have 768": {"max_tokens": 768},
         "no adapter 'x'": {"adapter": "x"},
+        "priority is 1073741824": {"priority": 1 << 30},
         "top_logprobs: 21": {"top_logprobs": 21},
         "stop_tokens: 9": {"stop_tokens": tuple(range(9))},
     }.items():

@@ -321,7 +321,7 @@ def requests(count: int) -> list[tuple[str, Any]]:
     """Drawn before they are sent: Hypothesis lets no other thread draw random numbers meanwhile."""
     drawn: list[tuple[str, Any]] = []
 
-    @settings(max_examples=count, deadline=None, database=None)
+    @settings(max_examples=count, deadline=None, derandomize=True)
     @given(path=st.sampled_from(PATHS), sent=BODY)
     def draw(path: str, sent: Any) -> None:
         drawn.append((path, sent))

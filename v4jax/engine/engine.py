@@ -30,7 +30,7 @@ from v4jax.engine.prefix import Prefix
 from v4jax.engine.programs import Static
 from v4jax.engine.request import Event, QueueFull, Request
 from v4jax.engine.scheduler import Scheduler
-from v4jax.engine.sequence import BLOCK, Sequence
+from v4jax.engine.sequence import BLOCK, IDLE, Sequence
 from v4jax.engine.settings import Loaded, Settings
 from v4jax.engine.store import Store
 
@@ -246,6 +246,8 @@ class Engine:
                 f"The prompt has {len(request.tokens)} tokens and the answer up to "
                 f"{request.max_tokens}; together they may have {context}, the engine's context."
             )
+        if request.priority >= IDLE:
+            raise ValueError(f"priority is {request.priority}; it must be below {IDLE}.")
         if request.adapter not in self._models:
             known = ", ".join(str(name) for name in self._models if name) or "none"
             raise ValueError(f"There is no adapter {shown(request.adapter)}; loaded are: {known}.")
@@ -299,11 +301,12 @@ class Engine:
             return not self._closing
 
     def _end_all(self) -> None:
-        """Report the end of all requests."""
-        scheduler = self._core.scheduler
-        for sequence in [*self._inbox, *scheduler.waiting, *scheduler.running]:
-            finish = "error" if self._error else "abort"
-            sequence.notify(Event((), finish, dataclasses.replace(sequence.usage)))
+        """End all requests."""
+        core = self._core
+        while self._inbox:
+            core.add(self._inbox.popleft())
+        for sequence in [*core.scheduler.waiting, *core.scheduler.running]:
+            core.end(sequence, "error" if self._error else "abort")
 
     def _hangs(self) -> bool:
         began = self._began

@@ -82,7 +82,8 @@ class Prefix:
     @property
     def evictable(self) -> int:
         """Number of pages that only the index owns."""
-        return sum(map(self._idle, self._blocks))
+        # A copy, as statistics are read on other threads.
+        return sum(map(self._idle, [*self._blocks]))
 
     def keys(
         self, tokens: Sequence[int], adapter: str | None, salt: str, known: Sequence[bytes] = ()

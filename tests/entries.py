@@ -22,8 +22,8 @@ from v4jax.engine.pages import Pages
 from v4jax.engine.programs import STEPS
 from v4jax.engine.request import Request
 from v4jax.engine.scheduler import Chunk, Scheduler
-from v4jax.engine.sequence import BLOCK, Sequence
-from v4jax.model.cache import SPARE
+from v4jax.engine.sequence import Sequence
+from v4jax.model.cache import BLOCK, SPARE
 
 VOCAB, TOP = 64, 2
 # A request of this salt has logits that are not finite after some of its tokens.

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from v4jax.engine.pages import OutOfPages, Pages
-from v4jax.engine.prefix import BLOCK, Hit, Prefix
+from v4jax.engine.prefix import Hit, Prefix
+from v4jax.model.cache import BLOCK
 
 # All that determines a block's entries: adapter, salt and the tokens up to its end.
 Text = tuple[str | None, str, tuple[int, ...]]

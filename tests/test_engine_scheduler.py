@@ -18,8 +18,9 @@ from v4jax.engine.prefix import Prefix
 from v4jax.engine.programs import STEPS
 from v4jax.engine.request import Event, Request
 from v4jax.engine.scheduler import Chunk, Scheduler
-from v4jax.engine.sequence import BLOCK, Sequence
+from v4jax.engine.sequence import Sequence
 from v4jax.engine.store import Store
+from v4jax.model.cache import BLOCK
 
 CONTEXT = 6 * BLOCK
 

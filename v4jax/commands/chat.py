@@ -75,27 +75,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model and answer until the user ends the conversation."""
-    import v4jax
-    from v4jax.checkpoints import hub
     from v4jax.checkpoints.open_checkpoint import open_checkpoint
     from v4jax.engine.engine import Engine
-    from v4jax.model import sharding
 
-    if args.state is not None and args.adapter is None:
-        raise ValueError("--state needs a training run; pass it with --adapter.")
-    directory = hub.resolve(args.path, revision=args.revision)
-    # Loading takes minutes, so errors are looked for before it.
-    if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
-    encoding = _encoding(args.thinking, open_checkpoint(directory).config.dspark is not None)
-    model = v4jax.load(
-        directory,
-        dtype=args.dtype,
-        numerics=args.numerics,
-        keep_quantised=args.keep_quantised,
-        adapter=args.adapter and options.run_state(args.adapter, args.state),
-        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
-    )
+    options.check_state(args)
+    directory = options.directory(args)
+    encoding = options.encoding(args.thinking, open_checkpoint(directory).config)
+    model = options.load(args, directory)
     context = args.context or min(65536, model.config.max_position_embeddings)
     with Engine(model, max_seqs=1, context=context, speculate=args.speculate) as engine:
         conversation = _Conversation(args, model, engine, encoding)
@@ -108,26 +94,6 @@ def run(args: argparse.Namespace) -> int:
                 break
             conversation.take(line)
     return 0
-
-
-def _encoding(thinking: str, is_0731: bool) -> dict[str, Any]:
-    """Arguments of `encode_chat`.
-
-    Raises:
-      ValueError: the checkpoint does not support the effort.
-    """
-    from v4jax.text.chat import EFFORTS
-
-    revision = "0731" if is_0731 else "april"
-    if thinking == "off":
-        return {"revision": revision}
-    efforts = [effort for effort in EFFORTS[revision] if effort]
-    if thinking not in efforts:
-        raise ValueError(
-            f"--thinking {thinking}: not supported by this checkpoint (revision {revision}); "
-            f"use one of {', '.join(efforts)}."
-        )
-    return {"thinking_mode": "thinking", "reasoning_effort": thinking, "revision": revision}
 
 
 def _lines() -> Iterator[str]:

@@ -59,29 +59,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model and answer every prompt."""
-    import v4jax
-    from v4jax.checkpoints import hub
     from v4jax.checkpoints.open_checkpoint import open_checkpoint
-    from v4jax.model import sharding
 
-    if args.state is not None and args.adapter is None:
-        raise ValueError("--state needs a training run; pass it with --adapter.")
+    options.check_state(args)
     prompts = texts = _prompts(args)
-    directory = hub.resolve(args.path, revision=args.revision)
-    # Loading takes minutes, so errors are looked for before it.
-    if (directory / "config.json").is_file() and not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory}: has no tokenizer.json; copy it there from the release.")
+    directory = options.directory(args)
     if any(not isinstance(prompt, str) for prompt in prompts):
         cfg = open_checkpoint(directory).config
         texts = [p if isinstance(p, str) else _chat_text(p, args, cfg) for p in prompts]
-    model = v4jax.load(
-        directory,
-        dtype=args.dtype,
-        numerics=args.numerics,
-        keep_quantised=args.keep_quantised,
-        adapter=args.adapter and options.run_state(args.adapter, args.state),
-        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
-    )
+    model = options.load(args, directory)
     settings = {name: getattr(args, name) for name in _SAMPLING}
     if args.json or args.prompts is not None:
         for prompt, text in zip(prompts, texts, strict=True):
@@ -142,17 +128,8 @@ def _read_input() -> str:
 
 
 def _chat_text(messages: list[Any], args: argparse.Namespace, cfg: "ModelConfig") -> str:
-    from v4jax.text.chat import EFFORTS, encode_chat
+    from v4jax.text.chat import encode_chat
 
     if args.system:
         messages = [{"role": "system", "content": args.system}, *messages]
-    revision = "0731" if cfg.dspark else "april"
-    if args.thinking == "off":
-        return encode_chat(messages, "chat", revision=revision)
-    efforts = [effort for effort in EFFORTS[revision] if effort]
-    if args.thinking not in efforts:
-        raise ValueError(
-            f"--thinking {args.thinking}: not supported by this checkpoint (revision {revision}); "
-            f"use one of {', '.join(efforts)}."
-        )
-    return encode_chat(messages, "thinking", args.thinking, revision=revision)
+    return encode_chat(messages, **options.encoding(args.thinking, cfg))

@@ -4,7 +4,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from v4jax.language_model import LanguageModel
+    from v4jax.model.config import ModelConfig
 
 
 def add_chat_options(group: Any) -> None:
@@ -124,6 +128,67 @@ def run_state(run: str | Path, step: int | None) -> str | Path:
     from v4jax.adapters.runs import STATES
 
     return Path(run) / STATES / str(step)
+
+
+def check_state(args: argparse.Namespace) -> None:
+    """Reject --state without the run that it is of.
+
+    Raises:
+      ValueError: there is no --adapter.
+    """
+    if args.state is not None and args.adapter is None:
+        raise ValueError("--state needs a training run; pass it with --adapter.")
+
+
+def directory(args: argparse.Namespace) -> Path:
+    """The directory of the checkpoint that a command runs, which must have a tokenizer.
+
+    Loading takes minutes, so errors are looked for before it.
+
+    Raises:
+      ValueError: the tokenizer is missing.
+    """
+    from v4jax.checkpoints import hub
+
+    path = hub.resolve(args.path, revision=args.revision)
+    if (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
+        raise ValueError(f"{path}: has no tokenizer.json; copy it there from the release.")
+    return path
+
+
+def load(args: argparse.Namespace, path: Path) -> "LanguageModel":
+    """Load a checkpoint as the options for running say."""
+    import v4jax
+    from v4jax.model import sharding
+
+    return v4jax.load(
+        path,
+        dtype=args.dtype,
+        numerics=args.numerics,
+        keep_quantised=args.keep_quantised,
+        adapter=args.adapter and run_state(args.adapter, args.state),
+        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
+    )
+
+
+def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:
+    """Arguments of `encode_chat` for a value of --thinking.
+
+    Raises:
+      ValueError: the checkpoint does not support the effort.
+    """
+    from v4jax.text.chat import EFFORTS
+
+    revision = "0731" if cfg.dspark else "april"
+    if thinking == "off":
+        return {"revision": revision}
+    efforts = [effort for effort in EFFORTS[revision] if effort]
+    if thinking not in efforts:
+        raise ValueError(
+            f"--thinking {thinking}: not supported by this checkpoint (revision {revision}); "
+            f"use one of {', '.join(efforts)}."
+        )
+    return {"thinking_mode": "thinking", "reasoning_effort": thinking, "revision": revision}
 
 
 def integer(least: int) -> Callable[[str], int]:

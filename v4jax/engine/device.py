@@ -31,8 +31,9 @@ from v4jax.engine.arrays import (
 )
 from v4jax.engine.request import Request
 from v4jax.engine.scheduler import Chunk
-from v4jax.engine.sequence import BLOCK, Sequence
+from v4jax.engine.sequence import Sequence
 from v4jax.model import paging, sharding
+from v4jax.model.cache import BLOCK
 from v4jax.model.transformer import Model
 
 # Stop tokens of a row, at most.
@@ -85,7 +86,11 @@ class Device:
         self._cache, self._counts = jax.device_put((cache, counts), self._place)
         self._block = _Layout(jax.eval_shape(self._read_block))
         self._snapshot = _Layout(jax.eval_shape(lambda: self.snapshot(0, 0)))
-        self._everything = jnp.full((shape.rows, -(-vocab // 32)), 0xFFFFFFFF, jnp.uint32)
+        # For a chunk's one row, and for all rows.
+        unmasked = lambda rows: jnp.full((rows, -(-vocab // 32)), 0xFFFFFFFF, jnp.uint32)
+        self._unmasked = {rows: unmasked(rows) for rows in (1, shape.rows)}
+        greedy = SamplingParams(temperature=0, seed=0)
+        self._greedy = _settings([greedy] * shape.rows, vocab)
 
     @property
     def width(self) -> int:
@@ -96,16 +101,6 @@ class Device:
     def nbytes(self) -> int:
         """Bytes of the cache."""
         return sum(array.nbytes for array in jax.tree.leaves(self._cache))
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a block's entries."""
-        return self._block.nbytes
-
-    @property
-    def snapshot_nbytes(self) -> int:
-        """Bytes of a snapshot."""
-        return self._snapshot.nbytes
 
     def programs(self) -> list[tuple[str, Callable[[], Any]]]:
         """What compiles each program: a call that changes nothing but scratch."""
@@ -260,7 +255,7 @@ class Device:
 
         fields = {name: zeros() for name in ("token_B", "length_B", "left_B")}
         stop_BE, table_BM = zeros(STOPS) - 1, zeros(self.shape.row_pages + 1)
-        settings = _settings([SamplingParams(temperature=0)] * count, self._cfg.vocab_size)
+        settings = {name: values[:count].copy() for name, values in self._greedy.items()}
         drafting: Any = Drafting(
             draft_Bk=zeros(width),
             count_B=zeros(),
@@ -295,8 +290,8 @@ class Device:
     def _masks(self, allowed: dict[int, UInt32[np.ndarray, " W"]], count: int) -> Any:
         """The masks of all rows; without any, an array that is on the device already."""
         if not allowed:
-            return self._everything[:count]
-        allowed_BW = np.full((count, self._everything.shape[1]), 0xFFFFFFFF, np.uint32)
+            return self._unmasked[count]
+        allowed_BW = np.full(self._unmasked[count].shape, 0xFFFFFFFF, np.uint32)
         for row, mask_W in allowed.items():
             allowed_BW[row] = mask_W
         return allowed_BW
@@ -308,10 +303,6 @@ class _Layout:
 
     shapes: Any
 
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self.shapes))
-
     def pack(self, arrays: Any) -> bytes:
         return b"".join(array.tobytes() for array in jax.tree.leaves(arrays))
 
@@ -319,14 +310,10 @@ class _Layout:
         leaves, tree = jax.tree.flatten(self.shapes)
         arrays, at = [], 0
         for leaf in leaves:
-            part = content[at : at + _nbytes(leaf)]
+            part = content[at : at + math.prod(leaf.shape) * leaf.dtype.itemsize]
             arrays.append(np.frombuffer(part, leaf.dtype).reshape(leaf.shape))
             at += len(part)
         return jax.tree.unflatten(tree, arrays)
-
-
-def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _host(value: Any, dtype: Any) -> Any:

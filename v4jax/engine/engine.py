@@ -30,9 +30,10 @@ from v4jax.engine.prefix import Prefix
 from v4jax.engine.programs import Static
 from v4jax.engine.request import Event, QueueFull, Request
 from v4jax.engine.scheduler import Scheduler
-from v4jax.engine.sequence import BLOCK, IDLE, Sequence
+from v4jax.engine.sequence import IDLE, Sequence
 from v4jax.engine.settings import Loaded, Settings
 from v4jax.engine.store import Store
+from v4jax.model.cache import BLOCK
 
 _log = logging.getLogger("v4jax.engine")
 # Alternatives that can be reported with each token.
@@ -251,8 +252,8 @@ class Engine:
         if request.adapter not in self._models:
             known = ", ".join(str(name) for name in self._models if name) or "none"
             raise ValueError(f"There is no adapter {shown(request.adapter)}; loaded are: {known}.")
-        limits = {"stop_tokens": (len(request.stop_tokens), STOPS), "top_logprobs": (0, TOP)}
-        limits["top_logprobs"] = request.top_logprobs, min(TOP, cfg.vocab_size)
+        alternatives = request.top_logprobs, min(TOP, cfg.vocab_size)
+        limits = {"stop_tokens": (len(request.stop_tokens), STOPS), "top_logprobs": alternatives}
         for name, (count, most) in limits.items():
             if count > most:
                 raise ValueError(f"{name}: {count} is more than {most}, the most that is allowed.")

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from v4jax.engine.pages import Pages
 from v4jax.engine.prefix import Hit, Prefix
 from v4jax.engine.request import Request
-from v4jax.engine.sequence import BLOCK, Sequence
+from v4jax.engine.sequence import Sequence
 from v4jax.engine.store import Store
+from v4jax.model.cache import BLOCK
 
 
 class Device(Protocol):

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 
 from v4jax.engine.pages import Pages
-
-# Tokens of a block: a multiple of all compression ratios.
-BLOCK = 128
+from v4jax.model.cache import BLOCK
 
 
 @dataclasses.dataclass(frozen=True)

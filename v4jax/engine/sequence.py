@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from v4jax.engine.request import Constraint, Event, Request, Token, Usage, Watcher
+from v4jax.model.cache import BLOCK
 
-# Tokens of a block, the unit of prefix reuse: at its end no compressed window is open.
-BLOCK = 128
 # Priority of work that only runs while nothing else does.
 IDLE = 1 << 30
 State = Literal["waiting", "prefill", "decode", "ended"]

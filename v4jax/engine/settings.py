@@ -12,8 +12,8 @@ from v4jax.arguments import shown
 from v4jax.decoding import loop
 from v4jax.engine.device import Shape
 from v4jax.engine.programs import Static
-from v4jax.engine.sequence import BLOCK
 from v4jax.model import cache, paging, sharding
+from v4jax.model.cache import BLOCK
 
 MOST_DRAFTS = cache.SPARE - 1
 # Tokens of a page if the context is that long.

@@ -24,6 +24,8 @@ from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.segments import segments
 
+# The page that belongs to no row.
+SCRATCH = 0
 _RINGS = ("window_LBRK", "tail_LBRK", "index_tail_LBRK")
 _POOLS = ("pool_LBSK", "index_LBSK")
 # Arrays of each layer, listed as the cache's layers: the newest rows of rings; a page's entries.
@@ -82,8 +84,9 @@ def write(
 ) -> Float[Array, "L P N K"]:
     """Write entries first .. first + count - 1 of each row to its pages.
 
-    They are written `unit` at a time; `first` is a multiple of it, and so is a page. Nothing is
-    written for the rest of the entries, whose pages may not exist.
+    They are written `unit` at a time; `first` is a multiple of it, and so is a page. What follows a
+    row's entries in its last unit becomes garbage; units without entries go to page SCRATCH, as the
+    row may have no page for them. Nothing is read, so that XLA writes in place.
     """
     unit = min(unit, new_BnK.shape[1])
     new_BnK = new_BnK.astype(pages_LPNK.dtype)
@@ -94,12 +97,9 @@ def write(
         b, at = i // units, i % units * unit
         entry = first_B[b] + at
         page = table_BM.at[b, entry // pages_LPNK.shape[2]].get(mode="clip")
+        page = jnp.where(at < count_B[b], page, SCRATCH)
         place = (layer, page, entry % pages_LPNK.shape[2], jnp.zeros((), jnp.int32))
-        size = (1, 1, unit, pages_LPNK.shape[3])
-        old_nK = jax.lax.dynamic_slice(pages_LPNK, place, size)[0, 0]
         unit_nK = jax.lax.dynamic_slice_in_dim(new_BnK[b], at, unit)
-        kept_n = at + jnp.arange(unit) < count_B[b]
-        unit_nK = jnp.where(kept_n[:, None], unit_nK, old_nK)
         return jax.lax.dynamic_update_slice(pages_LPNK, unit_nK[None, None], place)
 
     return jax.lax.fori_loop(0, new_BnK.shape[0] * units, write_unit, pages_LPNK)

@@ -167,6 +167,7 @@ class Device:
 
     def __init__(self, rows: int, pages: Pages, page: int, width: int, accuracy: int) -> None:
         """Create empty pages of `page` tokens; of four drafts, about `accuracy` are right."""
+        self._rows_each, self._pages_each = rows // pages.groups, pages.count // pages.groups
         self.width, self._accuracy, self._page, self._pages = width, accuracy, page, pages
         self.entries = [[0] * page for _ in range(pages.count)]
         self._rings: list[list[int]] = [[] for _ in range(rows)]
@@ -176,26 +177,32 @@ class Device:
         self.drafted = collections.Counter[Sequence]()
         self.right = collections.Counter[Sequence]()
 
-    def read_chunk(self, chunk: Chunk, mask_W: np.ndarray | None) -> Any:
-        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-        self.chunks.append(chunk)
-        assert sequence.length == start
-        entries = self._read(sequence)
-        self._write(sequence, start, entries[start:end])
-        sampled, draft_1k = _outputs(1, 1), np.zeros((1, self.width - 1), np.int32)
-        if chunk.last and sequence.left:
-            row = _Row(sequence, [*sequence.tokens], [], sequence.left)
-            _sample(row, entries[-1], mask_W, (sampled, 0, 0))
-            draft_1k[0] = self._drafts(row)
-            self._counted[_slot(sequence)] = row.tokens
-        scores = None
-        if sequence.request.prompt_logprobs:
-            next_T = np.array([*sequence.tokens[start + 1 : end + 1], 0])[: chunk.count]
-            pairs = zip(entries[start:end], next_T.tolist(), strict=True)
-            logprob_T = np.array([logprob(*pair) for pair in pairs])
-            tops = {"top_id_TN": next_T[:, None], "top_logprob_TN": logprob_T[:, None]}
-            scores = SimpleNamespace(logprob_T=logprob_T, **tops)
-        return sampled, draft_1k, scores
+    def read_chunks(self, chunks: list[Chunk], masks: dict[int, np.ndarray]) -> Any:
+        assert len({(c.narrow, c.sequence.request.adapter) for c in chunks}) == 1
+        assert len({c.sequence.group for c in chunks}) == len(chunks)
+        self.chunks += chunks
+        groups, width = self._pages.groups, max(chunk.count for chunk in chunks)
+        sampled, draft_Gk = _outputs(groups, 1), np.zeros((groups, self.width - 1), np.int32)
+        id_GT, logprob_GT = np.zeros((groups, width), int), np.zeros((groups, width))
+        for chunk in chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+            group = sequence.group
+            assert sequence.length == start
+            entries = self._read(sequence)
+            self._write(sequence, start, entries[start:end])
+            if chunk.last and sequence.left:
+                row = _Row(sequence, [*sequence.tokens], [], sequence.left)
+                _sample(row, entries[-1], masks.get(group), (sampled, group, 0))
+                draft_Gk[group] = self._drafts(row)
+                self._counted[_slot(sequence)] = row.tokens
+            next_T = [*sequence.tokens[start + 1 : end + 1], 0][: chunk.count]
+            id_GT[group, : chunk.count] = next_T
+            pairs = zip(entries[start:end], next_T, strict=True)
+            logprob_GT[group, : chunk.count] = [logprob(*pair) for pair in pairs]
+        tops = {"top_id_GTN": id_GT[..., None], "top_logprob_GTN": logprob_GT[..., None]}
+        scores = SimpleNamespace(logprob_GT=logprob_GT, **tops)
+        is_scored = any(chunk.sequence.request.prompt_logprobs for chunk in chunks)
+        return sampled, draft_Gk, scores if is_scored else None
 
     def advance(self, sequences: list[Sequence], masks: dict[int, Any], steps: int) -> Any:
         assert len({sequence.request.adapter for sequence in sequences}) == 1
@@ -270,10 +277,12 @@ class Device:
 
     def _read(self, sequence: Sequence) -> list[int]:
         """The entries of a row's tokens, once its pages and rings have been compared with them."""
-        for page in range(1, self._pages.count):
-            if not self._pages.references(page):
+        for page in range(self._pages.count):
+            if not self._pages.references(page) and page % self._pages_each:
                 self.entries[page] = [0] * self._page
         row, length = _slot(sequence), sequence.length
+        places = {row // self._rows_each, *map(self._pages.group, sequence.pages)}
+        assert places == {sequence.group}
         expected = entries_of(sequence.request, sequence.tokens)
         pages = itertools.chain(*(self.entries[page] for page in sequence.pages))
         assert [*itertools.islice(pages, length)] == expected[:length]
@@ -288,7 +297,8 @@ class Device:
         """Write entries to pages that no other row has, or to scratch, and to the rings."""
         for position, entry in enumerate(entries, start):
             index = position // self._page
-            page = sequence.pages[index] if index < len(sequence.pages) else 0
+            scratch = sequence.group * self._pages_each
+            page = sequence.pages[index] if index < len(sequence.pages) else scratch
             self.entries[page][position % self._page] = entry
         others = [s.pages for s in self.scheduler.running if s is not sequence]
         assert not {*sequence.pages[start // self._page :]} & {*itertools.chain(*others)}

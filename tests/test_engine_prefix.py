@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
 
     def take(self, count: int) -> list[int] | None:
         """Pages for a sequence, evicted if need be; None if there are not so many."""
-        if self.pages.free + self.prefix.evictable < count:
+        if self.pages.free + self.prefix.evictable() < count:
             return None
         self.evict(max(0, count - self.pages.free))
         pages = [self.pages.take() for _ in range(count)]
@@ -180,7 +180,7 @@ class Machine(RuleBasedStateMachine):
     @rule(count=st.integers(0, 2))
     def evict(self, count):
         idle = [page for page in range(self.count) if self.indexed(page) and not self.owners(page)]
-        assert self.prefix.evictable == len(idle)
+        assert self.prefix.evictable() == len(idle)
         evicted = self.prefix.evict(count)
         assert len(evicted) == min(count, len(idle))
         for page, keys in evicted:
@@ -215,7 +215,7 @@ def test_pages_end_and_refuse_wrong_owners():
     pages = Pages(2)
     taken = [pages.take(), pages.take()]
     assert sorted(taken) == [0, 1]
-    with pytest.raises(OutOfPages, match="all 2 pages are in use"):
+    with pytest.raises(OutOfPages, match="all 2 pages of group 0 are in use"):
         pages.take()
     pages.share(0)
     pages.drop(0)

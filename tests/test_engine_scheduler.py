@@ -40,9 +40,14 @@ class Engine:
         interval=512,
         snapshots=8,
         ram=0,
+        groups=1,
     ) -> None:
-        """`n` blocks a page; `extra` pages beyond those of one sequence; bytes of RAM, if any."""
-        self.pages = Pages(2 + (CONTEXT // BLOCK - 1) // n + extra)
+        """`n` blocks a page; `extra` pages beyond those of one sequence; bytes of RAM, if any.
+
+        There are as many rows and pages in each of the groups.
+        """
+        rows *= groups
+        self.pages = Pages(groups * (2 + (CONTEXT // BLOCK - 1) // n + extra), groups)
         self.prefix, self.n = Prefix(self.pages, n, snapshots, "model"), n
         self.device: Any = Device(rows, self.pages, n * BLOCK, width, accuracy)
         self.memory = Memory(
@@ -54,7 +59,8 @@ class Engine:
             interval=interval,
         )
         self.limits = chunk, interval
-        self.scheduler = Scheduler(self.memory, rows=rows, chunk=chunk, width=width)
+        sizes = {"rows": rows, "chunk": chunk, "width": width, "groups": groups}
+        self.scheduler = Scheduler(self.memory, **sizes)
         self.device.scheduler = self.scheduler
         self.core = Core(self.scheduler, self.memory, self.device)
         self.events: dict[Sequence, list[Event]] = {}
@@ -84,12 +90,12 @@ class Engine:
         for chunk in device.chunks:
             self.check_chunk(chunk)
             assert not (chunk.sequence.is_idle and work)
-        assert len(device.chunks) <= 1
         for first, second in itertools.product(scheduler.running, scheduler.waiting):
             is_alike = first.request.priority == second.request.priority
-            assert not is_alike or first.order < second.order
+            assert not is_alike or first.order < second.order or self.pages.groups > 1
         assert len({sequence.row for sequence in scheduler.running}) == len(scheduler.running)
-        for page in range(1, self.pages.count):
+        each = self.pages.count // self.pages.groups
+        for page in (page for page in range(self.pages.count) if page % each):
             owners = sum(page in sequence.pages for sequence in scheduler.running)
             assert self.pages.references(page) - owners in (0, 1)
 
@@ -105,7 +111,8 @@ class Engine:
             assert end <= sequence.reusable
         assert not start < sequence.known * BLOCK < end
         assert (end - 1) // interval == start // interval
-        others = [s for s in self.scheduler.running if s.state == "prefill"]
+        running = [s for s in self.scheduler.running if s.group == sequence.group]
+        others = [s for s in running if s.state == "prefill"]
         assert all(sequence.rank <= other.rank for other in others)
 
     def drain(self) -> None:
@@ -171,6 +178,7 @@ class Machine(RuleBasedStateMachine):
                 "interval": st.sampled_from([2 * BLOCK, 3 * BLOCK, 8 * BLOCK]),
                 "snapshots": st.sampled_from([1, 3, 9]),
                 "ram": st.sampled_from([0, 10_000, 10**7]),
+                "groups": st.sampled_from([1, 1, 2, 3]),
             }
         )
     )
@@ -236,7 +244,7 @@ class Machine(RuleBasedStateMachine):
         usage = engine.memory.usage()
         assert usage["pages_used"] == usage["pages_cached"]
         engine.prefix.evict(engine.pages.count)
-        assert engine.pages.free == engine.pages.count - 1
+        assert engine.pages.free == engine.pages.count - engine.pages.groups
 
 
 Machine.TestCase.settings = settings(
@@ -260,6 +268,20 @@ def test_prompts_that_come_together_are_read_once():
     cached = [sequence.usage.cached_tokens for sequence in engine.ask(*parted)]
     # The first one finds no state where it parts, and leaves one.
     assert cached == [0, 2 * BLOCK, 2 * BLOCK]
+
+
+def test_groups_read_different_prompts_at_once_and_share_prefixes():
+    engine = Engine(groups=2, chunk=BLOCK, extra=4)
+    first, second = (engine.submit(prompt(i, i, i)) for i in (1, 2))
+    engine.step()
+    assert (first.group, second.group) == (0, 1)
+    assert first.length == second.length == BLOCK
+    engine.drain()
+    # Both rows of the group that has the prefix are taken: the third request gets a copy.
+    requests = [dataclasses.replace(prompt(1, 1, 1), max_tokens=99) for _ in range(3)]
+    sequences = engine.ask(*requests)
+    assert [sequence.usage.cached_tokens for sequence in sequences] == [3 * BLOCK] * 3
+    assert [sequence.group for sequence in sequences] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("n", "length"), [(4, 650), (4, CONTEXT), (2, 400), (1, CONTEXT - 1)])

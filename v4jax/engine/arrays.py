@@ -1,7 +1,7 @@
 """What goes into the engine's programs and comes out of them.
 
 Axis letters: B rows, T tokens, V vocabulary, W words of a bitmask, M pages of a row, E stop tokens,
-N alternatives reported per token, k drafts.
+N alternatives reported per token, k drafts, G groups of rows.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Rows:
       length_B: tokens in the cache.
       left_B: tokens that may still be generated; 0 for a row that does not take part.
       stop_BE: tokens that end the row; -1 for none.
-      table_BM: the row's pages.
+      table_BM: the row's pages, by their numbers in its group.
       allowed_BW: tokens that may be sampled next, as bits; all ones where nothing restricts them.
       drafting: drafts, and whether there may be more.
       settings: fields of `SamplingState`, but for the counts.
@@ -99,31 +99,31 @@ class Sampled:
 class Scores(NamedTuple):
     """Log-probabilities of the token after each of a prompt's, and the most probable ones there."""
 
-    logprob_T: Float32[Array, " T"]
-    top_id_TN: Int[Array, "T N"]
-    top_logprob_TN: Float32[Array, "T N"]
+    logprob_GT: Float32[Array, "G T"]
+    top_id_GTN: Int[Array, "G T N"]
+    top_logprob_GTN: Float32[Array, "G T N"]
 
 
 @pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkArrays:
-    """A chunk of a prompt.
+class Chunks:
+    """A chunk of a prompt for one row of each group.
 
     Attributes:
-      row: the slot of its row.
-      count: tokens of it that are real.
-      last: whether it ends the prompt, so that the token sampled after it counts.
-      scored: whether `next_T` is scored.
-      tokens_T: the chunk.
-      next_T: the token after each of them.
+      row_G: the row's number in its group.
+      count_G: tokens of the chunk that are real; 0 where a group has none.
+      last_G: whether it ends the prompt, so that the token sampled after it counts.
+      scored_G: whether `next_GT` is scored.
+      tokens_GT: the chunk.
+      next_GT: the token after each of them.
     """
 
-    row: Int[AnyArray, ""]
-    count: Int[AnyArray, ""]
-    last: Bool[AnyArray, ""]
-    scored: Bool[AnyArray, ""]
-    tokens_T: Int[AnyArray, " T"]
-    next_T: Int[AnyArray, " T"]
+    row_G: Int[AnyArray, " G"]
+    count_G: Int[AnyArray, " G"]
+    last_G: Bool[AnyArray, " G"]
+    scored_G: Bool[AnyArray, " G"]
+    tokens_GT: Int[AnyArray, "G T"]
+    next_GT: Int[AnyArray, "G T"]
 
 
 class Static(NamedTuple):

@@ -66,27 +66,30 @@ class Core:
         self.scheduler.add(sequence)
 
     def step(self) -> None:
-        """Read a chunk of a prompt, advance the rows, and report what they sampled."""
+        """Read chunks of prompts, advance the rows, and report what they sampled."""
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             if sequence.cancelled or sequence.failed or _is_sealed(sequence):
                 self.end(sequence, "error" if sequence.failed else "abort")
         plan = self.scheduler.plan(self._pace)
         for sequence in plan.admitted:
             self._enter(sequence)
-        began, scores = time.perf_counter(), None
-        if chunk := plan.chunk:
-            mask_W = _mask(chunk.sequence) if chunk.last else None
-            scores = self.device.read_chunk(chunk, mask_W)
-        # The device reads the chunk while masks are computed here.
-        calls = [(group, self._advance(group, plan.steps)) for group in _by_adapter(plan.rows)]
-        if chunk:
-            self._commit_chunk(chunk, *self.device.fetch(scores))
-        for group, outputs in calls:
+        began, read = time.perf_counter(), None
+        if plan.chunks:
+            ends = [chunk.sequence for chunk in plan.chunks if chunk.last]
+            masks = {s.group: mask_W for s in ends if (mask_W := _mask(s)) is not None}
+            read = self.device.read_chunks(plan.chunks, masks)
+        # The device reads chunks while masks are computed here.
+        calls = [(alike, self._advance(alike, plan.steps)) for alike in _by_adapter(plan.rows)]
+        if read is not None:
+            outputs = self.device.fetch(read)
+            for chunk in plan.chunks:
+                self._commit_chunk(chunk, *outputs)
+        for alike, outputs in calls:
             sampled, drafting, steps = self.device.fetch(outputs)
             self.counters.steps += int(steps)
-            for sequence in group:
+            for sequence in alike:
                 self._commit_row(sequence, sampled, drafting)
-            if not chunk and len(calls) == 1:
+            if not plan.chunks and len(calls) == 1:
                 self._set_pace((time.perf_counter() - began) / int(steps))
 
     def end(self, sequence: Sequence, finish: FinishReason, tokens: tuple[Token, ...] = ()) -> None:
@@ -109,25 +112,25 @@ class Core:
         if sequence.penalised:
             self.device.set_counts(sequence)
 
-    def _advance(self, group: list[Sequence], steps: int) -> Any:
+    def _advance(self, rows: list[Sequence], steps: int) -> Any:
         """Start a call that advances rows of one adapter; its outputs."""
         masks: dict[int, Any] = {}
-        for sequence in group:
+        for sequence in rows:
             if (mask_W := _mask(sequence)) is not None:
                 masks[sequence.row or 0] = mask_W
-        if any(sequence.constraint for sequence in group):
+        if any(sequence.constraint for sequence in rows):
             # What follows the token that wakes a constraint is taken back.
             steps = 1 if masks else min(steps, SPARE // self.device.width)
-        return self.device.advance(group, masks, steps)
+        return self.device.advance(rows, masks, steps)
 
     def _commit_chunk(
-        self, chunk: Chunk, sampled: Sampled, draft_1k: Any, scores: Scores | None
+        self, chunk: Chunk, sampled: Sampled, draft_Gk: Any, scores: Scores | None
     ) -> None:
         """Record a chunk, and the first token if it ended the prompt."""
         sequence = chunk.sequence
         self.counters.chunks += 1
         self.scheduler.finish_chunk(chunk)
-        if scores is not None:
+        if scores is not None and sequence.request.prompt_logprobs:
             if chunk.start == 0:
                 sequence.scores.clear()  # of a row that made way while its prompt was read
             sequence.scores += _scored(sequence, chunk, scores)
@@ -137,7 +140,8 @@ class Core:
         if sequence.scores:
             _report(sequence, (), prompt=tuple(sequence.scores))
         if sequence.left:
-            self._accept(sequence, [*_tokens(sampled, 0, sequence.request)], draft_1k[0].tolist())
+            tokens = [*_tokens(sampled, sequence.group, sequence.request)]
+            self._accept(sequence, tokens, draft_Gk[sequence.group].tolist())
         else:
             self.end(sequence, "length")
 
@@ -264,11 +268,11 @@ def _tokens(sampled: Sampled, row: int, request: Request) -> Iterator[Token]:
 
 def _scored(sequence: Sequence, chunk: Chunk, scores: Scores) -> list[Token]:
     """The prompt's tokens after each of a chunk, and before them its very first."""
-    top = sequence.request.top_logprobs
+    group, top = sequence.group, sequence.request.top_logprobs
     tokens = [] if chunk.start else [Token(sequence.tokens[0], math.nan)]
     for i in range(chunk.count - chunk.last):
-        ids = scores.top_id_TN[i, :top].tolist()
-        alternatives = zip(ids, scores.top_logprob_TN[i, :top].tolist(), strict=True)
+        ids = scores.top_id_GTN[group, i, :top].tolist()
+        alternatives = zip(ids, scores.top_logprob_GTN[group, i, :top].tolist(), strict=True)
         token = sequence.tokens[chunk.start + i + 1]
-        tokens.append(Token(token, float(scores.logprob_T[i]), tuple(alternatives)))
+        tokens.append(Token(token, float(scores.logprob_GT[group, i]), tuple(alternatives)))
     return tokens

@@ -21,7 +21,7 @@ from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine import programs
 from v4jax.engine.arrays import (
     AnyArray,
-    ChunkArrays,
+    Chunks,
     Counts,
     Drafting,
     Rows,
@@ -32,12 +32,11 @@ from v4jax.engine.arrays import (
 from v4jax.engine.request import Request
 from v4jax.engine.scheduler import Chunk
 from v4jax.engine.sequence import Sequence
-from v4jax.model import paging, sharding
-from v4jax.model.cache import BLOCK
+from v4jax.model import cache as caches
+from v4jax.model import grouped_rows, paging, sharding
+from v4jax.model.cache import BLOCK, Cache
+from v4jax.model.sharding import ROWS
 from v4jax.model.transformer import Model
-
-# Stop tokens of a row, at most.
-STOPS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,8 @@ class Shape:
       page: tokens of a page.
       row_pages: most pages of a row.
       widths: tokens of a prompt's last chunk and of the others, padded to these.
+      stops: most stop tokens of a row.
+      groups: groups of rows, of which each has as many slots and pages.
     """
 
     rows: int
@@ -57,6 +58,8 @@ class Shape:
     page: int
     row_pages: int
     widths: tuple[int, int]
+    stops: int
+    groups: int = 1
 
 
 class Device:
@@ -73,24 +76,41 @@ class Device:
         """
         self.shape, self.static = shape, static
         self._models, self._cfg = models, static.cfg
-        vocab = static.cfg.vocab_size
-        sizes = {"rows": shape.rows, "pages": shape.pages, "page": shape.page}
-        cache = paging.make(static.cfg, **sizes, dtype=dtype, mtp=static.drafts > 0)
-        counts = Counts(
-            in_prompt_BV=jnp.zeros((shape.rows, vocab), bool),
-            count_BV=jnp.zeros((shape.rows, vocab), jnp.int32),
-        )
         # Where the weights are: programs would be compiled again once their outputs are there.
         self._mesh = sharding.mesh_of(models[None])
         self._place = jax.devices()[0] if self._mesh is None else NamedSharding(self._mesh, P())
-        self._cache, self._counts = jax.device_put((cache, counts), self._place)
-        self._block = _Layout(jax.eval_shape(self._read_block))
-        self._snapshot = _Layout(jax.eval_shape(lambda: self.snapshot(0, 0)))
-        # For a chunk's one row, and for all rows.
-        unmasked = lambda rows: jnp.full((rows, -(-vocab // 32)), 0xFFFFFFFF, jnp.uint32)
-        self._unmasked = {rows: unmasked(rows) for rows in (1, shape.rows)}
+        self._cache, self._counts = self._empty(dtype)
+        with sharding.on(self._mesh):
+            self._block = _Layout(jax.eval_shape(self._read_block))
+            self._snapshot = _Layout(jax.eval_shape(lambda: self.snapshot(0, 0)))
+        vocab = static.cfg.vocab_size
+        unmasked = lambda rows: np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
+        # For a chunk of each group, and for all rows.
+        self._unmasked = {n: self._by_row(unmasked(n)) for n in (shape.groups, shape.rows)}
         greedy = SamplingParams(temperature=0, seed=0)
         self._greedy = _settings([greedy] * shape.rows, vocab)
+
+    def _empty(self, dtype: Any) -> tuple[Cache, Counts]:
+        """A cache and counts of nothing, where they stay."""
+        shape, cfg = self.shape, self._cfg
+        sizes = {"rows": shape.rows, "pages": shape.pages, "page": shape.page}
+        mtp = self.static.drafts > 0
+
+        def zeros() -> tuple[Cache, Counts]:
+            counts = Counts(
+                in_prompt_BV=jnp.zeros((shape.rows, cfg.vocab_size), bool),
+                count_BV=jnp.zeros((shape.rows, cfg.vocab_size), jnp.int32),
+            )
+            return paging.make(cfg, **sizes, dtype=dtype, mtp=mtp), counts
+
+        if self._mesh is None:
+            return jax.device_put(zeros(), self._place)
+        cache, counts = jax.eval_shape(zeros)
+        where = (
+            jax.tree.map(lambda x: caches.place(x.shape, self._mesh), cache),
+            jax.tree.map(lambda x: sharding.place(ROWS, x.shape, self._mesh), counts),
+        )
+        return jax.jit(zeros, out_shardings=where)()
 
     @property
     def width(self) -> int:
@@ -109,7 +129,7 @@ class Device:
         idle.row, idle.length, idle.pages = 0, 1, [0]
 
         def read(count: int, *, narrow: bool) -> Callable[[], Any]:
-            return lambda: self.read_chunk(Chunk(idle, 0, count, narrow), None)
+            return lambda: self.read_chunks([Chunk(idle, 0, count, narrow)], {})
 
         def move_page() -> None:
             self.copy_page(0, 0)
@@ -130,27 +150,38 @@ class Device:
             ("copies of rows", move_row),
         ]
 
-    def read_chunk(
-        self, chunk: Chunk, allowed_W: UInt32[np.ndarray, " W"] | None
-    ) -> tuple[Sampled, Int[Array, "B k"], Scores | None]:
-        """Start a chunk of a prompt; the token after it, its drafts, and any scores."""
-        sequence = chunk.sequence
-        width = self.shape.widths[0 if chunk.narrow else 1]
-        part = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
-        scored = sequence.request.prompt_logprobs
-        arrays = ChunkArrays(
-            row=_host(sequence.row or 0, np.int32),
-            count=_host(chunk.count, np.int32),
-            last=_host(chunk.last, bool),
-            scored=_host(scored, bool),
-            tokens_T=_padded(part[: chunk.count], width),
-            next_T=_padded(part[1:], width),
+    def read_chunks(
+        self, chunks: Many[Chunk], allowed: dict[int, UInt32[np.ndarray, " W"]]
+    ) -> tuple[Sampled, Int[Array, "G k"], Scores | None]:
+        """Start a chunk of a prompt in some groups; the tokens after them, drafts, and any scores.
+
+        Args:
+          chunks: the chunks, all of one adapter, and all narrow or none.
+          allowed: tokens that may be sampled after a group's chunk; any where it is missing.
+        """
+        groups, width = self.shape.groups, self.shape.widths[0 if chunks[0].narrow else 1]
+        zeros = lambda *more, dtype=np.int32: np.zeros((groups, *more), dtype)
+        arrays = Chunks(
+            row_G=zeros(),
+            count_G=zeros(),
+            last_G=zeros(dtype=bool),
+            scored_G=zeros(dtype=bool),
+            tokens_GT=zeros(width),
+            next_GT=zeros(width),
         )
-        row = self._rows([sequence], {} if allowed_W is None else {0: allowed_W}, [0], count=1)
-        sampled, draft_1k, scores = self._run(
-            programs.prefill, sequence.request.adapter, row, arrays
-        )
-        return sampled, draft_1k, scores if scored else None
+        sequences = [chunk.sequence for chunk in chunks]
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            group, part = sequence.group, sequence.tokens[chunk.start :][: chunk.count + 1]
+            arrays.row_G[group] = (sequence.row or 0) % (self.shape.rows // groups)
+            arrays.count_G[group], arrays.last_G[group] = chunk.count, chunk.last
+            arrays.scored_G[group] = sequence.request.prompt_logprobs
+            arrays.tokens_GT[group, : chunk.count] = part[: chunk.count]
+            arrays.next_GT[group, : len(part) - 1] = part[1:]
+        rows = self._rows(sequences, allowed, [s.group for s in sequences], count=groups)
+        adapter = sequences[0].request.adapter
+        outputs = self._run(programs.prefill, adapter, rows, self._by_row(arrays))
+        sampled, draft_Gk, scores = outputs
+        return sampled, draft_Gk, scores if arrays.scored_G.any() else None
 
     def fetch(self, outputs: Any) -> Any:
         """Wait for what a call returned."""
@@ -174,10 +205,21 @@ class Device:
         return self._run(programs.advance, sequences[0].request.adapter, rows, np.int32(steps))
 
     def _run(self, program: Callable[..., Any], adapter: str | None, *args: Any) -> Any:
-        with sharding.on(self._mesh):
-            state = self._models[adapter], self._cache, self._counts
-            self._cache, self._counts, outputs = program(*state, *args, static=self.static)
+        state = self._models[adapter], self._cache, self._counts
+        self._cache, self._counts, outputs = self._call(program, *state, *args, static=self.static)
         return outputs
+
+    def _call(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        with sharding.on(self._mesh):
+            return program(*args, **static)
+
+    def _by_row(self, arrays: Any) -> Any:
+        """Arrays of the host, on the devices whose rows they are of."""
+        if self.shape.groups == 1:
+            return arrays
+        assert self._mesh is not None, "rows are split"
+        place = lambda x: sharding.place(ROWS, x.shape, self._mesh)
+        return jax.device_put(arrays, jax.tree.map(place, arrays))
 
     def set_counts(self, sequence: Sequence) -> None:
         """Count the tokens of a row, for penalties."""
@@ -187,26 +229,26 @@ class Device:
             in_prompt_BV=_host(np.bincount(prompt, minlength=vocab)[None] > 0, bool),
             count_BV=_host(np.bincount(new, minlength=vocab)[None], np.int32),
         )
-        self._counts = _set_row(self._counts, np.int32(sequence.row or 0), counts)
+        self._counts = self._call(_set_row, self._counts, np.int32(sequence.row or 0), counts)
 
     def copy_page(self, source: int, target: int) -> None:
-        self._cache = paging.copy_page(self._cache, np.int32(source), np.int32(target))
+        pages = np.int32(source), np.int32(target)
+        self._cache = self._call(paging.copy_page, self._cache, *pages)
 
     def read_page(self, page: int, blocks: int) -> list[bytes]:
-        entries = jax.device_get(paging.read_page(self._cache, np.int32(page)))
+        entries = jax.device_get(self._entries(page))
         return [self._block.pack(self._part(entries, i)) for i in range(blocks)]
 
     def write_block(self, page: int, position: int, block: bytes) -> None:
-        entries = self._block.unpack(block)
-        at = np.int32(page), np.int32(position)
-        self._cache = paging.write_entries(self._cache, *at, entries)
+        self._write(page, position, self._block.unpack(block))
 
-    def snapshot(self, row: int, length: int) -> paging.Snapshot:
-        at = np.int32(row), np.int32(length)
-        return paging.snapshot(self._cache, *at, cfg=self._cfg)
+    def snapshot(self, row: int, length: int, *, entire: bool = False) -> paging.Snapshot:
+        at, static = (np.int32(row), np.int32(length)), {"cfg": self._cfg, "entire": entire}
+        return self._call(paging.snapshot, self._cache, *at, **static)
 
     def restore(self, row: int, length: int, snapshot: paging.Snapshot) -> None:
-        self._cache = paging.restore(self._cache, np.int32(row), np.int32(length), snapshot)
+        at = np.int32(row), np.int32(length)
+        self._cache = self._call(paging.restore, self._cache, *at, snapshot)
 
     def pack(self, snapshot: paging.Snapshot) -> bytes:
         return self._snapshot.pack(jax.device_get(snapshot))
@@ -215,19 +257,24 @@ class Device:
         return jax.device_put(self._snapshot.unpack(content), self._place)
 
     def save(self, sequence: Sequence) -> Any:
-        at = np.int32(sequence.row or 0), np.int32(sequence.length)
-        rings = paging.snapshot(self._cache, *at, cfg=self._cfg, entire=True)
-        pages = [paging.read_page(self._cache, np.int32(page)) for page in sequence.pages]
-        return jax.device_get((rings, pages))
+        rings = self.snapshot(sequence.row or 0, sequence.length, entire=True)
+        return jax.device_get((rings, [self._entries(page) for page in sequence.pages]))
 
     def resume(self, row: int, sequence: Sequence) -> None:
         rings, pages = sequence.saved
         self.restore(row, sequence.length, rings)
         for page, entries in zip(sequence.pages, pages, strict=False):
-            self._cache = paging.write_entries(self._cache, np.int32(page), np.int32(0), entries)
+            self._write(page, 0, entries)
+
+    def _entries(self, page: int) -> paging.Page:
+        return self._call(paging.read_page, self._cache, np.int32(page))
+
+    def _write(self, page: int, position: int, entries: paging.Page) -> None:
+        at = np.int32(page), np.int32(position)
+        self._cache = self._call(paging.write_entries, self._cache, *at, entries)
 
     def _read_block(self) -> paging.Page:
-        return self._part(paging.read_page(self._cache, np.int32(0)), 0)
+        return self._part(self._entries(0), 0)
 
     def _part(self, entries: paging.Page, position: int) -> paging.Page:
         """The entries of one block of a page."""
@@ -248,13 +295,13 @@ class Device:
         count: int,
     ) -> Rows:
         """The rows of a call, with the sequences at the given places."""
-        width = self.static.drafts
+        width, pages = self.static.drafts, self.shape.pages // self.shape.groups
 
         def zeros(*shape: int, dtype: Any = np.int32) -> Any:
             return np.zeros((count, *shape), dtype)
 
         fields = {name: zeros() for name in ("token_B", "length_B", "left_B")}
-        stop_BE, table_BM = zeros(STOPS) - 1, zeros(self.shape.row_pages + 1)
+        stop_BE, table_BM = zeros(self.shape.stops) - 1, zeros(self.shape.row_pages + 1)
         settings = {name: values[:count].copy() for name, values in self._greedy.items()}
         drafting: Any = Drafting(
             draft_Bk=zeros(width),
@@ -270,7 +317,7 @@ class Device:
             fields["length_B"][b] = sequence.length
             fields["left_B"][b] = sequence.left
             stop_BE[b, : len(sequence.request.stop_tokens)] = sequence.request.stop_tokens
-            table_BM[b, : len(sequence.pages)] = sequence.pages
+            table_BM[b, : len(sequence.pages)] = np.asarray(sequence.pages) % pages
             drafting.allowed_B[b] = b not in allowed
             drafting.share_B[b], drafting.rest_B[b] = sequence.acceptance, sequence.rest
             if sequence.drafts and b not in allowed:
@@ -278,7 +325,7 @@ class Device:
             for name, values in sequence.settings.items():
                 settings[name][b] = values[0]
             settings["drawn_B"][b] = sequence.sampled
-        return Rows(
+        rows = Rows(
             **fields,
             stop_BE=stop_BE,
             table_BM=table_BM,
@@ -286,6 +333,7 @@ class Device:
             drafting=drafting,
             settings=settings,
         )
+        return self._by_row(rows)
 
     def _masks(self, allowed: dict[int, UInt32[np.ndarray, " W"]], count: int) -> Any:
         """The masks of all rows; without any, an array that is on the device already."""
@@ -321,12 +369,6 @@ def _host(value: Any, dtype: Any) -> Any:
     return np.asarray(value, dtype)
 
 
-def _padded(tokens: Many[int], width: int) -> Any:
-    padded_T = np.zeros(width, np.int32)
-    padded_T[: len(tokens)] = tokens
-    return padded_T
-
-
 def _settings(params: Many[SamplingParams], vocab: int) -> dict[str, Any]:
     """Sampling settings of rows that have drawn nothing."""
     return {**sampling.settings(params, vocab), "drawn_B": np.zeros(len(params), np.int32)}
@@ -334,5 +376,5 @@ def _settings(params: Many[SamplingParams], vocab: int) -> dict[str, Any]:
 
 @jax.jit
 def _set_row(counts: Counts, row: Int[Array, ""], one: Counts) -> Counts:
-    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 0)
+    put = lambda x_BV, new_1V: grouped_rows.write(x_BV, row, new_1V[0], axis=0)
     return jax.tree.map(put, counts, one)

@@ -23,7 +23,7 @@ from v4jax.arguments import shown
 from v4jax.decoding import sampling
 from v4jax.engine import settings
 from v4jax.engine.core import Core, Counters
-from v4jax.engine.device import STOPS, Device, Shape
+from v4jax.engine.device import Device, Shape
 from v4jax.engine.memory import Memory
 from v4jax.engine.pages import Pages
 from v4jax.engine.prefix import Prefix
@@ -33,11 +33,14 @@ from v4jax.engine.scheduler import Scheduler
 from v4jax.engine.sequence import IDLE, Sequence
 from v4jax.engine.settings import Loaded, Settings
 from v4jax.engine.store import Store
+from v4jax.model import sharding
 from v4jax.model.cache import BLOCK
 
 _log = logging.getLogger("v4jax.engine")
 # Alternatives that can be reported with each token.
 TOP = 20
+# Stop tokens of a request besides the model's own.
+STOPS = 8
 
 
 @dataclasses.dataclass
@@ -213,6 +216,8 @@ class Engine:
             page=page,
             row_pages=-(-sizes.context // page),
             widths=(BLOCK, sizes.chunk),
+            stops=STOPS + len(engine.cfg.eos_token_ids),
+            groups=sharding.row_groups(engine.mesh),
         )
         models = {name: loaded.engine.model for name, loaded in self._models.items()}
         device = Device(models, shape, static, engine.dtype)
@@ -220,7 +225,7 @@ class Engine:
         store = None
         if sizes.cache_ram or sizes.cache_dir:
             store = Store(sizes.cache_ram, names[None], sizes.cache_dir, sizes.cache_disk)
-        all_pages = Pages(pages)
+        all_pages = Pages(pages, shape.groups)
         memory = Memory(
             device,
             all_pages,
@@ -229,8 +234,9 @@ class Engine:
             names,
             interval=sizes.interval,
         )
-        rows = {"rows": sizes.max_seqs, "chunk": sizes.chunk, "width": device.width}
-        return Core(Scheduler(memory, **rows), memory, device)
+        rows = {"rows": sizes.max_seqs, "groups": shape.groups}
+        scheduler = Scheduler(memory, chunk=sizes.chunk, width=device.width, **rows)
+        return Core(scheduler, memory, device)
 
     def _check(self, request: Request) -> None:
         """Refuse what can never run."""
@@ -253,7 +259,7 @@ class Engine:
             known = ", ".join(str(name) for name in self._models if name) or "none"
             raise ValueError(f"There is no adapter {shown(request.adapter)}; loaded are: {known}.")
         alternatives = request.top_logprobs, min(TOP, cfg.vocab_size)
-        limits = {"stop_tokens": (len(request.stop_tokens), STOPS), "top_logprobs": alternatives}
+        limits = {"stop_tokens": (len(request.stop_tokens), self._core.device.shape.stops), "top_logprobs": alternatives}
         for name, (count, most) in limits.items():
             if count > most:
                 raise ValueError(f"{name}: {count} is more than {most}, the most that is allowed.")

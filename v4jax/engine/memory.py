@@ -52,7 +52,7 @@ class Device(Protocol):
 
 
 class Memory:
-    """The pages of an engine. Page 0 belongs to nobody: what no sequence needs is written there."""
+    """The pages of an engine. The first of each group belongs to nobody; see `paging.SCRATCH`."""
 
     def __init__(
         self,
@@ -76,18 +76,33 @@ class Memory:
         """
         self._device, self._pages, self._prefix, self._store = device, pages, prefix, store
         self._models, self._interval = models, interval
-        pages.take()
+        for group in range(pages.groups):
+            pages.take(group)
 
     def keys(self, request: Request, known: Many[bytes] = ()) -> list[bytes]:
         """Keys of the blocks before a prompt's last token; `known` are the first of them."""
         adapter = self._models[request.adapter]
         return self._prefix.keys(request.tokens[:-1], adapter, request.salt, known)
 
-    def open(self, sequence: Sequence, row: int, tokens: int) -> bool:
-        """Open a sequence on a row, with pages for some tokens; False if too few are free.
+    def groups(self, sequence: Sequence) -> list[int]:
+        """All groups, those first that suit a sequence: which have its prefix, or many free pages.
+
+        A prefix of another group is copied.
+        """
+        groups = [*range(self._pages.groups)]
+        if len(groups) == 1:
+            return groups
+        known = _leading(sequence.keys, lambda key: key in self._prefix)
+        page = self._prefix.page_of(sequence.keys[known - 1]) if known else None
+        home = None if page is None else self._pages.group(page)
+        return sorted(groups, key=lambda group: (group != home, -self._pages.free_in(group)))
+
+    def open(self, sequence: Sequence, group: int, row: int, tokens: int) -> bool:
+        """Open a sequence on a row of a group, with pages for some tokens; False if too few are free.
 
         It begins with what is known of its prompt, or goes on where it was if it was saved.
         """
+        sequence.group = group
         if sequence.saved is not None:
             if not self.extend(sequence, tokens):
                 return False
@@ -95,16 +110,22 @@ class Memory:
             sequence.saved = None
             return True
         hit = self._hit(sequence)
-        full = hit.blocks // self._prefix.blocks_per_page
-        sequence.pages = hit.pages[:full]
-        for page in sequence.pages:
+        full = hit.pages[: hit.blocks // self._prefix.blocks_per_page]
+        shared = [page for page in full if self._pages.group(page) == group]
+        for page in shared:
             self._pages.share(page)
-        if not self.extend(sequence, tokens):
-            self.release(sequence)
+        missing = self._count(tokens) - len(shared)
+        if not self._reserve(missing, group):
+            for page in shared:
+                self._pages.drop(page)
             return False
-        # A page that the prefix ends inside is copied. Its entries are there even if it made way.
-        for page in hit.pages[full:]:
-            self._device.copy_page(page, sequence.pages[full])
+        new = [self._pages.take(group) for _ in range(missing)]
+        sequence.pages = [page if page in shared else new.pop() for page in full] + new
+        # The last page, which the prefix may end inside, is the only one that may have made way:
+        # its entries are still there until another page is copied to it.
+        for source, target in reversed([*zip(hit.pages, sequence.pages, strict=False)]):
+            if source != target:
+                self._device.copy_page(source, target)
         if hit.blocks:
             self._device.restore(row, hit.blocks * BLOCK, hit.snapshot)
         sequence.known = hit.branch
@@ -113,11 +134,10 @@ class Memory:
 
     def extend(self, sequence: Sequence, tokens: int) -> bool:
         """Give a sequence pages for this many tokens in all; False if too few are free."""
-        page = self._prefix.blocks_per_page * BLOCK
-        count = -(-tokens // page) - len(sequence.pages)
-        if count > 0 and not self._reserve(count):
+        count = self._count(tokens) - len(sequence.pages)
+        if count > 0 and not self._reserve(count, sequence.group):
             return False
-        sequence.pages += [self._pages.take() for _ in range(count)]
+        sequence.pages += [self._pages.take(sequence.group) for _ in range(count)]
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -153,12 +173,13 @@ class Memory:
 
     def usage(self) -> dict[str, Any]:
         """Numbers of pages, of snapshots and of bytes outside the device."""
-        used = self._pages.count - self._pages.free - 1
+        count = self._pages.count - self._pages.groups
+        used = count - self._pages.free
         return {
-            "pages": self._pages.count - 1,
+            "pages": count,
             "pages_used": used,
-            "page_usage": used / (self._pages.count - 1),
-            "pages_cached": self._prefix.evictable,
+            "page_usage": used / count,
+            "pages_cached": self._prefix.evictable(),
             "snapshots": len(self._prefix.snapshots),
             "ram_bytes": self._store.bytes_in_ram if self._store else 0,
             "disk_bytes": self._store.bytes_on_disk if self._store else 0,
@@ -168,8 +189,8 @@ class Memory:
         """Move all prefixes that no sequence uses to the store, and close it."""
         if self._store is not None:
             # Page by page: the store drops what it cannot write at once.
-            while self._prefix.evictable:
-                self._evict(1)
+            while self._prefix.evictable():
+                self._evict(1, None)
                 self._store.flush()
             self._keep([*self._prefix.snapshots.items()])
             self._store.flush()
@@ -179,19 +200,23 @@ class Memory:
         """The longest prefix on the device, after loading what the store has."""
         if sequence.request.prompt_logprobs:
             return Hit(0, [], None, 0)
-        self._recall(sequence.keys)
+        self._recall(sequence.keys, sequence.group)
         return self._prefix.match(sequence.keys, sequence.prompt)
 
-    def _reserve(self, count: int) -> bool:
-        """Free pages until there are `count`; False, with nothing evicted, if that cannot be."""
-        missing = count - self._pages.free
-        if missing > self._prefix.evictable:
+    def _count(self, tokens: int) -> int:
+        """Number of pages of some tokens."""
+        return -(-tokens // (self._prefix.blocks_per_page * BLOCK))
+
+    def _reserve(self, count: int, group: int) -> bool:
+        """Free a group's pages until there are `count`; False, without evicting, if too few are."""
+        missing = count - self._pages.free_in(group)
+        if missing > self._prefix.evictable(group):
             return False
-        self._evict(missing)
+        self._evict(missing, group)
         return True
 
-    def _evict(self, count: int) -> None:
-        for page, keys in self._prefix.evict(max(count, 0)):
+    def _evict(self, count: int, group: int | None) -> None:
+        for page, keys in self._prefix.evict(max(count, 0), group):
             if self._store is not None:
                 blocks = self._device.read_page(page, len(keys))
                 for key, block in zip(keys, blocks, strict=True):
@@ -203,7 +228,7 @@ class Memory:
             for key, snapshot in dropped:
                 self._store.put(b"s" + key, self._device.pack(snapshot))
 
-    def _recall(self, keys: list[bytes]) -> None:
+    def _recall(self, keys: list[bytes], group: int) -> None:
         """Load what the store has of a chain, up to its last snapshot, and publish it."""
         store, prefix = self._store, self._prefix
         if store is None:
@@ -213,7 +238,7 @@ class Memory:
         known = _leading(keys, lambda key: key in prefix or b"b" + key in store)
         end = max((i + 1 for i in range(known) if has_snapshot(keys[i])), default=0)
         if end > resident:
-            end = self._load(keys[:end], resident, store)
+            end = self._load(keys[:end], resident, store, group)
         for key in reversed(keys[:end]):
             if key in prefix.snapshots:
                 return
@@ -222,8 +247,8 @@ class Memory:
                 self._keep(prefix.add_snapshot(key, self._device.unpack(content)))
                 return
 
-    def _load(self, keys: list[bytes], resident: int, store: Store) -> int:
-        """Load blocks of a chain from the store into new pages; how many are known then."""
+    def _load(self, keys: list[bytes], resident: int, store: Store, group: int) -> int:
+        """Load blocks of a chain from the store to a group's pages; how many are known then."""
         n = self._prefix.blocks_per_page
         ends = [min(end, resident) - 1 for end in range(n, resident + n, n)]
         held = [page for end in ends if (page := self._prefix.page_of(keys[end])) is not None]
@@ -232,8 +257,8 @@ class Memory:
         for page in pages:
             self._pages.share(page)
         count = -(-len(keys) // n) - first
-        if self._reserve(count):
-            pages += [self._pages.take() for _ in range(count)]
+        if self._reserve(count, group):
+            pages += [self._pages.take(group) for _ in range(count)]
             for page in held[first:]:
                 self._device.copy_page(page, pages[first])
             for i in range(resident, len(keys)):

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,10 @@ class Prefix:
         """A page that has a block and those of its chain before it on the page."""
         return next(iter(self._holders.get(key, ())), None)
 
-    @property
-    def evictable(self) -> int:
-        """Number of pages that only the index owns."""
+    def evictable(self, group: int | None = None) -> int:
+        """Number of pages that only the index owns, of all groups or of one."""
         # A copy, as statistics are read on other threads.
-        return sum(map(self._idle, [*self._blocks]))
+        return len([*self._idle([*self._blocks], group)])
 
     def keys(
         self, tokens: Sequence[int], adapter: str | None, salt: str, known: Sequence[bytes] = ()
@@ -155,18 +154,26 @@ class Prefix:
         oldest = [*itertools.islice(self.snapshots, surplus)]
         return dropped + [(key, self.snapshots.pop(key)) for key in oldest]
 
-    def evict(self, count: int) -> list[tuple[int, list[bytes]]]:
+    def evict(self, count: int, group: int | None = None) -> list[tuple[int, list[bytes]]]:
         """Give up the least recently used pages that no sequence owns, the ends of chains first.
+
+        Args:
+          count: how many.
+          group: the group that has them; None: any.
 
         Returns:
           At most `count` pages, now free, with the keys of the blocks at their positions 0, 1, ...
           Their entries can be read until the pages are taken and written.
         """
-        pages = [*itertools.islice(filter(self._idle, self._blocks), count)]
+        pages = [*itertools.islice(self._idle(self._blocks, group), count)]
         return [(page, self._remove(page)) for page in pages]
 
-    def _idle(self, page: int) -> bool:
-        return self._pages.references(page) == 1
+    def _idle(self, pages: Iterable[int], group: int | None) -> Iterator[int]:
+        """Those of some pages that only the index owns, and that a group has."""
+        for page in pages:
+            is_there = group is None or self._pages.group(page) == group
+            if is_there and self._pages.references(page) == 1:
+                yield page
 
     def _last_keys(self, keys: Sequence[bytes]) -> list[bytes]:
         """The key of the last block on each page of a chain: who has it, has all before it."""

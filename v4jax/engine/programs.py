@@ -1,4 +1,4 @@
-"""The engine's compiled programs: a chunk of one row's prompt, and steps of all rows.
+"""The engine's compiled programs: chunks of prompts, one a group of rows, and steps of all rows.
 
 The host owns every integer and passes it with each call, so that admitting, rewinding or ending a
 row is bookkeeping; the device owns the cache and the counts of tokens. A row takes up to k drafts:
@@ -6,7 +6,8 @@ it is then sampled at 1 + k positions, from the same draws as without drafts, an
 draft was the token sampled. So drafts change nothing but speed.
 
 Axis letters: B rows, T tokens, V vocabulary, W words of a bitmask, M pages of a row, E stop tokens,
-N alternatives reported per token, k drafts, S steps of a call, D hidden, H streams.
+N alternatives reported per token, k drafts, S steps of a call, D hidden, H streams, G groups of
+rows.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from v4jax.decoding import sampling
 from v4jax.decoding.sampling import SamplingState
-from v4jax.engine.arrays import ChunkArrays, Counts, Drafting, Rows, Sampled, Scores, Static
-from v4jax.model import paging, transformer
+from v4jax.engine.arrays import Chunks, Counts, Drafting, Rows, Sampled, Scores, Static
+from v4jax.model import context, grouped_rows, paging, transformer
 from v4jax.model.cache import BLOCK, Cache
 from v4jax.model.transformer import Model
 
@@ -39,49 +40,52 @@ def prefill(
     model: Model,
     cache: Cache,
     counts: Counts,
-    row: Rows,
-    chunk: ChunkArrays,
+    rows: Rows,
+    chunks: Chunks,
     *,
     static: Static,
-) -> tuple[Cache, Counts, tuple[Sampled, Int[Array, "B k"], Scores]]:
-    """Add a chunk of a prompt to a row, and sample the token after it.
+) -> tuple[Cache, Counts, tuple[Sampled, Int[Array, "G k"], Scores]]:
+    """Add a chunk of a prompt to one row of each group, and sample the token after it.
 
     Args:
       model: the weights.
       cache: the cache; its length and table are not used.
       counts: tokens of all rows.
-      row: the one row, of `length` tokens before the chunk.
-      chunk: the chunk.
+      rows: those rows only, of `length` tokens before the chunk.
+      chunks: the chunks.
       static: what the program is compiled for.
 
     Returns:
       The cache, the counts, the sampled token with the drafts that follow it, and the scores, which
-      are zeros if they were not asked for.
+      are zeros if none were asked for.
     """
-    cfg, slot, count_1 = static.cfg, chunk.row, chunk.count[None]
-    one = paging.take(cache, slot, row.length_B, row.table_BM)
-    tokens_1T = chunk.tokens_T[None]
-    x_1TM, one = transformer.forward(model, cfg, static.numerics, tokens_1T, one, count_1)
-    x_11M = jnp.take_along_axis(x_1TM, count_1[:, None, None] - 1, axis=1)
-    logits_11V = transformer.head(model, transformer.hidden(model, cfg, x_11M))
-    old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), counts)
-    sampled, new, _ = _sample(logits_11V, old, row, static)
-    new = jax.tree.map(lambda new, old: jnp.where(chunk.last, new, old), new, old)
-    into_row = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0)
-    counts = jax.tree.map(into_row, counts, new)
-    draft_1k = row.drafting.draft_Bk
+    cfg, row_G, count_G = static.cfg, chunks.row_G, chunks.count_G
+    taken = paging.take(cache, row_G, rows.length_B, rows.table_BM)
+    x_GTM, taken = transformer.forward(
+        model, cfg, static.numerics, chunks.tokens_GT, taken, count_G
+    )
+    last_G11 = jnp.maximum(count_G - 1, 0)[:, None, None]
+    x_G1M = jnp.take_along_axis(x_GTM, last_G11, axis=1)
+    logits_G1V = transformer.head(model, transformer.hidden(model, cfg, x_G1M))
+    old = jax.tree.map(lambda x_BV: grouped_rows.read_each(x_BV, row_G, axis=0), counts)
+    sampled, new, _ = _sample(logits_G1V, old, rows, static)
+    new = jax.tree.map(functools.partial(_where_rows, chunks.last_G), new, old)
+    into_rows = lambda x_BV, new_GV: grouped_rows.write_each(x_BV, row_G, new_GV, axis=0)
+    counts = jax.tree.map(into_rows, counts, new)
+    draft_Gk = rows.drafting.draft_Bk
     if static.drafts:
         # A prefix must not depend on what followed it: no draft sees the token after a block.
-        at_T = jnp.arange(chunk.tokens_T.shape[0])
-        next_T = jnp.where((row.length_B + at_T + 1) % BLOCK == 0, 0, chunk.next_T)
-        ends_T = (at_T + 1 == chunk.count) & chunk.last
-        next_T = jnp.where(ends_T, sampled.token_BT[0], next_T)
-        draft_1k, one = _draft(model, x_1TM, next_T[None], one, (row.length_B, count_1), static)
-    zeros_TN = jnp.zeros((chunk.tokens_T.shape[0], static.top))
-    unscored = lambda *_: Scores(zeros_TN[:, 0], zeros_TN.astype(jnp.int32), zeros_TN)
-    score = lambda x_TM, next_T: _scores(model, x_TM, next_T, static)
-    scores = jax.lax.cond(chunk.scored, score, unscored, x_1TM[0], chunk.next_T)
-    return paging.put(cache, slot, one), counts, (sampled, draft_1k, scores)
+        at_GT = context.positions(rows.length_B, chunks.tokens_GT.shape[1])
+        next_GT = jnp.where((at_GT + 1) % BLOCK == 0, 0, chunks.next_GT)
+        ends_GT = (at_GT + 1 == (rows.length_B + count_G)[:, None]) & chunks.last_G[:, None]
+        next_GT = jnp.where(ends_GT, sampled.token_BT, next_GT)
+        draft_Gk, taken = _draft(model, x_GTM, next_GT, taken, (rows.length_B, count_G), static)
+    zeros_GTN = jnp.zeros((*chunks.tokens_GT.shape, static.top))
+    unscored = lambda *_: Scores(zeros_GTN[..., 0], zeros_GTN.astype(jnp.int32), zeros_GTN)
+    score = lambda x_GTM, next_GT: _scores(model, x_GTM, next_GT, static)
+    scores = jax.lax.cond(jnp.any(chunks.scored_G), score, unscored, x_GTM, chunks.next_GT)
+    cache = paging.put(cache, row_G, taken, count_G > 0)
+    return cache, counts, (sampled, draft_Gk, scores)
 
 
 @_program
@@ -227,21 +231,25 @@ def _sample(
 
 
 def _scores(
-    model: Model, x_TM: Float[Array, "T M"], next_T: Int[Array, " T"], static: Static
+    model: Model, x_GTM: Float[Array, "G T M"], next_GT: Int[Array, "G T"], static: Static
 ) -> Scores:
     """Score the token after each position, a few at a time: all their logits would be large."""
 
-    def some(x_next: tuple[Float[Array, "t M"], Int[Array, " t"]]) -> Scores:
-        x_tM, next_t = x_next
-        hidden_1tD = transformer.hidden(model, static.cfg, x_tM[None])
-        logprob_tV = jax.nn.log_softmax(transformer.head(model, hidden_1tD)[0])
-        top_tN, top_id_tN = jax.lax.top_k(logprob_tV, static.top)
-        next_logprob_t1 = jnp.take_along_axis(logprob_tV, next_t[:, None], axis=1)
-        return Scores(next_logprob_t1[:, 0], top_id_tN, top_tN)
+    def some(x_next: tuple[Float[Array, "G t M"], Int[Array, "G t"]]) -> Scores:
+        x_GtM, next_Gt = x_next
+        hidden_GtD = transformer.hidden(model, static.cfg, x_GtM)
+        logprob_GtV = jax.nn.log_softmax(transformer.head(model, hidden_GtD))
+        top_GtN, top_id_GtN = jax.lax.top_k(logprob_GtV, static.top)
+        next_logprob_Gt1 = jnp.take_along_axis(logprob_GtV, next_Gt[..., None], axis=-1)
+        return Scores(next_logprob_Gt1[..., 0], top_id_GtN, top_GtN)
 
-    parts = lambda x: x.reshape(-1, _SCORED, *x.shape[1:])
-    scores = jax.lax.map(some, (parts(x_TM), parts(next_T)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scores)
+    def parts(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(x.shape[0], -1, _SCORED, *x.shape[2:]), 0, 1)
+
+    def whole(x: Array) -> Array:
+        return jnp.swapaxes(x, 0, 1).reshape(*next_GT.shape, *x.shape[3:])
+
+    return jax.tree.map(whole, jax.lax.map(some, (parts(x_GTM), parts(next_GT))))
 
 
 def _where_rows(

@@ -1,8 +1,8 @@
 """What to run next: which requests hold rows, whose prompt is read, who is decoded.
 
-First come, first served within a priority. Each step reads at most one chunk of one prompt and
-advances all rows that are past theirs, so a stream never waits for more than a chunk. Integers,
-without JAX, clock or thread.
+First come, first served within a priority. Each step reads at most one chunk of one prompt in each
+group of rows and advances all rows that are past theirs, so a stream never waits for more than a
+chunk. Integers, without JAX, clock or thread.
 """
 
 import bisect
@@ -40,13 +40,13 @@ class Plan:
 
     Attributes:
       admitted: sequences that now have a row.
-      chunk: a chunk to read, if a prompt waits.
+      chunks: chunks to read, at most one a group, of one adapter and all narrow or none.
       rows: sequences to advance.
       steps: most steps to advance them by.
     """
 
     admitted: list[Sequence]
-    chunk: Chunk | None
+    chunks: list[Chunk]
     rows: list[Sequence]
     steps: int
 
@@ -61,7 +61,9 @@ class Scheduler:
       preemptions: rows that made way for others.
     """
 
-    def __init__(self, memory: Memory, *, rows: int, chunk: int, width: int) -> None:
+    def __init__(
+        self, memory: Memory, *, rows: int, chunk: int, width: int, groups: int = 1
+    ) -> None:
         """Set up empty rows.
 
         Args:
@@ -69,13 +71,15 @@ class Scheduler:
           rows: number of slots.
           chunk: most tokens of a chunk, a multiple of BLOCK.
           width: tokens that a step runs for a row: the newest and its drafts.
+          groups: groups of rows, of which each has as many slots.
         """
         self.waiting: list[Sequence] = []
         self.idle: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._memory, self._chunk, self._width = memory, chunk, width
-        self._free_rows = list(range(rows - 1, -1, -1))
+        each = rows // groups
+        self._free_rows = [[*reversed(range(g * each, (g + 1) * each))] for g in range(groups)]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new or preempted sequence."""
@@ -93,17 +97,16 @@ class Scheduler:
     def plan(self, steps: int) -> Plan:
         """The next step of the engine; rows are advanced by at most `steps` steps."""
         admitted = self._admit()
-        chunk = self._next_chunk()
-        steps = 1 if chunk else steps
+        chunks = self._next_chunks()
+        steps = 1 if chunks else steps
         for sequence in sorted(self.running, key=lambda s: s.rank):
             if sequence.state == "decode":
                 self._make_room(sequence)
         rows = [sequence for sequence in self.running if sequence.state == "decode"]
         if not all(self._memory.extend(row, self._room(row, steps)) for row in rows):
             steps = 1
-        if chunk and chunk.sequence.row is None:
-            chunk = None
-        return Plan([s for s in admitted if s.row is not None], chunk, rows, steps)
+        chunks = [chunk for chunk in chunks if chunk.sequence.row is not None]
+        return Plan([s for s in admitted if s.row is not None], chunks, rows, steps)
 
     def finish_chunk(self, chunk: Chunk) -> None:
         """Record that a chunk has been computed."""
@@ -115,36 +118,57 @@ class Scheduler:
             sequence.state = "decode"
 
     def _admit(self) -> list[Sequence]:
-        """Give rows and pages to waiting sequences, in order, until one has to wait.
-
-        A prompt waits until those before it have been read: it may begin with what they publish.
-        """
+        """Give rows and pages to waiting sequences, in order, until one has to wait."""
         admitted: list[Sequence] = []
         while queue := self.waiting or (self.idle if not self.running else []):
             sequence = queue[0]
-            reading = any(s.state == "prefill" and s.rank < sequence.rank for s in self.running)
-            if (reading and sequence.saved is None) or not self._place(sequence):
+            if not self._place(sequence):
                 break
             queue.remove(sequence)
-            sequence.row = self._free_rows.pop()
             sequence.state = "decode" if sequence.length >= sequence.prompt else "prefill"
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
     def _place(self, sequence: Sequence) -> bool:
-        """Find a row and pages for a sequence; rows of lower priority make way."""
-        tokens = self._room(sequence, 1)
-        while not self._free_rows or not self._memory.open(sequence, self._free_rows[-1], tokens):
+        """Find a row and pages for a sequence; rows of lower priority make way.
+
+        A prompt waits until those before it in a group have been read, and wherever they are those
+        that begin alike: it may begin with what they publish.
+        """
+        reading = [s for s in self.running if s.state == "prefill" and s.rank < sequence.rank]
+        if sequence.saved is not None:
+            reading = []
+        if any(s.keys[:1] == sequence.keys[:1] != [] for s in reading):
+            return False
+        taken = {s.group for s in reading}
+        groups = [group for group in self._memory.groups(sequence) if group not in taken]
+        while groups and not any(self._open(sequence, group) for group in groups):
             below = [s for s in self.running if s.request.priority > sequence.request.priority]
             if not below:
                 return False
             self._preempt(max(below, key=lambda s: s.rank))
+        return bool(groups)
+
+    def _open(self, sequence: Sequence, group: int) -> bool:
+        """Give a sequence a row of a group, and pages for a step after its prompt."""
+        free, tokens = self._free_rows[group], self._room(sequence, 1)
+        if not free or not self._memory.open(sequence, group, free[-1], tokens):
+            return False
+        sequence.row = free.pop()
         return True
 
-    def _next_chunk(self) -> Chunk | None:
-        """The next chunk of the first sequence whose prompt has not been read."""
-        reading = [s for s in self.running if s.state == "prefill"]
+    def _next_chunks(self) -> list[Chunk]:
+        """The next chunk of each group, as far as one program reads them at once."""
+        groups = range(len(self._free_rows))
+        chunks = [chunk for group in groups if (chunk := self._next_chunk(group))]
+        kind = lambda chunk: (chunk.narrow, chunk.sequence.request.adapter)
+        first = min(chunks, key=lambda chunk: chunk.sequence.rank, default=None)
+        return [chunk for chunk in chunks if first and kind(chunk) == kind(first)]
+
+    def _next_chunk(self, group: int) -> Chunk | None:
+        """The next chunk of a group's first sequence whose prompt has not been read."""
+        reading = [s for s in self.running if s.state == "prefill" and s.group == group]
         if not reading:
             return None
         sequence = min(reading, key=lambda s: s.rank)
@@ -165,7 +189,8 @@ class Scheduler:
         """Give a row pages for the tokens of a step; rows that come after it may have to leave."""
         tokens = self._room(sequence, 1)
         while sequence.state == "decode" and not self._memory.extend(sequence, tokens):
-            self._preempt(max(self.running, key=lambda s: s.rank))
+            rivals = [s for s in self.running if s.group == sequence.group]
+            self._preempt(max(rivals, key=lambda s: s.rank))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Move a row back to the queue: decoded tokens are saved, a prompt is read again."""
@@ -182,5 +207,5 @@ class Scheduler:
         self.running.remove(sequence)
         self._memory.release(sequence)
         if sequence.row is not None:
-            self._free_rows.append(sequence.row)
+            self._free_rows[sequence.group].append(sequence.row)
         sequence.row = None

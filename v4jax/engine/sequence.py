@@ -26,6 +26,7 @@ class Sequence:
       length: tokens in the cache.
       state: what happens to it next.
       row: its slot on the device; None while it waits.
+      group: the group of rows that it has, or had last.
       pages: its pages.
       drafts: drafts of the tokens after the newest.
       keys: of the prompt's reusable blocks.
@@ -50,6 +51,7 @@ class Sequence:
     length: int = 0
     state: State = "waiting"
     row: int | None = None
+    group: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     drafts: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)

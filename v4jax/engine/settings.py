@@ -34,10 +34,11 @@ class Settings:
     """Sizes and limits of an engine; programs depend on the first six.
 
     Attributes:
-      max_seqs: sequences that run at once.
+      max_seqs: sequences that run at once; rounded up to a multiple of the mesh's groups of rows.
       context: most tokens of a prompt and its answer.
       page: tokens of a page; PAGE, or less if the context is shorter.
-      memory: bytes of the cache, sequences and prefixes; by default each sequence can be full.
+      memory: bytes of the cache, sequences and prefixes, on all devices that share it; by default
+        each sequence can be full.
       pages: pages of the cache, instead of `memory`.
       chunk: tokens of a prompt that are read at once.
       drafts: tokens that the MTP block drafts for each token.
@@ -88,27 +89,31 @@ def check(settings: Settings, model: Loaded) -> Settings:
     limit = model.engine.cfg.max_position_embeddings
     if settings.context > limit:
         raise ValueError(f"context is {settings.context}; the model's own is {limit}.")
-    for name in ("chunk", "interval", "page"):
-        if (getattr(settings, name) or 0) % BLOCK:
-            raise ValueError(f"{name} is {getattr(settings, name)}; use a multiple of {BLOCK}.")
-    if sharding.row_groups(model.engine.mesh) > 1:
-        raise ValueError(
-            "The mesh splits the rows of a batch (data, fsdp or expert above 1), which the engine "
-            "does not support; use tensor only."
-        )
-    page = settings.page or min(PAGE, -(-settings.context // BLOCK) * BLOCK)
+    unit = paging.page_unit(model.engine.cfg)
+    for name, factor in (("chunk", BLOCK), ("interval", BLOCK), ("page", unit)):
+        if (getattr(settings, name) or 0) % factor:
+            raise ValueError(f"{name} is {getattr(settings, name)}; use a multiple of {factor}.")
+    groups = sharding.row_groups(model.engine.mesh)
+    page = settings.page or -(-min(PAGE, settings.context) // unit) * unit
     row_pages = -(-settings.context // page)
-    settings = dataclasses.replace(settings, page=page)
-    pages = settings.pages or 1 + settings.max_seqs * row_pages
+    max_seqs = -(-settings.max_seqs // groups) * groups
+    settings = dataclasses.replace(settings, page=page, max_seqs=max_seqs)
+    pages = settings.pages or groups + max_seqs * row_pages
     if settings.memory is not None and settings.pages is None:
         fixed, each = _cache_bytes(settings, model)
         pages = max(0, settings.memory - fixed) // each
-    if pages <= row_pages:
+    pages -= pages % groups
+    if pages <= groups * row_pages:
         raise ValueError(
             f"The cache has {pages} pages of {page} tokens, but a sequence of {settings.context} "
-            f"tokens needs {row_pages}, and one more is scratch: raise memory or lower context."
+            f"tokens needs {row_pages}, and one more is scratch{_in_each(groups)}: raise memory or "
+            "lower context."
         )
     return dataclasses.replace(settings, pages=pages)
+
+
+def _in_each(groups: int) -> str:
+    return f", in each of {groups} groups of devices" if groups > 1 else ""
 
 
 def _cache_bytes(settings: Settings, model: Loaded) -> tuple[int, int]:

@@ -79,7 +79,9 @@ def update(
     entries = layer, entries_BnK, first_B, complete_B
     if context.table_BM is None:
         return ring_LBRC, cache.pool_write(pool_LBSK, *entries)
-    unit = 1 if cache.is_decode(tokens) else cache.BLOCK // kind.ratio
+    # Chunks begin at whole blocks, which are whole entries if the ratio divides them.
+    whole = not cache.is_decode(tokens) and cache.BLOCK % kind.ratio == 0
+    unit = cache.BLOCK // kind.ratio if whole else 1
     return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit)
 
 

@@ -5,26 +5,32 @@ Rings are constant in size and stay with the row. At a multiple of `BLOCK` token
 window is open, so what a row's future depends on, besides its pages, is the sliding window and the
 last window of CSA's compressors: a snapshot.
 
+On a mesh that splits a batch into groups of rows (`sharding.row_groups`), each group has its rows
+and its pages, of which tables say the numbers within the group.
+
 Axis letters: L layers of a stack, B rows, R rows of a ring, P pages, N entries of a page, M pages
-of a row, n new entries, X rows of a snapshot, K channels of the array at hand.
+of a row, n new entries, X rows of a snapshot, K channels of the array at hand, G groups.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.model import cache as caches
+from v4jax.model import grouped_rows, sharding
 from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.segments import segments
+from v4jax.model.sharding import ROWS, STACKED_ROWS
 
-# The page that belongs to no row.
+# The page of each group that belongs to no row.
 SCRATCH = 0
 _RINGS = ("window_LBRK", "tail_LBRK", "index_tail_LBRK")
 _POOLS = ("pool_LBSK", "index_LBSK")
@@ -37,6 +43,11 @@ Snapshot = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
 Page = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
 
 
+def page_unit(cfg: ModelConfig) -> int:
+    """Tokens that pages consist of: whole blocks, and whole windows of every compressor."""
+    return math.lcm(BLOCK, *(kind.ratio for kind in cfg.layers if kind.ratio))
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp"))
 def make(
     cfg: ModelConfig, *, rows: int, pages: int, page: int, dtype: Any, mtp: bool = False
@@ -44,14 +55,10 @@ def make(
     """An empty cache of `rows` slots and `pages` pages of `page` tokens each, without a table.
 
     Raises:
-      ValueError: a page is not a multiple of BLOCK tokens, or of a compression ratio.
+      ValueError: a page is not a multiple of `page_unit(cfg)` tokens.
     """
-    ratios = sorted({kind.ratio for kind in cfg.layers if kind.ratio})
-    if any(BLOCK % ratio for ratio in ratios) or page % BLOCK:
-        raise ValueError(
-            f"Pages of {page} tokens with compression ratios {ratios}: a page must be a multiple "
-            f"of {BLOCK} tokens, and every ratio must divide {BLOCK}."
-        )
+    if page % page_unit(cfg):
+        raise ValueError(f"A page of {page} tokens is not a multiple of {page_unit(cfg)}.")
 
     def layer(kind: LayerKind, repeats: int) -> LayerCache:
         rings = caches.layer_rings(cfg, kind, caches.maker(repeats, rows, dtype, None))
@@ -88,7 +95,22 @@ def write(
     row's entries in its last unit becomes garbage; units without entries go to page SCRATCH, as the
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
-    unit = min(unit, new_BnK.shape[1])
+    run = functools.partial(_write, unit=min(unit, new_BnK.shape[1]))
+    args = pages_LPNK, layer, new_BnK, first_B, count_B, table_BM
+    axes = STACKED_ROWS, (), ROWS, ROWS, ROWS, ROWS
+    return sharding.per_device(run, *args, axes=axes, out=STACKED_ROWS, kernels=False)
+
+
+def _write(
+    pages_LPNK: Array,
+    layer: Array,
+    new_BnK: Array,
+    first_B: Array,
+    count_B: Array,
+    table_BM: Array,
+    *,
+    unit: int,
+) -> Array:
     new_BnK = new_BnK.astype(pages_LPNK.dtype)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))
@@ -106,26 +128,34 @@ def write(
 
 
 def take(
-    cache: Cache, row: Int[Array, ""], length_1: Int[Array, "1"], table_1M: Int[Array, "1 M"]
+    cache: Cache, row_G: Int[Array, " G"], length_G: Int[Array, " G"], table_GM: Int[Array, "G M"]
 ) -> Cache:
-    """The cache of one row: its rings, and all pages.
+    """The cache of one row of each group, by its number in the group: its rings, and all pages.
 
     The rings of a row without tokens are zeros, whatever the row held before.
     """
 
-    def of_row(ring_LBRK: Array) -> Array:
-        ring_L1RK = jax.lax.dynamic_slice_in_dim(ring_LBRK, row, 1, axis=1)
-        return jnp.where(length_1[0] > 0, ring_L1RK, jnp.zeros_like(ring_L1RK))
+    def of_rows(ring_LBRK: Array) -> Array:
+        ring_LGRK = grouped_rows.read_each(ring_LBRK, row_G, axis=1)
+        holds_LGRK = (length_G > 0)[None, :, None, None]
+        return jnp.where(holds_LGRK, ring_LGRK, jnp.zeros_like(ring_LGRK))
 
-    one = _with_layers(cache, [_map_arrays(of_row, _RINGS, layer) for layer in _layers(cache)])
-    return dataclasses.replace(one, length_B=length_1, table_BM=table_1M)
+    taken = _with_layers(cache, [_map_arrays(of_rows, _RINGS, layer) for layer in _layers(cache)])
+    return dataclasses.replace(taken, length_B=length_G, table_BM=table_GM)
 
 
-def put(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
-    """The cache with the row that `take` returned, after a step: its rings, and all pages."""
-    into = lambda new, ring: jax.lax.dynamic_update_slice_in_dim(ring, new, row, axis=1)
-    pairs = zip(_layers(one), _layers(cache), strict=True)
-    return _with_layers(cache, [_map_arrays(into, _RINGS, new, old) for new, old in pairs])
+def put(
+    cache: Cache, row_G: Int[Array, " G"], taken: Cache, changed_G: Bool[Array, " G"]
+) -> Cache:
+    """The cache with the rows that `take` returned, after a step: their rings, and all pages."""
+
+    def into_rows(new_LGRK: Array, ring_LBRK: Array) -> Array:
+        old_LGRK = grouped_rows.read_each(ring_LBRK, row_G, axis=1)
+        new_LGRK = jnp.where(changed_G[None, :, None, None], new_LGRK, old_LGRK)
+        return grouped_rows.write_each(ring_LBRK, row_G, new_LGRK, axis=1)
+
+    pairs = zip(_layers(taken), _layers(cache), strict=True)
+    return _with_layers(cache, [_map_arrays(into_rows, _RINGS, new, old) for new, old in pairs])
 
 
 def _layers(cache: Cache) -> list[LayerCache]:
@@ -184,12 +214,12 @@ def snapshot(
     """
 
     def newest(ring_LBRK: Array, count: int) -> Float[Array, "L X K"]:
-        ring_LRK = jax.lax.dynamic_index_in_dim(ring_LBRK, row, axis=1, keepdims=False)
+        ring_LRK = grouped_rows.read(ring_LBRK, row, axis=1)
         return ring_LRK[:, _ring_rows(length, count, ring_LRK.shape[1])]
 
     def of_layer(layer: LayerCache, kind: LayerKind) -> dict[str, Array]:
-        rows = _snapshot_rows(cfg, kind, layer, entire)
-        return {name: newest(getattr(layer, name), count) for name, count in rows.items()}
+        counts = _snapshot_rows(cfg, kind, layer, entire)
+        return {name: newest(getattr(layer, name), count) for name, count in counts.items()}
 
     pairs = zip(_layers(cache), _kinds(cfg, cache), strict=True)
     return tuple(of_layer(*pair) for pair in pairs)
@@ -204,11 +234,11 @@ def restore(cache: Cache, row: Int[Array, ""], length: Int[Array, ""], saved: Sn
         ring_LRK = jnp.zeros((L, R, K), ring_LBRK.dtype)
         if saved_LXK is not None:
             ring_LRK = ring_LRK.at[:, _ring_rows(length, saved_LXK.shape[1], R)].set(saved_LXK)
-        return jax.lax.dynamic_update_index_in_dim(ring_LBRK, ring_LRK, row, axis=1)
+        return grouped_rows.write(ring_LBRK, row, ring_LRK, axis=1)
 
-    def of_layer(layer: LayerCache, rows: dict[str, Array]) -> LayerCache:
+    def of_layer(layer: LayerCache, saved: dict[str, Array]) -> LayerCache:
         names = [name for name in _RINGS if getattr(layer, name) is not None]
-        rings = {name: refill(getattr(layer, name), rows.get(name)) for name in names}
+        rings = {name: refill(getattr(layer, name), saved.get(name)) for name in names}
         return dataclasses.replace(layer, **rings)
 
     pairs = zip(_layers(cache), saved, strict=True)
@@ -223,7 +253,9 @@ def _ring_rows(length: Int[Array, ""], count: int, rows: int) -> Int[Array, " X"
 @functools.partial(jax.jit, donate_argnames="cache")
 def copy_page(cache: Cache, source: Int[Array, ""], target: Int[Array, ""]) -> Cache:
     """The cache with one page's entries copied to another page."""
-    copy = lambda pool_LPNK: pool_LPNK.at[:, target].set(pool_LPNK[:, source])
+    copy = lambda pool_LPNK: grouped_rows.write(
+        pool_LPNK, target, grouped_rows.read(pool_LPNK, source, axis=1), axis=1
+    )
     return _with_layers(cache, [_map_arrays(copy, _POOLS, layer) for layer in _layers(cache)])
 
 
@@ -231,7 +263,11 @@ def copy_page(cache: Cache, source: Int[Array, ""], target: Int[Array, ""]) -> C
 def read_page(cache: Cache, page: Int[Array, ""]) -> Page:
     """The entries of a page in all layers."""
     return tuple(
-        {name: pool[:, page] for name in _POOLS if (pool := getattr(layer, name)) is not None}
+        {
+            name: grouped_rows.read(pool_LPNK, page, axis=1)
+            for name in _POOLS
+            if (pool_LPNK := getattr(layer, name)) is not None
+        }
         for layer in _layers(cache)
     )
 
@@ -243,8 +279,10 @@ def write_entries(
     """The cache with part of a page replaced: if each layer has n entries, from position * n on."""
 
     def update(pool_LPNK: Array, new_LnK: Array) -> Array:
-        at = jnp.zeros((), jnp.int32), page, position * new_LnK.shape[1], jnp.zeros((), jnp.int32)
-        return jax.lax.dynamic_update_slice(pool_LPNK, new_LnK[:, None], at)
+        page_LNK = grouped_rows.read(pool_LPNK, page, axis=1)
+        at = position * new_LnK.shape[1]
+        page_LNK = jax.lax.dynamic_update_slice_in_dim(page_LNK, new_LnK, at, 1)
+        return grouped_rows.write(pool_LPNK, page, page_LNK, axis=1)
 
     def of_layer(layer: LayerCache, new: dict[str, Array]) -> LayerCache:
         pools = {name: update(getattr(layer, name), new[name]) for name in new}

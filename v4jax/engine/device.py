@@ -4,6 +4,7 @@ Axis letters: as in `v4jax.engine.programs`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -80,9 +81,11 @@ class Device:
         self._mesh = sharding.mesh_of(models[None])
         self._place = jax.devices()[0] if self._mesh is None else NamedSharding(self._mesh, P())
         self._cache, self._counts = self._empty(dtype)
+        zero, take_snapshot = jnp.int32(0), functools.partial(paging.snapshot, cfg=self._cfg)
         with sharding.on(self._mesh):
-            self._block = _Layout(jax.eval_shape(self._read_block))
-            self._snapshot = _Layout(jax.eval_shape(lambda: self.snapshot(0, 0)))
+            page = jax.eval_shape(paging.read_page, self._cache, zero)
+            self._snapshot = _Layout(jax.eval_shape(take_snapshot, self._cache, zero, zero))
+        self._block = _Layout(jax.eval_shape(lambda page: self._part(page, 0), page))
         vocab = static.cfg.vocab_size
         unmasked = lambda rows: np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
         # For a chunk of each group, and for all rows.
@@ -272,9 +275,6 @@ class Device:
     def _write(self, page: int, position: int, entries: paging.Page) -> None:
         at = np.int32(page), np.int32(position)
         self._cache = self._call(paging.write_entries, self._cache, *at, entries)
-
-    def _read_block(self) -> paging.Page:
-        return self._part(self._entries(0), 0)
 
     def _part(self, entries: paging.Page, position: int) -> paging.Page:
         """The entries of one block of a page."""

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 from v4jax.decoding import sampling
 from v4jax.decoding.sampling import SamplingState
 from v4jax.engine.arrays import Chunks, Counts, Drafting, Rows, Sampled, Scores, Static
-from v4jax.model import context, grouped_rows, paging, transformer
+from v4jax.model import context, grouped_rows, paging, sharding, transformer
 from v4jax.model.cache import BLOCK, Cache
 from v4jax.model.transformer import Model
 
@@ -85,7 +85,7 @@ def prefill(
     score = lambda x_GTM, next_GT: _scores(model, x_GTM, next_GT, static)
     scores = jax.lax.cond(jnp.any(chunks.scored_G), score, unscored, x_GTM, chunks.next_GT)
     cache = paging.put(cache, row_G, taken, count_G > 0)
-    return cache, counts, (sampled, draft_Gk, scores)
+    return *_in_place(cache, counts), (sampled, draft_Gk, scores)
 
 
 @_program
@@ -136,7 +136,19 @@ def advance(
     )
     carry = jnp.int32(0), cache, counts, rows, block
     n, cache, counts, now, block = jax.lax.while_loop(go_on, step, carry)
-    return cache, counts, (block, now.drafting, n)
+    return *_in_place(cache, counts), (block, now.drafting, n)
+
+
+def _in_place(cache: Cache, counts: Counts) -> tuple[Cache, Counts]:
+    """Each row on the devices that it came from: the next call would be another program else."""
+
+    def constrain(x: Array, axis: int) -> Array:
+        axes = [None] * x.ndim
+        axes[axis] = "batch"
+        return sharding.constrain(x, *axes)
+
+    cache = jax.tree.map(lambda x: constrain(x, min(x.ndim - 1, 1)), cache)
+    return cache, jax.tree.map(lambda x: constrain(x, 0), counts)
 
 
 def _step(

@@ -176,7 +176,7 @@ def _v4jax(path: Path, length: int, lora: bool, options: str) -> Step:
     dtype = "bfloat16" if "bfloat16" in options else "float32"
     loaded = v4jax.load(path, dtype=dtype, numerics="hf")
     cfg, what = loaded.config, Lora() if lora else Full()
-    parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(0))
+    parts = trainable.split(loaded.weights, cfg, what, jax.random.key(0))
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
     settings = step.Settings(

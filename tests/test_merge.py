@@ -207,7 +207,7 @@ def test_merging_a_checkpoint_of_transformers_equals_peft(tmp_path: Path) -> Non
     assert all(row.gain == pytest.approx(1.0, abs=1e-6) for row in rows)
     cfg = model.config
     settings, factors = peft.load(directory, cfg)
-    folded = training_runs.folded(cfg, model.engine.model, settings, factors, jnp.float32)
+    folded = training_runs.folded(cfg, model.weights, settings, factors, jnp.float32)
     merged, _ = weights(tmp_path / "merged")
     for name, value in params.leaves(folded):
         np.testing.assert_allclose(dict(params.leaves(merged))[name], value, atol=1e-6)

@@ -61,7 +61,7 @@ def logits(model: LanguageModel) -> np.ndarray:
 
 def folded(model: LanguageModel, settings: Lora, adapter: Adapter) -> LanguageModel:
     """The model with the update folded into its matrices, so that adapters share a program."""
-    base = model.engine.model
+    base = model.weights
     changed = training_runs.folded(model.config, base, settings, adapter, jnp.float32)
     return LanguageModel(dataclasses.replace(model.engine, model=changed))
 
@@ -153,7 +153,7 @@ def test_adapters_share_the_base_and_leave_it_unchanged(
     model: LanguageModel, tmp_path: Path
 ) -> None:
     settings, cfg = SETTINGS["all"], model.config
-    before = list(params.leaves(model.engine.model))
+    before = list(params.leaves(model.weights))
     changed = []
     for seed in range(2):
         adapter = training_runs.learned(cfg, settings, seed)
@@ -161,7 +161,7 @@ def test_adapters_share_the_base_and_leave_it_unchanged(
         changed.append(model.with_adapter(tmp_path / str(seed)))
     for name, array in before:
         for adapted in changed:
-            weight = dict(params.leaves(adapted.engine.model))[name]
+            weight = dict(params.leaves(adapted.weights))[name]
             assert getattr(weight, "base", weight) is array
     again = changed[0].with_adapter(tmp_path / "1")
     np.testing.assert_array_equal(logits(again), logits(changed[1]))
@@ -185,7 +185,7 @@ def test_a_mesh_shards_the_adapter_as_training_does(directory: Path, tmp_path: P
     base = v4jax.load(directory, dtype="float32", numerics="hf", mesh=mesh)
     adapter = training_runs.learned(base.config, settings)
     peft.export(tmp_path / "adapter", base.config, settings, adapter)
-    leaves = dict(params.leaves(base.with_adapter(tmp_path / "adapter").engine.model))
+    leaves = dict(params.leaves(base.with_adapter(tmp_path / "adapter").weights))
     weight = leaves["stacks.0.experts.0.gate_EFD"]
     assert weight.a.sharding.mesh == mesh
     assert weight.a.sharding.spec[1] == weight.base.sharding.spec[1] is not None
@@ -212,13 +212,13 @@ def test_the_newest_or_the_best_state_of_a_run_is_read(
 def test_weights_of_a_run_replace_those_of_the_model(
     directory: Path, model: LanguageModel, tmp_path: Path
 ) -> None:
-    leaves = dict(params.leaves(model.engine.model))
+    leaves = dict(params.leaves(model.weights))
     bias = next(name for name in leaves if name.endswith("router.bias_E"))
     trained = {name: np.asarray(leaves[name]) + 1 for name in ("norm_D", "head_VD")}
     balanced = {bias: np.asarray(leaves[bias]) - 1}
     run = training_runs.write(tmp_path / "run", directory, Full(), trained, balanced)
     loaded = v4jax.load(directory, dtype="float32", numerics="hf", adapter=run)
-    for name, value in params.leaves(loaded.engine.model):
+    for name, value in params.leaves(loaded.weights):
         expected = (trained | balanced).get(name, leaves[name])
         np.testing.assert_array_equal(value, expected)
     with pytest.raises(CheckpointError, match="trained the weights in full"):

@@ -86,7 +86,7 @@ def gradients(theirs: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray
 def stepped(ours: Any, batch: dict[str, np.ndarray]) -> Any:
     """Trained weights before an AdamW step, the model and state after it, and its metrics."""
     cfg, what = ours.config, Full()
-    parts = trainable.split(ours.engine.model, cfg, what, jax.random.key(0))
+    parts = trainable.split(ours.weights, cfg, what, jax.random.key(0))
     rule = optimizer.make(trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY)
     settings = step.Settings(cfg=cfg, numerics=HF, what=what, clip=1e9, remat=False)
     placed = {name: jnp.asarray(x)[None] for name, x in batch.items()}
@@ -140,7 +140,7 @@ def test_one_adamw_step_matches_torch(
         difference = np.abs(after[name] - weight.detach().numpy())[clear]
         assert difference.max() <= 1e-3 * RATE, name
     # Nothing else is reached by gradients or decay.
-    old, new = (dict(params.leaves(model)) for model in (ours.engine.model, moved))
+    old, new = (dict(params.leaves(model)) for model in (ours.weights, moved))
     frozen = old.keys() - state.trained.keys()
     for name in frozen:
         np.testing.assert_array_equal(new[name], old[name], name)

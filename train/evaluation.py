@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 
 from . import preparation, step, trainable
@@ -61,9 +60,12 @@ class Evaluator:
         settings, evaluation = self._setup.settings, self._recipe.evaluation
         model = trainable.join(parts, settings.cfg, settings.what)
         dtype = np.dtype(self._recipe.model.dtype)
-        engine = Engine(model, settings.cfg, settings.numerics, dtype)
-        writer = LanguageModel(engine, self._setup.tokenizer)
-        generate = lambda text: (
-            writer.generate(text, max_tokens=evaluation.tokens, temperature=0.0).text
+        how = settings.cfg, settings.numerics, dtype, self._setup.tokenizer
+        prompts = [*evaluation.prompts]
+        texts = LanguageModel(model, *how).generate(
+            prompts, max_tokens=evaluation.tokens, temperature=0.0, progress=lambda *_: None
         )
-        return [{"prompt": text, "text": generate(text)} for text in evaluation.prompts]
+        return [
+            {"prompt": prompt, "text": answer.text}
+            for prompt, answer in zip(prompts, texts, strict=True)
+        ]

@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, steps: int) -> tuple[Setup, step.State]:
         mesh=mesh,
     )
     cfg = loaded.config
-    parts = trainable.split(loaded.engine.model, cfg, what, jax.random.key(recipe.steps.seed))
+    parts = trainable.split(loaded.weights, cfg, what, jax.random.key(recipe.steps.seed))
     declared = trainable.declare(cfg, what)
     if mesh is not None and adapts:
         places = sharding.shardings(declared, mesh, parts.trained)

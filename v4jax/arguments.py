@@ -310,18 +310,36 @@ def _vocabulary_ids(value: Any) -> list[int]:
     return ids
 
 
-def _prompt(value: Any) -> str | list[int]:
+class Batch(list[Any]):
+    """Several prompts, where one is allowed as well."""
+
+
+def _prompt(value: Any) -> str | list[Any]:
     if isinstance(value, str):
         return value
-    chat = "it must be text or token ids. Encode chat messages with v4jax.encode_chat."
     if isinstance(value, Mapping):
-        raise Invalid(f" is a dictionary; {chat}")
-    first = next(iter(items(value) or ()), None)
+        raise Invalid(" is a dictionary; pass the messages of a chat as a list.")
+    messages = items(value) or ()
+    first = next(iter(messages), None)
     if isinstance(first, Mapping):
-        raise Invalid(f" is a list of dictionaries; {chat}")
+        return [*messages]
     if isinstance(first, str):
         raise Invalid(" is a list of texts; pass one text per call.")
     return _token_ids(value)
+
+
+def _prompts(value: Any) -> str | list[Any]:
+    rows = items(value) or ()
+    first = next(iter(rows), None)
+    if isinstance(value, str) or not (isinstance(first, str) or items(first) is not None):
+        return _prompt(value)
+    prompts = Batch()
+    for at, row in enumerate(rows):
+        try:
+            prompts.append(_prompt(row))
+        except Invalid as invalid:
+            raise Invalid(f"[{at}]{invalid}") from None
+    return prompts
 
 
 def _token_rows(value: Any) -> list[list[int]]:
@@ -345,4 +363,5 @@ def _token_rows(value: Any) -> list[list[int]]:
 
 TOKEN_IDS = Kind("a list of token ids", _vocabulary_ids)
 TOKEN_ROWS = Kind("token ids [batch, length]", _token_rows)
-PROMPT = Kind("text or a list of token ids", _prompt)
+PROMPT = Kind("text, a list of token ids or a list of messages", _prompt)
+PROMPTS = Kind("text, a list of token ids, a list of messages, or a list of these", _prompts)

@@ -4,10 +4,9 @@ Axis letters: B batch, T tokens, V vocabulary.
 """
 
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,64 +14,42 @@ from jaxtyping import Float32
 from v4jax import arguments, waiting
 from v4jax.adapters import updates
 from v4jax.arguments import shown
-from v4jax.checkpoints import tensor_values
 from v4jax.checkpoints.disk import CheckpointError
-from v4jax.decoding import loop, sampling, steps
-from v4jax.decoding.loop import Engine, FinishReason, Timings, Token
+from v4jax.decoding import sampling as samplings
+from v4jax.decoding.loaded import Loaded, NotFiniteError
 from v4jax.decoding.sampling import SamplingParams
-from v4jax.model.config import ModelConfig
-from v4jax.text.stopping import STOP, StopStrings
-from v4jax.text.tokenizer import StreamDecoder, Tokenizer
+from v4jax.engine import batch
+from v4jax.engine.request import Request
+from v4jax.generation import Answer, ChatAnswer, Generation, Score
+from v4jax.text.chat import encode_chat
+from v4jax.text.chat_parser import parse_chat
+from v4jax.text.stopping import STOP
+from v4jax.text.tokenizer import Tokenizer
 
-# Arguments of both `generate` and `stream`.
-_KINDS = {"prompt": arguments.PROMPT, "max_tokens": arguments.integer(1), "stop": STOP}
-_KINDS |= sampling.KINDS
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """A finished generation.
-
-    Attributes:
-      text: the new text, without a stop string or special tokens at its end.
-      tokens: the new tokens, including an end-of-sequence token.
-      logprobs: log-probability of each token under the raw logits.
-      top_logprobs: for each token, the requested number of most probable tokens with their
-        log-probabilities.
-      finish_reason: 'stop' after an end-of-sequence token or a stop string, else 'length'.
-      timings: wall-clock times.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[tuple[tuple[int, float], ...]]
-    finish_reason: FinishReason
-    timings: Timings
+Chat = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Chat
+# Arguments of `generate`, `stream` and `chat`.
+_KINDS = {
+    "max_tokens": arguments.integer(1),
+    "stop": STOP,
+    "speculate": arguments.optional(arguments.TEXT),
+    **samplings.KINDS,
+}
 
 
-@arguments.checked(
-    engine=arguments.instance("a v4jax.decoding.loop.Engine", Engine),
-    tokenizer=arguments.optional(arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer)),
-)
+@arguments.checked(tokenizer=arguments.optional(arguments.instance("a Tokenizer", Tokenizer)))
 @dataclasses.dataclass(frozen=True, repr=False)
-class LanguageModel:
+class LanguageModel(Loaded):
     """A model ready to run.
 
     Attributes:
-      engine: weights, configuration and compiled steps.
       tokenizer: the tokenizer; None if the checkpoint has none.
     """
 
-    engine: Engine
     tokenizer: Tokenizer | None = None
 
-    def __repr__(self) -> str:
-        return f"LanguageModel({self.engine}, {'with' if self.tokenizer else 'without'} tokenizer)"
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.engine.cfg
+    def _summary(self) -> str:
+        return f"{super()._summary()}, {'with' if self.tokenizer else 'without'} tokenizer"
 
     @arguments.checked(path=arguments.optional(arguments.PATH))
     def with_adapter(self, path: str | Path | None) -> "LanguageModel":
@@ -86,18 +63,17 @@ class LanguageModel:
           CheckpointError: the path is neither, is damaged, is for another model, or is a run that
             trained no adapter.
         """
-        engine = self.engine
         if path is None:
-            changed = updates.detach(engine.model, engine.cfg)
+            changed = updates.detach(self.weights, self.config)
         else:
-            update = updates.read(updates.resolve(path), engine.cfg)
+            update = updates.read(updates.resolve(path), self.config)
             if isinstance(update, updates.Replaced):
                 raise CheckpointError(
                     f"{path}: trained the weights in full, so there is no base to share; "
                     "pass it to 'v4jax.load'."
                 )
-            changed = updates.attach(engine.model, engine.cfg, update, engine.dtype)
-        return LanguageModel(dataclasses.replace(engine, model=changed), self.tokenizer)
+            changed = updates.attach(self.weights, self.config, update, self.dtype)
+        return dataclasses.replace(self, weights=changed)
 
     @arguments.checked(tokens=arguments.TOKEN_ROWS)
     def logits(self, tokens: Any) -> Float32[np.ndarray, "B T V"]:
@@ -113,49 +89,75 @@ class LanguageModel:
         """
         for row in tokens:
             self._check_tokens(row)
-        engine, (batch, length) = self.engine, np.shape(tokens)
-        self._check_length(length, 0)
-        rows = [*tokens, *[[0] * length] * (engine.rows(batch) - batch)]
-        chunks = engine.chunks(steps.logits, rows, sum(loop.chunk_sizes(length)))
+        self._room(len(tokens[0]), 0)
         with waiting.compilation("Computing logits"):
-            parts = [np.asarray(logits)[:batch, : count_B[0]] for logits, count_B, _ in chunks]
-        if not all(tensor_values.are_finite(part) for part in parts):
-            raise loop.NotFiniteError
-        return np.concatenate(parts, axis=1)
+            return self.logits_of(tokens)
 
-    @arguments.checked(**_KINDS, top_logprobs=arguments.integer(0))
+    @overload
+    def generate(self, prompt: str | Sequence[int] | Chat, **settings: Any) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]] | list[Chat], **settings: Any
+    ) -> list[Generation]: ...
+
+    @arguments.checked(
+        **_KINDS,
+        prompt=arguments.PROMPTS,
+        top_logprobs=arguments.integer(0),
+        progress=arguments.optional(arguments.FUNCTION),
+    )
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,
         *,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         top_logprobs: int = 0,
+        speculate: str | None = None,
+        progress: waiting.Progress | None = None,
         **sampling: Any,
-    ) -> Generation:
-        """Continue a prompt.
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several at once.
 
         Args:
-          prompt: text or token ids. Text is tokenized unchanged; see `encode_chat` for chats.
-          max_tokens: maximum number of new tokens.
-          stop: strings that end the text and are not part of it.
+          prompt: text, token ids or the messages of a chat, or a list of these. Text is tokenized
+            unchanged; the messages of a chat are encoded without thinking (see `chat`).
+          max_tokens: maximum number of new tokens of each.
+          stop: strings that end a text and are not part of it.
           top_logprobs: number of most probable tokens to report for each token.
+          speculate: 'mtp:2' drafts two tokens with the MTP block; the texts are the same.
+          progress: called with the name of the present task, the amount done and the total; by
+            default they are shown on a terminal and in a notebook.
           sampling: fields of `SamplingParams`: temperature, top_k, top_p, min_p, seed, penalties.
 
+        Returns:
+          The generation or, of a list of prompts, those of each in order.
+
         Raises:
-          ValueError: an argument is invalid, the prompt is too long for the model, or it is text
+          ValueError: an argument is invalid, a prompt is too long for the model, or it is text
             and there is no tokenizer.
           NotFiniteError: the model's logits are not finite.
         """
-        return self._run(prompt, max_tokens, stop, top_logprobs, sampling).finish()
+        is_one = not isinstance(prompt, arguments.Batch)
+        prompts = [prompt] if is_one else [*prompt]
+        settings = {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
+        requests, answers = self._requests(prompts, top_logprobs, **settings)
+        texts = [""] * len(prompts)
+        events = self._events(requests, speculate, None if is_one else progress)
+        for i, event in events:
+            texts[i] += answers[i].add(event)
+        generations = [answer.generation(t) for answer, t in zip(answers, texts, strict=True)]
+        return generations[0] if is_one else generations
 
-    @arguments.checked(**_KINDS)
+    @arguments.checked(**_KINDS, prompt=arguments.PROMPT)
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
+        speculate: str | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of `generate` in pieces of whole characters, without parts of stop strings."""
@@ -163,35 +165,163 @@ class LanguageModel:
             raise ValueError(
                 "This checkpoint has no tokenizer.json, so there is no text to stream."
             )
-        return self._run(prompt, max_tokens, stop, 0, sampling).pieces()
+        settings = {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
+        requests, (answer,) = self._requests([prompt], 0, **settings)
+        pieces = (answer.add(event) for _, event in self._events(requests, speculate, None))
+        return filter(None, pieces)
 
-    def _run(
+    @arguments.checked(
+        **_KINDS,
+        tools=arguments.optional(arguments.sequence("a list of tools")),
+        thinking=arguments.choice("off", "low", "high", "max"),
+    )
+    def chat(
         self,
-        prompt: str | Sequence[int],
+        messages: Chat,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: str = "off",
+        max_tokens: int = 4096,
+        stop: str | Sequence[str] = (),
+        speculate: str | None = None,
+        **sampling: Any,
+    ) -> ChatAnswer:
+        """Answer a conversation.
+
+        Args:
+          messages: messages in OpenAI's format; see `v4jax.encode_chat`.
+          tools: tools that may be called, in OpenAI's format.
+          thinking: reasoning effort before the answer; checkpoints before 0731 do not support
+            'low'.
+          max_tokens: maximum number of new tokens, those of the reasoning included.
+          stop: as for `generate`.
+          speculate: as for `generate`.
+          sampling: as for `generate`.
+
+        Raises:
+          ValueError: an argument is invalid, the conversation is too long, or the checkpoint has
+            no tokenizer or does not support the effort.
+          NotFiniteError: the model's logits are not finite.
+        """
+        encoding = self._chat_settings(thinking)
+        text = encode_chat([*_tools(tools), *messages], **encoding)
+        settings = {"max_tokens": max_tokens, "stop": stop, "speculate": speculate}
+        generation = self.generate(text, **settings, **sampling)
+        answer = parse_chat(generation.text, encoding.get("thinking_mode", "chat"))
+        calls = answer["tool_calls"]
+        return ChatAnswer(answer["content"], answer["reasoning_content"], calls, generation)
+
+    @overload
+    def score(self, text: str | Sequence[int], *, progress: Any = None) -> Score: ...
+
+    @overload
+    def score(self, text: list[str] | list[list[int]], *, progress: Any = None) -> list[Score]: ...
+
+    @arguments.checked(text=arguments.PROMPTS, progress=arguments.optional(arguments.FUNCTION))
+    def score(self, text: Any, *, progress: waiting.Progress | None = None) -> Score | list[Score]:
+        """Log-probabilities of a text's tokens, or of several texts'.
+
+        Args:
+          text: text or token ids, or a list of these; at least two tokens each.
+          progress: as for `generate`.
+
+        Raises:
+          ValueError: a text is too short, too long for the model, or there is no tokenizer.
+          NotFiniteError: the model's logits are not finite.
+        """
+        is_one = not isinstance(text, arguments.Batch)
+        rows = [self._encode(each) for each in ([text] if is_one else text)]
+        for row in rows:
+            self._check_tokens(row)
+            self._room(len(row), 0)
+            if len(row) < 2:
+                raise ValueError("A text of one token has nothing to score; pass two or more.")
+        requests = [Request(tokens=row, max_tokens=0, prompt_logprobs=True) for row in rows]
+        scores: list[Any] = [None] * len(rows)
+        for i, event in self._events(requests, None, None if is_one else progress):
+            if event.prompt:
+                logprobs = [token.logprob for token in event.prompt[1:]]
+                if not np.isfinite(logprobs).all():
+                    raise NotFiniteError
+                scores[i] = Score(rows[i], logprobs)
+        return scores[0] if is_one else scores
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        top_logprobs: int,
+        *,
         max_tokens: int,
         stop: str | Sequence[str],
-        top_logprobs: int,
         sampling: dict[str, Any],
-    ) -> "_Run":
-        tokens = self._encode(prompt)
-        self._check_tokens(tokens)
+    ) -> tuple[list[Request], list[Answer]]:
+        """A request for each prompt, and what reads its answer."""
         if top_logprobs > self.config.vocab_size:
             raise ValueError(
                 f"top_logprobs is {shown(top_logprobs)}; it must be 0 to the vocabulary's size."
             )
-        room = self._check_length(len(tokens), 1)
+        rows = [self._encode(prompt) for prompt in prompts]
+        for row in rows:
+            self._check_tokens(row)
+        rooms = [self._room(len(row), 1) for row in rows]
         if stop and self.tokenizer is None:
             raise ValueError("This checkpoint has no tokenizer.json, so there is no text to stop.")
-        stops = StopStrings(stop)
-        params = SamplingParams(**sampling)
-        return _Run(self, tokens, min(max_tokens, room), stops, top_logprobs, params)
+        answers = [Answer(self.tokenizer, stop) for _ in rows]
+        requests = [
+            Request(
+                tokens=row,
+                max_tokens=min(max_tokens, room),
+                sampling=SamplingParams(**sampling),
+                stop_tokens=self.config.eos_token_ids,
+                watcher=lambda answer=answer: answer,
+                top_logprobs=top_logprobs,
+            )
+            for row, room, answer in zip(rows, rooms, answers, strict=True)
+        ]
+        return requests, answers
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def _events(
+        self, requests: list[Request], speculate: str | None, progress: waiting.Progress | None
+    ) -> Iterator[tuple[int, Any]]:
+        """The events of requests; terminals and notebooks show the wait for them."""
+        events = batch.answer(self, requests, speculate=speculate)
+        if len(requests) == 1:
+            task: str | None = "Reading the prompt"
+            while True:
+                with waiting.compilation(task):
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+                task = None
+        done = 0
+        with waiting.progress(progress) as report:
+            report("Generating", done, len(requests))
+            for i, event in events:
+                if event.finish is not None:
+                    done += 1
+                    report("Generating", done, len(requests))
+                yield i, event
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = encode_chat(prompt, **self._chat_settings("off"))
         if not isinstance(prompt, str):
-            return list(prompt)
+            return [*prompt]
         if self.tokenizer is None:
             raise ValueError("This checkpoint has no tokenizer.json; pass the prompt as token ids.")
         return self.tokenizer.encode(prompt)
+
+    def _chat_settings(self, thinking: str) -> dict[str, Any]:
+        """Arguments of `encode_chat` for a reasoning effort."""
+        revision = "0731" if self.config.dspark else "april"
+        if thinking == "off":
+            return {"revision": revision}
+        return {
+            "revision": revision,
+            "thinking_mode": "thinking",
+            "reasoning_effort": thinking,
+        }
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -203,7 +333,7 @@ class LanguageModel:
                     f"{self.config.vocab_size}."
                 )
 
-    def _check_length(self, length: int, new: int) -> int:
+    def _room(self, length: int, new: int) -> int:
         """The room for new tokens after `length`; raises if it is less than `new`."""
         limit = self.config.max_position_embeddings
         if length + new > limit:
@@ -214,76 +344,6 @@ class LanguageModel:
         return limit - length
 
 
-class _Run:
-    """A generation in progress: tokens from the engine, text from the tokenizer."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        prompt: list[int],
-        max_tokens: int,
-        stops: StopStrings,
-        top_logprobs: int,
-        params: SamplingParams,
-    ) -> None:
-        self._start = time.perf_counter()
-        self._model, self._stops = model, stops
-        self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
-        self._blocks = model.engine.run([prompt], [params], [max_tokens], top_logprobs=top_logprobs)
-        self.tokens: list[Token] = []
-        self.finish_reason: FinishReason = "length"
-        self._first = 0.0
-
-    def pieces(self) -> Iterator[str]:
-        """Pieces of text as they are generated."""
-        for tokens in self._tokens():
-            self._first = self._first or time.perf_counter()
-            for token in tokens:
-                self.tokens.append(token)
-                if token.id in self._model.config.eos_token_ids:
-                    self.finish_reason = "stop"
-                    break
-                piece, stopped = self._stops.push(
-                    self._decoder.push(token.id) if self._decoder else ""
-                )
-                if piece:
-                    yield piece
-                if stopped:
-                    self.finish_reason = "stop"
-                    return
-        piece, stopped = self._stops.push(self._decoder.flush() if self._decoder else "")
-        if stopped:
-            self.finish_reason = "stop"
-        else:
-            piece += self._stops.flush()
-        if piece:
-            yield piece
-
-    def _tokens(self) -> Iterator[list[Token]]:
-        """New tokens as they are generated; terminals and notebooks show the wait for them."""
-        task: str | None = "Reading the prompt"
-        while True:
-            with waiting.compilation(task):
-                block = next(self._blocks, None)
-            if block is None:
-                return
-            yield block[0]
-            task = None
-
-    def finish(self) -> Generation:
-        """Run to the end."""
-        text = "".join(self.pieces())
-        decode_seconds = time.perf_counter() - self._first
-        decoded = len(self.tokens) - 1
-        return Generation(
-            text=text,
-            tokens=[token.id for token in self.tokens],
-            logprobs=[token.logprob for token in self.tokens],
-            top_logprobs=[token.top for token in self.tokens],
-            finish_reason=self.finish_reason,
-            timings=Timings(
-                prefill_seconds=self._first - self._start,
-                decode_seconds=decode_seconds,
-                tokens_per_second=decoded / decode_seconds if decoded else 0.0,
-            ),
-        )
+def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """The message that declares tools, if there are any."""
+    return [{"role": "system", "content": "", "tools": [*tools]}] if tools else []

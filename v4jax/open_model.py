@@ -10,7 +10,6 @@ from v4jax import programs
 from v4jax.adapters import updates
 from v4jax.checkpoints import hub
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
-from v4jax.decoding.loop import Engine
 from v4jax.language_model import LanguageModel
 from v4jax.model import numerics
 from v4jax.waiting import Progress
@@ -40,4 +39,4 @@ def load(
     )
     if update is not None:
         model = updates.attach(model, cfg, update, jnp.dtype(dtype))
-    return LanguageModel(Engine(model, cfg, rounding, jnp.dtype(dtype)), checkpoint.tokenizer())
+    return LanguageModel(model, cfg, rounding, jnp.dtype(dtype), checkpoint.tokenizer())

@@ -134,9 +134,11 @@ class Static(NamedTuple):
       numerics: the rounding.
       drafts: k, the number of drafts that a row takes.
       top: N, the number of alternatives that can be reported.
+      scores: whether prompts can be scored.
     """
 
     cfg: ModelConfig
     numerics: Numerics
     drafts: int
     top: int
+    scores: bool = True

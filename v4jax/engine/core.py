@@ -6,9 +6,10 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from v4jax.decoding import sampling
 from v4jax.engine.arrays import Drafting, Sampled, Scores
 from v4jax.engine.device import Device
 from v4jax.engine.memory import Memory
@@ -59,6 +60,14 @@ class Core:
     def busy(self) -> bool:
         """Whether a sequence waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.idle)
+
+    def sequence(self, request: Request, notify: Callable[[Event], object]) -> Sequence:
+        """A sequence for a request that is submitted now; see `Engine.submit`. On any thread."""
+        vocab = self.device.static.cfg.vocab_size
+        sequence = Sequence.of(request, notify, sampling.settings([request.sampling], vocab))
+        sequence.submitted = time.perf_counter()
+        sequence.keys = self.memory.keys(request)
+        return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""

@@ -81,11 +81,6 @@ class Device:
         self._mesh = sharding.mesh_of(models[None])
         self._place = jax.devices()[0] if self._mesh is None else NamedSharding(self._mesh, P())
         self._cache, self._counts = self._empty(dtype)
-        zero, take_snapshot = jnp.int32(0), functools.partial(paging.snapshot, cfg=self._cfg)
-        with sharding.on(self._mesh):
-            page = jax.eval_shape(paging.read_page, self._cache, zero)
-            self._snapshot = _Layout(jax.eval_shape(take_snapshot, self._cache, zero, zero))
-        self._block = _Layout(jax.eval_shape(lambda page: self._part(page, 0), page))
         vocab = static.cfg.vocab_size
         unmasked = lambda rows: np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
         # For a chunk of each group, and for all rows.
@@ -106,14 +101,27 @@ class Device:
             )
             return paging.make(cfg, **sizes, dtype=dtype, mtp=mtp), counts
 
-        if self._mesh is None:
+        mesh = self._mesh
+        if mesh is None:
             return jax.device_put(zeros(), self._place)
         cache, counts = jax.eval_shape(zeros)
         where = (
-            jax.tree.map(lambda x: caches.place(x.shape, self._mesh), cache),
-            jax.tree.map(lambda x: sharding.place(ROWS, x.shape, self._mesh), counts),
+            jax.tree.map(lambda x: caches.place(x.shape, mesh), cache),
+            jax.tree.map(lambda x: sharding.place(ROWS, x.shape, mesh), counts),
         )
         return jax.jit(zeros, out_shardings=where)()
+
+    @functools.cached_property
+    def _block(self) -> "_Layout":
+        with sharding.on(self._mesh):
+            page = jax.eval_shape(paging.read_page, self._cache, jnp.int32(0))
+        return _Layout(jax.eval_shape(lambda page: self._part(page, 0), page))
+
+    @functools.cached_property
+    def _snapshot(self) -> "_Layout":
+        take, zero = functools.partial(paging.snapshot, cfg=self._cfg), jnp.int32(0)
+        with sharding.on(self._mesh):
+            return _Layout(jax.eval_shape(take, self._cache, zero, zero))
 
     @property
     def width(self) -> int:
@@ -163,8 +171,11 @@ class Device:
           allowed: tokens that may be sampled after a group's chunk; any where it is missing.
         """
         groups, width = self.shape.groups, self.shape.widths[0 if chunks[0].narrow else 1]
-        zeros = lambda *more, dtype=np.int32: np.zeros((groups, *more), dtype)
-        arrays = Chunks(
+
+        def zeros(*shape: int, dtype: Any = np.int32) -> Any:
+            return np.zeros((groups, *shape), dtype)
+
+        arrays: Any = Chunks(
             row_G=zeros(),
             count_G=zeros(),
             last_G=zeros(dtype=bool),
@@ -218,10 +229,10 @@ class Device:
 
     def _by_row(self, arrays: Any) -> Any:
         """Arrays of the host, on the devices whose rows they are of."""
-        if self.shape.groups == 1:
+        mesh = self._mesh
+        if mesh is None or self.shape.groups == 1:
             return arrays
-        assert self._mesh is not None, "rows are split"
-        place = lambda x: sharding.place(ROWS, x.shape, self._mesh)
+        place = lambda x: sharding.place(ROWS, x.shape, mesh)
         return jax.device_put(arrays, jax.tree.map(place, arrays))
 
     def set_counts(self, sequence: Sequence) -> None:

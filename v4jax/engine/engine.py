@@ -20,27 +20,15 @@ import jax.monitoring
 
 from v4jax import waiting
 from v4jax.arguments import shown
-from v4jax.decoding import sampling
+from v4jax.decoding.loaded import Loaded
 from v4jax.engine import settings
-from v4jax.engine.core import Core, Counters
-from v4jax.engine.device import Device, Shape
-from v4jax.engine.memory import Memory
-from v4jax.engine.pages import Pages
-from v4jax.engine.prefix import Prefix
-from v4jax.engine.programs import Static
+from v4jax.engine.build import build
+from v4jax.engine.core import Counters
 from v4jax.engine.request import Event, QueueFull, Request
-from v4jax.engine.scheduler import Scheduler
 from v4jax.engine.sequence import IDLE, Sequence
-from v4jax.engine.settings import Loaded, Settings
-from v4jax.engine.store import Store
-from v4jax.model import sharding
-from v4jax.model.cache import BLOCK
+from v4jax.engine.settings import Settings
 
 _log = logging.getLogger("v4jax.engine")
-# Alternatives that can be reported with each token.
-TOP = 20
-# Stop tokens of a request besides the model's own.
-STOPS = 8
 
 
 @dataclasses.dataclass
@@ -102,7 +90,7 @@ class Engine:
         """Allocate the cache and compile all programs.
 
         Args:
-          model: a loaded model, on one device or on a mesh that does not split a batch's rows.
+          model: a model that `v4jax.load` returned, on one device or on a mesh.
           adapters: the same model with adapters (`with_adapter`), by name.
           speculate: 'mtp:2' drafts two tokens with the MTP block; None drafts nothing.
           progress: as for `v4jax.load`.
@@ -114,7 +102,7 @@ class Engine:
         drafts = settings.drafts_of(speculate, model)
         self.settings = settings.check(Settings(**sizes, drafts=drafts), model)
         self._models = dict[str | None, Loaded]({None: model}) | dict(adapters or {})
-        self._core = self._build(model)
+        self._core = build(self._models, self.settings)
         self._inbox: collections.deque[Sequence] = collections.deque()
         self._condition, self._closed = threading.Condition(), threading.Event()
         self._closing, self._error, self._began = False, None, 0.0
@@ -154,10 +142,7 @@ class Engine:
         self._check(request)
         if len(self._inbox) + len(self._core.scheduler.waiting) >= self.settings.queue:
             raise QueueFull(f"{self.settings.queue} requests are waiting; try again later.")
-        vocab = self._models[None].engine.cfg.vocab_size
-        sequence = Sequence.of(request, notify, sampling.settings([request.sampling], vocab))
-        sequence.submitted = time.perf_counter()
-        sequence.keys = self._core.memory.keys(request)
+        sequence = self._core.sequence(request, notify)
         with self._condition:
             self._inbox.append(sequence)
             self._condition.notify()
@@ -206,41 +191,9 @@ class Engine:
         self._watchdog.join()
         jax.monitoring.unregister_event_duration_listener(self._note_compilation)
 
-    def _build(self, model: Loaded) -> Core:
-        engine, sizes = model.engine, self.settings
-        static = Static(engine.cfg, engine.numerics, sizes.drafts, min(TOP, engine.cfg.vocab_size))
-        page, pages = sizes.page or 0, sizes.pages or 0
-        shape = Shape(
-            rows=sizes.max_seqs,
-            pages=pages,
-            page=page,
-            row_pages=-(-sizes.context // page),
-            widths=(BLOCK, sizes.chunk),
-            stops=STOPS + len(engine.cfg.eos_token_ids),
-            groups=sharding.row_groups(engine.mesh),
-        )
-        models = {name: loaded.engine.model for name, loaded in self._models.items()}
-        device = Device(models, shape, static, engine.dtype)
-        names = {name: settings.fingerprint(model, static, shape) for name, model in models.items()}
-        store = None
-        if sizes.cache_ram or sizes.cache_dir:
-            store = Store(sizes.cache_ram, names[None], sizes.cache_dir, sizes.cache_disk)
-        all_pages = Pages(pages, shape.groups)
-        memory = Memory(
-            device,
-            all_pages,
-            Prefix(all_pages, page // BLOCK, sizes.snapshots, names[None]),
-            store,
-            names,
-            interval=sizes.interval,
-        )
-        rows = {"rows": sizes.max_seqs, "groups": shape.groups}
-        scheduler = Scheduler(memory, chunk=sizes.chunk, width=device.width, **rows)
-        return Core(scheduler, memory, device)
-
     def _check(self, request: Request) -> None:
         """Refuse what can never run."""
-        cfg, context = self._models[None].engine.cfg, self.settings.context
+        cfg, context = self._models[None].config, self.settings.context
         if not request.tokens:
             raise ValueError("The prompt is empty; pass at least one token.")
         wrong = [token for token in request.tokens if not 0 <= token < cfg.vocab_size]
@@ -258,8 +211,11 @@ class Engine:
         if request.adapter not in self._models:
             known = ", ".join(str(name) for name in self._models if name) or "none"
             raise ValueError(f"There is no adapter {shown(request.adapter)}; loaded are: {known}.")
-        alternatives = request.top_logprobs, min(TOP, cfg.vocab_size)
-        limits = {"stop_tokens": (len(request.stop_tokens), self._core.device.shape.stops), "top_logprobs": alternatives}
+        alternatives = request.top_logprobs, self.settings.top
+        limits = {
+            "stop_tokens": (len(request.stop_tokens), self._core.device.shape.stops),
+            "top_logprobs": alternatives,
+        }
         for name, (count, most) in limits.items():
             if count > most:
                 raise ValueError(f"{name}: {count} is more than {most}, the most that is allowed.")

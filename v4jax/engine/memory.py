@@ -80,7 +80,12 @@ class Memory:
             pages.take(group)
 
     def keys(self, request: Request, known: Many[bytes] = ()) -> list[bytes]:
-        """Keys of the blocks before a prompt's last token; `known` are the first of them."""
+        """Keys of the blocks before a prompt's last token; `known` are the first of them.
+
+        There are none if no prefix is reused.
+        """
+        if not self._prefix.max_snapshots:
+            return []
         adapter = self._models[request.adapter]
         return self._prefix.keys(request.tokens[:-1], adapter, request.salt, known)
 
@@ -98,7 +103,7 @@ class Memory:
         return sorted(groups, key=lambda group: (group != home, -self._pages.free_in(group)))
 
     def open(self, sequence: Sequence, group: int, row: int, tokens: int) -> bool:
-        """Open a sequence on a row of a group, with pages for some tokens; False if too few are free.
+        """Open a sequence on a row, with pages of its group; False if too few are free.
 
         It begins with what is known of its prompt, or goes on where it was if it was saved.
         """
@@ -155,6 +160,8 @@ class Memory:
     def publish(self, sequence: Sequence) -> None:
         """Publish the blocks that prefill has computed, with a snapshot where one is due."""
         keys = sequence.keys[: sequence.length // BLOCK]
+        if not keys:
+            return
         self._prefix.publish(keys, sequence.pages)
         ends = sequence.known * BLOCK, sequence.reusable
         due = sequence.length in ends or sequence.length % self._interval == 0

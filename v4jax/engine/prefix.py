@@ -45,6 +45,7 @@ class Prefix:
 
     Attributes:
       blocks_per_page: blocks that a page holds.
+      max_snapshots: number of snapshots beyond which the least recently used are dropped.
       snapshots: state of a row at the end of a block, by the block's key; least recently used
         first. To be changed by the index's methods only.
     """
@@ -62,7 +63,7 @@ class Prefix:
         """
         self.snapshots: dict[bytes, Any] = {}
         self._pages, self.blocks_per_page = pages, blocks_per_page
-        self._max_snapshots, self._fingerprint = max_snapshots, fingerprint
+        self.max_snapshots, self._fingerprint = max_snapshots, fingerprint
         # Blocks of each page, in order; least recently used page first.
         self._blocks: dict[int, list[bytes]] = {}
         # Pages that have a block, at least one. A copy of a page's first blocks, continued with
@@ -150,7 +151,7 @@ class Prefix:
         """
         dropped = [(key, self.snapshots.pop(key))] if key in self.snapshots else []
         self.snapshots[key] = snapshot
-        surplus = max(0, len(self.snapshots) - self._max_snapshots)
+        surplus = max(0, len(self.snapshots) - self.max_snapshots)
         oldest = [*itertools.islice(self.snapshots, surplus)]
         return dropped + [(key, self.snapshots.pop(key)) for key in oldest]
 

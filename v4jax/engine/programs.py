@@ -80,10 +80,11 @@ def prefill(
         ends_GT = (at_GT + 1 == (rows.length_B + count_G)[:, None]) & chunks.last_G[:, None]
         next_GT = jnp.where(ends_GT, sampled.token_BT, next_GT)
         draft_Gk, taken = _draft(model, x_GTM, next_GT, taken, (rows.length_B, count_G), static)
-    zeros_GTN = jnp.zeros((*chunks.tokens_GT.shape, static.top))
-    unscored = lambda *_: Scores(zeros_GTN[..., 0], zeros_GTN.astype(jnp.int32), zeros_GTN)
-    score = lambda x_GTM, next_GT: _scores(model, x_GTM, next_GT, static)
-    scores = jax.lax.cond(jnp.any(chunks.scored_G), score, unscored, x_GTM, chunks.next_GT)
+    scores = _empty_scores(chunks.next_GT.shape, static)
+    if static.scores:
+        score = lambda x_GTM, next_GT, _: _scores(model, x_GTM, next_GT, static)
+        inputs = x_GTM, chunks.next_GT, scores
+        scores = jax.lax.cond(jnp.any(chunks.scored_G), score, lambda *args: args[2], *inputs)
     cache = paging.put(cache, row_G, taken, count_G > 0)
     return *_in_place(cache, counts), (sampled, draft_Gk, scores)
 
@@ -143,8 +144,7 @@ def _in_place(cache: Cache, counts: Counts) -> tuple[Cache, Counts]:
     """Each row on the devices that it came from: the next call would be another program else."""
 
     def constrain(x: Array, axis: int) -> Array:
-        axes = [None] * x.ndim
-        axes[axis] = "batch"
+        axes = ("batch" if dim == axis else None for dim in range(x.ndim))
         return sharding.constrain(x, *axes)
 
     cache = jax.tree.map(lambda x: constrain(x, min(x.ndim - 1, 1)), cache)
@@ -240,6 +240,11 @@ def _sample(
     (state, left_B, _), sampled = jax.lax.scan(at_position, carry, positions)
     sampled = Sampled(*(jnp.swapaxes(x, 0, 1) for x in sampled))
     return sampled, Counts(in_prompt_BV=state.in_prompt_BV, count_BV=state.count_BV), left_B
+
+
+def _empty_scores(shape: tuple[int, ...], static: Static) -> Scores:
+    zeros = lambda dtype, *more: jnp.zeros((*shape, *more), dtype)
+    return Scores(zeros(jnp.float32), zeros(jnp.int32, static.top), zeros(jnp.float32, static.top))
 
 
 def _scores(

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from v4jax.arguments import shown
-from v4jax.decoding import loop
+from v4jax.decoding.loaded import Loaded
 from v4jax.engine.device import Shape
 from v4jax.engine.programs import Static
 from v4jax.model import cache, paging, sharding
@@ -18,15 +18,6 @@ from v4jax.model.cache import BLOCK
 MOST_DRAFTS = cache.SPARE - 1
 # Tokens of a page if the context is that long.
 PAGE = 4096
-
-
-class Loaded(Protocol):
-    """A model that `v4jax.load` returned."""
-
-    @property
-    def engine(self) -> loop.Engine:
-        """Weights and configuration."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +34,15 @@ class Settings:
       chunk: tokens of a prompt that are read at once.
       drafts: tokens that the MTP block drafts for each token.
       queue: requests that may wait; more are refused.
-      snapshots: prefixes' ends that are kept on the device.
+      snapshots: prefixes' ends that are kept on the device. With 0 no prefix is reused, nor if a
+        compression ratio does not divide BLOCK.
       interval: tokens between the ends of prefixes that are kept of a long prompt.
       cache_ram: bytes of RAM for prefixes that leave the device.
       cache_dir: directory for prefixes that leave RAM, and for the next start.
       cache_disk: bytes of that directory.
       hang_seconds: a step that takes longer is reported, and the engine is not ready.
+      top: most alternatives that can be reported with each token.
+      scores: whether prompts can be scored.
     """
 
     max_seqs: int = 16
@@ -65,6 +59,8 @@ class Settings:
     cache_dir: Path | None = None
     cache_disk: int = 64 * 2**30
     hang_seconds: float = 300
+    top: int = 20
+    scores: bool = True
 
 
 def drafts_of(speculate: str | None, model: Loaded) -> int:
@@ -76,29 +72,40 @@ def drafts_of(speculate: str | None, model: Loaded) -> int:
         raise ValueError(
             f"speculate is {shown(speculate)}; give 'mtp:K' with K from 1 to {MOST_DRAFTS}."
         )
-    if not model.engine.cfg.num_nextn_predict_layers:
+    if not model.config.num_nextn_predict_layers:
         raise ValueError("speculate='mtp' needs an MTP block, and this checkpoint has none.")
     return int(count or 1)
 
 
 def check(settings: Settings, model: Loaded) -> Settings:
-    """Settings with their defaults filled in."""
-    for name in ("max_seqs", "context", "chunk", "queue", "snapshots", "interval"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {shown(getattr(settings, name))}; it must be 1 or more.")
-    limit = model.engine.cfg.max_position_embeddings
+    """Settings with their defaults filled in.
+
+    Raises:
+      ValueError: a setting is out of range, or the model does not allow it.
+    """
+    for name in ("max_seqs", "context", "chunk", "queue", "interval", "snapshots"):
+        least = 0 if name == "snapshots" else 1
+        if getattr(settings, name) < least:
+            value = shown(getattr(settings, name))
+            raise ValueError(f"{name} is {value}; it must be {least} or more.")
+    limit = model.config.max_position_embeddings
     if settings.context > limit:
         raise ValueError(f"context is {settings.context}; the model's own is {limit}.")
-    unit = paging.page_unit(model.engine.cfg)
+    unit = paging.page_unit(model.config)
     for name, factor in (("chunk", BLOCK), ("interval", BLOCK), ("page", unit)):
         if (getattr(settings, name) or 0) % factor:
             raise ValueError(f"{name} is {getattr(settings, name)}; use a multiple of {factor}.")
-    groups = sharding.row_groups(model.engine.mesh)
+    groups = sharding.row_groups(model.mesh)
     page = settings.page or -(-min(PAGE, settings.context) // unit) * unit
     row_pages = -(-settings.context // page)
-    max_seqs = -(-settings.max_seqs // groups) * groups
-    settings = dataclasses.replace(settings, page=page, max_seqs=max_seqs)
-    pages = settings.pages or groups + max_seqs * row_pages
+    settings = dataclasses.replace(
+        settings,
+        page=page,
+        max_seqs=-(-settings.max_seqs // groups) * groups,
+        snapshots=0 if unit != BLOCK else settings.snapshots,
+        top=min(settings.top, model.config.vocab_size),
+    )
+    pages = settings.pages or groups + settings.max_seqs * row_pages
     if settings.memory is not None and settings.pages is None:
         fixed, each = _cache_bytes(settings, model)
         pages = max(0, settings.memory - fixed) // each
@@ -118,12 +125,11 @@ def _in_each(groups: int) -> str:
 
 def _cache_bytes(settings: Settings, model: Loaded) -> tuple[int, int]:
     """Bytes of a cache without pages, and of a page."""
-    engine = model.engine
 
     def nbytes(pages: int) -> int:
         sizes = {"rows": settings.max_seqs, "pages": pages, "page": settings.page or PAGE}
         mtp = settings.drafts > 0
-        make = lambda: paging.make(engine.cfg, **sizes, dtype=engine.dtype, mtp=mtp)
+        make = lambda: paging.make(model.config, **sizes, dtype=model.dtype, mtp=mtp)
         return sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make))
         )

@@ -144,9 +144,7 @@ def take(
     return dataclasses.replace(taken, length_B=length_G, table_BM=table_GM)
 
 
-def put(
-    cache: Cache, row_G: Int[Array, " G"], taken: Cache, changed_G: Bool[Array, " G"]
-) -> Cache:
+def put(cache: Cache, row_G: Int[Array, " G"], taken: Cache, changed_G: Bool[Array, " G"]) -> Cache:
     """The cache with the rows that `take` returned, after a step: their rings, and all pages."""
 
     def into_rows(new_LGRK: Array, ring_LBRK: Array) -> Array:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests import models
-from v4jax import language_model, open_model
+from v4jax import open_model
 from v4jax.checkpoints import safetensors_directory
-from v4jax.decoding.loop import Engine, Timings
-from v4jax.language_model import Generation, LanguageModel
+from v4jax.engine.request import Event, Request, Usage
+from v4jax.generation import Answer
+from v4jax.language_model import LanguageModel
 from v4jax.model.numerics import HF
 from v4jax.text.demo_tokenizer import build_demo_tokenizer
 from v4jax.text.tokenizer import Tokenizer
@@ -21,8 +22,8 @@ USER = {"role": "user", "content": "hi"}
 
 
 def small_model() -> LanguageModel:
-    engine = Engine(models.weights(CFG), CFG, HF, jnp.dtype("float32"))
-    return LanguageModel(engine, Tokenizer(build_demo_tokenizer(VOCAB)))
+    tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
+    return LanguageModel(models.weights(CFG), CFG, HF, jnp.dtype("float32"), tokenizer)
 
 
 def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -32,18 +33,15 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def load(path: Any, dtype: Any, numerics: Any, **rest: Any) -> None:
         passed.update(path=path, dtype=dtype, numerics=numerics, **rest)
 
-    class Run:
-        def __init__(self, model: Any, prompt: Any, limit: Any, stops: Any, top: Any, params: Any):
-            passed.update(prompt=prompt, max_tokens=limit, stop=stops, top_logprobs=top)
-            passed.update(params=params)
-
-        def finish(self) -> Generation:
-            return Generation("", [], [], [], "length", Timings(0.0, 0.0, 0.0))
-
-        def pieces(self) -> Iterator[str]:
-            return iter(())
+    def events(_: Any, requests: list[Request], *rest: Any) -> Iterator[tuple[int, Event]]:
+        request = requests[0]
+        answer = request.watcher and request.watcher()
+        passed.update(prompt=request.tokens, max_tokens=request.max_tokens, params=request.sampling)
+        passed.update(stop=isinstance(answer, Answer) and answer._stops)
+        passed.update(top_logprobs=request.top_logprobs, rest=rest)
+        return ((i, Event((), "length", Usage())) for i in range(len(requests)))
 
     monkeypatch.setattr(open_model, "load", load)
-    monkeypatch.setattr(language_model, "_Run", Run)
+    monkeypatch.setattr(LanguageModel, "_events", events)
     monkeypatch.setattr(safetensors_directory, "write_checkpoint", lambda *_, **__: None)
     return passed

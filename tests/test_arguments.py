@@ -1,5 +1,6 @@
 """Public calls accept what they document and reject everything else in one clear sentence."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any, cast
@@ -40,16 +41,10 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
-        ([USER], {}, "prompt is a list of dictionaries; it must be text or token ids. Encode chat"),
-        (USER, {}, "prompt is a dictionary; .* Encode chat messages with v4jax.encode_chat"),
-        (
-            ["Hello", "World"],
-            {},
-            "prompt is a list of texts; pass one text per call",
-        ),
-        (np.array(["a", "b"]), {}, "prompt is a list of texts"),
-        ([[1, 2], [3]], {}, "prompt has rows of token ids; pass one row per call"),
-        (jnp.ones((2, 3), jnp.int32), {}, "prompt has rows of token ids"),
+        (USER, {}, "prompt is a dictionary; pass the messages of a chat as a list"),
+        ([{"role": "nobody"}], {}, "nobody"),
+        ([[["a"]]], {}, "prompt"),
+        ([USER, 1], {}, "message"),
         (b"hello", {}, "prompt is b'hello'; it must be text or a list of token ids"),
         ([1.5], {}, r"prompt\[0\] is 1.5; token ids are integers"),
         ([1, True], {}, r"prompt\[1\] is True; token ids are integers"),
@@ -84,6 +79,35 @@ def test_bad_prompts_and_settings_are_rejected(
         with pytest.raises(ValueError, match=message):
             call(prompt, **settings)
     assert not passed
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", 1], r"prompt\[1\] is 1; it must be text"),
+        ([[1], "a", [2.5]], r"prompt\[2\]\[0\] is 2.5; token ids are integers"),
+        ([[1], ["a"]], r"prompt\[1\] is a list of texts; pass one text per call"),
+        ([[1], [[2]]], r"prompt\[1\] has rows of token ids; pass one row per call"),
+        ([[1], []], "The prompt is empty"),
+        (["a", [VOCAB]], "outside the vocabulary"),
+        (["a", [1] * 64], "The prompt has 64 tokens"),
+    ],
+)
+def test_bad_prompts_among_several_are_rejected(
+    model: Any, passed: Any, prompts: Any, message: str
+) -> None:
+    for call in (model.generate, model.stream):
+        with pytest.raises(ValueError, match=message if call == model.generate else "prompt"):
+            call(prompts)
+    assert not passed
+
+
+def test_several_prompts_are_accepted_in_every_form(model: Any, passed: Any) -> None:
+    for prompts in (["a", "b"], np.array(["a", "b"]), [[1], [2, 3]], jnp.ones((2, 3), jnp.int32)):
+        assert len(model.generate(prompts)) == 2
+    assert len(model.generate([[USER], [USER, USER], "a", [1]])) == 4
+    assert model.generate([USER]).text == ""
+    assert passed["prompt"] == model.tokenizer.encode(v4jax.encode_chat([USER]))
 
 
 def test_bad_top_logprobs_are_rejected(model: Any, passed: Any) -> None:
@@ -290,7 +314,7 @@ def test_every_form_of_paths_and_stop_strings_is_accepted(model: Any, passed: An
 
 def test_stop_strings_need_a_tokenizer(model: Any) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json, so there is no text to stop"):
-        LanguageModel(model.engine).generate([1], stop="x")
+        dataclasses.replace(model, tokenizer=None).generate([1], stop="x")
 
 
 def test_signatures_stay_readable() -> None:

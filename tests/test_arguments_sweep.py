@@ -66,10 +66,10 @@ SAMPLING = {
     "frequency_penalty": {"-1", "1.5"},
     "seed": {"None", "5", "-1"},
 }
-PROMPT = {
-    "prompt": {"text"},
+ANSWER = {
     "max_tokens": {"5", "huge"},
     "stop": {"text", "long text", "list", "texts", "empty"},
+    "speculate": {"None"},
 } | SAMPLING
 CHAT = {
     "messages": {"messages"},
@@ -109,16 +109,23 @@ def calls(model: LanguageModel) -> dict[str, Call]:
     checkpoint = {"directory": "x", "cfg": CFG, "seed": 0}
     return {
         "load": (v4jax.load, {"path": "tiny"}, LOAD),
-        "generate": (model.generate, {"prompt": [1]}, PROMPT | {"top_logprobs": {"5"}}),
-        "stream": (model.stream, {"prompt": [1]}, PROMPT),
+        "generate": (
+            model.generate,
+            {"prompt": [1]},
+            ANSWER
+            | {"prompt": {"text", "texts", "messages", "ints", "ragged"}, "top_logprobs": {"5"}},
+        ),
+        "stream": (model.stream, {"prompt": [1]}, ANSWER | {"prompt": {"text", "messages"}}),
         "logits": (model.logits, {}, {"tokens": {"ints"}}),
         "with_adapter": (model.with_adapter, {}, {"path": {"None"}}),
-        "LanguageModel": (LanguageModel, {"engine": model.engine}, {"engine": set()}),
-        "LanguageModel with a tokenizer": (
+        "LanguageModel": (
             LanguageModel,
-            {"engine": model.engine},
-            {"tokenizer": {"None"}},
+            {name: getattr(model, name) for name in ("weights", "config", "numerics", "dtype")},
+            {"tokenizer": {"None"}, "dtype": {"class"}}
+            | rejects_all("weights", "config", "numerics"),
         ),
+        "chat": (model.chat, {"messages": [USER]}, ANSWER | {"messages": {"messages"}}),
+        "score": (model.score, {"text": [1, 2]}, {"text": {"messages", "ints"}}),
         "encode_chat": (v4jax.encode_chat, {"messages": [USER]}, CHAT),
         "parse_chat": (v4jax.parse_chat, {"text": ""}, {"text": TEXT, "thinking_mode": set()}),
         "ChatParser": (ChatParser, {}, {"thinking_mode": set()}),

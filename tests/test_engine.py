@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import models
-from v4jax.decoding import loop
+from v4jax.decoding.loaded import Loaded
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.engine import Engine, Ticket
 from v4jax.engine.request import Event, QueueFull, Request, Token, Usage
@@ -26,14 +26,9 @@ SIZES: dict[str, Any] = {"max_seqs": 4, "context": 768, "page": 256, "pages": 7,
 TEXT = models.tokens(CFG, 1, 1000, seed=3)[0].tolist()
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    engine: loop.Engine
-
-
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return Loaded(loop.Engine(models.weights(CFG), CFG, numerics.HF, jnp.float32))
+    return Loaded(models.weights(CFG), CFG, numerics.HF, jnp.float32)
 
 
 @pytest.fixture(scope="module", params=[None, "mtp:2"])
@@ -117,14 +112,14 @@ def test_a_request_is_answered_alike_alone_and_in_any_mix(engine):
     assert stats.preemptions > 0
 
 
-def test_tokens_are_those_of_the_decode_loop(engine, loaded):
+def test_tokens_are_the_most_probable_under_the_logits_of_the_text(engine, loaded):
     request = Request(tokens=TEXT[:300], max_tokens=40, sampling=SamplingParams(temperature=0))
-    blocks = loaded.engine.run([TEXT[:300]], [request.sampling], [40])
-    expected = [token for block in blocks for token in block[0]]
     (got,) = ask(engine, fresh(request, 0))
-    assert got.ids == [token.id for token in expected]
-    logprobs = [token.logprob for token in expected]
-    np.testing.assert_allclose([token.logprob for token in got.tokens], logprobs, atol=1e-4)
+    logits_TV = loaded.logits_of([TEXT[:300] + got.ids])[0, 299:-1]
+    assert got.ids == logits_TV.argmax(axis=-1).tolist()
+    expected_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+    logprobs = [token.logprob for token in got.tokens]
+    np.testing.assert_allclose(logprobs, expected_TV[np.arange(40), got.ids], atol=1e-4)
     assert got.usage.completion_tokens == 40
 
 
@@ -252,10 +247,10 @@ def test_the_prompt_can_be_scored(engine):
 
 
 def test_a_row_that_is_not_finite_ends_alone(loaded):
-    weights = loaded.engine.model
+    weights = loaded.weights
     nan = jax.tree.map(lambda x: x, weights)
     nan.embed_VD.set_value(nan.embed_VD[...].at[9].set(jnp.nan))
-    with Engine(Loaded(dataclasses.replace(loaded.engine, model=nan)), **SIZES) as engine:
+    with Engine(dataclasses.replace(loaded, weights=nan), **SIZES) as engine:
         good = Request(tokens=[1, 2, 3], max_tokens=20, sampling=SamplingParams(temperature=0))
         bad = dataclasses.replace(good, tokens=[1, 9, 3])
         (alone,) = ask(engine, good)

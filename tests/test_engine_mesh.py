@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests import models
-from tests.test_engine import CFG, TEXT, Loaded, ask, fresh
-from v4jax.decoding import loop
+from tests.test_engine import CFG, TEXT, ask, fresh
+from v4jax.decoding.loaded import Loaded
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
@@ -25,7 +25,7 @@ def load(mesh: Any = None) -> Loaded:
     weights = models.weights(CFG)
     if mesh is not None:
         weights = jax.device_put(weights, sharding.shardings(Model(CFG), mesh, weights))
-    return Loaded(loop.Engine(weights, CFG, numerics.HF, jnp.float32))
+    return Loaded(weights, CFG, numerics.HF, jnp.float32)
 
 
 REQUESTS = [

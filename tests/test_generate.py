@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests import models
-from v4jax.decoding import loop
-from v4jax.decoding.loop import Engine, NotFiniteError
-from v4jax.decoding.sampling import SamplingParams
+from v4jax.decoding.loaded import NotFiniteError
+from v4jax.generation import Generation, Timings
 from v4jax.language_model import LanguageModel
 from v4jax.model import params
 from v4jax.model.numerics import HF
 from v4jax.model.transformer import Model
+from v4jax.text.chat import encode_chat
 from v4jax.text.demo_tokenizer import build_demo_tokenizer
 from v4jax.text.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def language_model(**changes: Any) -> LanguageModel:
         models.HCA,
         **({"vocab_size": VOCAB, "max_position_embeddings": 512} | changes),
     )
-    engine = Engine(models.weights(cfg), cfg, HF, jnp.dtype("float32"))
-    return LanguageModel(engine, Tokenizer(build_demo_tokenizer(VOCAB)))
+    tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
+    return LanguageModel(models.weights(cfg), cfg, HF, jnp.dtype("float32"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +102,67 @@ def test_a_seed_determines_the_text(model: LanguageModel) -> None:
     assert text(1) != text(2)
 
 
-def test_rows_of_a_batch_are_generated_as_if_alone(model: LanguageModel) -> None:
-    prompts = [PROMPT, PROMPT[:7], PROMPT[3:30]]
-    params = [
-        SamplingParams(seed=1),
-        SamplingParams(temperature=0.0),
-        SamplingParams(seed=5, top_k=9),
+def test_prompts_are_continued_together_as_if_alone(model: LanguageModel) -> None:
+    prompts = [PROMPT, PROMPT[:7], PROMPT[3:30], "text", [{"role": "user", "content": "hi"}]]
+    done: list[tuple[str, int, int]] = []
+    progress = lambda *report: done.append(report)
+    settings: dict[str, Any] = {"max_tokens": 15, "seed": 5, "top_k": 9}
+    together = model.generate(prompts, **settings, progress=progress)
+    assert [(out.tokens, out.text) for out in together] == [
+        (out.tokens, out.text) for out in (model.generate(p, **settings) for p in prompts)
     ]
-    rows: list[list[int]] = [[], [], []]
-    for block in model.engine.run(prompts, params, [15, 9, 12]):
-        for row, tokens in zip(rows, block, strict=True):
-            row += [token.id for token in tokens]
-    assert [len(row) for row in rows] == [15, 9, 12]
-    for prompt, param, limit, row in zip(prompts, params, (15, 9, 12), rows, strict=True):
-        blocks = model.engine.run([prompt], [param], [limit])
-        assert [token.id for (tokens,) in blocks for token in tokens] == row
+    assert done == [("Generating", i, 5) for i in range(6)]
+    stop = together[1].text[5:7]
+    stopped = model.generate(prompts, **settings, stop=stop)
+    for out, free in zip(stopped, together, strict=True):
+        assert out.text == free.text.split(stop)[0]
+    assert stopped[1].finish_reason == "stop"
+
+
+def test_drafts_do_not_change_the_text() -> None:
+    drafting = language_model(num_nextn_predict_layers=1)
+    outputs = [
+        drafting.generate(PROMPT, max_tokens=20, seed=1, speculate=k) for k in (None, "mtp:2")
+    ]
+    assert outputs[0].tokens == outputs[1].tokens
+
+
+def test_texts_are_scored(model: LanguageModel) -> None:
+    texts = [PROMPT * 4, PROMPT[:2], "text"]
+    scores = model.score(texts)
+    for text, score in zip(texts, scores, strict=True):
+        tokens = model.tokenizer.encode(text) if isinstance(text, str) else text
+        logits_TV = model.logits([tokens])[0, :-1].astype(np.float64)
+        logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        expected = logprobs_TV[np.arange(len(tokens) - 1), tokens[1:]]
+        assert score.tokens == tokens
+        np.testing.assert_allclose(score.logprobs, expected, atol=1e-4)
+        assert score.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-4)
+    assert model.score(PROMPT).tokens == PROMPT
+    with pytest.raises(ValueError, match="nothing to score"):
+        model.score([PROMPT, [1]])
+
+
+def test_a_conversation_is_answered(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    user = {"role": "user", "content": "hi"}
+    prompts: list[str] = []
+    text = "so</think>It is<|DSML|tool_calls>\n".replace("|DSML|", "\uff5cDSML\uff5c")
+
+    def generate(self: LanguageModel, prompt: str, **settings: Any) -> Generation:
+        prompts.append(prompt)
+        assert settings == {"max_tokens": 4096, "stop": (), "speculate": None, "temperature": 0.0}
+        return Generation(text, [], [], [], "stop", Timings(0.0, 0.0, 0.0))
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    answer = model.chat([user], tools=[tool], thinking="high", temperature=0.0)
+    system = {"role": "system", "content": "", "tools": [tool]}
+    settings: dict[str, Any] = {"thinking_mode": "thinking", "reasoning_effort": "high"}
+    assert prompts == [encode_chat([system, user], **settings)]
+    assert (answer.reasoning, answer.content, answer.tool_calls) == ("so", "It is", [])
+    assert answer.message["reasoning_content"] == "so"
+    with pytest.raises(ValueError, match="low"):
+        model.chat([user], thinking="low")
 
 
 def test_one_program_serves_all_lengths_and_settings_of_a_bucket(model: LanguageModel) -> None:
@@ -183,7 +229,7 @@ def test_logits_of_no_tokens_are_rejected(model: LanguageModel, tokens: Any) -> 
 
 
 def test_tokens_work_without_a_tokenizer(model: LanguageModel) -> None:
-    bare = LanguageModel(model.engine)
+    bare = dataclasses.replace(model, tokenizer=None)
     out = bare.generate(PROMPT, max_tokens=4, temperature=0.0)
     assert out.tokens == model.generate(PROMPT, max_tokens=4, temperature=0.0).tokens
     assert out.text == ""
@@ -199,8 +245,8 @@ def damaged(model: LanguageModel, leaf: str, row: int, value: float) -> Language
     def fill(name: str, _: Any, weight: jax.Array) -> jax.Array:
         return weight.at[row].set(value) if name == leaf else weight
 
-    weights = params.map_leaves(fill, Model(CFG), model.engine.model)
-    return LanguageModel(dataclasses.replace(model.engine, model=weights), model.tokenizer)
+    weights = params.map_leaves(fill, Model(CFG), model.weights)
+    return dataclasses.replace(model, weights=weights)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -226,18 +272,13 @@ def test_tokens_before_the_first_bad_logits_are_streamed(model: LanguageModel) -
     tokens = model.generate(PROMPT, **settings).tokens
     at, token = next((i, t) for i, t in enumerate(tokens) if t not in PROMPT)
     broken = damaged(model, "embed_VD", token, np.nan)
-    blocks = broken.engine.run([PROMPT], [SamplingParams(temperature=0.0)], [30])
-    streamed: list[int] = []
+    pieces = broken.stream(PROMPT, **settings)
+    assert model.tokenizer is not None
+    text = model.tokenizer.decode(tokens[: at + 1])
+    # The last piece may be part of a character.
+    assert text.startswith(next(pieces))
     with pytest.raises(NotFiniteError):
-        streamed.extend(token.id for (block,) in blocks for token in block)
-    assert streamed == tokens[: len(streamed)]
-    assert len(streamed) <= at + 1
-
-
-def test_chunks_hold_the_prompt_and_none_is_empty() -> None:
-    for tokens in (1, 64, 65, 512, 513, 2048, 2049, 5000):
-        sizes = loop.chunk_sizes(tokens)
-        assert sum(sizes) >= tokens > sum(sizes) - sizes[-1]
+        assert text.startswith("".join(pieces))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_rejected(tmp_path: Path) -> None:

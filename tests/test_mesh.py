@@ -16,7 +16,7 @@ from pallas_kernels import quantize
 from tests import exchanges, models
 from v4jax import presets
 from v4jax.decoding import steps
-from v4jax.decoding.loop import Engine
+from v4jax.decoding.loaded import Loaded
 from v4jax.model import cache as caches
 from v4jax.model import params, sharding
 from v4jax.model.numerics import HF
@@ -35,11 +35,11 @@ def place(mesh: Any) -> Any:
 
 def run(model: Any) -> tuple[list[np.ndarray], list[str]]:
     """Logits of a prefill and of a decode step, and the text of the two programs."""
-    engine = Engine(model, CFG, HF, jnp.float32)
-    cache = caches.make(CFG, 8, CAPACITY, jnp.float32, mesh=engine.mesh)
-    on_rows = engine.by_row
+    loaded = Loaded(model, CFG, HF, jnp.float32)
+    cache = caches.make(CFG, 8, CAPACITY, jnp.float32, mesh=loaded.mesh)
+    on_rows = loaded.by_row
     settings = {"cfg": CFG, "numerics": HF}
-    with sharding.on(engine.mesh):
+    with sharding.on(loaded.mesh):
         prompt = (on_rows(TOKENS[:, :9]), cache, on_rows(np.full(8, 9, np.int32)))
         prefill = steps.prefill.lower(model, *prompt, **settings).compile()
         first, cache = prefill(model, *prompt)

@@ -338,7 +338,8 @@ def _prompts(value: Any) -> str | list[Any]:
         try:
             prompts.append(_prompt(row))
         except Invalid as invalid:
-            raise Invalid(f"[{at}]{invalid}") from None
+            problem = str(invalid) or f" is {shown(row)}; it must be {PROMPT.expected}."
+            raise Invalid(f"[{at}]{problem}") from None
     return prompts
 
 
@@ -363,5 +364,5 @@ def _token_rows(value: Any) -> list[list[int]]:
 
 TOKEN_IDS = Kind("a list of token ids", _vocabulary_ids)
 TOKEN_ROWS = Kind("token ids [batch, length]", _token_rows)
-PROMPT = Kind("text, a list of token ids or a list of messages", _prompt)
-PROMPTS = Kind("text, a list of token ids, a list of messages, or a list of these", _prompts)
+PROMPT = Kind("text or a list of token ids, or of a chat's messages", _prompt)
+PROMPTS = Kind(f"{PROMPT.expected}, or a list of these", _prompts)

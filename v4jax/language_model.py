@@ -19,8 +19,12 @@ from v4jax.decoding import sampling as samplings
 from v4jax.decoding.loaded import Loaded, NotFiniteError
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine import batch
+from v4jax.engine import settings as engine_settings
 from v4jax.engine.request import Request
 from v4jax.generation import Answer, ChatAnswer, Generation, Score
+from v4jax.model.config import ModelConfig
+from v4jax.model.numerics import Numerics
+from v4jax.model.transformer import Model
 from v4jax.text.chat import encode_chat
 from v4jax.text.chat_parser import parse_chat
 from v4jax.text.stopping import STOP
@@ -37,7 +41,13 @@ _KINDS = {
 }
 
 
-@arguments.checked(tokenizer=arguments.optional(arguments.instance("a Tokenizer", Tokenizer)))
+@arguments.checked(
+    weights=arguments.instance("a v4jax.model.transformer.Model", Model),
+    config=arguments.instance("a v4jax.model.config.ModelConfig", ModelConfig),
+    numerics=arguments.instance("a v4jax.model.numerics.Numerics", Numerics),
+    dtype=arguments.dtype("bfloat16", "float32"),
+    tokenizer=arguments.optional(arguments.instance("a v4jax.text.tokenizer.Tokenizer", Tokenizer)),
+)
 @dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel(Loaded):
     """A model ready to run.
@@ -141,6 +151,7 @@ class LanguageModel(Loaded):
         """
         is_one = not isinstance(prompt, arguments.Batch)
         prompts = [prompt] if is_one else [*prompt]
+        engine_settings.drafts_of(speculate, self)
         settings = {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
         requests, answers = self._requests(prompts, top_logprobs, **settings)
         texts = [""] * len(prompts)
@@ -165,6 +176,7 @@ class LanguageModel(Loaded):
             raise ValueError(
                 "This checkpoint has no tokenizer.json, so there is no text to stream."
             )
+        engine_settings.drafts_of(speculate, self)
         settings = {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
         requests, (answer,) = self._requests([prompt], 0, **settings)
         pieces = (answer.add(event) for _, event in self._events(requests, speculate, None))
@@ -172,6 +184,7 @@ class LanguageModel(Loaded):
 
     @arguments.checked(
         **_KINDS,
+        messages=arguments.sequence("a list of one or more messages", least=1),
         tools=arguments.optional(arguments.sequence("a list of tools")),
         thinking=arguments.choice("off", "low", "high", "max"),
     )

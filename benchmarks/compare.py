@@ -140,37 +140,17 @@ def _transformers(path: Path, length: int) -> dict[str, Any]:
 
 
 def _v4jax(path: Path, length: int) -> dict[str, Any]:
-    import jax
-    import numpy as np
-
     import v4jax
-    from v4jax.decoding import sampling, steps
-    from v4jax.model import cache as caches
 
-    engine = v4jax.load(path, dtype="float32", numerics="hf").engine
-    capacity = caches.bucket(length + 3 * DECODE_STEPS, engine.cfg.max_position_embeddings)
-    prompt = [_prompt(length)]
-    jax.block_until_ready(engine.prefill(prompt, capacity))
-    start = time.perf_counter()
-    logits, cache = jax.block_until_ready(engine.prefill(prompt, capacity))
-    prefill = time.perf_counter() - start
-    greedy = [sampling.SamplingParams(temperature=0.0)]
-    state = sampling.init(
-        greedy, engine.cfg.vocab_size, np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
-    )
-    settings = {"cfg": engine.cfg, "numerics": engine.numerics}
-    loop, _ = steps.begin(logits, cache, state, np.array([10_000], np.int32), cfg=engine.cfg)
-    times = []
+    model = v4jax.load(path, dtype="float32", numerics="hf")
+    timings = []
     for _ in range(3):
-        start = time.perf_counter()
-        loop, _ = jax.block_until_ready(
-            steps.advance(engine.model, loop, np.int32(DECODE_STEPS), **settings)
-        )
-        times.append((time.perf_counter() - start) / DECODE_STEPS)
+        new = model.generate(_prompt(length), max_tokens=2 * DECODE_STEPS, temperature=0.0)
+        timings.append(new.timings)
     return {
-        "prefill_s": prefill,
-        "decode_ms": 1e3 * min(times[1:]),
-        "decode_bytes": _decode_bytes(engine.cfg, length),
+        "prefill_s": min(one.prefill_seconds for one in timings[1:]),
+        "decode_ms": 1e3 / max(one.tokens_per_second for one in timings[1:]),
+        "decode_bytes": _decode_bytes(model.config, length),
     }
 
 

@@ -51,7 +51,7 @@ def test_the_model_has_one_to_four_million_parameters() -> None:
 
 def test_its_repr_is_one_short_line(model: LanguageModel) -> None:
     assert repr(model) == (
-        "LanguageModel(Engine(5 layers, 3,233,294 parameters in 12.9 MB, computing in float32),"
+        "LanguageModel(5 layers, 3,233,294 parameters in 12.9 MB, computing in float32,"
         " with tokenizer)"
     )
 
@@ -70,7 +70,7 @@ def test_its_text_consists_of_words(model: LanguageModel) -> None:
 
 def test_more_than_half_of_its_drafts_are_accepted(model: LanguageModel) -> None:
     """On text that it generates, greedily and by sampling."""
-    engine, tokenizer = model.engine, model.tokenizer
+    tokenizer = model.tokenizer
     assert tokenizer is not None
     rows = []
     for seed, prompt in enumerate(tiny.PROMPTS):
@@ -83,7 +83,8 @@ def test_more_than_half_of_its_drafts_are_accepted(model: LanguageModel) -> None
         tokens[number, : len(row)], document[number, : len(row)] = row, 1
     batch = {"tokens": tokens, "document": document, "trained": document > 0}
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
-    sums, _ = loss.sums(engine.model, engine.cfg, engine.numerics, batch, mtp=True, agreement=True)
+    how = model.weights, model.config, model.numerics
+    sums, _ = loss.sums(*how, batch, mtp=True, agreement=True)
     counts = loss.counts(batch, sums)
     assert float(sums["mtp_agreement"] / counts["mtp_agreement"]) > 0.5
 

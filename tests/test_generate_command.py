@@ -18,7 +18,7 @@ from tests.test_cli import run
 from v4jax.__main__ import main
 from v4jax.checkpoints import random_release
 from v4jax.checkpoints.open_checkpoint import OpenCheckpoint
-from v4jax.decoding.loop import Timings
+from v4jax.generation import Timings
 from v4jax.language_model import Generation
 from v4jax.text.chat import encode_chat
 

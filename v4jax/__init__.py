@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from v4jax.engine.engine import Engine
     from v4jax.language_model import LanguageModel
     from v4jax.model import numerics as _numerics
     from v4jax.waiting import Progress
 
-__all__ = ["encode_chat", "load", "parse_chat"]
+__all__ = ["Engine", "LanguageModel", "encode_chat", "load", "parse_chat"]
 
 
 def _is_mesh(value: Any) -> bool:
@@ -89,6 +90,10 @@ def load(
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from v4jax.engine.engine import Engine
+
+        return Engine
     if name == "LanguageModel":
         from v4jax.language_model import LanguageModel
 

@@ -103,17 +103,18 @@ def test_a_seed_determines_the_text(model: LanguageModel) -> None:
 
 
 def test_prompts_are_continued_together_as_if_alone(model: LanguageModel) -> None:
-    prompts = [PROMPT, PROMPT[:7], PROMPT[3:30], "text", [{"role": "user", "content": "hi"}]]
+    chat = [{"role": "user", "content": "hi"}]
+    prompts: Any = [PROMPT, PROMPT[:7], PROMPT[3:30], "text", chat]
     done: list[tuple[str, int, int]] = []
     progress = lambda *report: done.append(report)
     settings: dict[str, Any] = {"max_tokens": 15, "seed": 5, "top_k": 9}
-    together = model.generate(prompts, **settings, progress=progress)
+    together: Any = model.generate(prompts, **settings, progress=progress)
     assert [(out.tokens, out.text) for out in together] == [
         (out.tokens, out.text) for out in (model.generate(p, **settings) for p in prompts)
     ]
     assert done == [("Generating", i, 5) for i in range(6)]
     stop = together[1].text[5:7]
-    stopped = model.generate(prompts, **settings, stop=stop)
+    stopped: Any = model.generate(prompts, **settings, stop=stop)
     for out, free in zip(stopped, together, strict=True):
         assert out.text == free.text.split(stop)[0]
     assert stopped[1].finish_reason == "stop"
@@ -128,10 +129,11 @@ def test_drafts_do_not_change_the_text() -> None:
 
 
 def test_texts_are_scored(model: LanguageModel) -> None:
-    texts = [PROMPT * 4, PROMPT[:2], "text"]
-    scores = model.score(texts)
+    texts: Any = [PROMPT * 4, PROMPT[:2], "text"]
+    tokenizer = Tokenizer(build_demo_tokenizer(VOCAB))
+    scores: Any = model.score(texts)
     for text, score in zip(texts, scores, strict=True):
-        tokens = model.tokenizer.encode(text) if isinstance(text, str) else text
+        tokens = tokenizer.encode(text) if isinstance(text, str) else text
         logits_TV = model.logits([tokens])[0, :-1].astype(np.float64)
         logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
         expected = logprobs_TV[np.arange(len(tokens) - 1), tokens[1:]]

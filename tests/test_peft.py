@@ -63,7 +63,7 @@ def folded(model: LanguageModel, settings: Lora, adapter: Adapter) -> LanguageMo
     """The model with the update folded into its matrices, so that adapters share a program."""
     base = model.weights
     changed = training_runs.folded(model.config, base, settings, adapter, jnp.float32)
-    return LanguageModel(dataclasses.replace(model.engine, model=changed))
+    return dataclasses.replace(model, weights=changed, tokenizer=None)
 
 
 def distance(ours: np.ndarray, expected: np.ndarray) -> float:

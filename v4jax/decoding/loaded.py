@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
-from v4jax.checkpoints import tensor_values
 from v4jax.decoding import steps
 from v4jax.model import cache as caches
 from v4jax.model import params, sharding
@@ -92,7 +91,7 @@ class Loaded:
                 logits_BTV, cache = steps.logits(self.weights, *chunk, **static)
             parts.append(np.asarray(logits_BTV)[:batch, :count])
             start += size
-        if not all(tensor_values.are_finite(part) for part in parts):
+        if not all(np.isfinite(part).all() for part in parts):
             raise NotFiniteError
         return np.concatenate(parts, axis=1)
 

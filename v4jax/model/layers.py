@@ -58,16 +58,39 @@ def value(weight: Any) -> Any:
     return weight.get_value() if isinstance(weight, nnx.Variable) else weight
 
 
-def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
-    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+def linear(
+    x: Float[Array, "*rows K"], weight: Any, axes: tuple[str | None, str | None] | None = None
+) -> Float[Array, "*rows N"]:
+    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype.
+
+    Args:
+      x: the input; its first dim is the batch.
+      weight: the weight, or one layer of a stack.
+      axes: logical axes of the weight. With them, kernels multiply by a quantised weight on each
+        device, unless the mesh splits K or shards N like the batch; otherwise the compiler
+        partitions the product, and dequantises the weight.
+    """
     matrix, layer = _matrix(weight)
     if isinstance(matrix, LoraWeight):
-        return _updated(x, matrix)
-    return saveable(quantize.linear(x, matrix, layer=layer))
+        return _updated(x, matrix, axes)
+    run = lambda x, matrix, layer: quantize.linear(x, matrix, layer=layer)
+    if not isinstance(matrix, quantize.Fp8Weight | quantize.Fp4Weight) or axes is None:
+        return saveable(run(x, matrix, layer))
+    outputs, inputs = (axis if sharding.ways(axis) > 1 else None for axis in axes)
+    if inputs or outputs == "embed" or matrix.scale.shape[-1] % sharding.ways(outputs):
+        return saveable(run(x, matrix, layer))
+    rows, stack = ("batch", *[None] * (x.ndim - 2)), () if layer is None else (None,)
+    y = sharding.per_device(
+        run, x, matrix, layer, axes=(rows, (*stack, None, outputs), ()), out=(*rows, outputs)
+    )
+    return saveable(y)
 
 
 def _updated(
-    x: Float[Array, "*rows K"], weight: LoraWeight, precision: Any = None
+    x: Float[Array, "*rows K"],
+    weight: LoraWeight,
+    axes: tuple[str | None, str | None] | None = None,
+    precision: Any = None,
 ) -> Float[Array, "*rows N"]:
     """Base and update; with a precision, everything is in x's dtype, which is float32."""
     inputs, a = x, weight.a
@@ -76,8 +99,8 @@ def _updated(
         inputs, a = jnp.where(mask, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
     plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
     delta = plain(plain(inputs, a), weight.b).astype(jnp.float32)
-    product = linear if precision is None else linear_float32
-    return (product(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
+    base = linear(x, weight.base, axes) if precision is None else linear_float32(x, weight.base)
+    return (base.astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
 
 
 def _matrix(weight: Any) -> tuple[Any, Any]:
@@ -90,7 +113,7 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
     """`linear` in float32 throughout, at full precision on every device."""
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
     if isinstance(matrix, LoraWeight):
-        return _updated(x32, matrix, highest)
+        return _updated(x32, matrix, precision=highest)
     return saveable(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v4jax.model import cache as caches
+from v4jax.model import sharding
 from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.segments import segments
+from v4jax.model.sharding import ROWS, STACKED_ROWS
 
 # The page that belongs to no row.
 SCRATCH = 0
@@ -88,7 +90,26 @@ def write(
     row's entries in its last unit becomes garbage; units without entries go to page SCRATCH, as the
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
-    unit = min(unit, new_BnK.shape[1])
+    return sharding.per_device(
+        functools.partial(_write, unit=min(unit, new_BnK.shape[1])),
+        *(pages_LPNK, layer, new_BnK, first_B, count_B, table_BM),
+        axes=(STACKED_ROWS, (), ROWS, ROWS, ROWS, ROWS),
+        out=STACKED_ROWS,
+        kernels=False,
+    )
+
+
+def _write(
+    pages_LPNK: Float[Array, "L P N K"],
+    layer: Int[Array, ""],
+    new_BnK: Float[Array, "B n K"],
+    first_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    table_BM: Int[Array, "B M"],
+    *,
+    unit: int,
+) -> Float[Array, "L P N K"]:
+    """`write`, on one device."""
     new_BnK = new_BnK.astype(pages_LPNK.dtype)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))

@@ -113,7 +113,7 @@ def run_stack(
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
-    arrays = [_sliced(leaf, context) for leaf in leaves]
+    arrays = [None if _stays_in_stack(leaf) else _sliced(leaf, context) for leaf in leaves]
     steps = (jnp.arange(part.repeats, dtype=jnp.int32), arrays)
     (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
     return x_BTM, states
@@ -170,6 +170,11 @@ def _of_layer(stacks: moe.Experts, slices: moe.Experts) -> moe.Experts:
 
 def _quantised(leaf: Any) -> bool:
     return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)
+
+
+def _stays_in_stack(leaf: Any) -> bool:
+    """Whether a layer takes an `InStack` of a weight: quantised, or 16-bit matrices."""
+    return _quantised(leaf) or (leaf.ndim == 3 and leaf.dtype.itemsize == 2)
 
 
 def _sliced(leaf: Any, context: Context) -> Any:

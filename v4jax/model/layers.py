@@ -22,6 +22,8 @@ from v4jax.model import sharding
 from v4jax.model.config import ModelConfig, Yarn
 from v4jax.model.numerics import Numerics
 
+_TILE = 8  # rows of the tiles in which TPUs store arrays
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,9 @@ def linear(
     if isinstance(matrix, LoraWeight):
         return _updated(x, matrix, axes)
     run = lambda x, matrix, layer: quantize.linear(x, matrix, layer=layer)
-    if not isinstance(matrix, quantize.Fp8Weight | quantize.Fp4Weight) or axes is None:
+    if not isinstance(matrix, quantize.Fp8Weight | quantize.Fp4Weight):
+        return saveable(run(x, _dense(weight), None))
+    if axes is None:
         return saveable(run(x, matrix, layer))
     outputs, inputs = (axis if sharding.ways(axis) > 1 else None for axis in axes)
     if inputs or outputs == "embed" or matrix.scale.shape[-1] % sharding.ways(outputs):
@@ -97,7 +101,9 @@ def _updated(
     if isinstance(a, Dropped):
         mask = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
         inputs, a = jnp.where(mask, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
-    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
+    plain = lambda x, factor: quantize.linear(
+        x, _dense(factor).astype(x.dtype), precision=precision
+    )
     delta = plain(plain(inputs, a), weight.b).astype(jnp.float32)
     base = linear(x, weight.base, axes) if precision is None else linear_float32(x, weight.base)
     return (base.astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
@@ -114,7 +120,33 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
     if isinstance(matrix, LoraWeight):
         return _updated(x32, matrix, precision=highest)
-    return saveable(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
+    return saveable(quantize.linear(x32, _dense(weight).astype(jnp.float32), precision=highest))
+
+
+def _dense(weight: Any) -> Float[Array, "N K"]:
+    """A weight that is an array, or a layer of a stack of arrays."""
+    weight = value(weight)
+    return read_in_place(weight.stack, weight.layer) if isinstance(weight, InStack) else weight
+
+
+def read_in_place(
+    w: Float[Array, "*L N K"], layer: Int[Array, ""] | None = None
+) -> Float[Array, "N K"]:
+    """A matrix that a program reads in a loop, or one of a stack.
+
+    tpu7x multiplies by 16-bit weights fastest in tiles larger than those in which they are stored,
+    and programs would first copy them all. Seen as tiles of the smaller size, they stay in place.
+    """
+    take = lambda w: w if layer is None else jax.lax.dynamic_index_in_dim(w, layer, 0, False)
+    *stack, N, K = w.shape
+    if w.dtype.itemsize != 2 or N % (_TILE * sharding.ways("heads")):
+        return take(w)
+
+    def in_tiles(w: Array) -> Array:
+        tiles = jax.lax.optimization_barrier(w.reshape(*stack, -1, _TILE, K))
+        return take(tiles).reshape(N, K)
+
+    return jax.lax.platform_dependent(w, tpu=in_tiles, default=take)
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:

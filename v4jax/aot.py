@@ -111,8 +111,8 @@ def arguments(
         page = min(PAGE, -(-capacity // BLOCK) * BLOCK)
         table_BM = _rows((batch, -(-capacity // page)), jnp.int32, mesh, "batch")
         cache = _paged(cfg, table_BM, mesh, page=page, dtype=dtype, mtp=drafts > 0)
-        steps_ = _rows((), jnp.int32, mesh)
-        return model, cache, *_engine_rows(cfg, table_BM, mesh, drafts), steps_
+        counts, rows = _engine_rows(cfg, table_BM, mesh, drafts)
+        return model, cache, counts, rows, _rows((), jnp.int32, mesh)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
     rows = lambda *shape: _rows((batch, *shape), jnp.int32, mesh, "batch")
@@ -124,20 +124,19 @@ def arguments(
 def _paged(cfg: ModelConfig, table_BM: jax.ShapeDtypeStruct, mesh: Mesh, **settings: Any) -> Cache:
     """The engine's cache: in each group of devices its rows, their pages, and a scratch page."""
     rows, row_pages = table_BM.shape
-    pages = rows * row_pages + sharding.row_groups(mesh)
+    groups = sharding.row_groups(mesh)
+    pages = rows * row_pages + (groups if rows % groups == 0 else 1)
     cache = jax.eval_shape(lambda: paging.make(cfg, rows=rows, pages=pages, **settings))
     return jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
 
 
-def _engine_rows(
-    cfg: ModelConfig, table_BM: jax.ShapeDtypeStruct, mesh: Mesh, drafts: int
-) -> tuple[Counts, Rows]:
+def _engine_rows(cfg: ModelConfig, table_BM: Any, mesh: Mesh, drafts: int) -> tuple[Counts, Rows]:
     """Counts and rows of the engine."""
     batch = table_BM.shape[0]
     prompts_BT, lengths_B = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
     params = [SamplingParams(seed=0)] * batch
     state = jax.eval_shape(lambda: sampling.init(params, cfg.vocab_size, prompts_BT, lengths_B))
-    settings = vars(jax.tree.map(placed, state, sampling.shardings(state, mesh)))
+    settings = dict(vars(jax.tree.map(placed, state, sampling.shardings(state, mesh))))
     counts = Counts(in_prompt_BV=settings.pop("in_prompt_BV"), count_BV=settings.pop("count_BV"))
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> Any:

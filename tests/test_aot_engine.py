@@ -50,7 +50,7 @@ def test_a_pod_decodes_64_rows_of_a_million_tokens_in_place(
 ) -> None:
     flash = presets.get("flash")
     mesh = aot.topology_mesh(pod, expert=experts)
-    program = compiled(flash, mesh, batch=ROWS, capacity=CONTEXT, drafts=drafts, top=20)
+    program = compiled(flash, mesh, batch=ROWS, capacity=CONTEXT, drafts=drafts)
     check_pools(flash, program, ROWS // experts)
     assert without_kernels("tpu") == {"rotary.rotate"}  # for fewer than 64 tokens of a device
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -108,11 +107,8 @@ def arguments(
     model = params.abstract(declared, dtype, expert_format)
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
     if step == "advance":
-        page = min(PAGE, -(-capacity // BLOCK) * BLOCK)
-        table_BM = _rows((batch, -(-capacity // page)), jnp.int32, mesh, "batch")
-        cache = _paged(cfg, table_BM, mesh, page=page, dtype=dtype, mtp=drafts > 0)
-        counts, rows = _engine_rows(cfg, table_BM, mesh, drafts)
-        return model, cache, counts, rows, _rows((), jnp.int32, mesh)
+        sizes = {"batch": batch, "capacity": capacity, "drafts": drafts}
+        return model, *_of_engine(cfg, mesh, dtype, **sizes), _rows((), jnp.int32, mesh)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
     rows = lambda *shape: _rows((batch, *shape), jnp.int32, mesh, "batch")
@@ -121,46 +117,49 @@ def arguments(
     return model, rows(tokens), cache, rows()
 
 
-def _paged(cfg: ModelConfig, table_BM: jax.ShapeDtypeStruct, mesh: Mesh, **settings: Any) -> Cache:
-    """The engine's cache: in each group of devices its rows, their pages, and a scratch page."""
-    rows, row_pages = table_BM.shape
-    groups = sharding.row_groups(mesh)
-    pages = rows * row_pages + (groups if rows % groups == 0 else 1)
-    cache = jax.eval_shape(lambda: paging.make(cfg, rows=rows, pages=pages, **settings))
-    return jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
+def _of_engine(
+    cfg: ModelConfig, mesh: Mesh, dtype: Any, *, batch: int, capacity: int, drafts: int
+) -> tuple[Cache, Counts, Rows]:
+    """The engine's arrays: each group of devices has its rows, their pages and a scratch page."""
+    page = min(PAGE, -(-capacity // BLOCK) * BLOCK)
+    row_pages, groups = -(-capacity // page), sharding.row_groups(mesh)
+    sizes = {"rows": batch, "page": page, "mtp": drafts > 0}
+    sizes["pages"] = batch * row_pages + (groups if batch % groups == 0 else 1)
+    cache = jax.eval_shape(lambda: paging.make(cfg, **sizes, dtype=dtype))
+    cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
+    counts, rows = jax.eval_shape(lambda: _engine_rows(cfg, batch, row_pages, drafts))
+    place = lambda *axes: lambda x: _rows(x.shape, x.dtype, mesh, *axes)
+    return cache, jax.tree.map(place("batch", "vocab"), counts), jax.tree.map(place("batch"), rows)
 
 
-def _engine_rows(cfg: ModelConfig, table_BM: Any, mesh: Mesh, drafts: int) -> tuple[Counts, Rows]:
-    """Counts and rows of the engine."""
-    batch = table_BM.shape[0]
-    prompts_BT, lengths_B = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-    params = [SamplingParams(seed=0)] * batch
-    state = jax.eval_shape(lambda: sampling.init(params, cfg.vocab_size, prompts_BT, lengths_B))
-    settings = dict(vars(jax.tree.map(placed, state, sampling.shardings(state, mesh))))
-    counts = Counts(in_prompt_BV=settings.pop("in_prompt_BV"), count_BV=settings.pop("count_BV"))
+def _engine_rows(cfg: ModelConfig, batch: int, row_pages: int, drafts: int) -> tuple[Counts, Rows]:
+    """Counts and rows of the engine, all zeros."""
 
-    def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return _rows((batch, *shape), dtype, mesh, "batch")
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jnp.zeros((batch, *shape), dtype)
 
+    params, vocab = [SamplingParams(seed=0)] * batch, cfg.vocab_size
+    settings: dict[str, Any] = sampling.settings(params, vocab)
     drafting = Drafting(
-        draft_Bk=rows(drafts),
-        count_B=rows(),
-        allowed_B=rows(dtype=bool),
-        share_B=rows(dtype=jnp.float32),
-        rest_B=rows(),
-        drafted_B=rows(),
-        right_B=rows(),
+        draft_Bk=zeros(drafts),
+        count_B=zeros(),
+        allowed_B=zeros(dtype=bool),
+        share_B=zeros(dtype=jnp.float32),
+        rest_B=zeros(),
+        drafted_B=zeros(),
+        right_B=zeros(),
     )
-    return counts, Rows(
-        token_B=rows(),
-        length_B=rows(),
-        left_B=rows(),
-        stop_BE=rows(STOPS),
-        table_BM=table_BM,
-        allowed_BW=rows(-(-cfg.vocab_size // 32), dtype=jnp.uint32),
+    rows = Rows(
+        token_B=zeros(),
+        length_B=zeros(),
+        left_B=zeros(),
+        stop_BE=zeros(STOPS),
+        table_BM=zeros(row_pages),
+        allowed_BW=zeros(-(-vocab // 32), dtype=jnp.uint32),
         drafting=drafting,
-        settings=settings,
+        settings={**settings, "drawn_B": zeros()},
     )
+    return Counts(in_prompt_BV=zeros(vocab, dtype=bool), count_BV=zeros(vocab)), rows
 
 
 def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:

@@ -34,7 +34,7 @@ device_description_str: "NVIDIA H200"
 
 @functools.lru_cache
 def devices(target: Target) -> tuple[Any, ...]:
-    """Devices to compile for.
+    """Devices to compile for: four TPU chips, or a machine of eight GPUs.
 
     Raises:
       ValueError: unknown target.
@@ -44,7 +44,7 @@ def devices(target: Target) -> tuple[Any, ...]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     elif target == "h200":
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=_H200
+            platform="cuda", topology_name="1x1x8", topology="1x1x8", target_config=_H200
         )
     else:
         raise ValueError(f"Unknown target '{target}'; pass one of {[*TPU_TOPOLOGIES, 'h200']}.")

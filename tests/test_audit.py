@@ -16,7 +16,8 @@ HloModule jit_f
   %x = bf16[4,8]{1,0} get-tuple-element(%p), index=1
   %gathered = bf16[16,8]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
   %alone = bf16[4,8]{1,0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add
-  ROOT %t = (s32[], bf16[4,8]) tuple(%i, %x)
+  %kept = bf16[4,8]{1,0} copy(%x)
+  ROOT %t = (s32[], bf16[4,8]) tuple(%i, %kept)
 }
 
 %fused (p.1: f32[8,4]) -> f32[2,4] {
@@ -83,6 +84,11 @@ def test_moves_requires_all_dims_in_one_array() -> None:
     assert gathered.moves(16, 8)
     assert gathered.moves(4)
     assert not gathered.moves(16, 4)
+
+
+def test_copies_are_multiplied_by_trip_counts() -> None:
+    text = TEXT.replace("BACKEND", KNOWN)
+    assert [audit.copies(text, *dims) for dims in [(4, 8), (8,), (16, 8)]] == [5, 5, 0]
 
 
 MESH = "mesh['a'=1,'b'=8,'c'=1]"

@@ -1,6 +1,5 @@
 """Generation on a mesh, for which a user only loads onto it, and its programs for TPUs."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from v4jax import aot, presets
 from v4jax.__main__ import main
 from v4jax.aot import Step
 from v4jax.checkpoints import random_release
-from v4jax.decoding import steps
-from v4jax.decoding.sampling import SamplingParams
+from v4jax.engine import programs
 from v4jax.language_model import LanguageModel
 from v4jax.model import sharding
 
@@ -75,16 +73,9 @@ def test_rows_that_the_mesh_does_not_divide_are_generated_as_if_alone(
     directory: Path, alone: LanguageModel
 ) -> None:
     spread = load(directory, sharding.make_mesh(data=4, tensor=2))
-    prompts, params = [PROMPT, PROMPT[:5], PROMPT[2:]], [SamplingParams(seed=n) for n in range(3)]
-    outputs = []
-    for model in (spread, alone):
-        rows: list[list[int]] = [[], [], []]
-        for block in model.engine.run(prompts, params, [4, 6, 5]):
-            for row, tokens in zip(rows, block, strict=True):
-                row += [token.id for token in tokens]
-        outputs.append(rows)
-    assert outputs[0] == outputs[1]
-    assert [len(row) for row in outputs[0]] == [4, 6, 5]
+    prompts: Any = [PROMPT, PROMPT[:5], PROMPT[2:]]
+    outputs: Any = [model.generate(prompts, **OPTIONS) for model in (spread, alone)]
+    assert [out.tokens for out in outputs[0]] == [out.tokens for out in outputs[1]]
 
 
 @pytest.mark.parametrize("words", ["tensor=3", "model=8", "tensor"])
@@ -109,40 +100,33 @@ def test_ahead_of_time_arguments_are_those_of_generation(
 ) -> None:
     mesh = sharding.make_mesh(**sizes)
     model = load(directory, mesh)
-    calls: dict[Step, list[Any]] = {"prefill": [], "begin": [], "advance": []}
+    advance, calls = programs.advance, []
 
-    def recorded(name: Step, step: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **static: Any) -> Any:
-            calls[name].append(placements(args))
-            return step(*args, **static)
-
-        return run
+    def recorded(*args: Any, **static: Any) -> Any:
+        calls.append(placements(args))
+        return advance(*args, **static)
 
     with monkeypatch.context() as patch:
-        for name in calls:
-            patch.setattr(steps, name, recorded(name, getattr(steps, name)))
+        patch.setattr(programs, "advance", recorded)
         model.generate(PROMPT, **OPTIONS)
-    assert len(calls["advance"]) > 1
-    for name in calls:
-        expected = aot.arguments(
-            CFG, name, mesh, batch=1, capacity=128, tokens=64, dtype=jnp.float32
-        )
-        assert calls[name]
-        for args in calls[name]:
-            for ours, theirs in zip(args, placements(expected), strict=True):
-                assert ours[:2] == theirs[:2]
-                # The number of steps comes from the host.
-                assert ours[2] == theirs[2] or ours[0] == ()
+    groups = sharding.row_groups(mesh)
+    arguments = aot.arguments(CFG, "advance", mesh, batch=groups, capacity=128, dtype=jnp.float32)
+    assert len(calls) > 1
+    for args in calls:
+        for ours, theirs in zip(args, placements(arguments), strict=True):
+            assert ours[:2] == theirs[:2]
+            # Where rows are not split, those of the host are passed as they are.
+            on_host = ours[2] is None or len(ours[2]) == 1
+            assert ours[2] == theirs[2] or (on_host and (groups == 1 or ours[0] == ()))
 
 
 @pytest.mark.full_compilation
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["prefill", "begin", "advance"])
+@pytest.mark.parametrize("step", ["prefill", "advance"])
 def test_generation_compiles_for_tpus(step: Step) -> None:
     """Four chips of v6e, one prompt, the weights in the release's formats."""
     mesh = sharding.make_mesh(tensor=4, devices=targets.devices("v6e"))
     lowered = aot.lower(WIDE, step, mesh, batch=1, capacity=512, tokens=64, expert_format="fp4")
     program = lowered.compile()
     assert "num_partitions=4" in str(program.as_text())
-    if step != "begin":
-        assert "experts_hidden" in str(program.as_text())
+    assert "experts_hidden" in str(program.as_text())

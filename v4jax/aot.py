@@ -8,18 +8,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from v4jax.decoding import sampling, steps
-from v4jax.decoding.sampling import SamplingParams, SamplingState
+from v4jax.decoding import steps
+from v4jax.engine import device, inputs, programs
+from v4jax.engine.arrays import Counts, Rows, Static
+from v4jax.engine.build import STOPS
+from v4jax.engine.inputs import Shape
+from v4jax.engine.settings import PAGE
 from v4jax.model import cache as caches
-from v4jax.model import numerics, params, sharding
+from v4jax.model import numerics, paging, params, sharding
+from v4jax.model.cache import BLOCK, Cache
 from v4jax.model.config import ExpertDtype, ModelConfig
 from v4jax.model.transformer import Model
 
-Step = Literal["prefill", "decode", "begin", "advance"]
+Step = Literal["prefill", "decode", "advance"]
 
 
 def topology_mesh(topology: str, **sizes: int) -> Mesh:
@@ -40,6 +44,8 @@ def lower(
     mesh: Mesh,
     *,
     rounding: numerics.Numerics = numerics.OFFICIAL,
+    drafts: int = 0,
+    top: int = 0,
     **sizes: Any,
 ) -> jax.stages.Lowered:
     """Trace and lower a step for the devices of a mesh.
@@ -49,6 +55,8 @@ def lower(
       step: name of the step; see `arguments`.
       mesh: mesh of real devices or of a topology.
       rounding: the numerics.
+      drafts: drafts that each row of 'advance' takes.
+      top: alternatives that 'advance' reports.
       sizes: keyword arguments of `arguments`.
 
     Returns:
@@ -57,11 +65,12 @@ def lower(
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
     """
-    inputs = arguments(cfg, step, mesh, **sizes)
+    inputs = arguments(cfg, step, mesh, drafts=drafts, **sizes)
     with jax.set_mesh(mesh):
-        # `begin` only samples, so it has no numerics.
-        static = {} if step == "begin" else {"numerics": rounding}
-        return getattr(steps, step).lower(*inputs, cfg=cfg, **static)
+        if step == "advance":
+            static = Static(cfg=cfg, numerics=rounding, drafts=drafts, top=top)
+            return programs.advance.lower(*inputs, static=static)
+        return getattr(steps, step).lower(*inputs, cfg=cfg, numerics=rounding)
 
 
 def arguments(
@@ -72,6 +81,7 @@ def arguments(
     batch: int,
     capacity: int,
     tokens: int = 512,
+    drafts: int = 0,
     dtype: Any = jnp.bfloat16,
     expert_format: ExpertDtype | None = None,
 ) -> tuple[Any, ...]:
@@ -79,12 +89,13 @@ def arguments(
 
     Args:
       cfg: configuration of the model.
-      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; generation runs 'begin'
-        and 'advance' after its prefill.
+      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; 'advance' is the
+        engine's step, whose cache has pages for the capacity of all rows.
       mesh: mesh of real devices or of a topology.
       batch: number of rows. A single row is replicated; more are sharded.
       capacity: capacity of the cache, in tokens.
       tokens: size of a prefill chunk.
+      drafts: drafts that each row of 'advance' takes.
       dtype: dtype of activations, cache and unquantised weights.
       expert_format: keep FP8 weights and experts quantised, with experts in this format.
 
@@ -95,23 +106,38 @@ def arguments(
     declared = Model(cfg)
     model = params.abstract(declared, dtype, expert_format)
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
+    if step == "advance":
+        sizes = {"batch": batch, "capacity": capacity, "drafts": drafts}
+        return model, *_of_engine(cfg, mesh, dtype, **sizes), _rows((), jnp.int32, mesh)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
-    rows = lambda *shape, of=jnp.int32: _rows((batch, *shape), of, mesh, "batch")
-    match step:
-        case "decode":
-            return model, rows(), cache
-        case "prefill":
-            return model, rows(tokens), cache, rows()
-    state = _sampling(cfg, batch, mesh)
-    if step == "begin":
-        logits_BV = _rows((batch, cfg.vocab_size), jnp.float32, mesh, "batch", "vocab")
-        return logits_BV, cache, state, rows()
-    parts = cache, state, rows(), rows(), rows(of=bool)
-    loop = jax.tree.unflatten(
-        jax.tree.structure(jax.eval_shape(steps.Loop, *parts)), jax.tree.leaves(parts)
+    rows = lambda *shape: _rows((batch, *shape), jnp.int32, mesh, "batch")
+    if step == "decode":
+        return model, rows(), cache
+    return model, rows(tokens), cache, rows()
+
+
+def _of_engine(
+    cfg: ModelConfig, mesh: Mesh, dtype: Any, *, batch: int, capacity: int, drafts: int
+) -> tuple[Cache, Counts, Rows]:
+    """The engine's arrays: each group of devices has its rows, their pages and a scratch page."""
+    groups, unit = sharding.row_groups(mesh), paging.page_unit(cfg)
+    page = -(-min(PAGE, capacity) // unit) * unit
+    row_pages = -(-capacity // page)
+    shape = Shape(
+        rows=batch,
+        pages=batch * row_pages + (groups if batch % groups == 0 else 1),
+        page=page,
+        row_pages=row_pages,
+        widths=(BLOCK, BLOCK),
+        stops=STOPS + len(cfg.eos_token_ids),
     )
-    return model, loop, _rows((), jnp.int32, mesh)
+    static = Static(cfg=cfg, numerics=numerics.OFFICIAL, drafts=drafts, top=0)
+    cache, counts = jax.eval_shape(lambda: device.empty(shape, static, dtype))
+    cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
+    rows = jax.eval_shape(lambda: inputs.empty_rows(batch, shape, static))
+    by_row = lambda x: _rows(x.shape, x.dtype, mesh, "batch")
+    return cache, jax.tree.map(by_row, counts), jax.tree.map(by_row, rows)
 
 
 def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
@@ -121,10 +147,3 @@ def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
 
 def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.place(axes, shape, mesh))
-
-
-def _sampling(cfg: ModelConfig, batch: int, mesh: Mesh) -> SamplingState:
-    prompts_BT, lengths_B = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-    settings = [SamplingParams(seed=0)] * batch
-    state = jax.eval_shape(lambda: sampling.init(settings, cfg.vocab_size, prompts_BT, lengths_B))
-    return jax.tree.map(placed, state, sampling.shardings(state, mesh))

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves between devices, read from its text.
+"""Bytes that a compiled program moves between devices, and copies, read from its text.
 
 `cost_analysis` counts the body of a loop once. Here it counts once per iteration, or once if the
 number of iterations depends on data, as for the end of a text. All branches of a condition count.
@@ -69,8 +69,23 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives in the text of `Compiled.as_text()`, those that move most first."""
-    computations, entry = _parsed(text)
-    return sorted(_walk(computations, entry, 1), key=lambda collective: -collective.bytes)
+    moving = (
+        _collective(computation, instruction, times)
+        for computation, instruction, times in _instructions(text)
+        if instruction.operation.removesuffix("-start") in _KINDS
+        and not _is_local(instruction.rest)
+    )
+    return sorted(moving, key=lambda collective: -collective.bytes)
+
+
+def copies(text: str, *dims: int) -> int:
+    """How often a program copies arrays, on one device, that have all these dims."""
+    return sum(
+        times
+        for _, instruction, times in _instructions(text)
+        if instruction.operation in ("copy", "copy-start")
+        and any(set(dims) <= set(array.dims) for array in instruction.result)
+    )
 
 
 def moved(collectives: Iterable[Collective]) -> int:
@@ -115,17 +130,24 @@ def _arrays(text: str) -> tuple[Array, ...]:
     return tuple(Array(dtype, dims(numbers)) for dtype, numbers in _ARRAY.findall(text))
 
 
-def _walk(computations: dict[str, _Computation], name: str, times: int) -> Iterator[Collective]:
-    computation = computations[name]
-    for instruction in computation.values():
-        if instruction.operation.removesuffix("-start") in _KINDS:
-            if not _is_local(instruction.rest):
-                yield _collective(computation, instruction, times)
-        elif not instruction.operation.endswith(("-update", "-done")):
-            trips = _trips(computations, instruction)
-            for names, single_name in _CALLED.findall(instruction.rest):
-                for called in re.findall(r"[\w.-]+", names or single_name):
-                    yield from _walk(computations, called, times * trips)
+def _instructions(text: str) -> Iterator[tuple[_Computation, _Instruction, int]]:
+    """All instructions, each with its computation and how often it runs."""
+    computations, entry = _parsed(text)
+    yield from _walk(computations, entry, 1)
+
+
+def _walk(
+    computations: dict[str, _Computation], name: str, times: int
+) -> Iterator[tuple[_Computation, _Instruction, int]]:
+    for instruction in (computation := computations[name]).values():
+        yield computation, instruction, times
+        operation = instruction.operation
+        if operation.removesuffix("-start") in _KINDS or operation.endswith(("-update", "-done")):
+            continue
+        trips = _trips(computations, instruction)
+        for names, single_name in _CALLED.findall(instruction.rest):
+            for called in re.findall(r"[\w.-]+", names or single_name):
+                yield from _walk(computations, called, times * trips)
 
 
 def _is_local(rest: str) -> bool:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.compress.tpu_finish import finish, in_pairs
 from pallas_kernels.compress.tpu_pool import SUBLANES, pool
-from pallas_kernels.mosaic_tpu import LANES, resident
+from pallas_kernels.mosaic_tpu import LANES, in_hbm, resident
 
 
 def decode(
@@ -67,7 +67,7 @@ def decode(
         layer.astype(jnp.int32)[None],
         window_B,
         _rows_read(window_B),
-        ring_LBRC,
+        in_hbm(ring_LBRC),
         bias_MC,
         scale_K[None],
         *table,

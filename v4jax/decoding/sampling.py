@@ -23,6 +23,7 @@ from v4jax.arguments import checked, integer, number, optional
 from v4jax.decoding import filters
 from v4jax.model import sharding
 from v4jax.model.pytree import pytree
+from v4jax.model.sharding import ROWS
 
 # Below this a float32 quotient can overflow; far above it, the draw is already the largest logit.
 _MIN_TEMPERATURE = 1e-30
@@ -246,9 +247,12 @@ def _restricted(
     x_BV: Float32[Array, "B V"], allowed_BW: UInt32[Array, "B W"]
 ) -> Float32[Array, "B V"]:
     """Logits with -inf at tokens whose bits are not set."""
-    id_V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)
-    bit_BV = allowed_BW[:, id_V // 32] >> (id_V % 32)[None] & 1
-    return jnp.where(bit_BV == 1, x_BV, -jnp.inf)
+    at_32 = jnp.arange(32, dtype=jnp.uint32)
+    bits = lambda word_W: (word_W[:, None] >> at_32[None] & 1 == 1).reshape(-1)
+    # Of all rows at once, a TPU would pad the bits of each word to 128 lanes.
+    unpack = lambda allowed_BW: jax.lax.map(bits, allowed_BW, batch_size=8)
+    bit_BV = sharding.per_device(unpack, allowed_BW, axes=(ROWS,), out=ROWS, kernels=False)
+    return jnp.where(bit_BV[:, : x_BV.shape[1]], x_BV, -jnp.inf)
 
 
 def _one_hot(token_B: Int32[Array, " B"], vocab: int) -> Int32[Array, "B V"]:

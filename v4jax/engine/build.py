@@ -6,7 +6,8 @@ from v4jax.decoding.loaded import Loaded
 from v4jax.engine import settings
 from v4jax.engine.arrays import Static
 from v4jax.engine.core import Core
-from v4jax.engine.device import Device, Shape
+from v4jax.engine.device import Device
+from v4jax.engine.inputs import Shape
 from v4jax.engine.memory import Memory
 from v4jax.engine.pages import Pages
 from v4jax.engine.prefix import Prefix

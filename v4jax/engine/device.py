@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Int
 
-from v4jax.decoding import sampling
 from v4jax.decoding.sampling import SamplingParams
-from v4jax.engine import programs
+from v4jax.engine import inputs, programs
 from v4jax.engine.arrays import (
     AnyArray,
-    Chunks,
     Counts,
     Drafting,
     Rows,
@@ -30,6 +28,7 @@ from v4jax.engine.arrays import (
     Scores,
     Static,
 )
+from v4jax.engine.inputs import Masks, Shape
 from v4jax.engine.request import Request
 from v4jax.engine.scheduler import Chunk
 from v4jax.engine.sequence import Sequence
@@ -40,27 +39,15 @@ from v4jax.model.sharding import ROWS
 from v4jax.model.transformer import Model
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes that the programs are compiled for.
-
-    Attributes:
-      rows: slots of sequences.
-      pages: pages of the pools, of which one is scratch.
-      page: tokens of a page.
-      row_pages: most pages of a row.
-      widths: tokens of a prompt's last chunk and of the others, padded to these.
-      stops: most stop tokens of a row.
-      groups: groups of rows, of which each has as many slots and pages.
-    """
-
-    rows: int
-    pages: int
-    page: int
-    row_pages: int
-    widths: tuple[int, int]
-    stops: int
-    groups: int = 1
+def empty(shape: Shape, static: Static, dtype: Any) -> tuple[Cache, Counts]:
+    """A cache without tokens, and the counts of none."""
+    cfg = static.cfg
+    sizes = {"rows": shape.rows, "pages": shape.pages, "page": shape.page}
+    counts = Counts(
+        in_prompt_BV=jnp.zeros((shape.rows, cfg.vocab_size), bool),
+        count_BV=jnp.zeros((shape.rows, cfg.vocab_size), jnp.int32),
+    )
+    return paging.make(cfg, **sizes, dtype=dtype, mtp=static.drafts > 0), counts
 
 
 class Device:
@@ -80,36 +67,20 @@ class Device:
         # Where the weights are: programs would be compiled again once their outputs are there.
         self._mesh = sharding.mesh_of(models[None])
         self._place = jax.devices()[0] if self._mesh is None else NamedSharding(self._mesh, P())
-        self._cache, self._counts = self._empty(dtype)
-        vocab = static.cfg.vocab_size
-        unmasked = lambda rows: np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
-        # For a chunk of each group, and for all rows.
-        self._unmasked = {n: self._by_row(unmasked(n)) for n in (shape.groups, shape.rows)}
-        greedy = SamplingParams(temperature=0, seed=0)
-        self._greedy = _settings([greedy] * shape.rows, vocab)
-
-    def _empty(self, dtype: Any) -> tuple[Cache, Counts]:
-        """A cache and counts of nothing, where they stay."""
-        shape, cfg = self.shape, self._cfg
-        sizes = {"rows": shape.rows, "pages": shape.pages, "page": shape.page}
-        mtp = self.static.drafts > 0
-
-        def zeros() -> tuple[Cache, Counts]:
-            counts = Counts(
-                in_prompt_BV=jnp.zeros((shape.rows, cfg.vocab_size), bool),
-                count_BV=jnp.zeros((shape.rows, cfg.vocab_size), jnp.int32),
+        make = functools.partial(empty, shape, static, dtype)
+        if (mesh := self._mesh) is None:
+            self._cache, self._counts = jax.device_put(make(), self._place)
+        else:
+            cache, counts = jax.eval_shape(make)
+            where = (
+                jax.tree.map(lambda x: caches.place(x.shape, mesh), cache),
+                jax.tree.map(lambda x: sharding.place(ROWS, x.shape, mesh), counts),
             )
-            return paging.make(cfg, **sizes, dtype=dtype, mtp=mtp), counts
-
-        mesh = self._mesh
-        if mesh is None:
-            return jax.device_put(zeros(), self._place)
-        cache, counts = jax.eval_shape(zeros)
-        where = (
-            jax.tree.map(lambda x: caches.place(x.shape, mesh), cache),
-            jax.tree.map(lambda x: sharding.place(ROWS, x.shape, mesh), counts),
-        )
-        return jax.jit(zeros, out_shardings=where)()
+            self._cache, self._counts = jax.jit(make, out_shardings=where)()
+        self._empty_rows: dict[int, tuple[Rows, Any]] = {}
+        for count in (shape.rows, shape.groups):
+            rows = inputs.empty_rows(count, shape, static)
+            self._empty_rows[count] = rows, jax.device_put(self._by_row(rows.allowed_BW))
 
     @functools.cached_property
     def _block(self) -> "_Layout":
@@ -162,7 +133,7 @@ class Device:
         ]
 
     def read_chunks(
-        self, chunks: Many[Chunk], allowed: dict[int, UInt32[np.ndarray, " W"]]
+        self, chunks: Many[Chunk], allowed: Masks
     ) -> tuple[Sampled, Int[Array, "G k"], Scores | None]:
         """Start a chunk of a prompt in some groups; the tokens after them, drafts, and any scores.
 
@@ -170,30 +141,12 @@ class Device:
           chunks: the chunks, all of one adapter, and all narrow or none.
           allowed: tokens that may be sampled after a group's chunk; any where it is missing.
         """
-        groups, width = self.shape.groups, self.shape.widths[0 if chunks[0].narrow else 1]
-
-        def zeros(*shape: int, dtype: Any = np.int32) -> Any:
-            return np.zeros((groups, *shape), dtype)
-
-        arrays: Any = Chunks(
-            row_G=zeros(),
-            count_G=zeros(),
-            last_G=zeros(dtype=bool),
-            scored_G=zeros(dtype=bool),
-            tokens_GT=zeros(width),
-            next_GT=zeros(width),
+        sequences, arrays = [chunk.sequence for chunk in chunks], inputs.chunks(chunks, self.shape)
+        groups = [sequence.group for sequence in sequences]
+        rows = self._rows(self.shape.groups, sequences, groups, allowed)
+        outputs = self._run(
+            programs.prefill, sequences[0].request.adapter, rows, self._by_row(arrays)
         )
-        sequences = [chunk.sequence for chunk in chunks]
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            group, part = sequence.group, sequence.tokens[chunk.start :][: chunk.count + 1]
-            arrays.row_G[group] = (sequence.row or 0) % (self.shape.rows // groups)
-            arrays.count_G[group], arrays.last_G[group] = chunk.count, chunk.last
-            arrays.scored_G[group] = sequence.request.prompt_logprobs
-            arrays.tokens_GT[group, : chunk.count] = part[: chunk.count]
-            arrays.next_GT[group, : len(part) - 1] = part[1:]
-        rows = self._rows(sequences, allowed, [s.group for s in sequences], count=groups)
-        adapter = sequences[0].request.adapter
-        outputs = self._run(programs.prefill, adapter, rows, self._by_row(arrays))
         sampled, draft_Gk, scores = outputs
         return sampled, draft_Gk, scores if arrays.scored_G.any() else None
 
@@ -204,7 +157,7 @@ class Device:
     def advance(
         self,
         sequences: Many[Sequence],
-        allowed: dict[int, UInt32[np.ndarray, " W"]],
+        allowed: Masks,
         steps: int,
     ) -> tuple[Sampled, Drafting, Int[Array, ""]]:
         """Start steps of rows, all of one adapter; their tokens, new drafts, and how many steps.
@@ -214,8 +167,8 @@ class Device:
           allowed: tokens that a row may sample next, by row; any where it is missing.
           steps: most steps.
         """
-        at = [sequence.row or 0 for sequence in sequences]
-        rows = self._rows(sequences, allowed, at, count=self.shape.rows)
+        places = [sequence.row or 0 for sequence in sequences]
+        rows = self._rows(self.shape.rows, sequences, places, allowed)
         return self._run(programs.advance, sequences[0].request.adapter, rows, np.int32(steps))
 
     def _run(self, program: Callable[..., Any], adapter: str | None, *args: Any) -> Any:
@@ -297,63 +250,17 @@ class Device:
 
         return jax.tree.map(part, entries)
 
-    def _rows(
-        self,
-        sequences: Many[Sequence],
-        allowed: dict[int, UInt32[np.ndarray, " W"]],
-        at: list[int],
-        *,
-        count: int,
-    ) -> Rows:
-        """The rows of a call, with the sequences at the given places."""
-        width, pages = self.static.drafts, self.shape.pages // self.shape.groups
-
-        def zeros(*shape: int, dtype: Any = np.int32) -> Any:
-            return np.zeros((count, *shape), dtype)
-
-        fields = {name: zeros() for name in ("token_B", "length_B", "left_B")}
-        stop_BE, table_BM = zeros(self.shape.stops) - 1, zeros(self.shape.row_pages + 1)
-        settings = {name: values[:count].copy() for name, values in self._greedy.items()}
-        drafting: Any = Drafting(
-            draft_Bk=zeros(width),
-            count_B=zeros(),
-            allowed_B=zeros(dtype=bool),
-            share_B=zeros(dtype=np.float32),
-            rest_B=zeros(),
-            drafted_B=zeros(),
-            right_B=zeros(),
-        )
-        for b, sequence in zip(at, sequences, strict=True):
-            fields["token_B"][b] = sequence.tokens[-1]
-            fields["length_B"][b] = sequence.length
-            fields["left_B"][b] = sequence.left
-            stop_BE[b, : len(sequence.request.stop_tokens)] = sequence.request.stop_tokens
-            table_BM[b, : len(sequence.pages)] = np.asarray(sequence.pages) % pages
-            drafting.allowed_B[b] = b not in allowed
-            drafting.share_B[b], drafting.rest_B[b] = sequence.acceptance, sequence.rest
-            if sequence.drafts and b not in allowed:
-                drafting.draft_Bk[b], drafting.count_B[b] = sequence.drafts, width
-            for name, values in sequence.settings.items():
-                settings[name][b] = values[0]
-            settings["drawn_B"][b] = sequence.sampled
-        rows = Rows(
-            **fields,
-            stop_BE=stop_BE,
-            table_BM=table_BM,
-            allowed_BW=self._masks(allowed, count),
-            drafting=drafting,
-            settings=settings,
-        )
+    def _rows(self, count: int, sequences: Many[Sequence], at: Many[int], masks: Masks) -> Rows:
+        """The rows of a call, with sequences at the given places."""
+        no_rows, unmasked_BW = self._empty_rows[count]
+        rows = jax.tree.map(np.copy, no_rows)
+        inputs.fill(rows, sequences, at, masks, self.shape.pages // self.shape.groups)
+        if not masks:
+            # Masks are large: those that allow everything are on the device already.
+            return dataclasses.replace(self._by_row(rows), allowed_BW=unmasked_BW)
+        for row, mask_W in masks.items():
+            rows.allowed_BW[row] = mask_W
         return self._by_row(rows)
-
-    def _masks(self, allowed: dict[int, UInt32[np.ndarray, " W"]], count: int) -> Any:
-        """The masks of all rows; without any, an array that is on the device already."""
-        if not allowed:
-            return self._unmasked[count]
-        allowed_BW = np.full(self._unmasked[count].shape, 0xFFFFFFFF, np.uint32)
-        for row, mask_W in allowed.items():
-            allowed_BW[row] = mask_W
-        return allowed_BW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,11 +285,6 @@ class _Layout:
 def _host(value: Any, dtype: Any) -> Any:
     """An array of the host, untyped: see `arrays.AnyArray`."""
     return np.asarray(value, dtype)
-
-
-def _settings(params: Many[SamplingParams], vocab: int) -> dict[str, Any]:
-    """Sampling settings of rows that have drawn nothing."""
-    return {**sampling.settings(params, vocab), "drawn_B": np.zeros(len(params), np.int32)}
 
 
 @jax.jit

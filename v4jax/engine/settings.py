@@ -10,7 +10,7 @@ import numpy as np
 
 from v4jax.arguments import shown
 from v4jax.decoding.loaded import Loaded
-from v4jax.engine.device import Shape
+from v4jax.engine.inputs import Shape
 from v4jax.engine.programs import Static
 from v4jax.model import cache, paging, sharding
 from v4jax.model.cache import BLOCK

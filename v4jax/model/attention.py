@@ -124,11 +124,17 @@ def attend(
       The output; the cache including the chunk, and the indexer's divergence if it is watched.
     """
     cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
-    latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
-    q_BTHK = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.num_attention_heads)
+    latent_BTR = layers.rms_norm(
+        layers.linear(x_BTD, p.q_a_RD, ("q_lora", "embed")), p.q_norm_R, cfg.rms_norm_eps
+    )
+    q_BTHK = _heads(
+        layers.linear(latent_BTR, p.q_b_PR, ("heads", "q_lora")), cfg.num_attention_heads
+    )
     norm = rotary.Norm(cfg.rms_norm_eps, float32=not numerics.float32_islands)
     q_BTHK = layers.rotate(q_BTHK, table, norm=norm)
-    kv_BTK = layers.rms_norm(layers.linear(x_BTD, p.kv_KD), p.kv_norm_K, cfg.rms_norm_eps)
+    kv_BTK = layers.rms_norm(
+        layers.linear(x_BTD, p.kv_KD, (None, "embed")), p.kv_norm_K, cfg.rms_norm_eps
+    )
     kv_BTK = layers.rotate(kv_BTK[:, :, None], table, heads=None)[:, :, 0]
     if numerics.rounded_cache:
         kv_BTK = layers.round_kv(kv_BTK, cfg.qk_rope_head_dim)
@@ -167,7 +173,7 @@ def _output(
     """Project each group of heads to its low rank, then all ranks to the hidden size."""
     grouped_BTGP = mixed_BTHK.reshape(*mixed_BTHK.shape[:2], cfg.o_groups, -1)
     ranks_BTQ = layers.grouped_linear(grouped_BTGP, p.o_a_QP)
-    return layers.linear(ranks_BTQ, p.o_b_DQ)
+    return layers.linear(ranks_BTQ, p.o_b_DQ, ("embed", "heads"))
 
 
 def _compress(
@@ -209,7 +215,9 @@ def _query(
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
     """The indexer's queries, and the weight of each head with all scales folded in."""
     cfg = context.cfg
-    q_BTIJ = _heads(layers.linear(latent_BTR, p.q_b_PR), cfg.index_n_heads)
+    q_BTIJ = _heads(
+        layers.linear(latent_BTR, p.q_b_PR, ("index_heads", "q_lora")), cfg.index_n_heads
+    )
     q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed, heads="index_heads")
     if context.numerics.rounded_cache:
         q_BTIJ = layers.round_index(q_BTIJ)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, residuals
 from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
@@ -113,7 +113,7 @@ def run_stack(
             updated.append(state)
         return (x_BTM, tuple(updated)), None
 
-    arrays = [_sliced(leaf, context) for leaf in leaves]
+    arrays = [None if _stays_in_stack(leaf) else _sliced(leaf, context) for leaf in leaves]
     steps = (jnp.arange(part.repeats, dtype=jnp.int32), arrays)
     (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
     return x_BTM, states
@@ -172,11 +172,26 @@ def _quantised(leaf: Any) -> bool:
     return isinstance(leaf, quantize.Fp8Weight | quantize.Fp4Weight)
 
 
+def _stays_in_stack(leaf: Any) -> bool:
+    """Whether a layer takes an `InStack` of a weight: quantised, or 16-bit matrices."""
+    return _quantised(leaf) or (leaf.ndim == 3 and leaf.dtype.itemsize == 2)
+
+
 def _sliced(leaf: Any, context: Context) -> Any:
     """The part of a stacked weight for a scan to slice; None for quantised weights."""
     if _quantised(leaf):
         return None
     if leaf.dtype == jnp.int32:
         # Look up tokens here: inside the scan, a TPU would pad a table's rows of six to 128 lanes.
-        return leaf[:, context.tokens_BT]
+        return _looked_up(leaf, context.tokens_BT)
     return leaf
+
+
+def _looked_up(
+    table_LVA: Int[Array, "L V A"], tokens_BT: Int[Array, "B T"]
+) -> Int[Array, "L B T A"]:
+    """The rows of tokens in each layer's table, as single elements: see `_sliced`."""
+    L, _, A = table_LVA.shape
+    planes_ALV = jnp.transpose(table_LVA, (2, 0, 1))
+    layer_L111, column_A = jnp.arange(L)[:, None, None, None], jnp.arange(A)
+    return planes_ALV[column_A, layer_L111, tokens_BT[None, ..., None]]

@@ -22,6 +22,8 @@ from v4jax.model import sharding
 from v4jax.model.config import ModelConfig, Yarn
 from v4jax.model.numerics import Numerics
 
+_TILE = 8  # rows of the tiles in which TPUs store arrays
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,26 +60,53 @@ def value(weight: Any) -> Any:
     return weight.get_value() if isinstance(weight, nnx.Variable) else weight
 
 
-def linear(x: Float[Array, "*rows K"], weight: Any) -> Float[Array, "*rows N"]:
-    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype."""
+def linear(
+    x: Float[Array, "*rows K"], weight: Any, axes: tuple[str | None, str | None] | None = None
+) -> Float[Array, "*rows N"]:
+    """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype.
+
+    Args:
+      x: the input; its first dim is the batch.
+      weight: the weight, or one layer of a stack.
+      axes: logical axes of the weight. With them, kernels multiply by a quantised weight on each
+        device, unless the mesh splits K or shards N like the batch; otherwise the compiler
+        partitions the product, and dequantises the weight.
+    """
     matrix, layer = _matrix(weight)
     if isinstance(matrix, LoraWeight):
-        return _updated(x, matrix)
-    return saveable(quantize.linear(x, matrix, layer=layer))
+        return _updated(x, matrix, axes)
+    run = lambda x, matrix, layer: quantize.linear(x, matrix, layer=layer)
+    if not isinstance(matrix, quantize.Fp8Weight | quantize.Fp4Weight):
+        return saveable(run(x, _dense(weight), None))
+    if axes is None:
+        return saveable(run(x, matrix, layer))
+    outputs, inputs = (axis if sharding.ways(axis) > 1 else None for axis in axes)
+    if inputs or outputs == "embed" or matrix.scale.shape[-1] % sharding.ways(outputs):
+        return saveable(run(x, matrix, layer))
+    rows, stack = ("batch", *[None] * (x.ndim - 2)), () if layer is None else (None,)
+    y = sharding.per_device(
+        run, x, matrix, layer, axes=(rows, (*stack, None, outputs), ()), out=(*rows, outputs)
+    )
+    return saveable(y)
 
 
 def _updated(
-    x: Float[Array, "*rows K"], weight: LoraWeight, precision: Any = None
+    x: Float[Array, "*rows K"],
+    weight: LoraWeight,
+    axes: tuple[str | None, str | None] | None = None,
+    precision: Any = None,
 ) -> Float[Array, "*rows N"]:
     """Base and update; with a precision, everything is in x's dtype, which is float32."""
     inputs, a = x, weight.a
     if isinstance(a, Dropped):
         mask = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
         inputs, a = jnp.where(mask, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
-    plain = lambda x, factor: quantize.linear(x, factor.astype(x.dtype), precision=precision)
+    plain = lambda x, factor: quantize.linear(
+        x, _dense(factor).astype(x.dtype), precision=precision
+    )
     delta = plain(plain(inputs, a), weight.b).astype(jnp.float32)
-    product = linear if precision is None else linear_float32
-    return (product(x, weight.base).astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
+    base = linear(x, weight.base, axes) if precision is None else linear_float32(x, weight.base)
+    return (base.astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
 
 
 def _matrix(weight: Any) -> tuple[Any, Any]:
@@ -90,8 +119,34 @@ def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*
     """`linear` in float32 throughout, at full precision on every device."""
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
     if isinstance(matrix, LoraWeight):
-        return _updated(x32, matrix, highest)
-    return saveable(quantize.linear(x32, matrix.astype(jnp.float32), precision=highest))
+        return _updated(x32, matrix, precision=highest)
+    return saveable(quantize.linear(x32, _dense(weight).astype(jnp.float32), precision=highest))
+
+
+def _dense(weight: Any) -> Float[Array, "N K"]:
+    """A weight that is an array, or a layer of a stack of arrays."""
+    weight = value(weight)
+    return read_in_place(weight.stack, weight.layer) if isinstance(weight, InStack) else weight
+
+
+def read_in_place(
+    w: Float[Array, "*L N K"], layer: Int[Array, ""] | None = None
+) -> Float[Array, "N K"]:
+    """A matrix that a program reads in a loop, or one of a stack.
+
+    tpu7x multiplies by 16-bit weights fastest in tiles larger than those in which they are stored,
+    and programs would first copy them all. Seen as tiles of the smaller size, they stay in place.
+    """
+    take = lambda w: w if layer is None else jax.lax.dynamic_index_in_dim(w, layer, 0, False)
+    *stack, N, K = w.shape
+    if w.dtype.itemsize != 2 or N % (_TILE * sharding.ways("heads")):
+        return take(w)
+
+    def in_tiles(w: Array) -> Array:
+        tiles = jax.lax.optimization_barrier(w.reshape(*stack, -1, _TILE, K))
+        return take(tiles).reshape(N, K)
+
+    return jax.lax.platform_dependent(w, tpu=in_tiles, default=take)
 
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:

@@ -98,10 +98,14 @@ def shared_mlp(
     p: SharedExpert, x_BTD: Float[Array, "B T D"], limit: float
 ) -> Float[Array, "B T D"]:
     """Clamped SwiGLU."""
-    gate_BTF = jnp.minimum(layers.linear(x_BTD, p.gate_FD).astype(jnp.float32), limit)
-    up_BTF = jnp.clip(layers.linear(x_BTD, p.up_FD).astype(jnp.float32), -limit, limit)
+    gate_BTF = jnp.minimum(
+        layers.linear(x_BTD, p.gate_FD, ("ffn", "embed")).astype(jnp.float32), limit
+    )
+    up_BTF = jnp.clip(
+        layers.linear(x_BTD, p.up_FD, ("ffn", "embed")).astype(jnp.float32), -limit, limit
+    )
     hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype)
-    return layers.linear(hidden_BTF, p.down_DF)
+    return layers.linear(hidden_BTF, p.down_DF, ("embed", "ffn"))
 
 
 def mixture(

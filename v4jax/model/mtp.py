@@ -82,7 +82,9 @@ def _mixed(
     cfg = context.cfg
     eps = cfg.rms_norm_eps
     embedded_BTD = layers.rms_norm(embedded_BTD, p.embed_norm_D, eps)
-    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD)
+    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD, ("embed", None))
     x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], cfg.hc_mult, cfg.hidden_size)
-    x_BTND = layers.linear(layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD)
+    x_BTND = layers.linear(
+        layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD, ("embed", None)
+    )
     return x_BTND.reshape(streams_BTM.shape) + hyper.expand(embedded_BTD, cfg)

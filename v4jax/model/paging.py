@@ -95,22 +95,26 @@ def write(
     row's entries in its last unit becomes garbage; units without entries go to page SCRATCH, as the
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
-    run = functools.partial(_write, unit=min(unit, new_BnK.shape[1]))
-    args = pages_LPNK, layer, new_BnK, first_B, count_B, table_BM
-    axes = STACKED_ROWS, (), ROWS, ROWS, ROWS, ROWS
-    return sharding.per_device(run, *args, axes=axes, out=STACKED_ROWS, kernels=False)
+    return sharding.per_device(
+        functools.partial(_write, unit=min(unit, new_BnK.shape[1])),
+        *(pages_LPNK, layer, new_BnK, first_B, count_B, table_BM),
+        axes=(STACKED_ROWS, (), ROWS, ROWS, ROWS, ROWS),
+        out=STACKED_ROWS,
+        kernels=False,
+    )
 
 
 def _write(
-    pages_LPNK: Array,
-    layer: Array,
-    new_BnK: Array,
-    first_B: Array,
-    count_B: Array,
-    table_BM: Array,
+    pages_LPNK: Float[Array, "L P N K"],
+    layer: Int[Array, ""],
+    new_BnK: Float[Array, "B n K"],
+    first_B: Int[Array, " B"],
+    count_B: Int[Array, " B"],
+    table_BM: Int[Array, "B M"],
     *,
     unit: int,
-) -> Array:
+) -> Float[Array, "L P N K"]:
+    """`write`, on one device."""
     new_BnK = new_BnK.astype(pages_LPNK.dtype)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))

@@ -208,6 +208,12 @@ def _names(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else (part or ())
 
 
+def ways(axis: str | None) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` splits a logical axis."""
+    mesh, (part,) = jax.sharding.get_abstract_mesh(), partition_spec((axis,))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(part))
+
+
 def row_groups(mesh: Mesh | None) -> int:
     """Number of groups of devices that share the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(RULES["batch"]))

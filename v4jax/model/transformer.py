@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels import products
 from v4jax.model import context, hyper, layers, mtp, sharding
 from v4jax.model.block import Stack, Watch, run_stack, train_stack
-from v4jax.model.cache import Cache
+from v4jax.model.cache import Cache, is_decode
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
 from v4jax.model.params import Declare
@@ -181,5 +181,7 @@ def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Floa
 def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     """Logits in float32; their gradient is rounded to the weight's dtype."""
     weight_VD: Any = layers.value(model.head_VD)
+    if is_decode(hidden_BTD.shape[1]):
+        weight_VD = layers.read_in_place(weight_VD)
     logits_BTV = products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
     return sharding.constrain(logits_BTV, "batch", None, "vocab")

@@ -26,7 +26,10 @@ PAGES = ROWS // GROUPS * ROW_PAGES + 1  # of a group
 
 def rows(table_BM: np.ndarray) -> Rows:
     """Rows that complete entries in these steps; one goes on in its second page."""
-    zeros = lambda *shape, dtype=np.int32: jnp.zeros((ROWS, *shape), dtype)
+
+    def zeros(*shape: int, dtype: Any = np.int32) -> Any:
+        return jnp.zeros((ROWS, *shape), dtype)
+
     fields: dict[str, Any] = {name: zeros() for name in ("count_B", "drafted_B", "right_B")}
     drafting = Drafting(
         **fields,

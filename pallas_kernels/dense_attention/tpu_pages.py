@@ -46,6 +46,8 @@ def arrays_of(pool: Paged, block: int) -> Arrays:
     Raises:
       Unsupported: pages whose parts XLA or the kernel would have to rearrange.
     """
+    if pool.form is not None:
+        raise Unsupported("dense_attention on TPUs takes pages of numbers, not of bytes.")
     layers, pages, size, channels = pool.pages.shape
     dtype, piece = pool.pages.dtype, math.gcd(size, block)
     word, tile = 4 // dtype.itemsize, 32 // dtype.itemsize

@@ -5,6 +5,9 @@ Rings are constant in size and stay with the row. At a multiple of `BLOCK` token
 window is open, so what a row's future depends on, besides its pages, is the sliding window and the
 last window of CSA's compressors: a snapshot.
 
+Entries are arrays in the cache's dtype, or rows of bytes that hold the same values, if the numerics
+round them to FP8, and the indexer's to FP4 (`byte_rows`).
+
 Axis letters: L layers of a stack, B rows, R rows of a ring, P pages, N entries of a page, M pages
 of a row, n new entries, X rows of a snapshot, K channels of the array at hand.
 """
@@ -17,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.byte_rows import Form, Fp4Form, Fp8Form
 from v4jax.model import cache as caches
 from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.numerics import Numerics
 from v4jax.model.segments import segments
 
 # The page that belongs to no row.
@@ -34,17 +39,39 @@ if TYPE_CHECKING:
 else:
     _AnyArray = Array | np.ndarray  # what was kept on the host
 Snapshot = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
-Page = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
+Page = tuple[dict[str, Shaped[_AnyArray, "_ _ _"]], ...]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp", "entries", "numerics"),
+)
 def make(
-    cfg: ModelConfig, *, rows: int, pages: int, page: int, dtype: Any, mtp: bool = False
+    cfg: ModelConfig,
+    *,
+    rows: int,
+    pages: int,
+    page: int,
+    dtype: Any,
+    mtp: bool = False,
+    entries: str | None = None,
+    numerics: Numerics | None = None,
 ) -> Cache:
-    """An empty cache of `rows` slots and `pages` pages of `page` tokens each, without a table.
+    """An empty cache without a table.
+
+    Args:
+      cfg: the model's configuration.
+      rows: number of slots.
+      pages: number of pages.
+      page: tokens of a page.
+      dtype: dtype of activations.
+      mtp: whether MTP blocks have a cache too.
+      entries: None to store them in `dtype`, 'fp8' as bytes: FP8, and FP4 of the indexer's.
+      numerics: the model's, which 'fp8' depends on.
 
     Raises:
-      ValueError: a page is not a multiple of BLOCK tokens, or of a compression ratio.
+      ValueError: a page is not a multiple of BLOCK tokens, or of a compression ratio; or entries
+        that 'fp8' would change.
     """
     ratios = sorted({kind.ratio for kind in cfg.layers if kind.ratio})
     if any(BLOCK % ratio for ratio in ratios) or page % BLOCK:
@@ -53,12 +80,18 @@ def make(
             f"of {BLOCK} tokens, and every ratio must divide {BLOCK}."
         )
 
+    if entries is not None:
+        require_exact(entries, numerics, dtype)
+    width = lambda form: form.channels if entries is None else form.width
+    pool_dtype = dtype if entries is None else jnp.uint8
+
     def layer(kind: LayerKind, repeats: int) -> LayerCache:
         rings = caches.layer_rings(cfg, kind, caches.maker(repeats, rows, dtype, None))
         if kind.attention == "sliding":
             return rings
-        entries, zeros = page // kind.ratio, caches.maker(repeats, pages, dtype, None)
-        return caches.with_pools(rings, cfg, kind, lambda channels: zeros(entries, channels))
+        zeros = caches.maker(repeats, pages, pool_dtype, None)
+        pool = lambda index: zeros(page // kind.ratio, width(_form(cfg, index=index)))
+        return caches.with_pools(rings, kind, pool)
 
     return Cache(
         length_B=jnp.zeros(rows, jnp.int32),
@@ -72,8 +105,42 @@ def make(
     )
 
 
+def require_exact(entries: str, numerics: Numerics | None, dtype: Any) -> None:
+    """Reject entries that their form would change.
+
+    Raises:
+      ValueError: the form is unknown, or the numerics or the dtype do not suit it.
+    """
+    if entries != "fp8":
+        raise ValueError(f"entries is {entries!r}; it must be 'fp8' or None.")
+    if numerics is None or not numerics.rounded_cache:
+        raise ValueError(
+            "entries='fp8' would change entries that the numerics do not round to FP8; use "
+            "numerics='official', or leave entries out."
+        )
+    if dtype != jnp.bfloat16:
+        raise ValueError(
+            f"entries='fp8' holds rotated channels in bfloat16, and this model's are "
+            f"{jnp.dtype(dtype).name}; load it in bfloat16, or leave entries out."
+        )
+
+
+def _form(cfg: ModelConfig, *, index: bool) -> Form:
+    """The form of entries, or of the indexer's, as bytes."""
+    if index:
+        return Fp4Form(cfg.index_head_dim)
+    return Fp8Form(cfg.head_dim, cfg.qk_rope_head_dim)
+
+
+def form_of(
+    pool_LPNK: Shaped[Array, "L P N _"], cfg: ModelConfig, *, index: bool = False
+) -> Form | None:
+    """The form of a pool's entries, or of the indexer's; None if they are not bytes."""
+    return _form(cfg, index=index) if pool_LPNK.dtype == jnp.uint8 else None
+
+
 def write(
-    pages_LPNK: Float[Array, "L P N K"],
+    pages_LPNK: Shaped[Array, "L P N _"],
     layer: Int[Array, ""],
     new_BnK: Float[Array, "B n K"],
     first_B: Int[Array, " B"],
@@ -81,7 +148,8 @@ def write(
     table_BM: Int[Array, "B M"],
     *,
     unit: int,
-) -> Float[Array, "L P N K"]:
+    form: Form | None = None,
+) -> Shaped[Array, "L P N _"]:
     """Write entries first .. first + count - 1 of each row to its pages.
 
     They are written `unit` at a time; `first` is a multiple of it, and so is a page. What follows a
@@ -89,7 +157,7 @@ def write(
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
     unit = min(unit, new_BnK.shape[1])
-    new_BnK = new_BnK.astype(pages_LPNK.dtype)
+    new_BnK = new_BnK.astype(pages_LPNK.dtype) if form is None else form.encode(new_BnK)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))
 

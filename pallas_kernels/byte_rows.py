@@ -1,0 +1,162 @@
+"""Entries of pools as rows of bytes, in the numbers that caches are rounded to.
+
+What `quantize.fake_quant_fp8` or `fake_quant_fp4` returned is read back bit for bit; other values
+are rounded first. A block with a value that is not finite reads as infinities and NaNs. TPUs pad
+rows to 128 bytes, so these are.
+
+Axis letters: K channels, W bytes of a row, E blocks of channels.
+"""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels.quantize import reference as quantize
+
+_LANES = 128
+_NOT_FINITE = 255  # a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Form:
+    """Entries of attention: FP8 but for the last channels, which are rotated, in bfloat16.
+
+    A row has the E4M3 codes, the low and then the high bytes of the rotated channels, so that each
+    lane is a channel, and the E8M0 scales of blocks of 64 codes.
+
+    Attributes:
+      channels: channels of an entry.
+      rotated: how many of them are rotated.
+    """
+
+    channels: int
+    rotated: int
+
+    block = 64
+
+    @property
+    def codes(self) -> int:
+        """Number of codes."""
+        return self.channels - self.rotated
+
+    @property
+    def scales(self) -> int:
+        """Number of scales."""
+        return -(-self.codes // self.block)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return _padded(self.codes + 2 * self.rotated + self.scales)
+
+    def encode(self, x: Float[Array, "*rows K"]) -> UInt8[Array, "*rows W"]:
+        """Entries to rows of bytes."""
+        values, scale = _scaled(x[..., : self.codes], self.block, quantize.E4M3)
+        codes = jax.lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8)
+        rotated = x[..., self.codes :].astype(jnp.bfloat16)
+        rotated = jax.lax.bitcast_convert_type(rotated, jnp.uint16)
+        low, high = (rotated & 255).astype(jnp.uint8), (rotated >> 8).astype(jnp.uint8)
+        return _row(codes, low, high, scale)
+
+    def decode(
+        self, rows: UInt8[Array, "*rows W"], dtype: Any = jnp.bfloat16
+    ) -> Float[Array, "*rows K"]:
+        """Rows of bytes to entries; bfloat16 holds them exactly."""
+        low, high, scale = (self.codes + part * self.rotated for part in range(3))
+        codes = jax.lax.bitcast_convert_type(rows[..., :low], jnp.float8_e4m3fn)
+        straight = codes.astype(jnp.float32) * _spread(
+            rows[..., scale : scale + self.scales], self.block, self.codes
+        )
+        words = rows[..., low:scale].astype(jnp.uint16)
+        rotated = words[..., : self.rotated] | words[..., high - low :] << 8
+        rotated = jax.lax.bitcast_convert_type(rotated, jnp.bfloat16)
+        return jnp.concatenate([straight.astype(dtype), rotated.astype(dtype)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp4Form:
+    """Keys of the indexer: FP4.
+
+    Byte j of a row has the E2M1 codes of channel j (low nibble) and of channel K / 2 + j. The E8M0
+    scales of blocks of 32 channels follow.
+
+    Attributes:
+      channels: channels of a key, an even number.
+    """
+
+    channels: int
+
+    block = 32
+
+    @property
+    def scales(self) -> int:
+        """Number of scales."""
+        return -(-self.channels // self.block)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return _padded(self.channels // 2 + self.scales)
+
+    def encode(self, x: Float[Array, "*rows K"]) -> UInt8[Array, "*rows W"]:
+        """Keys to rows of bytes."""
+        values, scale = _scaled(x, self.block, quantize.E2M1)
+        # A number of E2M1 over 2^6 has its bits in E4M3, which has a larger bias.
+        e4m3 = (values / quantize.E2M1_UNIT).astype(jnp.float8_e4m3fn)
+        bits = jax.lax.bitcast_convert_type(e4m3, jnp.uint8)
+        code = bits >> 4 & 8 | bits >> 2 & 7
+        half = self.channels // 2
+        return _row(code[..., :half] | code[..., half:] << 4, scale)
+
+    def decode(
+        self, rows: UInt8[Array, "*rows W"], dtype: Any = jnp.bfloat16
+    ) -> Float[Array, "*rows K"]:
+        """Rows of bytes to keys; bfloat16 holds them exactly."""
+        half = self.channels // 2
+        packed = rows[..., :half]
+        values = _e2m1(jnp.concatenate([packed & 15, packed >> 4], axis=-1))
+        scale = _spread(rows[..., half : half + self.scales], self.block, self.channels)
+        return (values * scale).astype(dtype)
+
+
+Form: TypeAlias = Fp8Form | Fp4Form
+
+
+def _scaled(
+    x: Float[Array, "*rows K"], block: int, to: quantize.Format
+) -> tuple[Float32[Array, "*rows K"], UInt8[Array, "*rows E"]]:
+    """Values over their block's scale, numbers of the format, and the scales in E8M0."""
+    x_EC = quantize.in_blocks(x, block)
+    amax_E1 = jnp.max(jnp.abs(x_EC), axis=-1, keepdims=True)
+    values_EC, scale_bits_E1 = quantize.scaled(x_EC, amax_E1, to)
+    exponent_E1 = scale_bits_E1 >> quantize.MANTISSA
+    scale_E = jnp.where(jnp.isfinite(amax_E1), exponent_E1, _NOT_FINITE)[..., 0].astype(jnp.uint8)
+    return values_EC.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale_E
+
+
+def _spread(scale: UInt8[Array, "*rows E"], block: int, channels: int) -> Float32[Array, "*rows K"]:
+    """Each channel's scale."""
+    bits = scale.astype(jnp.int32) << quantize.MANTISSA
+    power = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.repeat(power, block, axis=-1)[..., :channels]
+
+
+def _e2m1(code: UInt8[Array, "*rows K"]) -> Float32[Array, "*rows K"]:
+    """E2M1 codes as float32, by changing the bias; subnormals by subtraction."""
+    magnitude = code.astype(jnp.int32) & 7
+    normal = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
+    value = jnp.where(magnitude < 2, 2.0 * normal - 1.0, normal)
+    return jnp.where(code < 8, value, -value)
+
+
+def _row(*parts: UInt8[Array, "*rows _"]) -> UInt8[Array, "*rows W"]:
+    row = jnp.concatenate(parts, axis=-1)
+    missing = _padded(row.shape[-1]) - row.shape[-1]
+    return jnp.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, missing)])
+
+
+def _padded(width: int) -> int:
+    return -(-width // _LANES) * _LANES

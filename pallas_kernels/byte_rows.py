@@ -67,9 +67,9 @@ class Fp8Form:
         """Rows of bytes to entries; bfloat16 holds them exactly."""
         low, high, scale = (self.codes + part * self.rotated for part in range(3))
         codes = jax.lax.bitcast_convert_type(rows[..., :low], jnp.float8_e4m3fn)
-        straight = codes.astype(jnp.float32) * _spread(
-            rows[..., scale : scale + self.scales], self.block, self.codes
-        )
+        powers = _powers(rows[..., scale : scale + self.scales])
+        powers = jnp.repeat(powers, self.block, axis=-1)[..., : self.codes]
+        straight = codes.astype(jnp.float32) * powers
         words = rows[..., low:scale].astype(jnp.uint16)
         rotated = words[..., : self.rotated] | words[..., high - low :] << 8
         rotated = jax.lax.bitcast_convert_type(rotated, jnp.bfloat16)
@@ -80,49 +80,58 @@ class Fp8Form:
 class Fp4Form:
     """Keys of the indexer: FP4.
 
-    Byte j of a row has the E2M1 codes of channel j (low nibble) and of channel K / 2 + j. The E8M0
-    scales of blocks of 32 channels follow.
+    Byte i of a block of 32 channels has the E2M1 codes of its channels i (low nibble) and 16 + i. A
+    row has the bytes of all blocks, and then for each of them the E8M0 scale of its block, so that
+    kernels need not spread scales.
 
     Attributes:
-      channels: channels of a key, an even number.
+      channels: channels of a key, an even number below 32 or a multiple of 32.
     """
 
     channels: int
 
-    block = 32
+    def __post_init__(self) -> None:
+        if self.channels < 2 or self.channels % self.block or self.block % 2:
+            raise ValueError(
+                f"Fp4Form needs even blocks of channels, not {self.channels} channels."
+            )
 
     @property
-    def scales(self) -> int:
-        """Number of scales."""
-        return -(-self.channels // self.block)
+    def block(self) -> int:
+        """Channels per scale."""
+        return min(32, self.channels)
 
     @property
     def width(self) -> int:
         """Bytes of a row."""
-        return _padded(self.channels // 2 + self.scales)
+        return _padded(self.channels)
 
     def encode(self, x: Float[Array, "*rows K"]) -> UInt8[Array, "*rows W"]:
         """Keys to rows of bytes."""
-        values, scale = _scaled(x, self.block, quantize.E2M1)
+        values, scale_E = _scaled(x, self.block, quantize.E2M1)
         # A number of E2M1 over 2^6 has its bits in E4M3, which has a larger bias.
         e4m3 = (values / quantize.E2M1_UNIT).astype(jnp.float8_e4m3fn)
         bits = jax.lax.bitcast_convert_type(e4m3, jnp.uint8)
-        code = bits >> 4 & 8 | bits >> 2 & 7
-        half = self.channels // 2
-        return _row(code[..., :half] | code[..., half:] << 4, scale)
+        code_EC = (bits >> 4 & 8 | bits >> 2 & 7).reshape(*scale_E.shape, self.block)
+        half = self.block // 2
+        packed = (code_EC[..., :half] | code_EC[..., half:] << 4).reshape(*x.shape[:-1], -1)
+        return _row(packed, jnp.repeat(scale_E, half, axis=-1))
 
     def decode(
         self, rows: UInt8[Array, "*rows W"], dtype: Any = jnp.bfloat16
     ) -> Float[Array, "*rows K"]:
         """Rows of bytes to keys; bfloat16 holds them exactly."""
         half = self.channels // 2
-        packed = rows[..., :half]
+        in_blocks = lambda x: x.reshape(*rows.shape[:-1], -1, self.block // 2)
+        packed, scale = in_blocks(rows[..., :half]), in_blocks(rows[..., half : self.channels])
         values = _e2m1(jnp.concatenate([packed & 15, packed >> 4], axis=-1))
-        scale = _spread(rows[..., half : half + self.scales], self.block, self.channels)
-        return (values * scale).astype(dtype)
+        keys = values * _powers(scale[..., :1])
+        return keys.reshape(*rows.shape[:-1], self.channels).astype(dtype)
 
 
 Form: TypeAlias = Fp8Form | Fp4Form
+# The forms that kernels take.
+FP8, FP4 = Fp8Form(channels=512, rotated=64), Fp4Form(channels=128)
 
 
 def _scaled(
@@ -137,11 +146,8 @@ def _scaled(
     return values_EC.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale_E
 
 
-def _spread(scale: UInt8[Array, "*rows E"], block: int, channels: int) -> Float32[Array, "*rows K"]:
-    """Each channel's scale."""
-    bits = scale.astype(jnp.int32) << quantize.MANTISSA
-    power = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.repeat(power, block, axis=-1)[..., :channels]
+def _powers(scale: UInt8[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    return jax.lax.bitcast_convert_type(scale.astype(jnp.int32) << quantize.MANTISSA, jnp.float32)
 
 
 def _e2m1(code: UInt8[Array, "*rows K"]) -> Float32[Array, "*rows K"]:

@@ -11,13 +11,14 @@ Axis letters: as in the package; r rows of the window listed, Z parts of a list.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import gpu_gather
 from pallas_kernels.sparse_attention.gpu_attend import HEADS, attend
 from pallas_kernels.sparse_attention.gpu_gather import CHUNK
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
-from pallas_kernels.sparse_attention.rows import FORM, Fp8Rows
+from pallas_kernels.sparse_attention.rows import Fp8Rows
 
 _MULTIPROCESSORS = 132
 
@@ -111,7 +112,7 @@ def _in_one_row(
     page_BTk = pool.table.astype(jnp.int32).at[row_B11, place_BTk].get(mode="clip")
     entry_BTk = jnp.clip(page_BTk, 0, pages - 1) * size + within_BTk
     one_row = pool.pages.reshape(layers, 1, -1, width)
-    stored = Fp8Rows(one_row) if pool.form == FORM else one_row
+    stored = Fp8Rows(one_row) if pool.form == FP8 else one_row
     return stored, jnp.where(indices_BTk < 0, -1, entry_BTk)
 
 

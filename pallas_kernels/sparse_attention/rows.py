@@ -15,12 +15,11 @@ from typing import Any, TypeAlias
 import jax
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.byte_rows import Fp8Form
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.paged import Paged
 
-FORM = Fp8Form(channels=512, rotated=64)
-CODES, BLOCK, ROTATED = FORM.codes, FORM.block, FORM.rotated
-SCALES, CHANNELS, WIDTH = FORM.scales, FORM.channels, FORM.width
+CODES, BLOCK, ROTATED = FP8.codes, FP8.block, FP8.rotated
+SCALES, CHANNELS, WIDTH = FP8.scales, FP8.channels, FP8.width
 BYTES = CODES + 2 * ROTATED + SCALES + 1
 
 
@@ -54,9 +53,9 @@ def encode(entries: Float[Array, "*rows K"]) -> Fp8Rows:
         raise ValueError(
             f"Fp8Rows hold {CHANNELS} channels, not {entries.shape[-1]}; store these in bfloat16."
         )
-    return Fp8Rows(FORM.encode(entries))
+    return Fp8Rows(FP8.encode(entries))
 
 
 def decode(data: UInt8[Array, "*rows W"], dtype: Any) -> Float[Array, "*rows K"]:
     """Decode rows of bytes to entries in `dtype`; bfloat16 holds them exactly."""
-    return FORM.decode(data, dtype)
+    return FP8.decode(data, dtype)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import tpu_backward, tpu_decode, tpu_prefill, xla
 from pallas_kernels.sparse_attention.inputs import DecodeInputs, PrefillInputs
-from pallas_kernels.sparse_attention.rows import FORM, Fp8Rows, Pool
+from pallas_kernels.sparse_attention.rows import Fp8Rows, Pool
 from pallas_kernels.sparse_attention.tpu_gather import array_of, packing
 
 _QUERIES = 8
@@ -34,8 +35,6 @@ def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
 
 def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
-    if array_of(inputs.pool_LBSK).dtype == jnp.uint8:
-        raise Unsupported("sparse_attention.prefill on TPUs does not take bytes; decode does.")
     return tpu_prefill.call(inputs, window=window, scale=scale)
 
 
@@ -60,8 +59,8 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
             "sparse_attention on TPUs takes heads in multiples of 16 and head dims in multiples "
             f"of {LANES}, not {heads} heads of dim {dim}."
         )
-    if isinstance(pool, Paged) and pool.form not in (None, FORM):
-        raise Unsupported(f"sparse_attention on TPUs takes pages in {FORM}, not in {pool.form}.")
+    if isinstance(pool, Paged) and pool.form not in (None, FP8):
+        raise Unsupported(f"sparse_attention on TPUs takes pages in {FP8}, not in {pool.form}.")
     data = array_of(pool)
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(

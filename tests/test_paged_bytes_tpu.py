@@ -1,4 +1,4 @@
-"""TPU and GPU kernels on pages of entries as bytes: interpreted against the reference, and compiled.
+"""TPU and GPU kernels on pages of entries as bytes, interpreted, against the reference.
 
 Axis letters: as in test_paged_bytes.
 """
@@ -13,26 +13,27 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels import dense_attention, indexer_topk, sparse_attention, targets, tpu_byte_rows
+from pallas_kernels import dense_attention, indexer_topk, sparse_attention, tpu_byte_rows
 from pallas_kernels.byte_rows import FP4, FP8, Form, Fp4Form, Fp8Form
-from pallas_kernels.choice_log import choices, clear_choices
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu as indexer_tpu
 from pallas_kernels.paged import Paged
+from pallas_kernels.sparse_attention import gpu as sparse_gpu
 from pallas_kernels.sparse_attention import tpu_prefill
 from tests import test_paged as paged
+from tests import test_sparse_attention_gpu as sparse_on_gpu
 from tests.kernels import interpreted
 from tests.test_paged_bytes import in_forms, normal, rounded
-from tests.test_sparse_attention import listed
+from tests.test_sparse_attention import decode_inputs, listed
 from tests.test_sparse_attention_tpu import words_interpreted
 
 # One rounding of weights near 1 relative to a different maximum, and one of the output.
-CLOSE = {"rtol": 2**-7, "atol": 2**-6}
+CLOSE: Any = {"rtol": 2**-7, "atol": 2**-6}
 
 
 @pytest.mark.parametrize("form", [FP8, FP4])
 def test_rows_are_decoded_as_elsewhere(form: Form) -> None:
-    """All codes of E4M3 but NaN, and scales from tiny to large."""
+    """Codes and scales from tiny to large."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(128, form.channels)) * 2.0 ** rng.integers(-40, 30, (128, form.channels))
     rows = form.encode(rounded(jnp.asarray(x, jnp.bfloat16), form))
@@ -57,6 +58,7 @@ def attention(T: int, *, ring: bool) -> dict[str, Any]:
 
 
 def check(op: Any, inputs: dict[str, Any], size: int, entries: int) -> None:
+    """Compare with the reference, on pages of `size` entries."""
     pool, _ = in_forms(FP8, 2, entries, size)
     run = lambda impl: jax.jit(functools.partial(op, **inputs, impl=impl))(pool_LBSK=pool)
     with words_interpreted():
@@ -104,21 +106,25 @@ def test_the_indexer(size: int) -> None:
     np.testing.assert_array_equal(actual, run("reference")(*args))
 
 
+def test_sparse_attention_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_gpu, "_MULTIPROCESSORS", 1)
+    inputs = sparse_on_gpu.narrow(decode_inputs(2, 1, 20, 50, 40), 64, 512)
+    inputs["pool_LBSK"], _ = in_forms(FP8, 2, 50, 8)
+    np.testing.assert_allclose(*sparse_on_gpu.both("decode", inputs), **sparse_on_gpu.CLOSE)
+
+
 def test_other_forms_and_pages_are_refused() -> None:
-    """With `impl='auto'`, XLA's form runs, and the reason is recorded."""
     form = Fp8Form(channels=512, rotated=32)
     inputs = attention(1, ring=True)
-    visible, listed = (
-        {"visible_BT": jnp.ones((2, 1), jnp.int32)},
-        {"indices_BTk": jnp.zeros((2, 1, 8), jnp.int32)},
-    )
-    for op, seen in ((dense_attention, visible), (sparse_attention, listed)):
-        run = functools.partial(op.decode, **inputs, **seen, impl="tpu")
+    visible_BT, indices_BTk = jnp.ones((2, 1), jnp.int32), jnp.zeros((2, 1, 8), jnp.int32)
+    dense = functools.partial(dense_attention.decode, **inputs, visible_BT=visible_BT)
+    sparse = functools.partial(sparse_attention.decode, **inputs, indices_BTk=indices_BTk)
+    for run in (dense, sparse):
         with pytest.raises(Unsupported, match=r"takes pages in Fp8Form.*rotated=64.*rotated=32"):
-            run(pool_LBSK=in_forms(form, 2, 64, 32)[0])
+            run(pool_LBSK=in_forms(form, 2, 64, 32)[0], impl="tpu")
     args = normal(2, 1, 4, 64), normal(2, 1, 4), in_forms(Fp4Form(64), 2, 64, 32)[0]
     with pytest.raises(Unsupported, match=r"pages in Fp4Form\(channels=128\), not in .*=64"):
-        indexer_topk.select(*args, jnp.int32(0), visible["visible_BT"], k=2, impl="tpu")
+        indexer_topk.select(*args, jnp.int32(0), visible_BT, k=2, impl="tpu")
     args = normal(2, 1, 4, 128), normal(2, 1, 4), in_forms(FP4, 2, 64, 16)[0]
     with pytest.raises(Unsupported, match="of bytes is 32 or more, not 16"):
-        indexer_topk.select(*args, jnp.int32(0), visible["visible_BT"], k=2, impl="tpu")
+        indexer_topk.select(*args, jnp.int32(0), visible_BT, k=2, impl="tpu")

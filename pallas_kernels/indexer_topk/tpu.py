@@ -162,9 +162,12 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} up to {_MOST_SCALARS} lengths and page numbers, not {scalars}.")
     if tiling.k > _MOST_CHOSEN:
         raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
-    stored = keys.pages if isinstance(keys, Paged) else keys
-    coded = isinstance(stored, Fp8Keys | Fp4Keys) or stored.dtype == jnp.uint8
-    for array in (q_BTIJ, *([] if coded else [stored])):
+    arrays: list[Any] = [q_BTIJ]
+    if isinstance(keys, Paged):
+        arrays += [] if keys.form else [keys.pages]
+    elif not isinstance(keys, Fp8Keys | Fp4Keys):
+        arrays.append(keys)
+    for array in arrays:
         if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
             raise Unsupported(
                 f"{takes} queries and keys in bfloat16, float32 or E4M3, of up to"
@@ -271,7 +274,9 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
     """`refs`: the layer, results of `blocks_seen`, a page table; blocks of arrays; scratch."""
     _, visible_ref, blocks_ref, *more = refs[:scalars]
     q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
-    scores_ref, peaks_ref, columns_ref, *scratch, decoded_ref = refs[scalars + arrays + 3 :]
+    scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref, decoded_ref = refs[
+        scalars + arrays + 3 :
+    ]
     scale_ref = key_refs.pop() if arrays > tiling.pieces else None
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, rows = i * tiling.step, tiling.block // LANES
@@ -306,6 +311,7 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
     def _choose() -> None:
         written = blocks_ref[b, i] * rows
         out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
+        scratch = chosen_ref, counts_ref
         each_query(
             lambda t, *bounds: choice.choose(
                 scores_ref.at[t], peaks_ref.at[t], *scratch, out(t), written, *bounds, k=tiling.k

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.quantize import reference as quantize
 
@@ -124,9 +124,15 @@ class Fp4Form:
         half = self.channels // 2
         in_blocks = lambda x: x.reshape(*rows.shape[:-1], -1, self.block // 2)
         packed, scale = in_blocks(rows[..., :half]), in_blocks(rows[..., half : self.channels])
-        values = _e2m1(jnp.concatenate([packed & 15, packed >> 4], axis=-1))
+        packed = packed.astype(jnp.int32)
+        values = e2m1(jnp.concatenate([packed, packed >> 4], axis=-1))
         keys = values * _powers(scale[..., :1])
         return keys.reshape(*rows.shape[:-1], self.channels).astype(dtype)
+
+    def by_nibble(self, x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+        """Channels in the order of codes: those in low nibbles, then those in high ones."""
+        halves = x.reshape(*x.shape[:-1], -1, 2, self.block // 2)
+        return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
 
 
 Form: TypeAlias = Fp8Form | Fp4Form
@@ -150,12 +156,12 @@ def _powers(scale: UInt8[Array, "*dims"]) -> Float32[Array, "*dims"]:
     return jax.lax.bitcast_convert_type(scale.astype(jnp.int32) << quantize.MANTISSA, jnp.float32)
 
 
-def _e2m1(code: UInt8[Array, "*rows K"]) -> Float32[Array, "*rows K"]:
-    """E2M1 codes as float32, by changing the bias; subnormals by subtraction."""
-    magnitude = code.astype(jnp.int32) & 7
+def e2m1(code: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    """E2M1 codes, the lowest four bits, as float32; subnormals are a difference."""
+    magnitude = code & 7
     normal = jax.lax.bitcast_convert_type((magnitude << 22) + (126 << 23), jnp.float32)
-    value = jnp.where(magnitude < 2, 2.0 * normal - 1.0, normal)
-    return jnp.where(code < 8, value, -value)
+    size = jnp.where(magnitude < 2, 2.0 * normal - 1.0, normal)
+    return jnp.where((code & 8) == 0, size, -size)
 
 
 def _row(*parts: UInt8[Array, "*rows _"]) -> UInt8[Array, "*rows W"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from pallas_kernels.byte_rows import FP4, FP8, Form
 from pallas_kernels.mosaic_tpu import LANES
@@ -23,7 +23,10 @@ _SCALES = slice(FP8.rotated, FP8.rotated + FP8.scales)
 
 
 def decode(rows_ref: Any, to_ref: Any, form: Form) -> None:
-    """Decode rows [X, W] to [X, K] in the dtype of `to_ref`; X must be a multiple of 32."""
+    """Decode rows [X, W] to [X, K] in the dtype of `to_ref`; X must be a multiple of 32.
+
+    Channels of FP4 stay in the order of `FP4.by_nibble`.
+    """
     total = rows_ref.shape[0]
     rows = math.gcd(_ROWS[form], total)
     read = _fp8 if form == FP8 else _fp4
@@ -65,7 +68,7 @@ def _spread(tail_XC: Int32[Array, "X C"], unit: float) -> Float32[Array, "X K"]:
 
 
 def _fp4(row_XW: UInt8[Array, "X W"]) -> Float32[Array, "X K"]:
-    """`FP4.decode`, with channels in the order of `fp4_order`."""
+    """`FP4.decode`, with channels in the order of `FP4.by_nibble`."""
     # Four rows at a time: a lane's word has a byte of each.
     word = pltpu.bitcast(row_XW, jnp.int32)
     other = pltpu.roll(word, FP4.channels // 2, 1)
@@ -77,9 +80,3 @@ def _fp4(row_XW: UInt8[Array, "X W"]) -> Float32[Array, "X K"]:
     value_XK = pltpu.bitcast(e5m2, jnp.float8_e5m2).astype(jnp.float32) * tpu_codes.E2M1_UNIT
     power_XK = jax.lax.bitcast_convert_type(scale_XK.astype(jnp.int32) << 23, jnp.float32)
     return value_XK * power_XK
-
-
-def fp4_order(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
-    """Channels in the order in which `decode` writes them: first halves of blocks, then second."""
-    halves = x.reshape(*x.shape[:-1], -1, 2, FP4.block // 2)
-    return jnp.swapaxes(halves, -3, -2).reshape(x.shape)

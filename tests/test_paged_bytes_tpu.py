@@ -42,7 +42,7 @@ def test_rows_are_decoded_as_elsewhere(form: Form) -> None:
     with interpreted():
         actual = np.asarray(jax.jit(pl.pallas_call(kernel, out_shape=out))(rows))
     expected = form.decode(rows)
-    expected = tpu_byte_rows.fp4_order(expected) if form == FP4 else expected
+    expected = FP4.by_nibble(expected) if form == FP4 else expected
     np.testing.assert_array_equal(actual, expected)
 
 

@@ -64,7 +64,7 @@ def select(
         scalars.append(keys.table.astype(jnp.int32))
     arrays, specs = _key_blocks(keys, tiling)
     if coded := isinstance(keys, Paged) and keys.form is not None:
-        q_BTIJ = tpu_byte_rows.fp4_order(q_BTIJ)
+        q_BTIJ = FP4.by_nibble(q_BTIJ)
     q_BTIJ, weights_BTI = _padded_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
 
     def of_queries(*dims: int) -> pl.BlockSpec:

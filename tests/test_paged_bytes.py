@@ -20,7 +20,6 @@ from pallas_kernels.paged import Paged
 from tests import models
 from v4jax import presets
 from v4jax.model import numerics, paging, params, transformer
-from v4jax.model.config import ModelConfig
 from v4jax.model.transformer import Model
 
 FORMS = [FP8, FP4, Fp8Form(100, 16), Fp8Form(16, 16), Fp4Form(16)]
@@ -161,37 +160,43 @@ def test_pages_that_do_not_match_their_form_are_refused_by_name() -> None:
             run(pool_LBSK=wrong)
 
 
-CFG = models.config(models.SLIDING, models.CSA, models.HCA)
+CFG = models.config(models.CSA, models.HCA)
 
 
-def logits(cfg: ModelConfig, entries: Any) -> tuple[np.ndarray, Any]:
-    """Logits of two rows of a prompt, and of tokens after it, from a cache of pages."""
-    model = params.init(Model(cfg), jax.random.key(0), jnp.bfloat16)
-    sizes = {"rows": 2, "pages": 6, "page": 128, "dtype": jnp.bfloat16}
-    cache = paging.make(cfg, **sizes, entries=entries, numerics=numerics.OFFICIAL)
-    table_BM = jnp.array([[4, 1], [2, 5]], jnp.int32)
+def run_model(entries: str | None) -> tuple[np.ndarray, Any]:
+    """Logits of two chunks of two rows and of tokens after them, and the cache of pages."""
+    model = params.init(Model(CFG), jax.random.key(0), jnp.bfloat16)
+    sizes = {"rows": 2, "pages": 7, "page": 128, "dtype": jnp.bfloat16}
+    cache = paging.make(CFG, **sizes, entries=entries, numerics=numerics.OFFICIAL)
+    table_BM = jnp.array([[4, 1, 6], [2, 5, 3]], jnp.int32)
+    cache = dataclasses.replace(cache, table_BM=table_BM)
 
     @jax.jit
     def feed(tokens_BT: Any, cache: Any, count_B: Any) -> Any:
-        x_BTM, cache = transformer.forward(model, cfg, numerics.OFFICIAL, tokens_BT, cache, count_B)
-        return transformer.head(model, transformer.hidden(model, cfg, x_BTM)), cache
+        x_BTM, cache = transformer.forward(model, CFG, numerics.OFFICIAL, tokens_BT, cache, count_B)
+        return transformer.head(model, transformer.hidden(model, CFG, x_BTM)), cache
 
-    cache = dataclasses.replace(cache, table_BM=table_BM)
-    tokens_BT, parts = models.tokens(cfg, 2, 180), []
-    for start, end in ((0, 128), (128, 160), *((at, at + 1) for at in range(160, 168))):
+    tokens_BT, logits = models.tokens(CFG, 2, 264), []
+    for start, end in ((0, 128), (128, 256), *((at, at + 1) for at in range(256, 264))):
         count_B = jnp.full(2, end - start, jnp.int32)
-        part, cache = feed(tokens_BT[:, start:end], cache, count_B)
-        parts.append(np.asarray(part))
-    return np.concatenate(parts, axis=1), cache
+        logits_BTV, cache = feed(tokens_BT[:, start:end], cache, count_B)
+        logits.append(np.asarray(logits_BTV))
+    return np.concatenate(logits, axis=1), cache
 
 
 def test_logits_are_those_of_pages_of_bfloat16() -> None:
-    actual, cache = logits(CFG, "fp8")
-    expected, _ = logits(CFG, None)
+    actual, cache = run_model("fp8")
+    expected, _ = run_model(None)
     np.testing.assert_array_equal(actual, expected)
     assert np.all(np.isfinite(actual))
-    pools = [layer.pool_LBSK for segment in cache.segments for layer in segment]
-    assert {pool.dtype for pool in pools if pool is not None} == {np.dtype(np.uint8)}
+    page = paging.read_page(cache, np.int32(4))
+    assert {str(entries.dtype) for pools in page for entries in pools.values()} == {"uint8"}
+    copied = paging.copy_page(cache, np.int32(4), np.int32(0))
+    copied = paging.write_entries(copied, np.int32(5), np.int32(0), page)
+    for number in (0, 5):
+        jax.tree.map(
+            np.testing.assert_array_equal, paging.read_page(copied, np.int32(number)), page
+        )
 
 
 def test_bytes_per_token_of_flash() -> None:

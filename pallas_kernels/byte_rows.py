@@ -21,7 +21,7 @@ _NOT_FINITE = 255  # a scale
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8Form:
+class Fp8Codec:
     """Entries of attention: FP8 but for the last channels, which are rotated, in bfloat16.
 
     A row has the E4M3 codes, the low and then the high bytes of the rotated channels, so that each
@@ -77,7 +77,7 @@ class Fp8Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp4Form:
+class Fp4Codec:
     """Keys of the indexer: FP4.
 
     Byte i of a block of 32 channels has the E2M1 codes of its channels i (low nibble) and 16 + i. A
@@ -93,7 +93,7 @@ class Fp4Form:
     def __post_init__(self) -> None:
         if self.channels < 2 or self.channels % self.block or self.block % 2:
             raise ValueError(
-                f"Fp4Form needs even blocks of channels, not {self.channels} channels."
+                f"Fp4Codec needs even blocks of channels, not {self.channels} channels."
             )
 
     @property
@@ -135,9 +135,9 @@ class Fp4Form:
         return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
 
 
-Form: TypeAlias = Fp8Form | Fp4Form
+Codec: TypeAlias = Fp8Codec | Fp4Codec
 # The forms that kernels take.
-FP8, FP4 = Fp8Form(channels=512, rotated=64), Fp4Form(channels=128)
+FP8, FP4 = Fp8Codec(channels=512, rotated=64), Fp4Codec(channels=128)
 
 
 def _scaled(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.byte_rows import Form
+from pallas_kernels.byte_rows import Codec
 from pallas_kernels.implementations import check_arrays, check_dtype, check_shape
 
 
@@ -24,21 +24,21 @@ class Paged:
     What no query sees may be garbage: pages, entries, and numbers of the table.
 
     Attributes:
-      pages: float [L, P, N, K], or uint8 [L, P, N, W] in a form.
+      pages: float [L, P, N, K], or uint8 [L, P, N, W] with a codec.
       table: int32 [B, M].
-      form: the form of entries that are rows of bytes; they are read as bfloat16.
+      codec: of entries that are rows of bytes, which are read as bfloat16.
     """
 
     pages: Any
     table: Any
-    form: Form | None = dataclasses.field(default=None, metadata={"static": True})
+    codec: Codec | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the entries as an array of rows: [L, B, S, K]."""
         layers, _, size, channels = self.pages.shape
         batch, places = self.table.shape
-        channels = channels if self.form is None else self.form.channels
+        channels = channels if self.codec is None else self.codec.channels
         return layers, batch, places * size, channels
 
     def gathered(
@@ -52,7 +52,7 @@ class Paged:
         place, within = jnp.divmod(entry, self.pages.shape[2])
         page = self.table.at[row, place].get(mode="clip")
         stored = self.pages.at[layer, page, within].get(mode="clip")
-        return stored if self.form is None else self.form.decode(stored)
+        return stored if self.codec is None else self.codec.decode(stored)
 
     def of_layer(self, layer: Int[Array, ""]) -> Float[Array, "B S K"]:
         """All entries of a layer."""
@@ -76,14 +76,14 @@ def check(op: str, name: str, pool: Paged, sizes: Mapping[str, int], channels: s
       ValueError: wrong shape.
     """
     table = f"{name}.table_BM"
-    if (form := pool.form) is None:
+    if (codec := pool.codec) is None:
         arrays = {f"{name}.pages_LPN{channels}": pool.pages, table: pool.table}
         check_arrays(op, arrays, integers=(table,), sizes=sizes)
         return
     known = check_arrays(op, {table: pool.table}, integers=(table,), sizes=sizes)
     check_dtype(op, f"{name}.pages", pool.pages, jnp.uint8)
-    check_shape(op, f"{name}.pages_LPNW", pool.pages, known | {"W": form.width})
-    if form.channels != sizes[channels]:
+    check_shape(op, f"{name}.pages_LPNW", pool.pages, known | {"W": codec.width})
+    if codec.channels != sizes[channels]:
         raise ValueError(
-            f"{op}: {name} has entries of {form.channels} channels, not {sizes[channels]}."
+            f"{op}: {name} has entries of {codec.channels} channels, not {sizes[channels]}."
         )

@@ -12,24 +12,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from pallas_kernels.byte_rows import FP4, FP8, Form
+from pallas_kernels.byte_rows import FP4, FP8, Codec
 from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.quantize import tpu_codes
 
 # Rows that are decoded at once: their instructions hide each other's latency.
-_ROWS: dict[Form, int] = {FP8: 128, FP4: 256}
+_ROWS: dict[Codec, int] = {FP8: 128, FP4: 256}
 # Bytes of the last vector of a row of FP8: high bytes of the rotated channels, then scales.
 _SCALES = slice(FP8.rotated, FP8.rotated + FP8.scales)
 
 
-def decode(rows_ref: Any, to_ref: Any, form: Form) -> None:
+def decode(rows_ref: Any, to_ref: Any, codec: Codec) -> None:
     """Decode rows [X, W] to [X, K] in the dtype of `to_ref`; X must be a multiple of 32.
 
     Channels of FP4 stay in the order of `FP4.by_nibble`.
     """
     total = rows_ref.shape[0]
-    rows = math.gcd(_ROWS[form], total)
-    read = _fp8 if form == FP8 else _fp4
+    rows = math.gcd(_ROWS[codec], total)
+    read = _fp8 if codec == FP8 else _fp4
 
     def step(i: Any, _: Any) -> None:
         at = pl.ds(pl.multiple_of(i * rows, rows), rows)

@@ -129,8 +129,8 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
         codes = struct(keys.shape, jnp.float8_e4m3fn)
         keys = Fp8Keys(codes, struct((2, B, -(-S // 128), 128), jnp.float8_e8m0fnu))
     if "pages" in kind:
-        form, dtype = (None, BF16) if kind == "pages" else (FP4, jnp.uint8)
-        keys = Paged(struct((2, B * S // 64, 64, J), dtype), struct((B, S // 64), I32), form)
+        codec, dtype = (None, BF16) if kind == "pages" else (FP4, jnp.uint8)
+        keys = Paged(struct((2, B * S // 64, 64, J), dtype), struct((B, S // 64), I32), codec)
     return (
         struct((B, T, I, J), BF16),
         struct((B, T, I), BF16),

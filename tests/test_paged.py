@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dense_attention, indexer_topk, sparse_attention, targets
-from pallas_kernels.byte_rows import FP4, FP8, Form
+from pallas_kernels.byte_rows import FP4, FP8, Codec
 from pallas_kernels.choice_log import choices, clear_choices
 from pallas_kernels.dense_attention import tpu as dense_tpu
 from pallas_kernels.implementations import Unsupported
@@ -188,12 +188,12 @@ def struct(*dims: int, dtype: Any = jnp.bfloat16) -> Any:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def pages_of(tokens: int, ratio: int, form: Form, *, coded: bool) -> Paged:
+def pages_of(tokens: int, ratio: int, codec: Codec, *, coded: bool) -> Paged:
     """Pages of 4096 tokens for 64 rows of Flash."""
     places = tokens // 4096
-    width, dtype = (form.width, jnp.uint8) if coded else (form.channels, jnp.bfloat16)
+    width, dtype = (codec.width, jnp.uint8) if coded else (codec.channels, jnp.bfloat16)
     pages = struct(1, 64 * places, 4096 // ratio, width, dtype=dtype)
-    return Paged(pages, struct(64, places, dtype=jnp.int32), form if coded else None)
+    return Paged(pages, struct(64, places, dtype=jnp.int32), codec if coded else None)
 
 
 def program(name: str, tokens: int, *, coded: bool) -> tuple[Any, dict[str, Any]]:

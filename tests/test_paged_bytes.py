@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dense_attention, indexer_topk, quantize, sparse_attention
-from pallas_kernels.byte_rows import FP4, FP8, Form, Fp4Form, Fp8Form
+from pallas_kernels.byte_rows import FP4, FP8, Codec, Fp4Codec, Fp8Codec
 from pallas_kernels.paged import Paged
 from tests import models
 from v4jax import presets
 from v4jax.model import numerics, paging, params, transformer
 from v4jax.model.transformer import Model
 
-FORMS = [FP8, FP4, Fp8Form(100, 16), Fp8Form(16, 16), Fp4Form(16)]
+CODECS = [FP8, FP4, Fp8Codec(100, 16), Fp8Codec(16, 16), Fp4Codec(16)]
 
 
 def bits(x: Any) -> np.ndarray:
@@ -30,77 +30,79 @@ def bits(x: Any) -> np.ndarray:
     return np.asarray(jax.lax.bitcast_convert_type(x, jnp.uint16))
 
 
-@jax.jit(static_argnames="form")
-def there_and_back(x: jax.Array, form: Form) -> jax.Array:
-    rows = form.encode(x)
-    assert rows.shape == (*x.shape[:-1], form.width)
-    return form.decode(rows)
+@jax.jit(static_argnames="codec")
+def there_and_back(x: jax.Array, codec: Codec) -> jax.Array:
+    rows = codec.encode(x)
+    assert rows.shape == (*x.shape[:-1], codec.width)
+    return codec.decode(rows)
 
 
-def rounded(x: jax.Array, form: Form) -> jax.Array:
+def rounded(x: jax.Array, codec: Codec) -> jax.Array:
     """As `v4jax` rounds what a cache holds."""
-    if isinstance(form, Fp4Form):
+    if isinstance(codec, Fp4Codec):
         return quantize.fake_quant_fp4(x, block=32)
-    straight = quantize.fake_quant_fp8(x[..., : form.codes], block=64)
-    return jnp.concatenate([straight, x[..., form.codes :]], axis=-1)
+    straight = quantize.fake_quant_fp8(x[..., : codec.codes], block=64)
+    return jnp.concatenate([straight, x[..., codec.codes :]], axis=-1)
 
 
 @settings(deadline=None, max_examples=25)
 @given(
-    form=st.sampled_from(FORMS),
+    codec=st.sampled_from(CODECS),
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-120, 100),
     spread=st.sampled_from([0, 4, 20]),
     zeros=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_what_a_cache_is_rounded_to_is_read_back_bit_for_bit(
-    form: Form, seed: int, exponent: int, spread: int, zeros: float
+    codec: Codec, seed: int, exponent: int, spread: int, zeros: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    shape = (5, form.channels)
+    shape = (5, codec.channels)
     x = rng.normal(size=shape) * 2.0 ** rng.uniform(exponent, exponent + spread, shape)
     x = jnp.asarray(np.where(rng.random(shape) < zeros, -0.0, x), jnp.bfloat16)
-    x = rounded(x, form)
-    np.testing.assert_array_equal(bits(there_and_back(x, form)), bits(x))
+    x = rounded(x, codec)
+    np.testing.assert_array_equal(bits(there_and_back(x, codec)), bits(x))
 
 
 @pytest.mark.parametrize(
-    ("form", "values", "scales"),
+    ("codec", "values", "scales"),
     [
-        (Fp8Form(64, 0), jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn), (-22, 120)),
-        (Fp4Form(32), jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -6]), (-125, 126)),
+        (Fp8Codec(64, 0), jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn), (-22, 120)),
+        (Fp4Codec(32), jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -6]), (-125, 126)),
     ],
 )
-def test_every_code_at_every_scale(form: Form, values: jax.Array, scales: Any) -> None:
+def test_every_code_at_every_scale(codec: Codec, values: jax.Array, scales: Any) -> None:
     """Alone among zeros, from subnormal codes to the largest of the largest scale."""
     values = values.astype(jnp.float32)
     values = values[jnp.isfinite(values)]
     powers = jnp.ldexp(jnp.float32(1), jnp.arange(*scales))
-    entries = jnp.zeros((len(powers), len(values), form.channels), jnp.bfloat16)
+    entries = jnp.zeros((len(powers), len(values), codec.channels), jnp.bfloat16)
     entries = entries.at[..., 3].set((values[None] * powers[:, None]).astype(jnp.bfloat16))
     assert jnp.all(jnp.isfinite(entries))
-    np.testing.assert_array_equal(bits(there_and_back(entries, form)), bits(entries))
+    np.testing.assert_array_equal(bits(there_and_back(entries, codec)), bits(entries))
 
 
-@pytest.mark.parametrize("form", [FP8, FP4])
+@pytest.mark.parametrize("codec", [FP8, FP4])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so(form: Form, value: float) -> None:
-    x = jnp.ones((1, form.channels), jnp.bfloat16).at[0, 5].set(value).at[0, -1].set(value)
-    read = there_and_back(x, form)[0]
+def test_what_is_not_finite_stays_so(codec: Codec, value: float) -> None:
+    x = jnp.ones((1, codec.channels), jnp.bfloat16).at[0, 5].set(value).at[0, -1].set(value)
+    read = there_and_back(x, codec)[0]
     assert not jnp.isfinite(read[5])
     assert not jnp.isfinite(read[-1])
-    other = 32 if isinstance(form, Fp4Form) else form.codes - 1
+    other = 32 if isinstance(codec, Fp4Codec) else codec.codes - 1
     assert read[other] == 1
 
 
-def in_forms(form: Form, batch: int, entries: int, size: int, seed: int = 0) -> tuple[Paged, Paged]:
-    """Pages in a form, and the same entries in pages of bfloat16; no page is used twice."""
+def in_codecs(
+    codec: Codec, batch: int, entries: int, size: int, seed: int = 0
+) -> tuple[Paged, Paged]:
+    """Pages of bytes, and the same entries in pages of bfloat16; no page is used twice."""
     places = -(-entries // size)
     rng = np.random.default_rng(seed)
-    shape = (2, batch * places + 1, size, form.channels)
-    pages = rounded(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), form)
+    shape = (2, batch * places + 1, size, codec.channels)
+    pages = rounded(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), codec)
     table = jnp.asarray(rng.permutation(batch * places).reshape(batch, places) + 1, jnp.int32)
-    return Paged(form.encode(pages), table, form), Paged(pages, table)
+    return Paged(codec.encode(pages), table, codec), Paged(pages, table)
 
 
 def normal(*shape: int, seed: int = 1, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -122,8 +124,8 @@ def attention(channels: int, queries: int, entries: int, *, ring: bool) -> dict[
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 @pytest.mark.parametrize("ring", [True, False])
 def test_attention_sees_the_same_entries(ring: bool, impl: Any) -> None:
-    form, queries, entries = Fp8Form(96, 16), 3 if ring else 20, 300
-    inputs = attention(form.channels, queries, entries, ring=ring)
+    codec, queries, entries = Fp8Codec(96, 16), 3 if ring else 20, 300
+    inputs = attention(codec.channels, queries, entries, ring=ring)
     name = "decode" if ring else "prefill"
     visible_BT = jnp.broadcast_to(jnp.array([[300], [77]], jnp.int32), (2, queries))
     indices_BTk = jnp.tile(jnp.array([5, -1, 0, 76, 31], jnp.int32), (2, queries, 1))
@@ -132,28 +134,32 @@ def test_attention_sees_the_same_entries(ring: bool, impl: Any) -> None:
         (sparse_attention, {"indices_BTk": indices_BTk}),
     ):
         run = jax.jit(functools.partial(getattr(op, name), **inputs, **seen, impl=impl))
-        actual, expected = (run(pool_LBSK=pool) for pool in in_forms(form, 2, entries, 12))
+        actual, expected = (run(pool_LBSK=pool) for pool in in_codecs(codec, 2, entries, 12))
         np.testing.assert_array_equal(bits(actual), bits(expected))
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 def test_the_indexer_chooses_the_same_entries(impl: Any) -> None:
-    form = Fp4Form(64)
+    codec = Fp4Codec(64)
     rest = jnp.int32(1), jnp.array([[300, 20, 77], [299, 128, 1]], jnp.int32)
     q_BTIJ, weights_BTI = normal(2, 3, 4, 64), normal(2, 3, 4, seed=2)
     run = lambda keys: indexer_topk.select(q_BTIJ, weights_BTI, keys, *rest, k=16, impl=impl)
-    actual, expected = map(jax.jit(run), in_forms(form, 2, 300, 12))
+    actual, expected = map(jax.jit(run), in_codecs(codec, 2, 300, 12))
     np.testing.assert_array_equal(actual, expected)
 
 
 def test_pages_that_do_not_match_their_form_are_refused_by_name() -> None:
-    form, other = Fp8Form(96, 16), Fp8Form(100, 16)
-    pool, numbers = in_forms(form, 2, 40, 8)
+    codec, other = Fp8Codec(96, 16), Fp8Codec(100, 16)
+    pool, numbers = in_codecs(codec, 2, 40, 8)
     inputs = attention(96, 1, 40, ring=True) | {"visible_BT": jnp.ones((2, 1), jnp.int32)}
     run = functools.partial(dense_attention.decode, **inputs)
     for wrong, error, match in (
-        (Paged(numbers.pages, pool.table, form), TypeError, r"pool_LBSK.pages is bfloat16"),
-        (Paged(pool.pages[..., :90], pool.table, form), ValueError, r"pool_LBSK.pages_LPNW.*W=128"),
+        (Paged(numbers.pages, pool.table, codec), TypeError, r"pool_LBSK.pages is bfloat16"),
+        (
+            Paged(pool.pages[..., :90], pool.table, codec),
+            ValueError,
+            r"pool_LBSK.pages_LPNW.*W=128",
+        ),
         (Paged(pool.pages, pool.table, other), ValueError, r"entries of 100 channels, not 96"),
     ):
         with pytest.raises(error, match=match):
@@ -200,7 +206,7 @@ def test_logits_are_those_of_pages_of_bfloat16() -> None:
 
 
 def test_bytes_per_token_of_flash() -> None:
-    """Of a row of 2^20 tokens, with its rings and all else: 4.06 KiB, 6.74 KiB in bfloat16."""
+    """Of a row of 2^20 tokens, with its rings and all else."""
     cfg, pages = presets.get("flash"), 2**20 // 4096
 
     def kibibytes(**entries: Any) -> float:

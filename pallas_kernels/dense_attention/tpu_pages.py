@@ -49,8 +49,8 @@ def arrays_of(pool: Paged, block: int) -> Arrays:
     Raises:
       Unsupported: pages whose parts XLA or the kernel would have to rearrange.
     """
-    if pool.form not in (None, FP8):
-        raise Unsupported(f"dense_attention on TPUs takes pages in {FP8}, not in {pool.form}.")
+    if pool.codec not in (None, FP8):
+        raise Unsupported(f"dense_attention on TPUs takes pages in {FP8}, not in {pool.codec}.")
     layers, pages, size, channels = pool.pages.shape
     dtype, piece = pool.pages.dtype, math.gcd(size, block)
     word, tile = 4 // dtype.itemsize, 32 // dtype.itemsize

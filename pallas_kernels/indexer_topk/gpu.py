@@ -55,7 +55,7 @@ def select(
     arrays = gpu_scores.arrays_of(keys)
     capacity = entries(keys)
     _require(q_BTIJ, capacity, k)
-    if isinstance(keys, Paged) and keys.form is not None:
+    if isinstance(keys, Paged) and keys.codec is not None:
         q_BTIJ = FP4.by_nibble(q_BTIJ)
     batch, queries, heads, _ = q_BTIJ.shape
     rows = batch * queries

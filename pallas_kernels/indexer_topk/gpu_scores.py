@@ -58,13 +58,13 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
 
 
 def _takes(keys: Paged) -> bool:
-    return keys.form == FP4 or (keys.form is None and keys.pages.dtype == jnp.bfloat16)
+    return keys.codec == FP4 or (keys.codec is None and keys.pages.dtype == jnp.bfloat16)
 
 
 def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     """Shared memory for `score_chunk`."""
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
-    fp8, fp4 = isinstance(keys, Fp8Keys), isinstance(keys, Paged) and keys.form == FP4
+    fp8, fp4 = isinstance(keys, Fp8Keys), isinstance(keys, Paged) and keys.codec == FP4
     # The bfloat16 copy of a tile of codes takes the memory of two.
     depth = (_AHEAD // (TILE * dim) - 2) if fp8 or fp4 else _AHEAD // (TILE * dim * 2)
     buffers = {

@@ -63,7 +63,7 @@ def select(
     if isinstance(keys, Paged):
         scalars.append(keys.table.astype(jnp.int32))
     arrays, specs = _key_blocks(keys, tiling)
-    if coded := isinstance(keys, Paged) and keys.form is not None:
+    if coded := isinstance(keys, Paged) and keys.codec is not None:
         q_BTIJ = FP4.by_nibble(q_BTIJ)
     q_BTIJ, weights_BTI = _padded_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
 
@@ -144,9 +144,9 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
     if isinstance(keys, Paged):
         scalars += keys.table.size
-        if keys.form not in (None, FP4):
-            raise Unsupported(f"{takes} pages in {FP4}, not in {keys.form}.")
-        n, least = keys.pages.shape[2], 1 if keys.form is None else 32
+        if keys.codec not in (None, FP4):
+            raise Unsupported(f"{takes} pages in {FP4}, not in {keys.codec}.")
+        n, least = keys.pages.shape[2], 1 if keys.codec is None else 32
         if (n % TILE and TILE % n) or n < least:
             raise Unsupported(
                 f"{takes} pages whose size divides {TILE} or is a multiple of it, and of bytes is "
@@ -164,7 +164,7 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
     arrays: list[Any] = [q_BTIJ]
     if isinstance(keys, Paged):
-        arrays += [] if keys.form else [keys.pages]
+        arrays += [] if keys.codec else [keys.pages]
     elif not isinstance(keys, Fp8Keys | Fp4Keys):
         arrays.append(keys)
     for array in arrays:

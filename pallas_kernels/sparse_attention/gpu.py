@@ -112,7 +112,7 @@ def _in_one_row(
     page_BTk = pool.table.astype(jnp.int32).at[row_B11, place_BTk].get(mode="clip")
     entry_BTk = jnp.clip(page_BTk, 0, pages - 1) * size + within_BTk
     one_row = pool.pages.reshape(layers, 1, -1, width)
-    stored = Fp8Rows(one_row) if pool.form == FP8 else one_row
+    stored = Fp8Rows(one_row) if pool.codec == FP8 else one_row
     return stored, jnp.where(indices_BTk < 0, -1, entry_BTk)
 
 

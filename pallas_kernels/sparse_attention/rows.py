@@ -4,7 +4,7 @@ Of a row's 584 bytes, 448 are E4M3 codes of the unrotated channels, 128 the bflo
 64 rotated channels, 7 the E8M0 scales of blocks of 64 codes, and one is unused (FlashMLA,
 tests/quant.py). Here the low and the high bytes of the rotated channels are separate, so that each
 lane is a channel, and rows are padded to 640 bytes, five vectors of 128 lanes: XLA would store
-other widths transposed (`byte_rows.Fp8Form`).
+other widths transposed (`byte_rows.Fp8Codec`).
 
 Axis letters: S entries, K = 512 channels, W bytes per row.
 """

@@ -59,8 +59,8 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
             "sparse_attention on TPUs takes heads in multiples of 16 and head dims in multiples "
             f"of {LANES}, not {heads} heads of dim {dim}."
         )
-    if isinstance(pool, Paged) and pool.form not in (None, FP8):
-        raise Unsupported(f"sparse_attention on TPUs takes pages in {FP8}, not in {pool.form}.")
+    if isinstance(pool, Paged) and pool.codec not in (None, FP8):
+        raise Unsupported(f"sparse_attention on TPUs takes pages in {FP8}, not in {pool.codec}.")
     data = array_of(pool)
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(

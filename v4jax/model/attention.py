@@ -241,7 +241,7 @@ def _in_pages(
     """The pool, or the indexer's, as the ops take it: an array, None, or pages with their table."""
     if pool is None or table_BM is None:
         return pool
-    return Paged(pool, table_BM, paging.form_of(pool, cfg, index=index))
+    return Paged(pool, table_BM, paging.codec_of(pool, cfg, index=index))
 
 
 def _divergence(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:

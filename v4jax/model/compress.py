@@ -79,11 +79,11 @@ def update(
     entries = layer, entries_BnK, first_B, complete_B
     if context.table_BM is None:
         return ring_LBRC, cache.pool_write(pool_LBSK, *entries)
-    form = paging.form_of(pool_LBSK, context.cfg, index=rounding == "fp4")
-    if form is not None:
+    codec = paging.codec_of(pool_LBSK, context.cfg, index=rounding == "fp4")
+    if codec is not None:
         paging.require_exact("fp8", context.numerics, x_BTD.dtype)
     unit = 1 if cache.is_decode(tokens) else cache.BLOCK // kind.ratio
-    return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit, form=form)
+    return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit, codec=codec)
 
 
 def _settings(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.byte_rows import Form, Fp4Form, Fp8Form
+from pallas_kernels.byte_rows import Codec, Fp4Codec, Fp8Codec
 from v4jax.model import cache as caches
 from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
@@ -82,7 +82,7 @@ def make(
 
     if entries is not None:
         require_exact(entries, numerics, dtype)
-    width = lambda form: form.channels if entries is None else form.width
+    width = lambda codec: codec.channels if entries is None else codec.width
     pool_dtype = dtype if entries is None else jnp.uint8
 
     def layer(kind: LayerKind, repeats: int) -> LayerCache:
@@ -90,7 +90,7 @@ def make(
         if kind.attention == "sliding":
             return rings
         zeros = caches.maker(repeats, pages, pool_dtype, None)
-        pool = lambda index: zeros(page // kind.ratio, width(_form(cfg, index=index)))
+        pool = lambda index: zeros(page // kind.ratio, width(_codec(cfg, index=index)))
         return caches.with_pools(rings, kind, pool)
 
     return Cache(
@@ -106,10 +106,10 @@ def make(
 
 
 def require_exact(entries: str, numerics: Numerics | None, dtype: Any) -> None:
-    """Reject entries that their form would change.
+    """Reject entries that storing them as bytes would change.
 
     Raises:
-      ValueError: the form is unknown, or the numerics or the dtype do not suit it.
+      ValueError: unknown `entries`, or numerics or a dtype that do not suit them.
     """
     if entries != "fp8":
         raise ValueError(f"entries is {entries!r}; it must be 'fp8' or None.")
@@ -118,25 +118,25 @@ def require_exact(entries: str, numerics: Numerics | None, dtype: Any) -> None:
             "entries='fp8' would change entries that the numerics do not round to FP8; use "
             "numerics='official', or leave entries out."
         )
-    if dtype != jnp.bfloat16:
+    if jnp.dtype(dtype) != jnp.bfloat16:
         raise ValueError(
             f"entries='fp8' holds rotated channels in bfloat16, and this model's are "
             f"{jnp.dtype(dtype).name}; load it in bfloat16, or leave entries out."
         )
 
 
-def _form(cfg: ModelConfig, *, index: bool) -> Form:
-    """The form of entries, or of the indexer's, as bytes."""
+def _codec(cfg: ModelConfig, *, index: bool) -> Codec:
+    """The codec of entries, or of the indexer's."""
     if index:
-        return Fp4Form(cfg.index_head_dim)
-    return Fp8Form(cfg.head_dim, cfg.qk_rope_head_dim)
+        return Fp4Codec(cfg.index_head_dim)
+    return Fp8Codec(cfg.head_dim, cfg.qk_rope_head_dim)
 
 
-def form_of(
+def codec_of(
     pool_LPNK: Shaped[Array, "L P N _"], cfg: ModelConfig, *, index: bool = False
-) -> Form | None:
-    """The form of a pool's entries, or of the indexer's; None if they are not bytes."""
-    return _form(cfg, index=index) if pool_LPNK.dtype == jnp.uint8 else None
+) -> Codec | None:
+    """The codec of a pool's entries, or of the indexer's; None if they are not bytes."""
+    return _codec(cfg, index=index) if pool_LPNK.dtype == jnp.uint8 else None
 
 
 def write(
@@ -148,7 +148,7 @@ def write(
     table_BM: Int[Array, "B M"],
     *,
     unit: int,
-    form: Form | None = None,
+    codec: Codec | None = None,
 ) -> Shaped[Array, "L P N _"]:
     """Write entries first .. first + count - 1 of each row to its pages.
 
@@ -157,7 +157,7 @@ def write(
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
     unit = min(unit, new_BnK.shape[1])
-    new_BnK = new_BnK.astype(pages_LPNK.dtype) if form is None else form.encode(new_BnK)
+    new_BnK = new_BnK.astype(pages_LPNK.dtype) if codec is None else codec.encode(new_BnK)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))
 

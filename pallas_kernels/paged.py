@@ -1,7 +1,7 @@
 """Pools whose entries lie in pages that all rows of a batch share.
 
-Axis letters: L layers of a stack, P pages, N entries per page, K channels, B batch, M pages of a
-row's table, S = M x N entries of a row.
+Axis letters: L layers of a stack, P pages, N entries per page, K channels, W bytes of an entry,
+B batch, M pages of a row's table, S = M x N entries of a row.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import check_arrays
+from pallas_kernels.byte_rows import Codec
+from pallas_kernels.implementations import check_arrays, check_dtype, check_shape
 
 
 @jax.tree_util.register_dataclass
@@ -23,18 +24,21 @@ class Paged:
     What no query sees may be garbage: pages, entries, and numbers of the table.
 
     Attributes:
-      pages: float [L, P, N, K].
+      pages: float [L, P, N, K], or uint8 [L, P, N, W] with a codec.
       table: int32 [B, M].
+      codec: of entries that are rows of bytes, which are read as bfloat16.
     """
 
     pages: Any
     table: Any
+    codec: Codec | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the entries as an array of rows: [L, B, S, K]."""
         layers, _, size, channels = self.pages.shape
         batch, places = self.table.shape
+        channels = channels if self.codec is None else self.codec.channels
         return layers, batch, places * size, channels
 
     def gathered(
@@ -47,7 +51,8 @@ class Paged:
         entry = jnp.arange(self.shape[2], dtype=jnp.int32) if entry is None else entry
         place, within = jnp.divmod(entry, self.pages.shape[2])
         page = self.table.at[row, place].get(mode="clip")
-        return self.pages.at[layer, page, within].get(mode="clip")
+        stored = self.pages.at[layer, page, within].get(mode="clip")
+        return stored if self.codec is None else self.codec.decode(stored)
 
     def of_layer(self, layer: Int[Array, ""]) -> Float[Array, "B S K"]:
         """All entries of a layer."""
@@ -70,5 +75,15 @@ def check(op: str, name: str, pool: Paged, sizes: Mapping[str, int], channels: s
       TypeError: wrong dtype.
       ValueError: wrong shape.
     """
-    arrays = {f"{name}.pages_LPN{channels}": pool.pages, f"{name}.table_BM": pool.table}
-    check_arrays(op, arrays, integers=(f"{name}.table_BM",), sizes=sizes)
+    table = f"{name}.table_BM"
+    if (codec := pool.codec) is None:
+        arrays = {f"{name}.pages_LPN{channels}": pool.pages, table: pool.table}
+        check_arrays(op, arrays, integers=(table,), sizes=sizes)
+        return
+    known = check_arrays(op, {table: pool.table}, integers=(table,), sizes=sizes)
+    check_dtype(op, f"{name}.pages", pool.pages, jnp.uint8)
+    check_shape(op, f"{name}.pages_LPNW", pool.pages, known | {"W": codec.width})
+    if codec.channels != sizes[channels]:
+        raise ValueError(
+            f"{op}: {name} has entries of {codec.channels} channels, not {sizes[channels]}."
+        )

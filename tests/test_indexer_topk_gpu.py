@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.byte_rows import FP4
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu, gpu_scores, reference
 from pallas_kernels.indexer_topk.keys import Fp8Keys, Keys, to_fp8
@@ -45,17 +46,18 @@ def keys_of(kind: str, B: int, S: int, J: int) -> Keys:
         case "fp8, float32 scales":
             keys = to_fp8(keys_LBSJ)
             return Fp8Keys(keys.codes, keys.scale.astype(jnp.float32) * 3)
-        case "pages":
+        case "pages" | "pages, fp4":
             pages = B * S // 64 + 3
             table = np.random.default_rng(4).permutation(pages)[: B * S // 64].reshape(B, -1)
-            return Paged(whole_numbers(2, 2, pages, 64, J), jnp.asarray(table, I32))
+            keys, table = whole_numbers(2, 2, pages, 64, J), jnp.asarray(table, I32)
+            return Paged(keys, table) if kind == "pages" else Paged(FP4.encode(keys), table, FP4)
     return keys_LBSJ
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "fp8, float32 scales", "pages"])
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "fp8, float32 scales", "pages", "pages, fp4"])
 def test_several_chunks_of_keys_of_every_format(kind: str) -> None:
     """Two chunks, the last tile reaching back except over pages; few heads."""
-    S = 1152 if kind == "pages" else 1112
+    S = 1152 if "pages" in kind else 1112
     arrays = whole_numbers(0, 2, 1, 8, 128), whole_numbers(1, 2, 1, 8), keys_of(kind, 2, S, 128)
     check(arrays, [[S], [1000]], 40)
 
@@ -126,8 +128,9 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
     if kind == "fp8":
         codes = struct(keys.shape, jnp.float8_e4m3fn)
         keys = Fp8Keys(codes, struct((2, B, -(-S // 128), 128), jnp.float8_e8m0fnu))
-    if kind == "pages":
-        keys = Paged(struct((2, B * S // 64, 64, J), BF16), struct((B, S // 64), I32))
+    if "pages" in kind:
+        codec, dtype = (None, BF16) if kind == "pages" else (FP4, jnp.uint8)
+        keys = Paged(struct((2, B * S // 64, 64, J), dtype), struct((B, S // 64), I32), codec)
     return (
         struct((B, T, I, J), BF16),
         struct((B, T, I), BF16),
@@ -145,6 +148,7 @@ def structs(name: str, kind: str, B: int, T: int, S: int) -> tuple[Any, ...]:
         ("flash", "bfloat16", 8, 1, 2**18, 2),
         ("pro", "fp8", 8, 1, 2**18, 4),
         ("pro", "pages", 8, 1, 2**13, 1),
+        ("flash", "pages, fp4", 8, 1, 2**13, 1),
         # 16 MiB of lists at a time.
         ("flash", "bfloat16", 1, 4096, 2**18, 24),
     ],

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import dense_attention, indexer_topk, sparse_attention, targets
+from pallas_kernels.byte_rows import FP4, FP8, Codec
 from pallas_kernels.choice_log import choices, clear_choices
 from pallas_kernels.dense_attention import tpu as dense_tpu
 from pallas_kernels.implementations import Unsupported
@@ -187,41 +188,49 @@ def struct(*dims: int, dtype: Any = jnp.bfloat16) -> Any:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def decode_structs(tokens: int, ratio: int) -> dict[str, Any]:
-    """One token for each of 64 rows of Flash, with pages of 4096 tokens for `tokens` per row."""
+def pages_of(tokens: int, ratio: int, codec: Codec, *, coded: bool) -> Paged:
+    """Pages of 4096 tokens for 64 rows of Flash."""
     places = tokens // 4096
-    pages_LPNK = struct(1, 64 * places, 4096 // ratio, 512)
-    return {
+    width, dtype = (codec.width, jnp.uint8) if coded else (codec.channels, jnp.bfloat16)
+    pages = struct(1, 64 * places, 4096 // ratio, width, dtype=dtype)
+    return Paged(pages, struct(64, places, dtype=jnp.int32), codec if coded else None)
+
+
+def program(name: str, tokens: int, *, coded: bool) -> tuple[Any, dict[str, Any]]:
+    """An operation of decode, and its arguments for one token of each of 64 rows of Flash."""
+    visible = {"visible_BT": struct(64, 1, dtype=jnp.int32)}
+    if name == "indexer_topk":
+        queries = {"q_BTIJ": struct(64, 1, 64, 128), "weights_BTI": struct(64, 1, 64)}
+        keys = pages_of(tokens, 4, FP4, coded=coded)
+        inputs = queries | {"keys": keys, "layer": struct(dtype=jnp.int32)} | visible
+        return functools.partial(indexer_topk.select, k=512), inputs
+    ratio = 4 if name == "sparse_attention" else 128
+    inputs = {
         "q_BTHK": struct(64, 1, 64, 512),
         "window_BRK": struct(64, 136, 512),
         "window_mask_BTR": struct(64, 1, 136, dtype=jnp.bool_),
-        "pool_LBSK": Paged(pages_LPNK, struct(64, places, dtype=jnp.int32)),
+        "pool_LBSK": pages_of(tokens, ratio, FP8, coded=coded),
         "layer": struct(dtype=jnp.int32),
         "sink_H": struct(64, dtype=jnp.float32),
     }
-
-
-def program(name: str) -> tuple[Any, dict[str, Any]]:
-    """An operation of decode at 2^20 tokens, and its arguments."""
-    if name == "sparse_attention":
-        inputs = decode_structs(2**20, 4) | {"indices_BTk": struct(64, 1, 512, dtype=jnp.int32)}
-        return functools.partial(sparse_attention.decode, scale=SCALE), inputs
-    visible = {"visible_BT": struct(64, 1, dtype=jnp.int32)}
     if name == "dense_attention":
-        inputs = decode_structs(2**20, 128) | visible
-        return functools.partial(dense_attention.decode, scale=SCALE), inputs
-    keys = Paged(struct(1, 64 * 256, 1024, 128), struct(64, 256, dtype=jnp.int32))
-    queries = {"q_BTIJ": struct(64, 1, 64, 128), "weights_BTI": struct(64, 1, 64)}
-    inputs = queries | {"keys": keys, "layer": struct(dtype=jnp.int32)} | visible
-    return functools.partial(indexer_topk.select, k=512), inputs
+        return functools.partial(dense_attention.decode, scale=SCALE), inputs | visible
+    indices = {"indices_BTk": struct(64, 1, 512, dtype=jnp.int32)}
+    return functools.partial(sparse_attention.decode, scale=SCALE), inputs | indices
 
 
 @pytest.mark.full_compilation
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("name", ["sparse_attention", "dense_attention", "indexer_topk"])
 @pytest.mark.parametrize("target", ["v5p", "v6e", "tpu7x", "h200"])
-def test_64_rows_of_a_million_tokens_compile_without_copies(target: Any, name: str) -> None:
-    """A layer of entries takes 16 GiB at ratio 4 and 512 MiB at ratio 128, of index keys 4 GiB."""
-    op, inputs = program(name)
+def test_64_rows_of_a_million_tokens_compile_without_copies(
+    target: Any, name: str, coded: bool
+) -> None:
+    """A layer of entries takes 16 GiB at ratio 4 and 512 MiB at ratio 128, of index keys 4 GiB.
+
+    Coded, they take 10 GiB, 320 MiB and 2 GiB.
+    """
+    op, inputs = program(name, 2**20, coded=coded)
     clear_choices()
     compiled = targets.compiled(target, lambda inputs: op(**inputs), inputs)
     assert targets.temporaries(compiled) < 64 * 2**20

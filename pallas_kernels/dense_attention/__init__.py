@@ -8,8 +8,9 @@ and sink have gradients (in the pool, 0 for all layers but one), computed in blo
 logits; with a pool in pages (`Paged`) there are none.
 
 TPU kernels compute the attention and the gradients of prefill, XLA the gradients of decode. The
-kernels take pages with a number of entries that is even in bfloat16 and divides a block (512, or
-1024 in decode) or is a multiple of 16 (8 in float32), and copy those that a block of queries sees.
+kernels take pages with a number of entries that is even in bfloat16 (a multiple of 4 in bytes) and
+divides a block (512, or 1024 in decode) or is a multiple of 16 (8 in float32, 32 in bytes), and
+copy those that a block of queries sees. Pages of bytes must be in `byte_rows.FP8`.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries.

@@ -215,7 +215,7 @@ def _grid(
 
     pool_spec, buffers = None, None
     if isinstance(pool, tpu_pages.Arrays):
-        pool_spec, buffers = pool.specs(), tpu_pages.Buffers.shapes(width, pool.pieces_LPNK)
+        pool_spec, buffers = pool.specs(), tpu_pages.Buffers.shapes(width, pool.pieces_LPNW)
     elif pool is not None:
         pool_spec = pl.BlockSpec((None, None, width, dim), entry_block)
     return pltpu.PrefetchScalarGridSpec(
@@ -294,7 +294,7 @@ def _kernel(
     rows = _Rows(q_ref, seen, state, heads, scale)
     pages = None
     if buffers is not None:
-        pieces_ref = pool_refs.pieces_LPNK.at[layer_ref[0]]
+        pieces_ref = pool_refs.pieces_LPNW.at[layer_ref[0]]
         table_ref = pool_refs.table_B11M
         first = 0 if seen.hidden is None else seen.hidden[0]
         pages = tpu_pages.Pages(pieces_ref, table_ref, buffers, first, seen.most)

@@ -1,10 +1,11 @@
 """A pool's pages brought to VMEM, a block of entries at a time, the next while one is computed.
 
 A block is one piece of a page or several: pieces are whole pages, unless pages do not divide a
-block. They are copied one by one, as far as some query sees.
+block. They are copied one by one, as far as some query sees. Entries that are rows of bytes are
+decoded when their block has arrived.
 
 Axis letters: as in `tpu`; P pieces of a pool, N entries per piece, M pieces of a row, E entries per
-block.
+block, W channels or bytes of an entry.
 """
 
 import math
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_byte_rows
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import in_hbm
 from pallas_kernels.paged import Paged
@@ -27,7 +30,7 @@ _GROUP = 8
 class Arrays(NamedTuple):
     """A pool's arrays, or refs to them."""
 
-    pieces_LPNK: Any  # in HBM
+    pieces_LPNW: Any  # in HBM
     table_B11M: Any  # in SMEM, row by row; whole blocks
 
     def specs(self) -> "Arrays":
@@ -46,6 +49,8 @@ def arrays_of(pool: Paged, block: int) -> Arrays:
     Raises:
       Unsupported: pages whose parts XLA or the kernel would have to rearrange.
     """
+    if pool.codec not in (None, FP8):
+        raise Unsupported(f"dense_attention on TPUs takes pages in {FP8}, not in {pool.codec}.")
     layers, pages, size, channels = pool.pages.shape
     dtype, piece = pool.pages.dtype, math.gcd(size, block)
     word, tile = 4 // dtype.itemsize, 32 // dtype.itemsize
@@ -64,23 +69,29 @@ def arrays_of(pool: Paged, block: int) -> Arrays:
 
 
 class Buffers(NamedTuple):
-    """Scratch memory: two blocks [2, E, K], and a DMA semaphore for each."""
+    """Scratch memory: two blocks [2, E, W], a DMA semaphore for each, and a block of numbers.
+
+    The last, [E, K], is None if entries are numbers already.
+    """
 
     blocks: Any
     sems: Any
+    decoded: Any
 
     @classmethod
-    def shapes(cls, entries: int, pieces_LPNK: Any) -> "Buffers":
+    def shapes(cls, entries: int, pieces_LPNW: Any) -> "Buffers":
         """Shapes of the scratch."""
-        blocks = pltpu.VMEM((2, entries, pieces_LPNK.shape[3]), pieces_LPNK.dtype)
-        return cls(blocks, pltpu.SemaphoreType.DMA((2,)))
+        blocks = pltpu.VMEM((2, entries, pieces_LPNW.shape[3]), pieces_LPNW.dtype)
+        coded = pieces_LPNW.dtype == jnp.uint8
+        decoded = pltpu.VMEM((entries, FP8.channels), jnp.bfloat16) if coded else None
+        return cls(blocks, pltpu.SemaphoreType.DMA((2,)), decoded)
 
 
 class Pages(NamedTuple):
     """The entries that a block of queries sees.
 
     Attributes:
-      pieces_ref: HBM [P, N, K].
+      pieces_ref: HBM [P, N, W].
       table_ref: SMEM [1, 1, 1, M].
       buffers: scratch.
       first: the first entry that some query sees.
@@ -117,9 +128,16 @@ class Pages(NamedTuple):
         def step(block: Any, _: Any) -> None:
             pl.when(block + 1 < end)(lambda: self._copy(block + 1, "start"))
             self._copy(block, "wait")
-            run(block * self._width, self.buffers.blocks.at[block % 2])
+            run(block * self._width, self._entries(self.buffers.blocks.at[block % 2]))
 
         jax.lax.fori_loop(begin, end, step, None)
+
+    def _entries(self, block_ref: Any) -> Any:
+        """A ref to a block's entries [E, K]."""
+        if self.buffers.decoded is None:
+            return block_ref
+        tpu_byte_rows.decode(block_ref, self.buffers.decoded, FP8)
+        return self.buffers.decoded
 
     def _copy(self, block: Any, do: str) -> None:
         """Start the copies of a block's pieces, or wait for them."""

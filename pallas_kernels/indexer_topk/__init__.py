@@ -61,6 +61,7 @@ def select(
       q_BTIJ: index queries.
       weights_BTI: each head's weight, including all scale factors.
       keys: index keys of all layers of a stack; a quantised key is its codes times its scale.
+        Kernels take pages of bytes in `byte_rows.FP4`.
       layer: the layer to read, 0 to L - 1.
       visible_BT: the query sees only entries below this; the rest may be garbage. Clipped to
         0 .. S.

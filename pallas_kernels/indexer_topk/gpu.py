@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.byte_rows import FP4
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu_scores, gpu_select
 from pallas_kernels.indexer_topk.gpu_scores import HEADS, TILE
@@ -47,13 +48,15 @@ def select(
       Unsupported: unless queries are bfloat16 or E4M3 and keys bfloat16 or Fp8Keys, pages hold a
         multiple of 64 entries, there are at most 128 heads of dim 64 or 128 (128 with Fp8Keys),
         the capacity is a multiple of 8 entries (for TMA), at least 64, k is at most 4096, and
-        hidden_BT is None.
+        hidden_BT is None. Pages may also be in `byte_rows.FP4`.
     """
     if hidden_BT is not None:
         raise Unsupported("The GPU kernel does not take hidden_BT.")
     arrays = gpu_scores.arrays_of(keys)
     capacity = entries(keys)
     _require(q_BTIJ, capacity, k)
+    if isinstance(keys, Paged) and keys.codec is not None:
+        q_BTIJ = FP4.by_nibble(q_BTIJ)
     batch, queries, heads, _ = q_BTIJ.shape
     rows = batch * queries
     chunk = _chunk(rows, capacity, k)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.byte_rows import FP4, e2m1
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import gpu_select
 from pallas_kernels.indexer_topk.gpu_select import NOTHING
@@ -36,7 +37,8 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
     """The arrays of keys that the kernel reads.
 
     Raises:
-      Unsupported: unless they are bfloat16 (with pages of a multiple of 64 entries) or E4M3.
+      Unsupported: unless they are bfloat16 or pages of FP4 (with a multiple of 64 entries), or
+        E4M3.
     """
     match keys:
         case Fp8Keys() if keys.codes.shape[3] % 128 == 0:
@@ -44,29 +46,37 @@ def arrays_of(keys: Keys) -> tuple[Any, ...]:
             if scale.dtype == jnp.float8_e8m0fnu:
                 scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)
             return keys.codes, scale.reshape(*scale.shape[:2], -1)
-        case Paged() if keys.pages.dtype == jnp.bfloat16 and keys.pages.shape[2] % TILE == 0:
+        case Paged() if keys.pages.shape[2] % TILE == 0 and _takes(keys):
             return keys.pages, keys.table.astype(jnp.int32)
         case jax.Array() if keys.dtype == jnp.bfloat16:
             return (keys,)
     raise Unsupported(
         f"The GPU kernel takes bfloat16 keys, in one array or in pages of a multiple of {TILE}"
-        f" entries, or Fp8Keys with a dim that is a multiple of 128; not {keys}."
+        f" entries, such pages in {FP4}, or Fp8Keys with a dim that is a multiple of 128, not"
+        f" {keys}."
     )
+
+
+def _takes(keys: Paged) -> bool:
+    return keys.codec == FP4 or (keys.codec is None and keys.pages.dtype == jnp.bfloat16)
 
 
 def buffers(keys: Keys, dim: int, heads: int) -> dict[str, Any]:
     """Shared memory for `score_chunk`."""
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
-    narrow = isinstance(keys, Fp8Keys)
+    fp8, fp4 = isinstance(keys, Fp8Keys), isinstance(keys, Paged) and keys.codec == FP4
     # The bfloat16 copy of a tile of codes takes the memory of two.
-    depth = (_AHEAD // (TILE * dim) - 2) if narrow else _AHEAD // (TILE * dim * 2)
+    depth = (_AHEAD // (TILE * dim) - 2) if fp8 or fp4 else _AHEAD // (TILE * dim * 2)
     buffers = {
         "q_JI": matrix((dim, heads)),
         "weights_I": plgpu.SMEM((heads,), jnp.float32),
         "here": plgpu.Barrier(num_arrivals=2),
-        "tile_here_D": plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=depth),
+        "tile_here_D": plgpu.Barrier(num_arrivals=1 + fp8, num_barriers=depth),
     }
-    if not narrow:
+    if fp4:
+        rows = plgpu.SMEM((depth, TILE, FP4.width), jnp.uint8)
+        return buffers | {"rows_DXW": rows, "keys_XJ": matrix((TILE, dim))}
+    if not isinstance(keys, Fp8Keys):
         return buffers | {"keys_DXJ": matrix((depth, TILE, dim))}
     codes = plgpu.SMEM((depth, TILE, dim), jnp.float8_e4m3fn, transforms=BYTES_TILED)
     scale = jnp.float32 if keys.scale.dtype == jnp.float32 else jnp.uint8
@@ -149,7 +159,7 @@ def _fetch(source: Any, layer: Array, row: Array, start: Any, smem: Any, slot: A
         keys_XJ = pages.at[layer, page, pl.ds(within, TILE)]
     else:
         keys_XJ = arrays[0].at[layer, row, pl.ds(start, TILE)]
-    to = smem["codes_DXJ" if "codes_DXJ" in smem else "keys_DXJ"]
+    to = next(smem[name] for name in ("codes_DXJ", "rows_DXW", "keys_DXJ") if name in smem)
     plgpu.copy_gmem_to_smem(keys_XJ, to.at[slot], here)
     if "scale_DY" in smem:
         scale_LBS = arrays[1]
@@ -164,6 +174,9 @@ def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
         codes_XJ = load(smem["codes_DXJ"].at[slot], plgpu.Layout.WGMMA)
         smem["keys_XJ"][...] = codes_XJ.astype(jnp.float32).astype(jnp.bfloat16)
         dots_XI = gpu_select.product(smem["keys_XJ"], smem["q_JI"])
+    elif "rows_DXW" in smem:
+        _expand(smem["rows_DXW"].at[slot], smem["keys_XJ"])
+        dots_XI = gpu_select.product(smem["keys_XJ"], smem["q_JI"])
     else:
         dots_XI = gpu_select.product(smem["keys_DXJ"].at[slot], smem["q_JI"])
     terms_XI = jnp.maximum(dots_XI, 0.0) * along(weights_I, dots_XI.shape, 1)
@@ -171,6 +184,17 @@ def _tile_scores(slot: Array, weights_I: Array, heads: int, smem: Any) -> Array:
         # An infinite key times a padding head of zeros is NaN.
         terms_XI = jnp.where(gpu_select.iota(dots_XI.shape, 1) < heads, terms_XI, 0.0)
     return jnp.sum(terms_XI, axis=1)
+
+
+def _expand(rows_XW: Any, keys_XJ: Any) -> None:
+    """Write a tile of `byte_rows.FP4` as bfloat16, in the order of `FP4.by_nibble`."""
+    half = FP4.channels // 2
+    words = lambda at: load(rows_XW.at[:, pl.ds(at, half)], plgpu.Layout.WGMMA).astype(jnp.int32)
+    code_XH = words(0)
+    power_XH = jax.lax.bitcast_convert_type(words(half) << 23, jnp.float32)
+    for nibble in range(2):
+        value_XH = e2m1(code_XH >> 4 * nibble) * power_XH
+        keys_XJ[:, pl.ds(nibble * half, half)] = value_XH.astype(jnp.bfloat16)
 
 
 def _scales_start(start: Any, scale_LBS: Any) -> Any:

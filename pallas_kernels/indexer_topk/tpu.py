@@ -3,7 +3,8 @@
 The grid is rows of the batch, blocks of up to 8 queries, blocks of keys. A block of queries reads
 only the key blocks that its queries see, each once for all queries. After the last one, each
 query's list is computed (`tpu_choice`). If entries are hidden, the first step reads the first
-visible key block, and the kernel counts entries from there.
+visible key block, and the kernel counts entries from there. A block of keys that are rows of bytes
+is decoded once for all queries.
 
 Axis letters: as in the package; Q queries per block, X keys per block, R rows of 128 entries,
 N entries per page, M pages of a row's table.
@@ -19,6 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels import tpu_byte_rows
+from pallas_kernels.byte_rows import FP4
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.indexer_topk import tpu_choice as choice
 from pallas_kernels.indexer_topk.keys import FP4_BLOCK, Fp4Keys, Fp8Keys, Keys, entries
@@ -60,6 +63,8 @@ def select(
     if isinstance(keys, Paged):
         scalars.append(keys.table.astype(jnp.int32))
     arrays, specs = _key_blocks(keys, tiling)
+    if coded := isinstance(keys, Paged) and keys.codec is not None:
+        q_BTIJ = FP4.by_nibble(q_BTIJ)
     q_BTIJ, weights_BTI = _padded_heads(q_BTIJ, weights_BTI.astype(jnp.float32), arrays[0].dtype)
 
     def of_queries(*dims: int) -> pl.BlockSpec:
@@ -76,7 +81,7 @@ def select(
             grid=(batch, pl.cdiv(queries, tiling.step), tiling.blocks),
             in_specs=[of_queries(*q_BTIJ.shape[2:]), of_queries(q_BTIJ.shape[2]), *specs],
             out_specs=of_queries(k),
-            scratch_shapes=_scratch(tiling, q_BTIJ.shape[2]),
+            scratch_shapes=_scratch(tiling, q_BTIJ.shape[2], coded=coded),
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries, k), jnp.int32),
         compiler_params=pltpu.CompilerParams(
@@ -139,9 +144,13 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} Fp4Keys with a multiple of 64 channels, not {2 * half}.")
     if isinstance(keys, Paged):
         scalars += keys.table.size
-        if (n := keys.pages.shape[2]) % TILE and TILE % n:
+        if keys.codec not in (None, FP4):
+            raise Unsupported(f"{takes} pages in {FP4}, not in {keys.codec}.")
+        n, least = keys.pages.shape[2], 1 if keys.codec is None else 32
+        if (n % TILE and TILE % n) or n < least:
             raise Unsupported(
-                f"{takes} pages whose size divides {TILE} or is a multiple of it, not {n}."
+                f"{takes} pages whose size divides {TILE} or is a multiple of it, and of bytes is "
+                f"32 or more, not {n}."
             )
     if scores > _MOST_SCORES:
         raise Unsupported(
@@ -153,8 +162,12 @@ def _check(q_BTIJ: Any, keys: Keys, visible_BT: Any, tiling: _Tiling) -> None:
         raise Unsupported(f"{takes} up to {_MOST_SCALARS} lengths and page numbers, not {scalars}.")
     if tiling.k > _MOST_CHOSEN:
         raise Unsupported(f"{takes} k up to {_MOST_CHOSEN}, not {tiling.k}.")
-    stored = keys.pages if isinstance(keys, Paged) else keys
-    for array in (q_BTIJ, *([] if isinstance(stored, Fp8Keys | Fp4Keys) else [stored])):
+    arrays: list[Any] = [q_BTIJ]
+    if isinstance(keys, Paged):
+        arrays += [] if keys.codec else [keys.pages]
+    elif not isinstance(keys, Fp8Keys | Fp4Keys):
+        arrays.append(keys)
+    for array in arrays:
         if array.dtype not in _DTYPES or array.dtype.itemsize * array.shape[3] > _MOST_KEY_BYTES:
             raise Unsupported(
                 f"{takes} queries and keys in bfloat16, float32 or E4M3, of up to"
@@ -244,8 +257,8 @@ def blocks_seen(
     return [visible_BT, end_BN - first_BN, hidden_BT, first_BN]
 
 
-def _scratch(tiling: _Tiling, heads: int) -> list[Any]:
-    """Scores, their peaks, weights along lanes, marks of chosen entries, and counts per row."""
+def _scratch(tiling: _Tiling, heads: int, *, coded: bool) -> list[Any]:
+    """Scores, their peaks, weights along lanes, marks of chosen entries, counts per row, keys."""
     rows = choice.padded_rows(tiling.blocks * tiling.block // LANES)
     return [
         pltpu.VMEM((tiling.step, rows, LANES), jnp.int32),
@@ -253,6 +266,7 @@ def _scratch(tiling: _Tiling, heads: int) -> list[Any]:
         pltpu.VMEM((tiling.step, heads, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.bfloat16),
         pltpu.VMEM((LANES, LANES), jnp.float32),
+        pltpu.VMEM((1, 1, tiling.block, FP4.channels), jnp.bfloat16) if coded else None,
     ]
 
 
@@ -260,7 +274,9 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
     """`refs`: the layer, results of `blocks_seen`, a page table; blocks of arrays; scratch."""
     _, visible_ref, blocks_ref, *more = refs[:scalars]
     q_ref, weights_ref, *key_refs, out_ref = refs[scalars : scalars + arrays + 3]
-    scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref = refs[scalars + arrays + 3 :]
+    scores_ref, peaks_ref, columns_ref, chosen_ref, counts_ref, decoded_ref = refs[
+        scalars + arrays + 3 :
+    ]
     scale_ref = key_refs.pop() if arrays > tiling.pieces else None
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, rows = i * tiling.step, tiling.block // LANES
@@ -281,7 +297,7 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
 
     @pl.when(j < blocks_ref[b, i])
     def _score() -> None:
-        keys = key_refs, scale_ref
+        keys = _decoded(key_refs, decoded_ref), scale_ref
         outputs = lambda t: (scores_ref.at[t], peaks_ref.at[t])
         each_query(
             lambda t, *bounds: score_block(
@@ -293,9 +309,9 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
 
     @pl.when(j == tiling.blocks - 1)
     def _choose() -> None:
-        scratch = chosen_ref, counts_ref
         written = blocks_ref[b, i] * rows
         out = lambda t: out_ref.at[0, pl.ds(t, 1), :]
+        scratch = chosen_ref, counts_ref
         each_query(
             lambda t, *bounds: choice.choose(
                 scores_ref.at[t], peaks_ref.at[t], *scratch, out(t), written, *bounds, k=tiling.k
@@ -304,6 +320,17 @@ def _kernel(tiling: _Tiling, scalars: int, arrays: int, *refs: Any) -> None:
         if tiling.has_hidden:
             chosen_Qk = out_ref[0]
             out_ref[0] = jnp.where(chosen_Qk < 0, -1, chosen_Qk + start)
+
+
+def _decoded(key_refs: list[Any], decoded_ref: Any) -> list[Any]:
+    """Refs to the block's keys as numbers; without `decoded_ref` they are already."""
+    if decoded_ref is None:
+        return key_refs
+    per_piece = key_refs[0].shape[2]
+    for piece, ref in enumerate(key_refs):
+        to = decoded_ref.at[0, 0, pl.ds(piece * per_piece, per_piece)]
+        tpu_byte_rows.decode(ref.at[0, 0], to, FP4)
+    return [decoded_ref]
 
 
 def _weights_along_lanes(weights_ref: Any, columns_ref: Any, t: Int32[Array, ""]) -> None:

@@ -71,21 +71,36 @@ E4M3 = Format(largest=448.0, mantissa=3, least_exponent=-6, floor=1e-4)
 E2M1 = Format(largest=6.0, mantissa=1, least_exponent=0, floor=6 * 2.0**-126)
 
 
+def scaled(
+    x: Float32[Array, "*dims"], amax: Float32[Array, "*amaxes"], to: Format
+) -> tuple[Float32[Array, "*dims"], Int32[Array, "*amaxes"]]:
+    """Numbers of the format, and the bits of the scales that multiply them.
+
+    Scales follow from the blocks' largest magnitudes `amax`.
+    """
+    scale_bits = _scale_bits(jnp.maximum(amax, to.floor), to.largest)
+    over_scale = x * _float((2 * BIAS << MANTISSA) - scale_bits)
+    return _nearest(over_scale, to.mantissa, to.least_exponent), scale_bits
+
+
 def rounded(
     x: Float32[Array, "*dims"], amax: Float32[Array, "*amaxes"], to: Format
 ) -> Float32[Array, "*dims"]:
-    """Round values to the format, with scales from their blocks' largest magnitudes `amax`."""
-    scale_bits = _scale_bits(jnp.maximum(amax, to.floor), to.largest)
-    scaled = x * _float((2 * BIAS << MANTISSA) - scale_bits)
-    return _nearest(scaled, to.mantissa, to.least_exponent) * _float(scale_bits)
+    """Round values to the format, as for `scaled`."""
+    values, scale_bits = scaled(x, amax, to)
+    return values * _float(scale_bits)
+
+
+def in_blocks(x: Float[Array, "*rows K"], block: int) -> Float32[Array, "*rows B C"]:
+    """Blocks of channels in float32; the last one is filled with zeros."""
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
+    return jnp.pad(x.astype(jnp.float32), padding).reshape(*x.shape[:-1], -1, block)
 
 
 def _fake_quant(x: Float[Array, "*rows K"], block: int, to: Format) -> Float[Array, "*rows K"]:
-    channels = x.shape[-1]
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -channels % block)]
-    x_BC = jnp.pad(x.astype(jnp.float32), padding).reshape(*x.shape[:-1], -1, block)
+    x_BC = in_blocks(x, block)
     rounded_BC = rounded(x_BC, jnp.max(jnp.abs(x_BC), axis=-1, keepdims=True), to)
-    return rounded_BC.reshape(*x.shape[:-1], -1)[..., :channels].astype(x.dtype)
+    return rounded_BC.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
 
 
 def fake_quant_fp8(

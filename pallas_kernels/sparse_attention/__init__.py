@@ -1,14 +1,14 @@
 """Attention to the window and to the chosen entries: the core of CSA.
 
-Like `dense_attention`, except that each query lists the entries it sees, and that entries may be
-stored in eight bits (`Fp8Rows`; they have no gradient then). Window and entries are never
-concatenated.
+Like `dense_attention`, except that each query lists the entries it sees, and that entries that are
+not in pages may be stored in eight bits, too (`Fp8Rows`; they have no gradient then). Window and
+entries are never concatenated.
 
 TPU kernels take queries, window and entries all in bfloat16 or all in float32, heads in multiples
 of 16, head dims in multiples of 128, pools with a capacity that is a multiple of 16 entries (8 in
-float32, 32 in eight bits), pages of a power of two of them, 16 or more (8 in float32), and gather
-without copying the pool. GPU kernels take one document per row, and pages of any size. Where there
-is no kernel, XLA's form runs.
+float32, 32 in eight bits), pages of a power of two of them, 16 or more (8, 32), and gather without
+copying the pool. GPU kernels take one document per row, and pages of any size. Pages of bytes must
+be in `byte_rows.FP8` on both. Where there is no kernel, XLA's form runs.
 
 Axis letters: L layers of a stack, B batch, T queries, H heads, K head dim, R rows of the window's
 ring, X = window + T keys of a chunk's window, S capacity of the pool in entries, k entries chosen.

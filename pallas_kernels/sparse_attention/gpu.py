@@ -11,6 +11,7 @@ Axis letters: as in the package; r rows of the window listed, Z parts of a list.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.paged import Paged
 from pallas_kernels.sparse_attention import gpu_gather
@@ -103,14 +104,16 @@ def _attend(
 
 def _in_one_row(
     pool: Paged, indices_BTk: Int[Array, "B T k"]
-) -> tuple[Float[Array, "L 1 S K"], Int32[Array, "B T k"]]:
+) -> tuple[Float[Array, "L 1 S K"] | Fp8Rows, Int32[Array, "B T k"]]:
     """All pages one after another, as one row that the batch shares, and lists of its entries."""
-    layers, pages, size, channels = pool.pages.shape
+    layers, pages, size, width = pool.pages.shape
     place_BTk, within_BTk = jnp.divmod(jnp.maximum(indices_BTk.astype(jnp.int32), 0), size)
     row_B11 = jnp.arange(indices_BTk.shape[0], dtype=jnp.int32)[:, None, None]
     page_BTk = pool.table.astype(jnp.int32).at[row_B11, place_BTk].get(mode="clip")
     entry_BTk = jnp.clip(page_BTk, 0, pages - 1) * size + within_BTk
-    return pool.pages.reshape(layers, 1, -1, channels), jnp.where(indices_BTk < 0, -1, entry_BTk)
+    one_row = pool.pages.reshape(layers, 1, -1, width)
+    stored = Fp8Rows(one_row) if pool.codec == FP8 else one_row
+    return stored, jnp.where(indices_BTk < 0, -1, entry_BTk)
 
 
 def _full_chunks(rows_BTX: Int[Array, "B T X"]) -> Int32[Array, "B T Y"]:

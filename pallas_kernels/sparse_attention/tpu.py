@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention_gradients import Gradients
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.implementations import Unsupported
 from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.paged import Paged
@@ -34,8 +35,6 @@ def decode(inputs: DecodeInputs, *, scale: float) -> Float[Array, "B T H K"]:
 
 def prefill(inputs: PrefillInputs, *, window: int, scale: float) -> Float[Array, "B T H K"]:
     _require(inputs.q_BTHK, inputs.window_BXK, inputs.pool_LBSK)
-    if isinstance(inputs.pool_LBSK, Fp8Rows):
-        raise Unsupported("sparse_attention.prefill on TPUs does not take Fp8Rows; decode does.")
     return tpu_prefill.call(inputs, window=window, scale=scale)
 
 
@@ -60,6 +59,8 @@ def _require(q_BTHK: Any, window: Any, pool: Pool) -> None:
             "sparse_attention on TPUs takes heads in multiples of 16 and head dims in multiples "
             f"of {LANES}, not {heads} heads of dim {dim}."
         )
+    if isinstance(pool, Paged) and pool.codec not in (None, FP8):
+        raise Unsupported(f"sparse_attention on TPUs takes pages in {FP8}, not in {pool.codec}.")
     data = array_of(pool)
     if data.dtype not in (dtype, jnp.uint8):
         raise Unsupported(

@@ -1,7 +1,9 @@
 """A block's queries against all entries up to the last one listed, under a mask.
 
-Axis letters: Q queries, H heads, K channels, Y keys of the window, E = 1024 entries per step,
-R = Q x H rows, C = 128 lanes, N = E / C.
+Entries that are rows of bytes are decoded step by step, once for all queries of the block.
+
+Axis letters: Q queries, H heads, K channels, W channels or bytes of an entry, Y keys of the window,
+E = 1024 entries per step, R = Q x H rows, C = 128 lanes, N = E / C.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels import tpu_byte_rows
+from pallas_kernels.byte_rows import FP8
 from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.sparse_attention.tpu_gather import Source, packing
 from pallas_kernels.sparse_attention.tpu_softmax import logits
@@ -24,23 +28,35 @@ class Scratch(NamedTuple):
     """Scratch memory of a block.
 
     Attributes:
-      entries: [2, E, K], the entries of this step and of the next.
+      entries: [2, E, W], the entries of this step and of the next.
+      decoded: [E, K], those of this step; None if entries are numbers already.
       listed: [Q, capacity / C, C], above 0 where the query lists the entry.
       largest, total, value: [R, 1], [R, 1] and [R, K], state of the running softmax.
     """
 
     entries: Any
+    decoded: Any
     listed: Any
     largest: Any
     total: Any
     value: Any
 
 
-def scratch(queries: int, heads: int, dim: int, capacity: int, dtype: Any) -> Scratch:
-    """Scratch shapes for pools of up to `capacity` entries, a multiple of STEP."""
+def scratch(q_block: tuple[int, int, int], capacity: int, pool: Any, dtype: Any) -> Scratch:
+    """Scratch shapes.
+
+    Args:
+      q_block: shape of a block of queries [Q, H, K].
+      capacity: most entries that are read, a multiple of STEP.
+      pool: the pool's array, `Stored.array`.
+      dtype: dtype of the queries.
+    """
+    queries, heads, dim = q_block
     rows = queries * heads
+    decoded = pltpu.VMEM((STEP, dim), dtype) if pool.dtype == jnp.uint8 else None
     return Scratch(
-        entries=pltpu.VMEM((2, STEP, dim), dtype),
+        entries=pltpu.VMEM((2, STEP, pool.shape[3]), pool.dtype),
+        decoded=decoded,
         listed=pltpu.VMEM((queries, capacity // LANES, LANES), jnp.float32),
         largest=pltpu.VMEM((rows, 1), jnp.float32),
         total=pltpu.VMEM((rows, 1), jnp.float32),
@@ -111,7 +127,11 @@ def attend(
         pl.when(i + 1 < steps)(lambda: fetch(i + 1))
         listed_QNC = scratch.listed[:, pl.ds(pl.multiple_of(i * _TILES, _TILES), _TILES)]
         _copy(source, scratch.entries, sems, i, "wait")
-        keys_EK = _zero_unlisted(scratch.entries[i % 2], jnp.max(listed_QNC, axis=0))
+        entries_ref = scratch.entries.at[i % 2]
+        if scratch.decoded is not None:
+            tpu_byte_rows.decode(entries_ref, scratch.decoded, FP8)
+            entries_ref = scratch.decoded
+        keys_EK = _zero_unlisted(entries_ref[...], jnp.max(listed_QNC, axis=0))
         mask_RE = jnp.concatenate([per_row(listed_QNC[:, n]) > 0.0 for n in range(_TILES)], axis=1)
         _add(q_RK, keys_EK, mask_RE, scratch, scale)
 

@@ -109,7 +109,7 @@ def _grid(
             pltpu.VMEM((window + block, dim), q_BTHK.dtype),
             gather.Lists.scratch(k, stored.array),
             pltpu.SemaphoreType.DMA((3,)),
-            masked.scratch(block, heads, dim, few, q_BTHK.dtype),
+            masked.scratch((block, heads, dim), few, stored.array, q_BTHK.dtype),
         ],
     )
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels import dense_attention, indexer_topk, rotary, sparse_attention
 from pallas_kernels.paged import Paged
 from pallas_kernels.residuals import saveable
-from v4jax.model import cache, compress, indexer_divergence, layers, sharding
+from v4jax.model import cache, compress, indexer_divergence, layers, paging, sharding
 from v4jax.model.cache import LayerCache
 from v4jax.model.compress import Compressor
 from v4jax.model.config import LayerKind, ModelConfig
@@ -230,7 +230,8 @@ def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     q_BTIJ, weights_BTI = _query(p, chunk.x_BTD, chunk.latent_BTR, chunk.context)
     k = chunk.context.cfg.index_topk
     select = lambda q_BTIJ, weights_BTI, keys, table_BM, *rest: indexer_topk.select(
-        q_BTIJ, weights_BTI, _in_pages(keys, table_BM), *rest, k=k
+        *(q_BTIJ, weights_BTI, _in_pages(keys, table_BM, chunk.context.cfg, index=True), *rest),
+        k=k,
     )
     indices_BTk = sharding.per_device(
         select,
@@ -242,9 +243,13 @@ def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:
     return saveable(indices_BTk)
 
 
-def _in_pages(pool: Any, table_BM: Int[Array, "B M"] | None) -> Any:
-    """The pool as the ops take it: an array, None, or pages with their table."""
-    return pool if pool is None or table_BM is None else Paged(pool, table_BM)
+def _in_pages(
+    pool: Any, table_BM: Int[Array, "B M"] | None, cfg: ModelConfig, *, index: bool = False
+) -> Any:
+    """The pool, or the indexer's, as the ops take it: an array, None, or pages with their table."""
+    if pool is None or table_BM is None:
+        return pool
+    return Paged(pool, table_BM, paging.codec_of(pool, cfg, index=index))
 
 
 def _divergence(p: Attention, chunk: _Chunk) -> Float32[Array, "B T"] | None:
@@ -309,7 +314,7 @@ def _mix(
 
     def run_here(table_BM, *arrays):
         of_device = dict(zip(inputs, arrays, strict=True))
-        of_device["pool_LBSK"] = _in_pages(of_device["pool_LBSK"], table_BM)
+        of_device["pool_LBSK"] = _in_pages(of_device["pool_LBSK"], table_BM, chunk.context.cfg)
         return run(**of_device, scale=scale, **static)
 
     return sharding.per_device(

@@ -41,16 +41,17 @@ class LayerCache:
     Attributes:
       window_LBRK: keys of the newest tokens.
       tail_LBRK: the compressor's kv and gate of the newest tokens, concatenated (float32).
-      pool_LBSK: compressed entries; in a paged cache, B are pages and S entries of a page.
+      pool_LBSK: compressed entries; in a paged cache, B are pages and S entries of a page, and K
+        may be bytes (`byte_rows`).
       index_tail_LBRK: `tail_LBRK` of CSA's indexer.
       index_LBSK: `pool_LBSK` of CSA's indexer.
     """
 
     window_LBRK: Float[Array, "L B R K"]
     tail_LBRK: Float32[Array, "L B _ _"] | None = None
-    pool_LBSK: Float[Array, "L _ S K"] | None = None
+    pool_LBSK: Shaped[Array, "L _ S _"] | None = None
     index_tail_LBRK: Float32[Array, "L B _ _"] | None = None
-    index_LBSK: Float[Array, "L _ S _"] | None = None
+    index_LBSK: Shaped[Array, "L _ S _"] | None = None
 
 
 @pytree
@@ -132,7 +133,7 @@ def fresh(cfg: ModelConfig, kind: LayerKind, batch: int, tokens: int, dtype: Any
 def maker(repeats: int, batch: int, dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
     """A function that creates a layer's empty arrays from numbers of rows and channels."""
 
-    def zeros(rows: int, channels: int, dtype: Any = dtype) -> Float[Array, "L B R K"]:
+    def zeros(rows: int, channels: int, dtype: Any = dtype) -> Shaped[Array, "L B R K"]:
         return _zeros((repeats, batch, rows, channels), dtype, mesh)
 
     return zeros
@@ -152,7 +153,8 @@ def _layer_cache(
     # A chunk also writes the rows of windows that it does not complete, beyond the text's entries.
     entries = -(-capacity // kind.ratio) + 1
     entries += -entries % _POOL_TILE
-    return with_pools(rings, cfg, kind, lambda channels: zeros(entries, channels))
+    channels = lambda index: cfg.index_head_dim if index else cfg.head_dim
+    return with_pools(rings, kind, lambda index: zeros(entries, channels(index)))
 
 
 def layer_rings(cfg: ModelConfig, kind: LayerKind, zeros: Callable[..., Any]) -> LayerCache:
@@ -170,14 +172,12 @@ def layer_rings(cfg: ModelConfig, kind: LayerKind, zeros: Callable[..., Any]) ->
     )
 
 
-def with_pools(
-    rings: LayerCache, cfg: ModelConfig, kind: LayerKind, zeros: Callable[[int], Any]
-) -> LayerCache:
-    """A layer's rings and its empty pools; `zeros` creates a pool from its number of channels."""
+def with_pools(rings: LayerCache, kind: LayerKind, zeros: Callable[[bool], Any]) -> LayerCache:
+    """A layer's rings and its empty pools, which `zeros` creates; True: the indexer's."""
     return dataclasses.replace(
         rings,
-        pool_LBSK=zeros(cfg.head_dim),
-        index_LBSK=zeros(cfg.index_head_dim) if kind.attention == "csa" else None,
+        pool_LBSK=zeros(False),
+        index_LBSK=zeros(True) if kind.attention == "csa" else None,
     )
 
 

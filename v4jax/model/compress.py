@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import compress, residuals
 from v4jax.model import cache, layers, paging, sharding
@@ -32,12 +32,12 @@ class Compressor(nnx.Module):
 
 def update(
     compressor: Compressor,
-    ring_pool_layer: tuple[Float[Array, "L B R C2"], Float[Array, "L _ S K"], Int[Array, ""]],
+    ring_pool_layer: tuple[Float[Array, "L B R C2"], Shaped[Array, "L _ S _"], Int[Array, ""]],
     x_BTD: Float[Array, "B T D"],
     kind: LayerKind,
     context: Context,
     rounding: compress.Rounding,
-) -> tuple[Float[Array, "L B R C2"], Float[Array, "L _ S K"]]:
+) -> tuple[Float[Array, "L B R C2"], Shaped[Array, "L _ S _"]]:
     """Add a chunk: its tokens to the ring, and the entries that it completes to the pool.
 
     Args:
@@ -46,7 +46,7 @@ def update(
       x_BTD: the layer's input.
       kind: kind of the layer.
       context: context of the pass.
-      rounding: rounding of entries, if the numerics round the cache.
+      rounding: rounding of entries, if the numerics round the cache; 'fp4' for the indexer's.
     """
     ring_LBRC, pool_LBSK, layer = ring_pool_layer
     first_B = context.start_B // kind.ratio
@@ -79,10 +79,13 @@ def update(
     entries = layer, entries_BnK, first_B, complete_B
     if context.table_BM is None:
         return ring_LBRC, cache.pool_write(pool_LBSK, *entries)
+    codec = paging.codec_of(pool_LBSK, context.cfg, index=rounding == "fp4")
+    if codec is not None:
+        paging.require_exact("fp8", context.numerics, x_BTD.dtype)
     # Chunks begin at whole blocks, which are whole entries if the ratio divides them.
     whole = not cache.is_decode(tokens) and cache.BLOCK % kind.ratio == 0
     unit = cache.BLOCK // kind.ratio if whole else 1
-    return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit)
+    return ring_LBRC, paging.write(pool_LBSK, *entries, context.table_BM, unit=unit, codec=codec)
 
 
 def _settings(

@@ -8,6 +8,9 @@ last window of CSA's compressors: a snapshot.
 On a mesh that splits a batch into groups of rows (`sharding.row_groups`), each group has its rows
 and its pages, of which tables say the numbers within the group.
 
+Entries are arrays in the cache's dtype, or rows of bytes that hold the same values, if the numerics
+round them to FP8, and the indexer's to FP4 (`byte_rows`).
+
 Axis letters: L layers of a stack, B rows, R rows of a ring, P pages, N entries of a page, M pages
 of a row, n new entries, X rows of a snapshot, K channels of the array at hand, G groups.
 """
@@ -21,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from pallas_kernels.byte_rows import Codec, Fp4Codec, Fp8Codec
 from v4jax.model import cache as caches
 from v4jax.model import grouped_rows, sharding
 from v4jax.model.cache import BLOCK, Cache, LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
+from v4jax.model.numerics import Numerics
 from v4jax.model.segments import segments
 from v4jax.model.sharding import ROWS, STACKED_ROWS
 
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 else:
     _AnyArray = Array | np.ndarray  # what was kept on the host
 Snapshot = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
-Page = tuple[dict[str, Float[_AnyArray, "_ _ _"]], ...]
+Page = tuple[dict[str, Shaped[_AnyArray, "_ _ _"]], ...]
 
 
 def page_unit(cfg: ModelConfig) -> int:
@@ -48,24 +53,52 @@ def page_unit(cfg: ModelConfig) -> int:
     return math.lcm(BLOCK, *(kind.ratio for kind in cfg.layers if kind.ratio))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "rows", "pages", "page", "dtype", "mtp", "entries", "numerics"),
+)
 def make(
-    cfg: ModelConfig, *, rows: int, pages: int, page: int, dtype: Any, mtp: bool = False
+    cfg: ModelConfig,
+    *,
+    rows: int,
+    pages: int,
+    page: int,
+    dtype: Any,
+    mtp: bool = False,
+    entries: str | None = None,
+    numerics: Numerics | None = None,
 ) -> Cache:
-    """An empty cache of `rows` slots and `pages` pages of `page` tokens each, without a table.
+    """An empty cache without a table.
+
+    Args:
+      cfg: the model's configuration.
+      rows: number of slots.
+      pages: number of pages.
+      page: tokens of a page.
+      dtype: dtype of activations.
+      mtp: whether MTP blocks have a cache too.
+      entries: None to store them in `dtype`, 'fp8' as bytes: FP8, and FP4 of the indexer's.
+      numerics: the model's, which 'fp8' depends on.
 
     Raises:
-      ValueError: a page is not a multiple of `page_unit(cfg)` tokens.
+      ValueError: a page is not a multiple of `page_unit(cfg)` tokens, or entries that 'fp8' would
+        change.
     """
     if page % page_unit(cfg):
         raise ValueError(f"A page of {page} tokens is not a multiple of {page_unit(cfg)}.")
+
+    if entries is not None:
+        require_exact(entries, numerics, dtype)
+    width = lambda codec: codec.channels if entries is None else codec.width
+    pool_dtype = dtype if entries is None else jnp.uint8
 
     def layer(kind: LayerKind, repeats: int) -> LayerCache:
         rings = caches.layer_rings(cfg, kind, caches.maker(repeats, rows, dtype, None))
         if kind.attention == "sliding":
             return rings
-        entries, zeros = page // kind.ratio, caches.maker(repeats, pages, dtype, None)
-        return caches.with_pools(rings, cfg, kind, lambda channels: zeros(entries, channels))
+        zeros = caches.maker(repeats, pages, pool_dtype, None)
+        pool = lambda index: zeros(page // kind.ratio, width(_codec(cfg, index=index)))
+        return caches.with_pools(rings, kind, pool)
 
     return Cache(
         length_B=jnp.zeros(rows, jnp.int32),
@@ -79,8 +112,42 @@ def make(
     )
 
 
+def require_exact(entries: str, numerics: Numerics | None, dtype: Any) -> None:
+    """Reject entries that storing them as bytes would change.
+
+    Raises:
+      ValueError: unknown `entries`, or numerics or a dtype that do not suit them.
+    """
+    if entries != "fp8":
+        raise ValueError(f"entries is {entries!r}; it must be 'fp8' or None.")
+    if numerics is None or not numerics.rounded_cache:
+        raise ValueError(
+            "entries='fp8' would change entries that the numerics do not round to FP8; use "
+            "numerics='official', or leave entries out."
+        )
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        raise ValueError(
+            f"entries='fp8' holds rotated channels in bfloat16, and this model's are "
+            f"{jnp.dtype(dtype).name}; load it in bfloat16, or leave entries out."
+        )
+
+
+def _codec(cfg: ModelConfig, *, index: bool) -> Codec:
+    """The codec of entries, or of the indexer's."""
+    if index:
+        return Fp4Codec(cfg.index_head_dim)
+    return Fp8Codec(cfg.head_dim, cfg.qk_rope_head_dim)
+
+
+def codec_of(
+    pool_LPNK: Shaped[Array, "L P N _"], cfg: ModelConfig, *, index: bool = False
+) -> Codec | None:
+    """The codec of a pool's entries, or of the indexer's; None if they are not bytes."""
+    return _codec(cfg, index=index) if pool_LPNK.dtype == jnp.uint8 else None
+
+
 def write(
-    pages_LPNK: Float[Array, "L P N K"],
+    pages_LPNK: Shaped[Array, "L P N _"],
     layer: Int[Array, ""],
     new_BnK: Float[Array, "B n K"],
     first_B: Int[Array, " B"],
@@ -88,13 +155,15 @@ def write(
     table_BM: Int[Array, "B M"],
     *,
     unit: int,
-) -> Float[Array, "L P N K"]:
+    codec: Codec | None = None,
+) -> Shaped[Array, "L P N _"]:
     """Write entries first .. first + count - 1 of each row to its pages.
 
     They are written `unit` at a time; `first` is a multiple of it, and so is a page. What follows a
     row's entries in its last unit becomes garbage; units without entries go to page SCRATCH, as the
     row may have no page for them. Nothing is read, so that XLA writes in place.
     """
+    new_BnK = new_BnK.astype(pages_LPNK.dtype) if codec is None else codec.encode(new_BnK)
     return sharding.per_device(
         functools.partial(_write, unit=min(unit, new_BnK.shape[1])),
         *(pages_LPNK, layer, new_BnK, first_B, count_B, table_BM),
@@ -105,17 +174,16 @@ def write(
 
 
 def _write(
-    pages_LPNK: Float[Array, "L P N K"],
+    pages_LPNK: Shaped[Array, "L P N _"],
     layer: Int[Array, ""],
-    new_BnK: Float[Array, "B n K"],
+    new_BnK: Shaped[Array, "B n _"],
     first_B: Int[Array, " B"],
     count_B: Int[Array, " B"],
     table_BM: Int[Array, "B M"],
     *,
     unit: int,
-) -> Float[Array, "L P N K"]:
+) -> Shaped[Array, "L P N _"]:
     """`write`, on one device."""
-    new_BnK = new_BnK.astype(pages_LPNK.dtype)
     units = -(-new_BnK.shape[1] // unit)
     new_BnK = jnp.pad(new_BnK, ((0, 0), (0, units * unit - new_BnK.shape[1]), (0, 0)))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.byte_rows import Codec
 from pallas_kernels.implementations import check_arrays, check_dtype, check_shape
@@ -42,23 +42,45 @@ class Paged:
         return layers, batch, places * size, channels
 
     def gathered(
-        self,
-        layer: Int[Array, ""],
-        row: Int[Array, "..."],
-        entry: Int[Array, "*rows"] | None = None,
+        self, layer: Int[Array, ""], row: Int[Array, "..."], entry: Int[Array, "*rows"]
     ) -> Float[Array, "*rows K"]:
-        """Any entries of any batch rows; None: all entries of a row."""
-        entry = jnp.arange(self.shape[2], dtype=jnp.int32) if entry is None else entry
+        """Any entries of any batch rows."""
         place, within = jnp.divmod(entry, self.pages.shape[2])
         page = self.table.at[row, place].get(mode="clip")
-        stored = self.pages.at[layer, page, within].get(mode="clip")
-        return stored if self.codec is None else self.codec.decode(stored)
+        return self._decoded(self.pages.at[layer, page, within].get(mode="clip"))
+
+    def block(
+        self, layer: Int[Array, ""], row: Int[Array, ""], start: Int[Array, ""], size: int
+    ) -> Float[Array, "E K"]:
+        """Entries start .. start + size - 1 of a row, where `start` is a multiple of `size`.
+
+        They are read in one piece if they are within a page, or as whole pages. What is beyond the
+        row's entries is garbage.
+        """
+        entries = self.pages.shape[2]
+        place, within = jnp.divmod(start, entries)
+        if entries % size == 0:
+            page = self.table.at[row, place].get(mode="clip")
+            at = layer, page, within, jnp.zeros_like(within)
+            piece = jax.lax.dynamic_slice(self.pages, at, (1, 1, size, self.pages.shape[3]))
+            return self._decoded(piece[0, 0])
+        if size % entries == 0:
+            places = place + jnp.arange(size // entries, dtype=jnp.int32)
+            pages = self.pages.at[layer, self.table.at[row, places].get(mode="clip")]
+            return self._decoded(pages.get(mode="clip").reshape(size, -1))
+        return self.gathered(layer, row, start + jnp.arange(size, dtype=jnp.int32))
+
+    def of_row(self, layer: Int[Array, ""], row: Int[Array, ""]) -> Float[Array, "S K"]:
+        """All entries of a row."""
+        return self.block(layer, row, jnp.zeros((), jnp.int32), self.shape[2])
 
     def of_layer(self, layer: Int[Array, ""]) -> Float[Array, "B S K"]:
         """All entries of a layer."""
-        rows = self.shape[1:3]
-        iota = lambda dim: jax.lax.broadcasted_iota(jnp.int32, rows, dim)
-        return self.gathered(layer, iota(0), iota(1))
+        stored = self.pages.at[layer, self.table].get(mode="clip")
+        return self._decoded(stored.reshape(*self.shape[1:3], -1))
+
+    def _decoded(self, stored: Shaped[Array, "*rows _"]) -> Float[Array, "*rows K"]:
+        return stored if self.codec is None else self.codec.decode(stored)
 
 
 def check(op: str, name: str, pool: Paged, sizes: Mapping[str, int], channels: str) -> None:

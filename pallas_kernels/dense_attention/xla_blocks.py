@@ -113,20 +113,22 @@ class Entries:
     ) -> tuple[Float[Array, "E K"], Bool[Array, "Q E"], Int[Array, ""]]:
         """A block's entries, which of them each query sees, and the index of the first."""
         size, visible_Q, hidden_Q = self.width, self.bounds.visible, self.bounds.hidden
-        # The last block reaches back to stay inside the pool; what it repeats is masked.
-        start = jnp.minimum(block * size, self.pool_LBSK.shape[2] - size)
+        start = block * size
+        if not isinstance(self.pool_LBSK, Paged):
+            # The last block reaches back to stay inside the pool; what it repeats is masked.
+            start = jnp.minimum(start, self.pool_LBSK.shape[2] - size)
         index_E = start + jnp.arange(size, dtype=jnp.int32)
-        keys_EK = self._read(start, index_E)
+        keys_EK = self._read(start, size)
         seen_QE = (index_E[None] < visible_Q[:, None]) & (index_E >= block * size)[None]
         if hidden_Q is None:
             return where_seen(keys_EK, index_E < jnp.max(visible_Q)), seen_QE, start
         seen_QE &= index_E[None] >= hidden_Q[:, None]
         return where_seen(keys_EK, jnp.any(seen_QE, axis=0)), seen_QE, start
 
-    def _read(self, start: Int[Array, ""], index_E: Int[Array, " E"]) -> Float[Array, "E K"]:
-        """The entries `index_E`, the first of which is `start`."""
+    def _read(self, start: Int[Array, ""], size: int) -> Float[Array, "E K"]:
+        """The entries from `start` on."""
         if isinstance(self.pool_LBSK, Paged):
-            return self.pool_LBSK.gathered(self.layer, self.row, index_E)
+            return self.pool_LBSK.block(self.layer, self.row, start, size)
         at = (self.layer, self.row, start, jnp.zeros_like(start))
-        shape = (1, 1, index_E.shape[0], self.pool_LBSK.shape[3])
+        shape = (1, 1, size, self.pool_LBSK.shape[3])
         return jax.lax.dynamic_slice(self.pool_LBSK, at, shape)[0, 0]

@@ -133,7 +133,12 @@ def gathered(
 def block(
     keys: Keys, layer: Int[Array, ""], row: Int[Array, ""], start: Int[Array, ""], width: int
 ) -> Float[Array, "X J"]:
-    """Entries start .. start + width - 1 of a row, as from `gathered`."""
+    """Entries start .. start + width - 1 of a row, as from `gathered`.
+
+    `start` is a multiple of `width`, or the block is the row's last.
+    """
+    if isinstance(keys, Paged) and keys.shape[2] % width == 0:
+        return keys.block(layer, row, start, width)
     if isinstance(keys, Fp8Keys | Fp4Keys | Paged):
         entry_X = start + jnp.arange(width, dtype=start.dtype)
         return gathered(keys, layer, jnp.full_like(entry_X, row), entry_X)

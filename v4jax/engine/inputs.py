@@ -57,8 +57,7 @@ def empty_rows(count: int, shape: Shape, static: Static) -> Rows:
         length_B=zeros(),
         left_B=zeros(),
         stop_BE=zeros(shape.stops) - 1,
-        # What is beyond the last page of a full row goes to scratch.
-        table_BM=zeros(shape.row_pages + 1),
+        table_BM=zeros(shape.row_pages),
         allowed_BW=zeros(-(-vocab // 32), dtype=np.uint32) - np.uint32(1),
         drafting=Drafting(
             draft_Bk=zeros(static.drafts),

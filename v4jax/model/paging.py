@@ -190,8 +190,9 @@ def _write(
     def write_unit(i, pages_LPNK):
         b, at = i // units, i % units * unit
         entry = first_B[b] + at
-        page = table_BM.at[b, entry // pages_LPNK.shape[2]].get(mode="clip")
-        page = jnp.where(at < count_B[b], page, SCRATCH)
+        place = entry // pages_LPNK.shape[2]
+        has_page = (at < count_B[b]) & (place < table_BM.shape[1])
+        page = jnp.where(has_page, table_BM.at[b, place].get(mode="clip"), SCRATCH)
         place = (layer, page, entry % pages_LPNK.shape[2], jnp.zeros((), jnp.int32))
         unit_nK = jax.lax.dynamic_slice_in_dim(new_BnK[b], at, unit)
         return jax.lax.dynamic_update_slice(pages_LPNK, unit_nK[None, None], place)

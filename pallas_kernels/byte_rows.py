@@ -136,7 +136,7 @@ class Fp4Codec:
 
 
 Codec: TypeAlias = Fp8Codec | Fp4Codec
-# The forms that kernels take.
+# The codecs that kernels take.
 FP8, FP4 = Fp8Codec(channels=512, rotated=64), Fp4Codec(channels=128)
 
 

@@ -89,7 +89,8 @@ def make(
 
     if entries is not None:
         require_exact(entries, numerics, dtype)
-    width = lambda codec: codec.channels if entries is None else codec.width
+    channels = lambda index: cfg.index_head_dim if index else cfg.head_dim
+    width = lambda index: channels(index) if entries is None else _codec(cfg, index=index).width
     pool_dtype = dtype if entries is None else jnp.uint8
 
     def layer(kind: LayerKind, repeats: int) -> LayerCache:
@@ -97,7 +98,7 @@ def make(
         if kind.attention == "sliding":
             return rings
         zeros = caches.maker(repeats, pages, pool_dtype, None)
-        pool = lambda index: zeros(page // kind.ratio, width(_codec(cfg, index=index)))
+        pool = lambda index: zeros(page // kind.ratio, width(index))
         return caches.with_pools(rings, kind, pool)
 
     return Cache(

@@ -6,13 +6,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from v4jax.arguments import TEXT, TOKEN_IDS
-
-from .answer import encode
+from . import chat_request
 from .chat_request import read_request
 from .errors import ApiError, json_response
-from .fields import read_body
+from .fields import OBJECT, TEXT, TOKEN_IDS, read_body, required, sequence, table
+from .prompts import encode
 from .service import Service
+
+# With messages, the body is that of a chat.
+TOKENIZE_BODY = table(prompt=TEXT, messages=sequence(OBJECT))
+DETOKENIZE_BODY = table(tokens=required(TOKEN_IDS))
 
 
 async def _models(http: Request) -> Response:
@@ -38,23 +41,23 @@ async def _models(http: Request) -> Response:
 
 async def _tokenize(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
-    if "messages" in body:
-        body.values.setdefault("model", service.names[0])
-        request = read_request(body, strict=False)
+    body = await read_body(http, service.limits.body_bytes, TOKENIZE_BODY)
+    if body.messages:
+        fields = {"model": service.names[0]} | body.raw
+        request = read_request(chat_request.BODY.read("", fields), strict=False)
         tokens = (await asyncio.to_thread(encode, service, request)).tokens
+    elif body.prompt is not None:
+        tokens = await asyncio.to_thread(service.tokenizer.encode, body.prompt)
     else:
-        text = body.require("prompt", TEXT)
-        tokens = await asyncio.to_thread(service.tokenizer.encode, text)
+        body.refuse("prompt", "is missing; it must be a string.")
     limit = service.limits.context
     return json_response({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
 
 
 async def _detokenize(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
-    tokens = body.require("tokens", TOKEN_IDS)
-    return json_response({"prompt": service.tokenizer.decode(tokens)})
+    body = await read_body(http, service.limits.body_bytes, DETOKENIZE_BODY)
+    return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
 
 ROUTES = [

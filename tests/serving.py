@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import openai
 import uvicorn
 
 from v4jax.checkpoints import hub
@@ -198,3 +199,11 @@ def serve(script: Script, *, drain_seconds: float = 5.0, **changes: Any) -> Iter
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+@contextlib.contextmanager
+def openai_client(server: Running) -> Iterator[Any]:
+    """OpenAI's client of a server whose engine has forgotten all earlier requests."""
+    server.engine.reset()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

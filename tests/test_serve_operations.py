@@ -104,7 +104,7 @@ def test_a_failure_in_a_stream_is_an_event(server: serving.Running, client: Any)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": []}, "messages is []; it must be a list of one or more messages."),
+        ({"messages": []}, "messages is []; it must be a list of one or more items."),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "bot", "content": ""}]}, "messages[0].role is 'bot'; use one of"),
         (
@@ -119,10 +119,10 @@ def test_a_failure_in_a_stream_is_an_event(server: serving.Running, client: Any)
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "an integer from 0 to 20"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [{}] * 129}, "at most 128"),
+        ({"tools": [{}] * 129}, "tools has 129 items; at most 128"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "not in tools"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
         ({"stream_options": {"include_usage": True}}, "needs stream"),
         ({"logit_bias": {"1": 2}}, "logit_bias is not supported"),
         ({"user_id": "\u20ac" * 200}, "at most 512 bytes"),

@@ -113,8 +113,13 @@ class Translation:
             self._reasoning += self._reader.thinking
             if token.id not in self._service.eos_ids:
                 events += self._reader.push(token.id)
+        malformed = _broken(events)
         if event.finish:
-            events += self._reader.finish()
+            end = self._reader.finish()
+            # A call that was cut off may have been well-formed so far.
+            malformed += _broken(end) if event.finish == "stop" else 0
+            events += end
+        self._service.metrics.malformed(malformed)
         if self._may_call:
             self._events += events
             self._sampled += [token.id for token in event.tokens]
@@ -154,9 +159,14 @@ class Translation:
 
     def _keep(self) -> None:
         """Remember how a turn with calls was sampled, if it ended by itself and is well-formed."""
-        broken = any(isinstance(e, ToolCallEnd) and not e.complete for e in self._events)
-        if self._sampled[-1] not in self._service.eos_ids or broken or self._reader.thinking:
+        ended = self._sampled[-1] in self._service.eos_ids
+        if not ended or _broken(self._events) or self._reader.thinking:
             return
         split = self._reasoning
         turn = Turn(message_of(self._events), self._sampled[:split], self._sampled[split:])
         self._service.replays.keep(turn)
+
+
+def _broken(events: Sequence[chat_parser.Event]) -> int:
+    """How many calls ended that were not well-formed, or not whole."""
+    return sum(isinstance(event, ToolCallEnd) and not event.complete for event in events)

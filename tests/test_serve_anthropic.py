@@ -279,6 +279,12 @@ def test_an_answer_has_thinking_and_text(client: Any):
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "be")
 
 
+def test_token_ids_are_reported_on_request(client: Any, server: serving.Running):
+    message = client.messages.create(**ask(), extra_body={"return_token_ids": True})
+    assert message.prompt_token_ids == [*server.engine.requests[-1].tokens]
+    assert message.token_ids == [*serving.tokenizer().encode(script("")), 1]
+
+
 def test_rounds_with_a_tool_replay_the_answer(client: Any, server: serving.Running):
     messages: list[Any] = [{"role": "user", "content": "The weather? " * 50}]
     with client.messages.stream(**ask(messages=messages), tools=[WEATHER]) as stream:
@@ -310,8 +316,11 @@ def test_errors_have_the_classes_of_the_client(server: serving.Running, root: st
             client.messages.create(**ask(model="other"))
         with pytest.raises(anthropic.BadRequestError, match="text only"):
             client.messages.create(**ask(messages=[{"role": "user", "content": [IMAGE]}]))
-        with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
-            client.messages.create(**ask(max_tokens=5000))
+        long = [{"role": "user", "content": "word " * 5000}]
+        with pytest.raises(
+            anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 4096"
+        ):
+            client.messages.create(**ask(messages=long))
 
 
 def test_keys_are_read_from_their_header():

@@ -1,6 +1,7 @@
 """Chat completions through the `openai` client: what clients see, and what the engine is asked."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_tools_are_called_and_replayed_token_for_token(
     assert call("Oslo", days="[1, 2]") in prompt(server)
 
 
+def test_malformed_calls_are_counted(server: serving.Running, client: Any) -> None:
+    def malformed() -> int:
+        text = httpx.get(f"{server.url}/metrics").text
+        return int(float(re.findall(r"^v4jax:malformed_calls_total\S* (\S+)", text, re.M)[0]))
+
+    before = malformed()
+    # Without tools, nothing constrains what the model writes.
+    server.engine.script = lambda _: "</think>Hi" + call("Rome", days="[1,") + call("Oslo")
+    assert ask(client).choices[0].message.content == "Hi"
+    assert malformed() == before + 1
+    # What the limit cuts off is not malformed.
+    cut = ask(client, max_tokens=20)
+    assert (cut.choices[0].finish_reason, malformed()) == ("length", before + 1)
+
+
 def test_the_least_recently_used_turns_are_not_kept() -> None:
     replays = Replays(max_tokens=5)
     function = {"name": "f", "arguments": "{}"}
@@ -270,7 +286,7 @@ def test_a_prompt_s_log_probabilities_are_reported(server: serving.Running, clie
     text = serving.tokenizer().token_bytes(ids[1]).decode()
     alone = {"logprob": -0.5, "rank": 1, "decoded_token": text}
     assert rest[0] == {str(ids[1]): alone}
-    assert [str(token) in entry for token, entry in zip(ids[1:], rest, strict=True)]
+    assert all(str(token) in entry for token, entry in zip(ids[1:], rest, strict=True))
     assert answer.choices[0].logprobs.content[0].top_logprobs == []
     first, *_ = chunks(server, **asked)
     assert (first["prompt_logprobs"], first["prompt_token_ids"]) == (answer.prompt_logprobs, ids)

@@ -64,13 +64,14 @@ def test_errors_have_their_class(server: serving.Running, client: Any) -> None:
         ask(model="other")
     with pytest.raises(openai.UnprocessableEntityError, match=r"temperature is 3; it must be"):
         ask(temperature=3)
+    long = [{"role": "user", "content": "word " * serving.CONTEXT}]
     with pytest.raises(openai.BadRequestError) as error:
-        ask(max_tokens=serving.CONTEXT)
-    prompt = len(serving.tokenizer().encode(encode_chat([USER], "thinking")))
+        ask(messages=long)
+    prompt = len(serving.tokenizer().encode(encode_chat(long, "thinking")))
     expected = (
         f"This model's maximum context length is {serving.CONTEXT} tokens. However, you requested "
-        f"{prompt + serving.CONTEXT} tokens ({prompt} in the messages, {serving.CONTEXT} in the "
-        "completion). Please reduce the length of the messages or completion."
+        f"{prompt + 1} tokens ({prompt} in the messages, 1 in the completion). Please reduce the "
+        "length of the messages or completion."
     )
     assert error.value.body == {
         "message": expected,
@@ -89,6 +90,28 @@ def test_errors_have_their_class(server: serving.Running, client: Any) -> None:
     server.engine.ready, server.engine.fault = True, "error"
     with pytest.raises(openai.InternalServerError, match="could not go on"):
         ask()
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, body(max_tokens=10**6)),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 10**6}),
+        ("/v1/messages", body(max_tokens=10**6)),
+        ("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 10**6}),
+    ],
+)
+def test_an_answer_may_be_as_long_as_the_context_allows(
+    server: serving.Running, http: httpx.Client, path: str, fields: dict[str, Any]
+) -> None:
+    assert http.post(path, json=fields).status_code == 200
+    request = server.engine.requests[-1]
+    assert len(request.tokens) + request.max_tokens == serving.CONTEXT
+    server.service.strict = True
+    try:
+        assert http.post(path, json=fields).status_code == 400
+    finally:
+        server.service.strict = False
 
 
 def test_a_failure_in_a_stream_is_an_event(server: serving.Running, client: Any) -> None:

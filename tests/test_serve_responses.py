@@ -236,6 +236,11 @@ def test_an_answer_has_reasoning_and_text(client: Any):
     assert [item.type for item in response.output] == ["reasoning", "message"]
     assert (response.output_text, response.status) == ("So be it.", "completed")
     assert response.output[0].content[0].text == "I think."
+    asked = client.responses.create(
+        model="tiny", input="Hello", stream=True, extra_body={"return_token_ids": True}
+    )
+    *_, last = asked
+    assert last.response.token_ids == [*serving.tokenizer().encode(script("")), 1]
     short = client.responses.create(model="tiny", input="Hello", max_output_tokens=2)
     assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
@@ -273,7 +278,7 @@ def test_errors_have_the_classes_of_the_client(client: Any):
     with pytest.raises(openai.UnprocessableEntityError, match="store is not supported"):
         client.responses.create(model="tiny", input="Hello", store=True)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        client.responses.create(model="tiny", input="Hello", max_output_tokens=5000)
+        client.responses.create(model="tiny", input="word " * 5000)
 
 
 @pytest.mark.parametrize("fault", ["error", "overload"])

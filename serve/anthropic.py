@@ -74,7 +74,7 @@ _ROLES = {
 _FUNCTION = dialects.function_fields("input_schema")
 _CUSTOM = "this server runs no tools, declare one of yours"
 _FIELDS = dialects.COMMON | {
-    "messages": required(sequence(tagged("role", _ROLES))),
+    "messages": required(sequence(tagged("role", _ROLES), least=1)),
     "max_tokens": integer(0),
     "system": dialects.texts("text"),
     "stop_sequences": dialects.STOP,

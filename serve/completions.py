@@ -97,7 +97,7 @@ async def _complete(http: Request) -> Response:
     service: Service = http.app.state.service
     body = await read_body(http, service.limits.body_bytes, BODY)
     request = await asyncio.to_thread(read_request, body, service)
-    writer = _CompletionWriter(service, request)
+    writer = CompletionWriter(service, request)
     return respond(service, request, _continued(service, request), writer)
 
 
@@ -175,7 +175,7 @@ async def _continued(service: Service, request: CompletionRequest) -> AsyncGener
         await asyncio.wait({running})
 
 
-class _CompletionWriter(Writer):
+class CompletionWriter(Writer):
     """Writes the texts of one request, each as a choice."""
 
     end = DONE

@@ -186,8 +186,11 @@ def tagged(
       absent: its value where it is missing; None if it is required.
       hint: what to do about another value, for the error message.
     """
+    mark = lambda name: leaf(arguments.choice(name), const=name)
     known = {
-        name: table(**{tag: Field("", lambda _, value: value, {"const": name}, absent)}, **fields)
+        name: table(
+            **{tag: default(mark(name), name) if name == absent else required(mark(name))}, **fields
+        )
         for name, fields in tables.items()
     }
     instead = hint or f"use one of {', '.join(tables)}"
@@ -199,9 +202,6 @@ def tagged(
             _refuse(_inside(place, tag), f"is {shown(name)}; {instead}.")
         return known[name].read(place, value)
 
-    for name, field in known.items():
-        if name != absent:
-            field.schema["required"].append(tag)
     return Field("an object", read, {"anyOf": [field.schema for field in known.values()]})
 
 

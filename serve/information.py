@@ -1,6 +1,7 @@
 """Served models, and texts to tokens and back."""
 
 import asyncio
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,18 +19,20 @@ TOKENIZE_BODY = table(prompt=TEXT, messages=sequence(OBJECT))
 DETOKENIZE_BODY = table(tokens=required(TOKEN_IDS))
 
 
+def describe(service: Service, name: str) -> dict[str, Any]:
+    """A served model, as OpenAI's interface describes it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "deepseek",
+        "max_model_len": service.limits.context,
+    }
+
+
 async def _models(http: Request) -> Response:
     service: Service = http.app.state.service
-    models = [
-        {
-            "id": name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "deepseek",
-            "max_model_len": service.limits.context,
-        }
-        for name in (*service.names, *service.adapters)
-    ]
+    models = [describe(service, name) for name in (*service.names, *service.adapters)]
     wanted = http.path_params.get("model")
     if wanted is None:
         return json_response({"object": "list", "data": models})

@@ -28,7 +28,7 @@ async def _chat(http: Request) -> Response:
     service: Service = http.app.state.service
     body = await read_body(http, service.limits.body_bytes, BODY)
     request = read_request(body, strict=service.strict)
-    return respond(service, request, answer(service, request), _ChatWriter(service, request))
+    return respond(service, request, answer(service, request), ChatWriter(service, request))
 
 
 ROUTES = [
@@ -65,7 +65,7 @@ def head(kind: str, prefix: str, model: str, fingerprint: str) -> dict[str, Any]
     }
 
 
-class _ChatWriter(Writer):
+class ChatWriter(Writer):
     """Writes an answer as a completion, or as its chunks."""
 
     end = DONE

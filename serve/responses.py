@@ -50,7 +50,7 @@ _FORMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 _STATUSES = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"}
 # Fields that a response repeats from its request, and their values without it.
 _NULLS = ("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id")
-_REPEATED: dict[str, Any] = {
+REPEATED: dict[str, Any] = {
     **dict.fromkeys((*_NULLS, "prompt_cache_key", "safety_identifier", "user")),
     **{"background": False, "parallel_tool_calls": True, "store": False},
     **{"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
@@ -248,9 +248,9 @@ class ResponseWriter(BlockWriter):
     def body(self) -> dict[str, Any]:
         """The response with all updates so far."""
         finish = self.finish
-        given = {name: self._given[name] for name in _REPEATED if self._given.get(name) is not None}
+        given = {name: self._given[name] for name in REPEATED if self._given.get(name) is not None}
         return {
-            **_REPEATED,
+            **REPEATED,
             **given,
             "id": self._id,
             "object": "response",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import openai
 import uvicorn
 
@@ -52,8 +53,9 @@ class ScriptedEngine:
     """Continues each prompt by a script, at a token per `delay` seconds and a step of tokens.
 
     It ends at stop tokens, by the request's watcher, its limit or its cancellation, as an engine
-    does, and with an error if the script breaks the request's constraint. Prefixes of 128 tokens
-    that it has seen are counted as cached.
+    does. If the script breaks the request's constraint, it ends with an error, or if `obeys` is set
+    continues with the lowest token that is allowed. Prefixes of 128 tokens that it has seen are
+    counted as cached.
     """
 
     def __init__(self, script: Script) -> None:
@@ -68,7 +70,7 @@ class ScriptedEngine:
         """Forget all that a test has set or seen."""
         self.script: Script = lambda _: ""
         self.delay, self.first_delay, self.step, self.max_running = 0.0, 0.0, 1, 64
-        self.fault = ""
+        self.fault, self.obeys = "", False
         self.requests.clear()
         self.finished.clear()
         self._prefixes: set[tuple[Any, ...]] = set()
@@ -135,12 +137,16 @@ class ScriptedEngine:
         answer = self.script(tokenizer().decode(request.tokens))
         ids = tokenizer().encode(answer) if isinstance(answer, str) else answer
         ids = [*ids, *request.stop_tokens[:1]]
-        for count, token in enumerate(ids[: request.max_tokens], 1):
+        for count in range(1, request.max_tokens + 1):
+            token = ids[min(count, len(ids)) - 1]
             if constraint:
                 mask = constraint.mask()
                 if mask is not None and not mask[token // 32] >> (token % 32) & 1:
-                    yield _token(token, 0), "error"
-                    return
+                    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+                    if not self.obeys or not len(allowed):
+                        yield _token(token, 0), "error"
+                        return
+                    token = int(allowed[0])
                 constraint.push(token)
             stopped = token in request.stop_tokens or bool(watcher and watcher.push(token))
             finish = "stop" if stopped else "length" if count == request.max_tokens else None

@@ -140,7 +140,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.org/
     ("fields", "message"),
     [
         ({"model": None}, "model is missing"),
-        ({"messages": []}, "messages has no content"),
+        ({"messages": []}, "messages is []; it must be a list of one or more"),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role is 'robot'"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "content[0].type is 'image'; this"),

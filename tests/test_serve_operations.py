@@ -11,8 +11,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests import serving
 from v4jax.text.chat import encode_chat
@@ -308,54 +306,3 @@ def test_a_drain_finishes_streams_and_refuses_new_requests() -> None:
         finish = json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
         assert finish == "insufficient_system_resource"
         until(lambda: not running.server.started or running.server.should_exit)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-FIELDS = (
-    *("model", "messages", "prompt", "tools", "tool_choice", "stop", "stream", "stream_options"),
-    *("max_tokens", "temperature", "top_p", "logprobs", "top_logprobs", "response_format", "n"),
-    *("thinking", "reasoning", "reasoning_effort", "chat_template_kwargs", "suffix", "echo"),
-    *("tokens", "input", "system", "user", "user_id", "seed", "metadata", "text"),
-)
-PATHS = (
-    *(CHAT, "/v1/completions", "/beta/completions", "/tokenize", "/detokenize"),
-    *("/v1/messages", "/v1/messages/count_tokens", "/v1/responses"),
-)
-
-
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "system", "assistant", "tool"]), "content": JSON},
-    optional={"tool_calls": JSON, "prefix": JSON, "reasoning_content": JSON},
-)
-PLAUSIBLE = st.fixed_dictionaries(
-    {"model": st.just("tiny"), "messages": st.lists(MESSAGE, max_size=3), "prompt": JSON},
-    optional=dict.fromkeys(FIELDS[3:], JSON),
-)
-BODY = PLAUSIBLE | st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON
-
-
-def requests(count: int) -> list[tuple[str, Any]]:
-    """Drawn before they are sent: Hypothesis lets no other thread draw random numbers meanwhile."""
-    drawn: list[tuple[str, Any]] = []
-
-    @settings(max_examples=count, deadline=None, derandomize=True)
-    @given(path=st.sampled_from(PATHS), sent=BODY)
-    def draw(path: str, sent: Any) -> None:
-        drawn.append((path, sent))
-
-    draw()
-    return drawn
-
-
-def test_no_body_makes_the_server_fail(connection: httpx.Client) -> None:
-    for path, sent in requests(150):
-        answer = connection.post(path, content=json.dumps(sent))
-        assert answer.status_code < 500, (path, sent, answer.text)
-        if answer.status_code >= 400:
-            assert answer.json()["error"]["message"]

@@ -7,6 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from v4jax.text.chat import BOS, EOS
+
 from . import chat_request
 from .chat_request import read_request
 from .errors import ApiError, json_response
@@ -16,6 +18,8 @@ from .service import Service
 
 # With messages, the body is that of a chat.
 TOKENIZE_BODY = table(prompt=TEXT, messages=sequence(OBJECT))
+# As from vLLM, for lm-eval, which then has texts tokenised here.
+TOKENIZER_INFO = {"bos_token": BOS, "eos_token": EOS}
 DETOKENIZE_BODY = table(tokens=required(TOKEN_IDS))
 
 
@@ -63,9 +67,14 @@ async def _detokenize(http: Request) -> Response:
     return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
 
+async def _tokenizer_info(_: Request) -> Response:
+    return json_response(TOKENIZER_INFO)
+
+
 ROUTES = [
     *(Route(f"{root}/models", _models) for root in ("", "/v1")),
     *(Route(root + "/models/{model:path}", _models) for root in ("", "/v1")),
+    Route("/tokenizer_info", _tokenizer_info),
     Route("/tokenize", _tokenize, methods=["POST"]),
     Route("/detokenize", _detokenize, methods=["POST"]),
 ]

@@ -106,6 +106,7 @@ def _answers(service: Service) -> dict[str, dict[str, Any]]:
         "/tokenize": {"tokens": [0], "count": 0, "max_model_len": 0},
         **{f"{root}/models": {"object": "list", "data": [model]} for root in ("", "/v1")},
         **{f"{root}/models/{{model}}": model for root in ("", "/v1")},
+        "/tokenizer_info": information.TOKENIZER_INFO,
         "/health": {"status": ""},
         "/ready": {"status": ""},
     }

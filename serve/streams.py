@@ -1,6 +1,7 @@
 """HTTP responses whose body is written while the answer is computed, in any dialect."""
 
 import abc
+import asyncio
 import contextlib
 import logging
 import time
@@ -16,6 +17,8 @@ from .service import Service
 
 # A comment, which clients skip, and the end of OpenAI's streams.
 KEEP_ALIVE, DONE = ": keep-alive\n\n", "data: [DONE]\n\n"
+
+STALL_SECONDS = 60.0  # after which a client that does not read counts as gone
 
 _log = logging.getLogger("v4jax.serve")
 
@@ -42,6 +45,10 @@ class Writer(abc.ABC):
         return error.body()
 
 
+class _Stalled(Exception):
+    """The client does not read."""
+
+
 class Stream(StreamingResponse):
     """A body of chunks, closed at once when the client has gone.
 
@@ -61,12 +68,16 @@ class Stream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send the chunks."""
+        with contextlib.suppress(_Stalled):
+            await self._send_all(send)
+
+    async def _send_all(self, send: Send) -> None:
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     await self._send(send, chunk)
         except Exception as error:
-            if not self._started or isinstance(error, OSError):
+            if not self._started or isinstance(error, OSError | _Stalled):
                 raise
             if not isinstance(error, ApiError):
                 _log.exception("A request failed.")
@@ -79,7 +90,13 @@ class Stream(StreamingResponse):
             self._started = True
             status = {"status": self.status_code, "headers": self.raw_headers}
             await send({"type": "http.response.start", **status})
-        await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        body = {"type": "http.response.body", "body": chunk.encode(), "more_body": True}
+        try:
+            # It waits while the client reads less than is written.
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(body)
+        except TimeoutError:
+            raise _Stalled from None
 
 
 def respond(

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from tests import serving
 from v4jax.text.chat import encode_chat
+from v4jax_serve import streams
 
 USER = {"role": "user", "content": "Question"}
 CHAT = "/v1/chat/completions"
@@ -267,6 +269,20 @@ def test_a_client_that_leaves_ends_its_request(
         http.post(CHAT, json=body(stream=stream), timeout=0.1 if not stream else 0.01)
     until(lambda: server.engine.finished == ["abort"])
     assert not server.service.running
+
+
+def test_a_client_that_does_not_read_ends_its_request(
+    server: serving.Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "STALL_SECONDS", 0.3)
+    server.engine.script = lambda _: "word " * 5000
+    content = json.dumps(body(stream=True, logprobs=True, top_logprobs=20)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(content)}\r\n\r\n"
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head.encode() + content)
+        until(lambda: server.service.running)
+        until(lambda: not server.service.running)
 
 
 def test_time_for_an_answer_is_limited() -> None:

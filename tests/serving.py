@@ -159,7 +159,7 @@ def _token(token: int, top: int) -> Token:
     return Token(token, -0.5, tuple((token + n, -0.5 - n) for n in range(top)))
 
 
-def service(engine: ScriptedEngine, **changes: Any) -> Service:
+def service(engine: Any, **changes: Any) -> Service:
     settings: dict[str, Any] = {
         "engine": engine,
         "tokenizer": tokenizer(),
@@ -173,10 +173,10 @@ def service(engine: ScriptedEngine, **changes: Any) -> Service:
 
 @dataclasses.dataclass
 class Running:
-    """A server that runs: its address, its engine, and itself."""
+    """A server that runs: its address, its engine (the real one in few tests), and itself."""
 
     url: str
-    engine: ScriptedEngine
+    engine: Any
     service: Service
     server: Server
 
@@ -184,8 +184,7 @@ class Running:
 @contextlib.contextmanager
 def serve(script: Script, *, drain_seconds: float = 5.0, **changes: Any) -> Iterator[Running]:
     """Run a server on a free port, in a thread; `changes` are fields of its service."""
-    engine = ScriptedEngine(script)
-    shared = service(engine, **changes)
+    shared = service(**{"engine": ScriptedEngine(script)} | changes)
     config = uvicorn.Config(
         app.create(shared),
         port=0,
@@ -201,7 +200,7 @@ def serve(script: Script, *, drain_seconds: float = 5.0, **changes: Any) -> Iter
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", engine, shared, server)
+        yield Running(f"http://127.0.0.1:{port}", shared.engine, shared, server)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -96,14 +96,14 @@ COUNT_BODY, BODY = table(**_FIELDS), table(**_FIELDS | {"max_tokens": required(i
 
 async def _messages(http: Request) -> Response:
     service: Service = http.app.state.service
-    request = read_request(await read_body(http, service.limits.body_bytes, BODY))
+    request = read_request(await read_body(http, BODY))
     writer = MessageWriter(request, f"msg_{uuid.uuid4().hex}")
     return respond(service, request, answer(service, request), writer)
 
 
 async def _count_tokens(http: Request) -> Response:
     service: Service = http.app.state.service
-    request = read_request(await read_body(http, service.limits.body_bytes, COUNT_BODY))
+    request = read_request(await read_body(http, COUNT_BODY))
     prompt = await asyncio.to_thread(encode, service, request)
     return json_response({"input_tokens": len(prompt.tokens)})
 

@@ -95,7 +95,7 @@ class CompletionRequest(TextRequest):
 
 async def _complete(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes, BODY)
+    body = await read_body(http, BODY)
     request = await asyncio.to_thread(read_request, body, service)
     writer = CompletionWriter(service, request)
     return respond(service, request, _continued(service, request), writer)

@@ -4,6 +4,7 @@ A field that is null counts as missing, and unknown fields are ignored. Errors s
 wrong and why.
 """
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from v4jax.arguments import ArgumentError, Kind, shown
 from .errors import ApiError
 
 MAX_DEPTH = 64  # levels of nested lists and objects
+_LARGE = 2**16  # bytes of a body
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 
 
@@ -205,14 +207,17 @@ def tagged(
     return Field("an object", read, {"anyOf": [field.schema for field in known.values()]})
 
 
-async def read_body(http: Request, max_bytes: int, fields: Field) -> Fields:
+async def read_body(http: Request, fields: Field) -> Fields:
     """A request's JSON body, which is an object with these fields."""
+    max_bytes = http.app.state.service.limits.body_bytes
     body = bytearray()
     async for chunk in http.stream():
         body += chunk
         if len(body) > max_bytes:
             raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
-    return fields.read("", _parse(body))
+    read = lambda: fields.read("", _parse(body))
+    # What takes long must not hold up the streams of others.
+    return await asyncio.to_thread(read) if len(body) > _LARGE else read()
 
 
 def _parse(body: bytearray) -> Any:

@@ -48,7 +48,7 @@ async def _models(http: Request) -> Response:
 
 async def _tokenize(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes, TOKENIZE_BODY)
+    body = await read_body(http, TOKENIZE_BODY)
     if body.messages:
         fields = {"model": service.names[0]} | body.raw
         request = read_request(chat_request.BODY.read("", fields), strict=False)
@@ -63,7 +63,7 @@ async def _tokenize(http: Request) -> Response:
 
 async def _detokenize(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes, DETOKENIZE_BODY)
+    body = await read_body(http, DETOKENIZE_BODY)
     return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
 

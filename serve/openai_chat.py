@@ -26,7 +26,7 @@ LOWEST = -9999.0  # the log-probability of what is all but impossible
 
 async def _chat(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes, BODY)
+    body = await read_body(http, BODY)
     request = read_request(body, strict=service.strict)
     return respond(service, request, answer(service, request), ChatWriter(service, request))
 

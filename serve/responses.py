@@ -109,7 +109,7 @@ BODY = table(
 
 async def _responses(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes, BODY)
+    body = await read_body(http, BODY)
     request = read_request(body)
     writer = ResponseWriter(body, request, f"resp_{uuid.uuid4().hex}", int(time.time()))
     return respond(service, request, answer(service, request), writer)

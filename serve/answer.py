@@ -111,7 +111,12 @@ async def _run(service: Service, request: Request) -> AsyncGenerator[Event]:
     """
     service.admit()
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
-    report = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+
+    def report(event: Event) -> None:
+        # A server that has ended does not wait for what it has cancelled.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
     try:
         ticket = service.engine.submit(request, report)
     except QueueFull as error:

@@ -63,9 +63,8 @@ _SAMPLING: dict[str, dict[str, Any]] = {
     "frequency_penalty": _PENALTY,
     "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1},
 }
-_KINDS = sampling.KINDS | {
-    "temperature": number("a number from 0 to 2", lambda x: 0 <= x <= 2),
-}
+_TEMPERATURE = number("a number from 0 to 2", lambda x: 0 <= x <= 2)
+_KINDS = sampling.KINDS | {"temperature": _TEMPERATURE}
 # Fields of every request for text.
 COMMON: dict[str, Field] = {
     "model": required(TEXT),
@@ -126,19 +125,16 @@ def joined(parts: Iterable[str]) -> str:
 
 def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     """A call in an assistant's message."""
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def answer_message(
     content: str = "", reasoning: str = "", calls: Iterable[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """An assistant's message."""
-    texts = {"content": content, "reasoning_content": reasoning}
-    return {"role": "assistant", **texts, "tool_calls": [*calls]}
+    said = {"content": content, "reasoning_content": reasoning}
+    return {"role": "assistant", **said, "tool_calls": [*calls]}
 
 
 def function_fields(parameters: str) -> dict[str, Field]:

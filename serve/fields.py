@@ -157,10 +157,9 @@ def table(**fields: Field) -> Field:
             _refuse(place, f"is {shown(value)}; it must be an object.")
         values = {}
         for name, field in fields.items():
-            given = value.get(name)
+            given, inner = value.get(name), _inside(place, name)
             if given is None and field.is_required:
-                _refuse(_inside(place, name), f"is missing; it must be {field.expected}.")
-            inner = _inside(place, name)
+                _refuse(inner, f"is missing; it must be {field.expected}.")
             values[name] = field.default if given is None else field.read(inner, given)
         return Fields(place, value, values)
 
@@ -188,13 +187,12 @@ def tagged(
       absent: its value where it is missing; None if it is required.
       hint: what to do about another value, for the error message.
     """
-    mark = lambda name: leaf(arguments.choice(name), const=name)
-    known = {
-        name: table(
-            **{tag: default(mark(name), name) if name == absent else required(mark(name))}, **fields
-        )
-        for name, fields in tables.items()
-    }
+
+    def mark(name: str) -> Field:
+        field = leaf(arguments.choice(name), const=name)
+        return default(field, name) if name == absent else required(field)
+
+    known = {name: table(**{tag: mark(name)}, **fields) for name, fields in tables.items()}
     instead = hint or f"use one of {', '.join(tables)}"
     head = table(**{tag: TEXT if absent else required(TEXT)})
 

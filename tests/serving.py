@@ -117,8 +117,7 @@ class ScriptedEngine:
         self._running -= 1
         self.finished.append(finish)
         usage.seconds = time.monotonic() - began
-        with contextlib.suppress(RuntimeError):  # the server's loop has ended
-            notify(Event(tuple(pending), finish, usage, prompt))  # pyright: ignore[reportArgumentType]
+        notify(Event(tuple(pending), finish, usage, prompt))  # pyright: ignore[reportArgumentType]
 
     def _cached(self, request: Request) -> int:
         blocks = [tuple(request.tokens[:end]) for end in range(128, len(request.tokens), 128)]

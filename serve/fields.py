@@ -19,6 +19,8 @@ from .errors import ApiError
 
 MAX_DEPTH = 64  # levels of nested lists and objects
 _LARGE = 2**16  # bytes of a body
+# How many times what is allowed is received of a body, so that its client reads why it is refused.
+_IGNORED = 4
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 
 
@@ -208,11 +210,17 @@ def tagged(
 async def read_body(http: Request, fields: Field) -> Fields:
     """A request's JSON body, which is an object with these fields."""
     max_bytes = http.app.state.service.limits.body_bytes
-    body = bytearray()
+    body, size = bytearray(), 0
+    is_long = int(http.headers.get("content-length", 0)) > max_bytes
     async for chunk in http.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
+        size += len(chunk)
+        is_long = is_long or size > max_bytes
+        if not is_long:
+            body += chunk
+        elif size > _IGNORED * max_bytes:
+            break
+    if is_long:
+        raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
     read = lambda: fields.read("", _parse(body))
     # What takes long must not hold up the streams of others.
     return await asyncio.to_thread(read) if len(body) > _LARGE else read()

@@ -7,13 +7,12 @@ import ipaddress
 import logging
 import socket
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4jax.commands import command_line, options
-from v4jax.text.files import read_text
+from v4jax.text.files import read_text, read_toml
 
 if TYPE_CHECKING:
     from v4jax.language_model import LanguageModel
@@ -73,9 +72,11 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     config: dict[str, Any] = {}
     if (path := files.parse_known_args(words)[0].config) is not None:
         try:
-            config = tomllib.loads(read_text(path))
-        except (OSError, ValueError) as error:
-            parser.error(f"{path}: {error}")
+            config = read_toml(path)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            parser.error(f"{path}: {error.strerror}")
     default = config.pop("path", None)
     args = parser.parse_args([*_words(config), *words])
     args.path = args.path or default
@@ -246,7 +247,7 @@ def _service(
         grammars=Grammars(model.tokenizer, vocab_size, eos_ids),
         vocab_size=vocab_size,
         eos_ids=eos_ids,
-        revision="0731" if model.config.dspark else "april",
+        revision=options.chat_revision(model.config),
         names=names,
         adapters=adapters,
         limits=Limits(context=engine.settings.context, seconds=args.request_seconds),

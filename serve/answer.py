@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
 
 from v4jax.engine.grammar import JSON_OBJECT
 from v4jax.engine.request import Constraint, Event, QueueFull, Request, Token, Usage
@@ -15,7 +13,7 @@ from .conversation import EFFORTS, ChatRequest, TextRequest, Update
 from .errors import ApiError
 from .prompts import Prompt, encode
 from .service import RETRY_SECONDS, Service, note
-from .translation import Mode, Translation, Watcher
+from .translation import Translation, Watcher
 
 
 async def answer(service: Service, request: ChatRequest) -> AsyncGenerator[Update]:
@@ -30,36 +28,41 @@ async def answer(service: Service, request: ChatRequest) -> AsyncGenerator[Updat
     efforts = EFFORTS[service.revision]
     note(effort=efforts[request.effort] if request.thinking else "none")
     mode = "thinking" if prompt.thinking else "chat"
-    updates = _updates(service, request, mode, tokens=prompt.tokens, constraint=constraint)
-    ids = tuple(Token(i, math.nan) for i in prompt.tokens) if request.token_ids else ()
+    reported = request.token_ids and request.prompt_logprobs is None
+    ids = tuple(Token(token, math.nan) for token in prompt.tokens) if reported else ()
+    translation = Translation(service, request, mode, ids)
+    updates = _updates(service, request, translation, prompt.tokens, constraint)
     async with contextlib.aclosing(updates):
         async for update in updates:
-            yield dataclasses.replace(update, prompt=ids) if ids else update
-            ids = ()
+            yield update
 
 
 def continue_text(
-    service: Service, request: TextRequest, prompt: Sequence[int], *, prompt_logprobs: bool
+    service: Service, request: TextRequest, prompt: Sequence[int]
 ) -> AsyncGenerator[Update]:
     """The continuation of a plain text, as from `answer`; all of it is content."""
-    return _updates(service, request, "text", tokens=prompt, prompt_logprobs=prompt_logprobs)
+    return _updates(service, request, Translation(service, request, "text"), prompt)
 
 
 async def _updates(
-    service: Service, request: TextRequest, mode: Mode, *, tokens: Sequence[int], **more: Any
+    service: Service,
+    request: TextRequest,
+    translation: Translation,
+    tokens: Sequence[int],
+    constraint: Callable[[], Constraint] | None = None,
 ) -> AsyncGenerator[Update]:
-    """The updates of a request; `more` are fields of the engine's request."""
-    translation = Translation(service, request, mode)
+    alternatives = (request.top_logprobs or 0, request.prompt_logprobs or 0)
     engine_request = Request(
         tokens=tokens,
         max_tokens=service.room(len(tokens), request.max_tokens),
         sampling=request.sampling,
         stop_tokens=service.eos_ids,
         watcher=(lambda: Watcher(translation.new_reader())) if request.stop else None,
-        top_logprobs=request.top_logprobs or 0,
+        constraint=constraint,
+        top_logprobs=max(alternatives),
+        prompt_logprobs=request.prompt_logprobs is not None,
         adapter=service.adapter(request.model),
         salt=request.user,
-        **more,
     )
     note(model=request.model, user=request.user)
     last = 0.0
@@ -108,7 +111,12 @@ async def _run(service: Service, request: Request) -> AsyncGenerator[Event]:
     """
     service.admit()
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
-    report = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+
+    def report(event: Event) -> None:
+        # A server that has ended does not wait for what it has cancelled.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
     try:
         ticket = service.engine.submit(request, report)
     except QueueFull as error:

@@ -9,31 +9,41 @@ message of the assistant is continued.
 import asyncio
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from v4jax.arguments import FLAG, TEXT, choice, integer, predicate, shown
-
-from . import blocks
-from .blocks import NAME, OBJECT, Block
-from .chat_request import read_sampling, read_stop, read_user
-from .conversation import EFFORT, ChatRequest, Update
+from . import dialects
+from .answer import answer
+from .blocks import Block, BlockWriter
+from .conversation import ChatRequest, Update
+from .dialects import COUNT, EFFORT, NAME, USER
 from .errors import ApiError, json_response
-from .fields import Fields, read_body
+from .fields import (
+    OBJECT,
+    TEXT,
+    Field,
+    Fields,
+    choice,
+    integer,
+    read_body,
+    required,
+    sequence,
+    table,
+    tagged,
+    text_or,
+)
 from .prompts import encode
 from .service import Service
+from .streams import respond
 
-_COUNT = integer(0)
-_CONTENT = predicate("a string or a list of blocks", lambda value: isinstance(value, str | list))
 # Claude Code begins its system text with a block of metadata that changes with each request; in the
 # prompt it would leave no two requests with a common prefix.
 _METADATA = "x-anthropic-billing-header:"
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
 # kind of a block -> type and field of its deltas.
 _DELTAS = {
     "reasoning": ("thinking_delta", "thinking"),
@@ -42,17 +52,58 @@ _DELTAS = {
 }
 
 
+def _content(hint: str, **blocks: dict[str, Field]) -> dict[str, Field]:
+    """Content of a message: a text, or blocks of these types."""
+    both = {"text": {"text": required(TEXT)}} | blocks
+    return {"content": required(text_or(sequence(tagged("type", both, hint=hint))))}
+
+
+_RESULT = {"tool_use_id": required(TEXT), "content": dialects.texts("text")}
+_USE = {"id": required(TEXT), "name": required(NAME), "input": required(OBJECT)}
+_ROLES = {
+    **dict.fromkeys(
+        ("user", "system"), _content("this model reads text only", tool_result=_RESULT)
+    ),
+    "assistant": _content(
+        "use text, thinking or tool_use",
+        thinking={"thinking": required(TEXT)},
+        redacted_thinking={},
+        tool_use=_USE,
+    ),
+}
+_FUNCTION = dialects.function_fields("input_schema")
+_CUSTOM = "this server runs no tools, declare one of yours"
+_FIELDS = dialects.COMMON | {
+    "messages": required(sequence(tagged("role", _ROLES), least=1)),
+    "max_tokens": integer(0),
+    "system": dialects.texts("text"),
+    "stop_sequences": dialects.STOP,
+    "thinking": table(type=choice("enabled", "adaptive", "disabled"), budget_tokens=COUNT),
+    "output_config": table(
+        effort=EFFORT, format=tagged("type", {"json_schema": {"schema": required(OBJECT)}})
+    ),
+    "tools": sequence(
+        tagged("type", {"custom": _FUNCTION}, absent="custom", hint=_CUSTOM),
+        most=dialects.MAX_TOOLS,
+    ),
+    "tool_choice": tagged(
+        "type", {"auto": {}, "any": {}, "none": {}, "tool": {"name": required(TEXT)}}, absent="auto"
+    ),
+    "metadata": table(user_id=USER),
+}
+COUNT_BODY, BODY = table(**_FIELDS), table(**_FIELDS | {"max_tokens": required(integer(0))})
+
+
 async def _messages(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
-    body.require("max_tokens", _COUNT)
-    request = read_request(body)
-    return blocks.respond(service, request, MessageWriter(request, f"msg_{uuid.uuid4().hex}"))
+    request = read_request(await read_body(http, BODY))
+    writer = MessageWriter(request, f"msg_{uuid.uuid4().hex}")
+    return respond(service, request, answer(service, request), writer)
 
 
 async def _count_tokens(http: Request) -> Response:
     service: Service = http.app.state.service
-    request = read_request(await read_body(http, service.limits.body_bytes))
+    request = read_request(await read_body(http, COUNT_BODY))
     prompt = await asyncio.to_thread(encode, service, request)
     return json_response({"input_tokens": len(prompt.tokens)})
 
@@ -65,110 +116,75 @@ ROUTES = [
 
 
 def read_request(body: Fields) -> ChatRequest:
-    """Read the body of a request.
+    """The request in a body.
 
     Raises:
-      ApiError: a field is missing, wrong or not supported; the error names it.
+      ApiError: fields contradict each other; the error names one.
     """
-    thinking, output = body.object("thinking"), body.object("output_config")
-    kind = thinking.read("type", choice("enabled", "adaptive", "disabled"))
-    effort = output.read("effort", EFFORT)
-    messages = _read_messages(body)
+    messages, output = _read_messages(body), body.output_config
     request = ChatRequest(
-        model=body.require("model", TEXT),
+        **dialects.common(body, _user(body.metadata.user_id or "")),
         messages=messages,
-        tools=[_read_tool(tool) for tool in body.objects("tools")],
-        tool_choice=_read_tool_choice(body.object("tool_choice")),
-        thinking=kind != "disabled" and effort != "none",
-        effort=None if effort == "none" else effort,
-        thinking_budget=thinking.read("budget_tokens", integer(1)),
-        max_tokens=body.read("max_tokens", _COUNT),
-        sampling=read_sampling(body),
-        stop=read_stop(body, "stop_sequences"),
-        json=_read_schema(output),
-        stream=body.read("stream", FLAG, False),
-        prefix=blocks.is_prefix(body, "messages", messages),
-        user=_read_user(body.object("metadata")),
+        tools=[dialects.function(tool, "input_schema") for tool in body.tools],
+        tool_choice=_tool_choice(body.tool_choice),
+        thinking=body.thinking.type != "disabled" and output.effort != "none",
+        effort=None if output.effort == "none" else output.effort,
+        thinking_budget=body.thinking.budget_tokens,
+        max_tokens=body.max_tokens,
+        stop=body.stop_sequences,
+        json=output.format and output.format.schema,
+        prefix=dialects.is_prefix(body, "messages", messages),
     )
-    blocks.check_tools(body, request)
+    dialects.check_tools(body, request)
     return request
 
 
 def _read_messages(body: Fields) -> list[dict[str, Any]]:
-    system = blocks.read_text_parts(body, "system")
-    system = [part for part in system if not part["text"].startswith(_METADATA)]
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    for message in body.objects("messages"):
-        role = message.require("role", choice("user", "assistant", "system"))
-        content = message.require("content", _CONTENT)
-        if isinstance(content, str):
-            given = [Fields({"type": "text", "text": content})]
+    system = [text for text in body.system if not text.startswith(_METADATA)]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": dialects.joined(system)}]
+    for message in body.messages:
+        content: str | Sequence[Fields] = message.content
+        if message.role == "assistant":
+            messages.append(_answer(content))
+        elif isinstance(content, str):
+            messages.append({"role": message.role, "content": content})
         else:
-            given = list(message.objects("content"))
-        if role == "assistant":
-            messages.append(_read_answer(given))
-        else:
-            messages += [_read_block(block, role) for block in given]
-    return blocks.with_system_first(messages)
+            messages += [_said(block, message.role) for block in content]
+    return dialects.with_system_first(messages)
 
 
-def _read_block(block: Fields, role: str) -> dict[str, Any]:
+def _said(block: Fields, role: str) -> dict[str, Any]:
     """A message with one of a user's texts, or with the result of a call."""
-    if block.values.get("type") != "tool_result":
-        return {"role": role, "content": [blocks.read_text_part(block)]}
-    call_id, content = block.require("tool_use_id", TEXT), blocks.read_text_parts(block, "content")
-    return {"role": "tool", "tool_call_id": call_id, "content": content}
+    if block.type == "text":
+        return {"role": role, "content": block.text}
+    text = dialects.joined(block.content)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
 
-def _read_answer(given: list[Fields]) -> dict[str, Any]:
+def _answer(content: str | Sequence[Fields]) -> dict[str, Any]:
     """An assistant's message, in which texts, thinking and calls are each brought together."""
-    text, thinking, calls = "", "", []
-    for block in given:
-        match block.require("type", TEXT):
-            case "text":
-                text += block.require("text", TEXT)
-            case "thinking":
-                thinking += block.require("thinking", TEXT)
-            case "tool_use":
-                arguments = json.dumps(block.require("input", OBJECT), ensure_ascii=False)
-                function = {"name": block.require("name", NAME), "arguments": arguments}
-                call_id = block.require("id", TEXT)
-                calls.append({"id": call_id, "type": "function", "function": function})
-            case "redacted_thinking":
-                pass
-            case other:
-                block.refuse("type", f"is {shown(other)}; use text, thinking or tool_use.")
-    texts = {"content": text, "reasoning_content": thinking}
-    return {"role": "assistant", **texts, "tool_calls": calls}
+    if isinstance(content, str):
+        return dialects.answer_message(content)
+    parts = lambda kind: [block for block in content if block.type == kind]
+    return dialects.answer_message(
+        "".join(block.text for block in parts("text")),
+        "".join(block.thinking for block in parts("thinking")),
+        [
+            dialects.call(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
+            for block in parts("tool_use")
+        ],
+    )
 
 
-def _read_tool(tool: Fields) -> dict[str, Any]:
-    kind = tool.read("type", TEXT, "custom")
-    if kind != "custom":
-        tool.refuse("type", f"is {shown(kind)}; this server runs no tools, declare one of yours.")
-    return blocks.read_function(tool, "input_schema")
+def _tool_choice(given: Fields | None) -> str | dict[str, str]:
+    if given is not None and given.type == "tool":
+        return {"name": given.name}
+    names = {"any": "required", "none": "none"}
+    return names.get(given.type, "auto") if given else "auto"
 
 
-def _read_tool_choice(given: Fields) -> str | dict[str, str]:
-    match given.read("type", choice("auto", "any", "tool", "none"), "auto"):
-        case "any":
-            return "required"
-        case "tool":
-            return {"name": given.require("name", TEXT)}
-        case kind:
-            return kind
-
-
-def _read_schema(output: Fields) -> Any:
-    if "format" not in output:
-        return None
-    output.object("format").require("type", choice("json_schema"))
-    return output.object("format").require("schema", OBJECT)
-
-
-def _read_user(metadata: Fields) -> str:
+def _user(user: str) -> str:
     """Who asks. Claude Code's ids name the session too, but a user's sessions share prefixes."""
-    user = read_user(metadata)
     try:
         names = json.loads(user)
     except (ValueError, RecursionError):
@@ -178,27 +194,26 @@ def _read_user(metadata: Fields) -> str:
     return json.dumps({k: v for k, v in names.items() if k != "session_id"})
 
 
-class MessageWriter(blocks.Writer):
+class MessageWriter(BlockWriter):
     """Writes an answer as a message: the events of a stream, or the whole."""
 
     def __init__(self, request: ChatRequest, message_id: str) -> None:
-        self._request, self._id = request, message_id
-        self._blocks: list[Block] = []
-        self._last: Update | None = None
+        super().__init__(request)
+        self._model, self._id = request.model, message_id
 
     def events(self, update: Update) -> Iterator[dict[str, Any]]:
         """The events of the answer's next update."""
-        first = self._last is None
+        first = self.last is None
         if update.is_empty:
             yield from () if first else ({"type": "ping"},)
             return
-        self._last = update
+        self.last = update
         if first:
             yield {"type": "message_start", "message": self.body()}
-        for change, index, text in blocks.changes(self._blocks, update):
-            block, place = self._blocks[index], {"index": index}
+        for change, index, text in self.add(update):
+            block, place = self.blocks[index], {"index": index}
             if change == "start":
-                yield {"type": "content_block_start", **place, "content_block": _content(block, "")}
+                yield {"type": "content_block_start", **place, "content_block": _block(block, "")}
             elif change == "delta":
                 yield _delta(place, *_DELTAS[block.kind], text)
             else:
@@ -208,7 +223,8 @@ class MessageWriter(blocks.Writer):
         if update.finish is not None:
             message = self.body()
             delta = {name: message[name] for name in ("stop_reason", "stop_sequence")}
-            yield {"type": "message_delta", "delta": delta, "usage": message["usage"]}
+            end = {"delta": delta, "usage": message["usage"], **self.token_ids}
+            yield {"type": "message_delta", **end}
             yield {"type": "message_stop"}
 
     def failure(self, error: ApiError) -> dict[str, Any]:
@@ -217,19 +233,20 @@ class MessageWriter(blocks.Writer):
 
     def body(self) -> dict[str, Any]:
         """The message with all updates so far."""
-        assert self._last is not None
-        finish, stop = self._last.finish, self._last.stop
+        assert self.last is not None
+        stop = self.last.stop
         return {
             "id": self._id,
             "type": "message",
             "role": "assistant",
-            "model": self._request.model,
-            "content": [_content(block, self._id) for block in self._blocks],
-            "stop_reason": "stop_sequence" if stop else _STOP_REASONS.get(finish or ""),
+            "model": self._model,
+            "content": [_block(block, self._id) for block in self.blocks],
+            "stop_reason": "stop_sequence" if stop else _STOP_REASONS.get(self.finish),
             "stop_sequence": stop,
             "stop_details": None,
             "container": None,
-            "usage": _usage(self._last),
+            "usage": _usage(self.last),
+            **self.token_ids,
         }
 
 
@@ -238,18 +255,15 @@ def _delta(place: dict[str, int], kind: str, field: str, text: str) -> dict[str,
     return {"type": "content_block_delta", **place, "delta": delta}
 
 
-def _content(block: Block, signature: str) -> dict[str, Any]:
+def _block(block: Block, signature: str) -> dict[str, Any]:
     match block.kind:
         case "reasoning":
             return {"type": "thinking", "thinking": block.text, "signature": signature}
         case "text":
             return {"type": "text", "text": block.text, "citations": None}
         case "call":
-            call = {
-                "id": block.call_id,
-                "name": block.name,
-                "input": json.loads(block.text or "{}"),
-            }
+            arguments = json.loads(block.text or "{}")
+            call = {"id": block.call_id, "name": block.name, "input": arguments}
             return {"type": "tool_use", **call, "caller": {"type": "direct"}}
 
 

@@ -5,7 +5,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from . import anthropic, completions, information, openai_chat, operations, pages, responses
+from . import (
+    anthropic,
+    completions,
+    information,
+    openai_chat,
+    openapi,
+    operations,
+    pages,
+    responses,
+)
 from .errors import ApiError
 from .service import Service
 
@@ -15,6 +24,7 @@ ROUTES = [
     *anthropic.ROUTES,
     *responses.ROUTES,
     *information.ROUTES,
+    *openapi.ROUTES,
     *operations.ROUTES,
     *pages.ROUTES,
 ]

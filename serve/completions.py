@@ -7,27 +7,39 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from v4jax.arguments import FLAG, TEXT, TOKEN_IDS, integer, shown
+from v4jax import arguments
+from v4jax.arguments import Invalid, Kind, shown
 from v4jax.engine.request import Token, Usage
 from v4jax.text.chat import BOS
 from v4jax.text.chat_parser import ContentDelta
 from v4jax.text.tokenizer import Tokenizer
 
+from . import dialects
 from .answer import continue_text
-from .chat_request import read_sampling, read_stop, read_stream, read_user
 from .conversation import TextRequest, Update
-from .errors import ApiError, json_text
-from .fields import Fields, read_body
+from .errors import ApiError
+from .fields import (
+    FLAG,
+    TEXT,
+    TOKEN_IDS,
+    Fields,
+    default,
+    integer,
+    leaf,
+    read_body,
+    required,
+    table,
+)
 from .openai_chat import LOWEST, finish_reason, head, usage_fields
 from .service import Service
-from .streams import DONE, KEEP_ALIVE, event, event_stream, json_stream
+from .streams import DONE, Writer, respond
 
 MAX_PROMPTS = 256
 _TOGETHER = 8  # prompts of one request that run at the same time
@@ -35,6 +47,37 @@ _DEFAULT_TOKENS = 16
 _BAR, _BLANK = "\uff5c", "\u2581"
 # Tokens before a prefix, between it and its suffix, and after that.
 _MIDDLE = [f"<{_BAR}fim{_BLANK}{part}{_BAR}>" for part in ("begin", "hole", "end")]
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """A prompt or several, as a list."""
+    several = isinstance(value, list) and not all(type(item) is int for item in value)
+    prompts = value if several else [value]
+    if len(prompts) > MAX_PROMPTS:
+        raise Invalid(f" has {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed.")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise Invalid(f"{f'[{i}]' if several else ''} is empty; give at least one token.")
+        if not isinstance(prompt, str):
+            arguments.TOKEN_IDS.read(prompt)
+    return prompts
+
+
+_PROMPT = [TEXT.schema | {"minLength": 1}, TOKEN_IDS.schema | {"minItems": 1}]
+_SEVERAL = {"type": "array", "items": {"anyOf": _PROMPT}, "minItems": 1, "maxItems": MAX_PROMPTS}
+BODY = table(
+    **dialects.COMMON,
+    **dict.fromkeys(("n", "best_of"), integer(1, 1)),
+    prompt=required(
+        leaf(Kind("text, token ids or a list of these", _prompts), anyOf=[*_PROMPT, _SEVERAL])
+    ),
+    suffix=TEXT,
+    echo=default(FLAG, False),
+    max_tokens=default(integer(0), _DEFAULT_TOKENS),
+    stop=dialects.STOP,
+    logprobs=dialects.ALTERNATIVES,
+    stream_options=dialects.STREAM_OPTIONS,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,66 +95,48 @@ class CompletionRequest(TextRequest):
 
 async def _complete(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
-    writer = _Writer(service, await asyncio.to_thread(read_request, body, service))
-    if writer.request.stream:
-        return event_stream(writer.chunks(), lambda error: event(error.body()))
-    return json_stream(writer.whole())
+    body = await read_body(http, BODY)
+    request = await asyncio.to_thread(read_request, body, service)
+    writer = CompletionWriter(service, request)
+    return respond(service, request, _continued(service, request), writer)
 
 
 ROUTES = [Route(f"{root}/completions", _complete, methods=["POST"]) for root in ("/v1", "/beta")]
 
 
 def read_request(body: Fields, service: Service) -> CompletionRequest:
-    """Read the body of a request.
+    """The request in a body.
 
     Raises:
-      ApiError: a field is missing, wrong or not supported.
+      ApiError: fields contradict each other, or a prompt cannot be continued.
     """
-    for name in ("n", "best_of"):
-        body.read(name, integer(1, 1, "1"))
-    echo, suffix = body.read("echo", FLAG, False), body.read("suffix", TEXT)
-    prompts = _read_prompts(body, service)
-    if suffix is not None:
-        if echo or not isinstance(prompt := body.values["prompt"], str):
+    if body.suffix is None:
+        prompts = [_tokens(body, prompt, service) for prompt in body.prompt]
+    else:
+        [prompt, *more] = body.prompt
+        if body.echo or more or not isinstance(prompt, str):
             body.refuse("suffix", "needs a prompt that is one string, and no echo.")
-        prompts = [_around_middle(service.tokenizer, prompt, suffix)]
-    stream, include_usage = read_stream(body)
+        prompts = [_around_middle(service.tokenizer, prompt, body.suffix)]
+    for prompt in prompts:
+        service.room(len(prompt), body.max_tokens)
     return CompletionRequest(
-        model=body.require("model", TEXT),
+        **dialects.common(body),
         prompts=prompts,
-        echo=echo,
-        max_tokens=body.read("max_tokens", integer(0), _DEFAULT_TOKENS),
-        sampling=read_sampling(body),
-        stop=read_stop(body),
-        top_logprobs=body.read("logprobs", integer(0, 20, "an integer from 0 to 20")),
-        stream=stream,
-        include_usage=include_usage,
-        user=read_user(body),
-        token_ids=body.read("return_token_ids", FLAG, False),
+        echo=body.echo,
+        max_tokens=body.max_tokens,
+        stop=body.stop,
+        top_logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        include_usage=dialects.include_usage(body),
     )
 
 
-def _read_prompts(body: Fields, service: Service) -> list[list[int]]:
-    """The tokens of a prompt, or of each of several."""
-    value = body.values.get("prompt")
-    several = isinstance(value, list) and not all(type(item) is int for item in value)
-    prompts = value if isinstance(value, list) and several else [value]
-    if len(prompts) > MAX_PROMPTS:
-        body.refuse("prompt", f"has {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed.")
-    tokens = []
-    for i, prompt in enumerate(prompts):
-        name = f"prompt[{i}]" if several else "prompt"
-        if isinstance(prompt, str):
-            ids = service.tokenizer.encode(prompt)
-        else:
-            ids = Fields({name: prompt}).require(name, TOKEN_IDS)
-        if not ids:
-            body.refuse(name, "is empty; give at least one token.")
-        if (highest := max(ids)) >= service.vocab_size:
-            body.refuse(name, f"has token {shown(highest)}; there are {service.vocab_size}.")
-        tokens.append(ids)
-    return tokens
+def _tokens(body: Fields, prompt: str | list[int], service: Service) -> list[int]:
+    if isinstance(prompt, str):
+        return service.tokenizer.encode(prompt)
+    if (highest := max(prompt)) >= service.vocab_size:
+        body.refuse("prompt", f"has token {shown(highest)}; there are {service.vocab_size}.")
+    return prompt
 
 
 def _around_middle(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
@@ -121,84 +146,92 @@ def _around_middle(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
     return tokenizer.encode(f"{BOS}{begin}{prefix}{hole}{suffix}{end}")
 
 
-class _Writer:
-    """Writes the texts of one request."""
+async def _continued(service: Service, request: CompletionRequest) -> AsyncGenerator[Update]:
+    """The updates of all prompts' continuations, each with its index."""
+    limit, queue = asyncio.Semaphore(_TOGETHER), asyncio.Queue[Update | None]()
 
-    def __init__(self, service: Service, request: CompletionRequest) -> None:
-        self._service, self.request = service, request
-        self._head = head("text_completion", "cmpl", request.model, service.fingerprint)
+    async def one(index: int, prompt: Sequence[int]) -> None:
+        async with limit, contextlib.aclosing(continue_text(service, request, prompt)) as updates:
+            async for update in updates:
+                queue.put_nowait(dataclasses.replace(update, index=index))
 
-    def _updates(self, index: int) -> AsyncGenerator[Update]:
-        prompt, request = self.request.prompts[index], self.request
-        prompt_logprobs = request.echo and request.top_logprobs is not None
-        return continue_text(self._service, request, prompt, prompt_logprobs=prompt_logprobs)
-
-    async def whole(self) -> AsyncGenerator[str]:
-        """All texts in one JSON object, after blank lines that keep the connection alive."""
-        gathered = asyncio.ensure_future(self._gathered())
-        try:
-            seconds = self._service.limits.keep_alive
-            while not (await asyncio.wait({gathered}, timeout=seconds))[0]:
-                yield "\n"
-            answers = gathered.result()
-        finally:
-            gathered.cancel()
-        choices = [self._choice(i, updates, _Text()) for i, updates in enumerate(answers)]
-        usage = _total([updates[-1].usage for updates in answers])
-        yield json_text(self._head | {"choices": choices, "usage": usage})
-
-    async def _gathered(self) -> list[list[Update]]:
-        """The updates of each text."""
-        limit = asyncio.Semaphore(_TOGETHER)
-
-        async def one(index: int) -> list[Update]:
-            async with limit, contextlib.aclosing(self._updates(index)) as updates:
-                return [update async for update in updates]
-
+    async def every() -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(i)) for i in range(len(self.request.prompts))]
+                for index, prompt in enumerate(request.prompts):
+                    group.create_task(one(index, prompt))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        finally:
+            queue.put_nowait(None)
 
-    async def chunks(self) -> AsyncGenerator[str]:
-        """The texts as server-sent events, one text after the other."""
-        usages: list[Usage] = []
-        null_usage = {"usage": None} if self.request.include_usage else {}
-        for i in range(len(self.request.prompts)):
-            text = _Text()
-            async with contextlib.aclosing(self._updates(i)) as updates:
-                async for update in updates:
-                    if update.is_empty:
-                        yield KEEP_ALIVE
-                        continue
-                    choice = self._choice(i, [update], text)
-                    yield event(self._head | {"choices": [choice]} | null_usage)
-                    if update.finish:
-                        usages.append(update.usage)
-        if self.request.include_usage:
-            yield event(self._head | {"choices": [], "usage": _total(usages)})
-        yield DONE
+    running = asyncio.ensure_future(every())
+    try:
+        while update := await queue.get():
+            yield update
+        await running
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
 
-    def _choice(self, index: int, updates: Sequence[Update], text: "_Text") -> dict[str, Any]:
-        """A choice with the text of some updates, which continue what `text` has seen."""
-        request, tokenizer = self.request, self._service.tokenizer
+
+class CompletionWriter(Writer):
+    """Writes the texts of one request, each as a choice."""
+
+    end = DONE
+
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        self._tokenizer, self._request = service.tokenizer, request
+        self._head = head("text_completion", "cmpl", request.model, service.fingerprint)
+        self._texts = [_Text() for _ in request.prompts]
+        self._usages: list[Usage] = []
+
+    def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
+        """All texts."""
+        parts: list[list[Update]] = [[] for _ in self._request.prompts]
+        for update in updates:
+            parts[update.index].append(update)
+        choices = [self._choice(part) for part in parts]
+        return self._head | {"choices": choices, "usage": self._usage()}
+
+    def events(self, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunk of an update of one text; in the end, that with the usage of all."""
+        if update.is_empty:
+            return
+        usage = {"usage": None} if self._request.include_usage else {}
+        yield self._head | {"choices": [self._choice([update])]} | usage
+        if self._request.include_usage and len(self._usages) == len(self._texts):
+            yield self._head | {"choices": [], "usage": self._usage()}
+
+    def _choice(self, updates: Sequence[Update]) -> dict[str, Any]:
+        """A choice with the text of some updates, which continue those before."""
+        request, last = self._request, updates[-1]
+        text, prompt = self._texts[last.index], request.prompts[last.index]
         tokens = [token for update in updates for token in (*update.prompt, *update.tokens)]
         deltas = [delta for update in updates for delta in update.deltas]
         new = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
         begins, text.begins = text.begins, False
-        echo = tokenizer.decode(request.prompts[index]) if begins and request.echo else ""
+        echo = self._tokenizer.decode(prompt) if begins and request.echo else ""
+        logprobs = None if request.top_logprobs is None else text.logprobs(self._tokenizer, tokens)
         choice: dict[str, Any] = {
-            "index": index,
+            "index": last.index,
             "text": echo + new,
-            "logprobs": None if request.top_logprobs is None else text.logprobs(tokenizer, tokens),
-            "finish_reason": finish_reason(updates[-1]),
+            "logprobs": logprobs,
+            "finish_reason": finish_reason(last),
         }
         if request.token_ids:
             choice["token_ids"] = [token.id for update in updates for token in update.tokens]
-            choice |= {"prompt_token_ids": request.prompts[index]} if begins else {}
+            choice |= {"prompt_token_ids": prompt} if begins else {}
+        if last.finish is not None:
+            self._usages.append(last.usage)
         return choice
+
+    def _usage(self) -> dict[str, Any]:
+        """The usage of all texts together."""
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        return usage_fields(
+            Usage(**{name: sum(getattr(usage, name) for usage in self._usages) for name in names})
+        )
 
 
 @dataclasses.dataclass
@@ -243,14 +276,3 @@ def _token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _total(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The usage of several texts together."""
-    return usage_fields(
-        Usage(
-            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-            cached_tokens=sum(usage.cached_tokens for usage in usages),
-            completion_tokens=sum(usage.completion_tokens for usage in usages),
-        )
-    )

@@ -1,11 +1,12 @@
 """A chat request and its answer, as every dialect reads and writes them."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-from v4jax.arguments import choice
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.request import FinishReason, Token, Usage
+from v4jax.text import chat_parser
 from v4jax.text.chat_parser import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallStart
 
 # revision of the checkpoint -> effort as clients name it -> effort of the encoder; None is the
@@ -20,8 +21,6 @@ EFFORTS: dict[str, dict[str | None, str]] = {
         **{"xhigh": "high", "max": "max", "ultra": "max"},
     },
 }
-# How a client names an effort; 'none' turns thinking off.
-EFFORT = choice("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,8 @@ class TextRequest:
       include_usage: whether the stream's chunks carry usage, as OpenAI's `stream_options` says.
       user: whose prefixes may be shared.
       token_ids: report token ids of prompt and answer.
+      prompt_logprobs: number of alternatives to report with each token of the prompt; None for no
+        log-probabilities of these.
     """
 
     model: str
@@ -49,6 +50,7 @@ class TextRequest:
     include_usage: bool = False
     user: str = ""
     token_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class ChatRequest(TextRequest):
       tools: functions that may be called, as {"name", "description", "parameters", "strict"}.
       tool_choice: 'none', 'auto', 'required', or the one function to call as {"name"}.
       thinking: whether the model thinks before it answers.
-      effort: a key of `EFFORTS` but not 'none'; None for the default.
+      effort: a key of `EFFORTS`; None for the default.
       thinking_budget: most tokens of thinking before it is closed; None for no such limit.
       json: None for text, True for any JSON object, or a JSON schema.
       prefix: whether the last message is an answer's beginning, to be continued.
@@ -84,6 +86,15 @@ class ChatRequest(TextRequest):
 Delta = ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta
 
 
+def message_of(events: Iterable[chat_parser.Event]) -> dict[str, Any]:
+    """The message that events add up to, with the ids of its calls."""
+    events = list(events)
+    message = chat_parser.collect(events)
+    starts = [event for event in events if isinstance(event, ToolCallStart)]
+    calls = zip(message["tool_calls"], starts, strict=True)
+    return message | {"tool_calls": [{"id": start.id} | call for call, start in calls]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """The next part of an answer, or with nothing new a sign of life.
@@ -97,6 +108,7 @@ class Update:
       reasoning_tokens: tokens of reasoning so far.
       prompt: tokens of the prompt, once, if their ids or log-probabilities were asked for.
       stop: the stop string that has ended the answer; None if none has.
+      index: which of the request's answers it is of.
     """
 
     deltas: tuple[Delta, ...]
@@ -107,6 +119,7 @@ class Update:
     reasoning_tokens: int
     prompt: tuple[Token, ...] = ()
     stop: str | None = None
+    index: int = 0
 
     @property
     def is_empty(self) -> bool:

@@ -50,6 +50,24 @@ class ApiError(Exception):
         return json_response(self.anthropic_body(), status, headers)
 
 
+class ContextExceeded(ApiError):
+    """A prompt and its answer that do not fit the context, in words that clients look for."""
+
+    def __init__(self, context: int, prompt: int, answer: int) -> None:
+        """The sizes are in tokens."""
+        super().__init__(
+            400,
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{prompt + answer} tokens ({prompt} in the messages, {answer} in the completion). "
+            "Please reduce the length of the messages or completion.",
+        )
+        self._too_long = f"prompt is too long: {prompt + answer} tokens > {context} maximum"
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error in Anthropic's format, upon which Claude Code summarises the conversation."""
+        return ApiError(self.status, self._too_long).anthropic_body()
+
+
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response with a JSON body."""
     return Response(json_text(body), status, headers, media_type="application/json")

@@ -52,6 +52,8 @@ class Metrics:
         self._gaps = histogram("vllm:inter_token_latency_seconds", "Between tokens of an answer.")
         ended = ("vllm:request_success", "Ended requests.", (*_LABEL, "finished_reason"))
         self._ended = Counter(*ended, registry=self.registry)
+        calls = ("v4jax:malformed_calls", "Calls that were not well-formed.", _LABEL)
+        self._malformed = Counter(*calls, registry=self.registry).labels(model)
         responses = ("v4jax:http_responses", "HTTP responses.", ("status",))
         self.responses = Counter(*responses, registry=self.registry)
         self._model = model
@@ -66,6 +68,10 @@ class Metrics:
         if usage.completion_tokens > 1:
             decoding = usage.seconds - usage.first_token_seconds
             self._gaps.observe(decoding / (usage.completion_tokens - 1))
+
+    def malformed(self, calls: int) -> None:
+        """Count calls that the parser had to mend."""
+        self._malformed.inc(calls)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

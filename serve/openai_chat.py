@@ -1,9 +1,8 @@
 """Chat completions, as in DeepSeek's and OpenAI's interfaces: answers, whole and streamed."""
 
-import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -16,24 +15,20 @@ from v4jax.text.chat_parser import ArgumentsDelta, ContentDelta, ReasoningDelta,
 from v4jax.text.tokenizer import Tokenizer
 
 from .answer import answer
-from .chat_request import read_request
-from .conversation import ChatRequest, Delta, Update
+from .chat_request import BODY, read_request
+from .conversation import ChatRequest, Delta, Update, message_of
 from .fields import read_body
 from .service import Service
-from .streams import DONE, KEEP_ALIVE, event, event_stream, whole
+from .streams import DONE, Writer, respond
 
 LOWEST = -9999.0  # the log-probability of what is all but impossible
 
 
 async def _chat(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
+    body = await read_body(http, BODY)
     request = read_request(body, strict=service.strict)
-    writer = _Writer(service, request)
-    updates = answer(service, request)
-    if request.stream:
-        return event_stream(writer.chunks(updates), lambda error: event(error.body()))
-    return whole(updates, writer.completion)
+    return respond(service, request, answer(service, request), ChatWriter(service, request))
 
 
 ROUTES = [
@@ -70,8 +65,10 @@ def head(kind: str, prefix: str, model: str, fingerprint: str) -> dict[str, Any]
     }
 
 
-class _Writer:
-    """Writes the updates of one answer."""
+class ChatWriter(Writer):
+    """Writes an answer as a completion, or as its chunks."""
+
+    end = DONE
 
     def __init__(self, service: Service, request: ChatRequest) -> None:
         self._request, self._tokenizer = request, service.tokenizer
@@ -79,83 +76,74 @@ class _Writer:
         self._head = head(kind, "chatcmpl", request.model, service.fingerprint)
         # Tokens that are in no text.
         self._marks = {*service.eos_ids, service.tokenizer.token_id(END_THINK)}
+        self._begun = False
 
-    def completion(self, updates: Sequence[Update]) -> dict[str, Any]:
-        """The answer as a whole."""
-        message: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self._request.thinking:
-            message["reasoning_content"] = ""
-        for delta in (delta for update in updates for delta in update.deltas):
-            match delta:
-                case ContentDelta(text):
-                    message["content"] += text
-                case ReasoningDelta(text):
-                    message["reasoning_content"] = message.get("reasoning_content", "") + text
-                case ToolCallStart(_, call_id, name):
-                    function = {"name": name, "arguments": ""}
-                    call = {"id": call_id, "type": "function", "function": function}
-                    message.setdefault("tool_calls", []).append(call)
-                case ArgumentsDelta(index, text):
-                    message["tool_calls"][index]["function"]["arguments"] += text
+    def whole(self, updates: Sequence[Update]) -> dict[str, Any]:
+        """The completion."""
+        message = message_of(delta for update in updates for delta in update.deltas)
+        if not (self._request.thinking or message["reasoning_content"]):
+            del message["reasoning_content"]
+        if not message["tool_calls"]:
+            del message["tool_calls"]
         last = updates[-1]
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": self._logprobs(updates),
-            "finish_reason": finish_reason(last),
-        }
-        body = self._head | {
-            "choices": [choice],
-            "usage": usage_fields(last.usage, last.reasoning_tokens),
-        }
-        if self._request.token_ids:
-            body["prompt_token_ids"] = [token.id for update in updates for token in update.prompt]
-            choice["token_ids"] = [token.id for update in updates for token in update.tokens]
-        return body
+        choice = self._choice(updates, message=message) | {"finish_reason": finish_reason(last)}
+        prompt = [token for update in updates for token in update.prompt]
+        usage = {"usage": usage_fields(last.usage, last.reasoning_tokens)}
+        return self._head | {"choices": [choice]} | usage | self._prompt(prompt)
 
-    async def chunks(self, updates: AsyncGenerator[Update]) -> AsyncGenerator[str]:
-        """The answer as server-sent events."""
-        started = False
-        prompt: tuple[Token, ...] = ()
-        async with contextlib.aclosing(updates):
-            async for update in updates:
-                prompt += update.prompt
-                if update.is_empty:
-                    yield KEEP_ALIVE
-                    continue
-                if not started:
-                    started = True
-                    yield event(self._first(prompt))
-                deltas = [self._delta(delta) for delta in update.deltas]
-                if update.finish is not None:
-                    deltas.append({"content": ""})
-                for i, delta in enumerate(deltas):
-                    chunk = self._chunk(delta, update if i == 0 else None)
-                    if update.finish is not None and i + 1 == len(deltas):
-                        chunk["choices"][0]["finish_reason"] = finish_reason(update)
-                        chunk["usage"] = usage_fields(update.usage, update.reasoning_tokens)
-                    yield event(chunk)
-        yield DONE
+    def events(self, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunks of the answer's next update; the tokens are those of the first."""
+        if update.is_empty:
+            return
+        if not self._begun:
+            self._begun = True
+            thinking = {"content": None, "reasoning_content": ""} if self._request.thinking else {}
+            first = {"role": "assistant", "content": ""} | thinking
+            yield self._chunk(first) | self._prompt(update.prompt)
+        deltas = [self._delta(delta) for delta in update.deltas]
+        if update.finish is not None:
+            deltas.append({"content": ""})
+        chunks = [self._chunk(delta, [] if i else [update]) for i, delta in enumerate(deltas)]
+        if update.finish is not None:
+            chunks[-1]["choices"][0]["finish_reason"] = finish_reason(update)
+            chunks[-1]["usage"] = usage_fields(update.usage, update.reasoning_tokens)
+        yield from chunks
 
-    def _first(self, prompt: Sequence[Token]) -> dict[str, Any]:
-        delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self._request.thinking:
-            delta |= {"content": None, "reasoning_content": ""}
-        ids = {"prompt_token_ids": [token.id for token in prompt]}
-        return self._chunk(delta) | (ids if self._request.token_ids else {})
-
-    def _chunk(self, delta: dict[str, Any], update: Update | None = None) -> dict[str, Any]:
-        """A chunk; with an update, it carries the log-probabilities and ids of its tokens."""
-        choice: dict[str, Any] = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": self._logprobs([update]) if update else None,
-            "finish_reason": None,
-        }
-        if update and self._request.token_ids:
-            choice["token_ids"] = [token.id for token in update.tokens]
+    def _chunk(self, delta: dict[str, Any], updates: Sequence[Update] = ()) -> dict[str, Any]:
+        """A chunk, with the log-probabilities and ids of the updates' tokens."""
+        choice = self._choice(updates, delta=delta)
         usage = {"usage": None} if self._request.include_usage else {}
         return self._head | {"choices": [choice]} | usage
+
+    def _choice(self, updates: Sequence[Update], **text: Any) -> dict[str, Any]:
+        logprobs = self._logprobs(updates) if updates else None
+        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": None}
+        if updates and self._request.token_ids:
+            choice["token_ids"] = [token.id for update in updates for token in update.tokens]
+        return choice
+
+    def _prompt(self, prompt: Sequence[Token]) -> dict[str, Any]:
+        """What was asked about the prompt's tokens."""
+        fields: dict[str, Any] = {}
+        if self._request.token_ids:
+            fields["prompt_token_ids"] = [token.id for token in prompt]
+        if (count := self._request.prompt_logprobs) is not None:
+            ranked = [self._ranked(token, count) for token in prompt[1:]]
+            fields["prompt_logprobs"] = [None, *ranked]
+        return fields
+
+    def _ranked(self, token: Token, count: int) -> dict[str, Any]:
+        """A token of the prompt and its alternatives by their ids, in vLLM's format."""
+        ranks = {top: rank for rank, (top, _) in enumerate(token.top, 1)}
+        text = lambda id: self._tokenizer.token_bytes(id).decode(errors="replace")
+        return {
+            str(id): {
+                "logprob": max(LOWEST, logprob),
+                "rank": ranks.get(id),
+                "decoded_token": text(id),
+            }
+            for id, logprob in ((token.id, token.logprob), *token.top[:count])
+        }
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
         match delta:
@@ -182,9 +170,10 @@ class _Writer:
         return entries
 
     def _entries(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        tops = lambda token: token.top[: self._request.top_logprobs]
         return [
             _entry(self._tokenizer, token.id, token.logprob)
-            | {"top_logprobs": [_entry(self._tokenizer, *top) for top in token.top]}
+            | {"top_logprobs": [_entry(self._tokenizer, *top) for top in tops(token)]}
             for token in tokens
             if token.id not in self._marks
         ]

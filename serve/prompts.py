@@ -60,7 +60,7 @@ def encode(service: Service, request: ChatRequest) -> Prompt:
 
 def _messages(request: ChatRequest) -> list[dict[str, Any]]:
     """The messages for the encoder, with tools and the answer's format in the first."""
-    messages = [message | {"content": _text(message["content"])} for message in request.messages]
+    messages = [dict(message) for message in request.messages]
     for i, message in enumerate(messages):
         ends = i + 1 == len(messages) or messages[i + 1]["role"] == "assistant"
         if i and ends and message["role"] == "system":
@@ -81,10 +81,3 @@ def _messages(request: ChatRequest) -> list[dict[str, Any]]:
             messages.insert(0, {"role": "system", "content": ""})
         messages[0] |= sections
     return messages
-
-
-def _text(content: Any) -> str:
-    """A message's content, which may be a list of text parts."""
-    if isinstance(content, list):
-        return "\n\n".join(part["text"] for part in content)
-    return content or ""

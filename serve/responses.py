@@ -16,21 +16,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from v4jax.arguments import FLAG, TEXT, choice, integer, sequence, shown
-
-from . import blocks
-from .blocks import OBJECT, Block
-from .chat_request import read_sampling, read_user
-from .conversation import EFFORT, ChatRequest, Update
+from . import dialects
+from .answer import answer
+from .blocks import Block, BlockWriter
+from .conversation import ChatRequest, Update
+from .dialects import COUNT, EFFORT
 from .errors import ApiError
-from .fields import LIST, Fields, read_body
+from .fields import (
+    TEXT,
+    Fields,
+    choice,
+    default,
+    read_body,
+    required,
+    sequence,
+    table,
+    tagged,
+    text_or,
+    unsupported,
+)
 from .service import Service
+from .streams import respond
 
-_STRINGS = sequence("a list of strings", of=str)
-_CHOICE = choice("none", "auto", "required")
-_TEXTS = ("input_text", "output_text", "text")
-_LEFT_OUT = ("web_search", "image_generation")
-_STATEFUL = ("previous_response_id", "conversation", "prompt", "store", "background")
 # Before reasoning that clients carry from request to request unread, in encrypted_content.
 _SEALED = "v4jax-reasoning:"
 # kind of a block -> prefix of its item's id, name of its text's events, field of the whole text,
@@ -43,7 +50,7 @@ _FORMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 _STATUSES = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"}
 # Fields that a response repeats from its request, and their values without it.
 _NULLS = ("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id")
-_REPEATED: dict[str, Any] = {
+REPEATED: dict[str, Any] = {
     **dict.fromkeys((*_NULLS, "prompt_cache_key", "safety_identifier", "user")),
     **{"background": False, "parallel_tool_calls": True, "store": False},
     **{"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
@@ -55,175 +62,172 @@ _REPEATED: dict[str, Any] = {
     "top_logprobs": 0,
     "truncation": "disabled",
 }
-_FUNCTION = {"description": None, "parameters": None, "strict": None}
+_FUNCTION_NULLS = dict.fromkeys(("description", "parameters", "strict"))
+
+_TEXTS = dialects.texts("input_text", "output_text", "text")
+_ITEMS = {
+    "message": {
+        "role": required(choice("user", "assistant", "system", "developer")),
+        "content": _TEXTS,
+    },
+    "reasoning": {
+        "content": dialects.texts("reasoning_text", "text"),
+        "summary": dialects.texts("summary_text"),
+        "encrypted_content": default(TEXT, ""),
+    },
+    "function_call": {
+        "call_id": required(TEXT),
+        "namespace": TEXT,
+        "name": required(TEXT),
+        "arguments": required(TEXT),
+    },
+    "function_call_output": {"call_id": required(TEXT), "output": _TEXTS},
+}
+_FUNCTION = {"function": dialects.function_fields("parameters")}
+_HINT = "this server has functions only"
+_SPACE = {"name": required(TEXT), "tools": sequence(tagged("type", _FUNCTION, hint=_HINT))}
+_TOOLS = _FUNCTION | {"namespace": _SPACE, "web_search": {}, "image_generation": {}}
+_STATELESS = unsupported(": nothing is kept; send the whole input each time.")
+_STATEFUL = ("previous_response_id", "conversation", "prompt", "store", "background")
+BODY = table(
+    **dialects.COMMON,
+    **dict.fromkeys(_STATEFUL, _STATELESS),
+    input=required(text_or(sequence(tagged("type", _ITEMS, absent="message")))),
+    instructions=dialects.texts("text"),
+    max_output_tokens=COUNT,
+    top_logprobs=unsupported(" here; use /v1/chat/completions."),
+    reasoning=table(effort=EFFORT),
+    text=table(format=dialects.answer_format(nested=False)),
+    tools=sequence(tagged("type", _TOOLS, hint=_HINT)),
+    tool_choice=text_or(
+        table(type=required(choice("function")), name=required(TEXT), namespace=TEXT),
+        dialects.TOOL_CHOICE,
+    ),
+    include=sequence(TEXT),
+)
 
 
 async def _responses(http: Request) -> Response:
     service: Service = http.app.state.service
-    body = await read_body(http, service.limits.body_bytes)
+    body = await read_body(http, BODY)
     request = read_request(body)
-    writer = ResponseWriter(body, f"resp_{uuid.uuid4().hex}", int(time.time()))
-    return blocks.respond(service, request, writer)
+    writer = ResponseWriter(body, request, f"resp_{uuid.uuid4().hex}", int(time.time()))
+    return respond(service, request, answer(service, request), writer)
 
 
 ROUTES = [Route(f"{root}/responses", _responses, methods=["POST"]) for root in ("", "/v1")]
 
 
 def read_request(body: Fields) -> ChatRequest:
-    """Read the body of a request.
+    """The request in a body.
 
     Raises:
-      ApiError: a field is missing, wrong or not supported; the error names it.
+      ApiError: fields contradict each other; the error names one.
     """
-    for name in _STATEFUL:
-        if body.values.get(name):
-            body.refuse(name, "is not supported: nothing is kept; send the whole input each time.")
-    if body.read("top_logprobs", integer(0), 0):
-        body.refuse("top_logprobs", "is not supported here; use /v1/chat/completions.")
-    effort = body.object("reasoning").read("effort", EFFORT)
-    messages = _read_messages(body)
+    effort, messages, chosen = body.reasoning.effort, _read_messages(body), body.tool_choice
+    if isinstance(chosen, Fields):
+        chosen = {"name": _full_name(chosen.namespace, chosen.name)}
     request = ChatRequest(
-        model=body.require("model", TEXT),
+        **dialects.common(body),
         messages=messages,
-        tools=[function for function, _ in _read_tools(body)],
-        tool_choice=_read_tool_choice(body),
+        tools=[
+            dialects.function(tool, "parameters") | {"name": name} for name, tool, _ in _tools(body)
+        ],
+        tool_choice=chosen or "auto",
         thinking=effort != "none",
         effort=None if effort == "none" else effort,
-        max_tokens=body.read("max_output_tokens", integer(1)),
-        sampling=read_sampling(body),
-        json=_read_format(body.object("text").object("format")),
-        stream=body.read("stream", FLAG, False),
-        prefix=blocks.is_prefix(body, "input", messages),
-        user=read_user(body),
+        max_tokens=body.max_output_tokens,
+        json=body.text.format,
+        prefix=dialects.is_prefix(body, "input", messages),
     )
-    blocks.check_tools(body, request)
+    dialects.check_tools(body, request)
     return request
 
 
 def _read_messages(body: Fields) -> list[dict[str, Any]]:
-    system = blocks.read_text_parts(body, "instructions")
+    system = dialects.joined(body.instructions)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    if isinstance(body.values.get("input"), str):
-        messages.append({"role": "user", "content": blocks.read_text_parts(body, "input")})
+    if isinstance(body.input, str):
+        messages.append({"role": "user", "content": body.input})
     else:
-        for item in body.objects("input"):
-            _read_item(item, messages)
-    return blocks.with_system_first(messages)
+        for item in body.input:
+            _add_item(item, messages)
+    return dialects.with_system_first(messages)
 
 
-def _read_item(item: Fields, messages: list[dict[str, Any]]) -> None:
+def _add_item(item: Fields, messages: list[dict[str, Any]]) -> None:
     """Add an item to the messages; what the assistant did in a row is one message."""
-    match item.read("type", TEXT, "message"):
+    match item.type:
+        case "message" if item.role == "assistant":
+            _answer(messages)["content"] += "".join(item.content)
         case "message":
-            role = item.require("role", choice("user", "assistant", "system", "developer"))
-            parts = blocks.read_text_parts(item, "content", _TEXTS)
-            if role == "assistant":
-                _answer(messages)["content"] += "".join(part["text"] for part in parts)
-            else:
-                role = "user" if role == "developer" else role
-                messages.append({"role": role, "content": parts})
+            role = "user" if item.role == "developer" else item.role
+            messages.append({"role": role, "content": dialects.joined(item.content)})
         case "reasoning":
-            _answer(messages)["reasoning_content"] += _read_reasoning(item)
+            _answer(messages)["reasoning_content"] += _reasoning(item)
         case "function_call":
-            name = _full_name(item.read("namespace", TEXT), item.require("name", TEXT))
-            function = {"name": name, "arguments": item.require("arguments", TEXT)}
-            call_id = item.require("call_id", TEXT)
-            call = {"id": call_id, "type": "function", "function": function}
-            _answer(messages)["tool_calls"].append(call)
-        case "function_call_output":
-            call_id = item.require("call_id", TEXT)
-            parts = blocks.read_text_parts(item, "output", _TEXTS)
-            messages.append({"role": "tool", "tool_call_id": call_id, "content": parts})
-        case other:
-            known = "message, reasoning, function_call or function_call_output"
-            item.refuse("type", f"is {shown(other)}; use {known}.")
+            name = _full_name(item.namespace, item.name)
+            _answer(messages)["tool_calls"] += [dialects.call(item.call_id, name, item.arguments)]
+        case _:
+            text = dialects.joined(item.output)
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
 
 
 def _answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The last message if it is the assistant's, else a new one."""
     if messages[-1]["role"] != "assistant":
-        texts = {"content": "", "reasoning_content": ""}
-        messages.append({"role": "assistant", **texts, "tool_calls": []})
+        messages.append(dialects.answer_message())
     return messages[-1]
 
 
-def _read_reasoning(item: Fields) -> str:
+def _reasoning(item: Fields) -> str:
     """The reasoning's text, wherever the client has kept it."""
-    sealed = item.read("encrypted_content", TEXT, "")
-    parts = blocks.read_text_parts(item, "content", ("reasoning_text", "text"))
-    if not parts and sealed.startswith(_SEALED):
+    sealed = item.encrypted_content
+    if not item.content and sealed.startswith(_SEALED):
         try:
             return base64.b64decode(sealed.removeprefix(_SEALED), validate=True).decode()
         except ValueError:
             item.refuse("encrypted_content", "was changed; send it back as it came.")
-    parts = parts or blocks.read_text_parts(item, "summary", ("summary_text",))
-    return "".join(part["text"] for part in parts)
+    return "".join(item.content or item.summary)
 
 
-def _read_tools(body: Fields) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """The functions, each with the fields that name it to the client."""
-    functions: list[tuple[dict[str, Any], dict[str, str]]] = []
-    for tool in body.objects("tools"):
-        kind = tool.require("type", TEXT)
-        if kind in _LEFT_OUT:
-            continue
-        space = tool.require("name", TEXT) if kind == "namespace" else None
-        for inner in tool.objects("tools") if space else [tool]:
-            if (kind := inner.require("type", TEXT)) != "function":
-                inner.refuse("type", f"is {shown(kind)}; this server has functions only.")
-            function = blocks.read_function(inner, "parameters")
-            name = {"name": function["name"]} | ({"namespace": space} if space else {})
-            functions.append((function | {"name": _full_name(space, function["name"])}, name))
-    return functions
+def _tools(body: Fields) -> Iterator[tuple[str, Fields, dict[str, str]]]:
+    """The functions: name for the model, fields, and the fields that name it to the client."""
+    for tool in body.tools:
+        space = tool.name if tool.type == "namespace" else None
+        for function in tool.tools if space else [tool] if tool.type == "function" else []:
+            name = {"name": function.name} | ({"namespace": space} if space else {})
+            yield _full_name(space, function.name), function, name
 
 
 def _full_name(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
-def _read_tool_choice(body: Fields) -> str | dict[str, str]:
-    if not isinstance(body.values.get("tool_choice"), dict):
-        return body.read("tool_choice", _CHOICE, "auto")
-    given = body.object("tool_choice")
-    given.require("type", choice("function"))
-    return {"name": _full_name(given.read("namespace", TEXT), given.require("name", TEXT))}
-
-
-def _read_format(given: Fields) -> Any:
-    match given.read("type", choice("text", "json_object", "json_schema"), "text"):
-        case "json_object":
-            return True
-        case "json_schema":
-            return given.require("schema", OBJECT)
-    return None
-
-
-class ResponseWriter(blocks.Writer):
+class ResponseWriter(BlockWriter):
     """Writes an answer as a response: the events of a stream, or the whole."""
 
-    def __init__(self, body: Fields, response_id: str, created: int) -> None:
-        """Prepare the response to a request's body; `created` is a Unix time."""
-        self._given, self._id, self._created = body.values, response_id, created
+    def __init__(self, body: Fields, request: ChatRequest, response_id: str, created: int) -> None:
+        """Prepare the response to a request, from its body; `created` is a Unix time."""
+        super().__init__(request)
+        self._given, self._id, self._created = body.raw, response_id, created
         self._tools = [
-            _FUNCTION | tool if tool["type"] == "function" else tool
-            for tool in body.read("tools", LIST, ())
+            _FUNCTION_NULLS | tool.raw if tool.type == "function" else tool.raw
+            for tool in body.tools
         ]
-        self._names = {function["name"]: name for function, name in _read_tools(body)}
-        self._seals = "reasoning.encrypted_content" in body.read("include", _STRINGS, ())
-        self._blocks: list[Block] = []
-        self._last: Update | None = None
+        self._names = {name: fields for name, _, fields in _tools(body)}
+        self._seals = "reasoning.encrypted_content" in body.include
         self._completed: int | None = None
         self._count = 0
 
     def events(self, update: Update) -> Iterator[dict[str, Any]]:
         """The events of the answer's next update."""
-        if self._last is None:
+        if self.last is None:
             yield self._event("created", response=self.body())
             yield self._event("in_progress", response=self.body())
-        self._last = update
         self._completed = int(time.time()) if update.finish else None
-        for change, index, text in blocks.changes(self._blocks, update):
-            _, name, _, extra = _FORMS[self._blocks[index].kind]
+        for change, index, text in self.add(update):
+            _, name, _, extra = _FORMS[self.blocks[index].kind]
             match change:
                 case "start":
                     yield from self._start(index)
@@ -243,22 +247,23 @@ class ResponseWriter(blocks.Writer):
 
     def body(self) -> dict[str, Any]:
         """The response with all updates so far."""
-        finish = self._last.finish if self._last else None
-        given = {name: self._given[name] for name in _REPEATED if self._given.get(name) is not None}
+        finish = self.finish
+        given = {name: self._given[name] for name in REPEATED if self._given.get(name) is not None}
         return {
-            **_REPEATED,
+            **REPEATED,
             **given,
             "id": self._id,
             "object": "response",
             "created_at": self._created,
             "completed_at": self._completed,
             "model": self._given["model"],
-            "status": _STATUSES.get(finish or "", "in_progress"),
+            "status": _STATUSES.get(finish, "in_progress"),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if finish == "length" else None,
             "tools": self._tools,
-            "output": [self._item(index) for index in range(len(self._blocks))],
-            "usage": _usage(self._last) if self._last and finish else None,
+            "output": [self._item(index) for index in range(len(self.blocks))],
+            "usage": _usage(self.last) if self.last and finish else None,
+            **self.token_ids,
         }
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -268,11 +273,11 @@ class ResponseWriter(blocks.Writer):
     def _start(self, index: int) -> Iterator[dict[str, Any]]:
         item = self._item(index) | {"status": "in_progress"}
         yield self._event("output_item.added", output_index=index, item=item)
-        if part := _part(self._blocks[index]):
+        if part := _part(self.blocks[index]):
             yield self._event("content_part.added", **self._place(index), part=part)
 
     def _stop(self, index: int) -> Iterator[dict[str, Any]]:
-        block = self._blocks[index]
+        block = self.blocks[index]
         _, name, field, extra = _FORMS[block.kind]
         yield self._event(f"{name}.done", **self._place(index), **{field: block.text}, **extra)
         if part := _part(block):
@@ -282,16 +287,16 @@ class ResponseWriter(blocks.Writer):
     def _place(self, index: int) -> dict[str, Any]:
         """Where the text of a block stands in the response."""
         place = {"item_id": self._item_id(index), "output_index": index}
-        return place if self._blocks[index].kind == "call" else {**place, "content_index": 0}
+        return place if self.blocks[index].kind == "call" else {**place, "content_index": 0}
 
     def _item_id(self, index: int) -> str:
-        return f"{_FORMS[self._blocks[index].kind][0]}_{self._id.removeprefix('resp_')}_{index}"
+        return f"{_FORMS[self.blocks[index].kind][0]}_{self._id.removeprefix('resp_')}_{index}"
 
     def _item(self, index: int) -> dict[str, Any]:
         """A block as an item of the response's output."""
-        block = self._blocks[index]
-        finish = self._last.finish if self._last else None
-        is_cut = index == len(self._blocks) - 1 and _STATUSES.get(finish or "") != "completed"
+        block = self.blocks[index]
+        is_last = index == len(self.blocks) - 1
+        is_cut = is_last and _STATUSES.get(self.finish) != "completed"
         item = {"id": self._item_id(index), "status": "incomplete" if is_cut else "completed"}
         content = [_part(block)] if block.pieces else []
         match block.kind:

@@ -10,7 +10,7 @@ from v4jax.engine.grammar import Grammars
 from v4jax.engine.request import Event, Request, Usage
 from v4jax.text.tokenizer import Tokenizer
 
-from .errors import ApiError
+from .errors import ApiError, ContextExceeded
 from .metrics import Metrics
 from .replays import Replays
 
@@ -142,21 +142,17 @@ class Service:
             raise ApiError(503, f"The server is {state}; try again.", retry_after=RETRY_SECONDS)
 
     def room(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """The most tokens of an answer to a prompt of this length.
+        """The most tokens of an answer to a prompt of this length: what the context leaves.
 
         Raises:
-          ApiError: the two do not fit the context.
+          ApiError: that is none, or with `strict` less than was asked for.
         """
-        context = self.limits.context
-        answer = max(context - prompt_tokens, 1) if max_tokens is None else max_tokens
-        if prompt_tokens + answer > context:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {context} tokens. However, you requested "
-                f"{prompt_tokens + answer} tokens ({prompt_tokens} in the messages, {answer} in "
-                "the completion). Please reduce the length of the messages or completion.",
-            )
-        return answer
+        left = self.limits.context - prompt_tokens
+        asked = left if max_tokens is None else max_tokens
+        needed = max_tokens if self.strict and max_tokens else int(max_tokens != 0)
+        if needed > left:
+            raise ContextExceeded(self.limits.context, prompt_tokens, needed)
+        return min(asked, left)
 
     def ended(self, usage: Usage, finish: str) -> None:
         """Count a request of the engine that has ended."""

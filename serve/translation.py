@@ -19,7 +19,7 @@ from v4jax.text.chat_parser import (
 from v4jax.text.stopping import StopStrings
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
-from .conversation import ChatRequest, Delta, TextRequest, Update
+from .conversation import ChatRequest, Delta, TextRequest, Update, message_of
 from .replays import Turn
 from .service import Service
 
@@ -87,7 +87,10 @@ class Watcher:
 class Translation:
     """Turns the events of one request into updates."""
 
-    def __init__(self, service: Service, request: TextRequest, mode: Mode) -> None:
+    def __init__(
+        self, service: Service, request: TextRequest, mode: Mode, prompt: tuple[Token, ...] = ()
+    ) -> None:
+        """`prompt` are tokens to report with the first update."""
         self._service = service
         self.new_reader = functools.partial(Reader, service.tokenizer, mode, request.stop)
         self._reader = self.new_reader()
@@ -97,7 +100,7 @@ class Translation:
         self._events: list[chat_parser.Event] = []
         self._sampled: list[int] = []
         # What no update has had yet, and how many tokens are reasoning: in all, and in updates.
-        self._prompt: tuple[Token, ...] = ()
+        self._prompt = prompt
         self._tokens: list[Token] = []
         self._reasoning = self._reported = 0
 
@@ -110,8 +113,13 @@ class Translation:
             self._reasoning += self._reader.thinking
             if token.id not in self._service.eos_ids:
                 events += self._reader.push(token.id)
+        malformed = _broken(events)
         if event.finish:
-            events += self._reader.finish()
+            end = self._reader.finish()
+            # A call that was cut off may have been well-formed so far.
+            malformed += _broken(end) if event.finish == "stop" else 0
+            events += end
+        self._service.metrics.malformed(malformed)
         if self._may_call:
             self._events += events
             self._sampled += [token.id for token in event.tokens]
@@ -119,7 +127,8 @@ class Translation:
         if not deltas and not event.finish:
             # Tokens wait for the text that they begin.
             return Update((), (), 0, None, event.usage, self._reasoning)
-        finish = "tool_calls" if event.finish == "stop" and self._starts() else event.finish
+        called = any(isinstance(event, ToolCallStart) for event in self._events)
+        finish = "tool_calls" if event.finish == "stop" and called else event.finish
         prompt, tokens, reasoning = self._prompt, tuple(self._tokens), self._reasoning
         new = reasoning - self._reported
         update = Update(
@@ -129,9 +138,6 @@ class Translation:
         if finish == "tool_calls" and self._may_keep:
             self._keep()
         return update
-
-    def _starts(self) -> list[ToolCallStart]:
-        return [event for event in self._events if isinstance(event, ToolCallStart)]
 
     def _deltas(self, events: list[chat_parser.Event]) -> tuple[Delta, ...]:
         """The events that clients see, with texts that follow each other joined."""
@@ -153,11 +159,14 @@ class Translation:
 
     def _keep(self) -> None:
         """Remember how a turn with calls was sampled, if it ended by itself and is well-formed."""
-        broken = any(isinstance(e, ToolCallEnd) and not e.complete for e in self._events)
-        if self._sampled[-1] not in self._service.eos_ids or broken or self._reader.thinking:
+        ended = self._sampled[-1] in self._service.eos_ids
+        if not ended or _broken(self._events) or self._reader.thinking:
             return
-        message = chat_parser.collect(self._events)
-        for call, start in zip(message["tool_calls"], self._starts(), strict=True):
-            call["id"] = start.id
         split = self._reasoning
-        self._service.replays.keep(Turn(message, self._sampled[:split], self._sampled[split:]))
+        turn = Turn(message_of(self._events), self._sampled[:split], self._sampled[split:])
+        self._service.replays.keep(turn)
+
+
+def _broken(events: Sequence[chat_parser.Event]) -> int:
+    """How many calls ended that were not well-formed, or not whole."""
+    return sum(isinstance(event, ToolCallEnd) and not event.complete for event in events)

@@ -15,6 +15,12 @@ CALL = f"{OPEN}{invoke('weather', parameter('city', CITY))}{CLOSE}"
 USAGE = Usage(prompt_tokens=300, cached_tokens=256, completion_tokens=7)
 
 
+def script(prompt: str) -> str:
+    """Thinking and text, with a call if there are tools and no results yet."""
+    call = CALL if "city" in prompt and "<tool_result>" not in prompt else ""
+    return f"I think.</think>So be it.{call}"
+
+
 def updates(deltas: Iterable[Sequence[Delta]], finish: str = "stop") -> list[Update]:
     """An answer after a sign of life, with these deltas in each update."""
     alive = Update((), (), 0, None, Usage(), 0)

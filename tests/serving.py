@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import openai
 import uvicorn
 
 from v4jax.checkpoints import hub
@@ -51,8 +53,9 @@ class ScriptedEngine:
     """Continues each prompt by a script, at a token per `delay` seconds and a step of tokens.
 
     It ends at stop tokens, by the request's watcher, its limit or its cancellation, as an engine
-    does, and with an error if the script breaks the request's constraint. Prefixes of 128 tokens
-    that it has seen are counted as cached.
+    does. If the script breaks the request's constraint, it ends with an error, or if `obeys` is set
+    continues with the lowest token that is allowed. Prefixes of 128 tokens that it has seen are
+    counted as cached.
     """
 
     def __init__(self, script: Script) -> None:
@@ -67,7 +70,7 @@ class ScriptedEngine:
         """Forget all that a test has set or seen."""
         self.script: Script = lambda _: ""
         self.delay, self.first_delay, self.step, self.max_running = 0.0, 0.0, 1, 64
-        self.fault = ""
+        self.fault, self.obeys = "", False
         self.requests.clear()
         self.finished.clear()
         self._prefixes: set[tuple[Any, ...]] = set()
@@ -114,8 +117,7 @@ class ScriptedEngine:
         self._running -= 1
         self.finished.append(finish)
         usage.seconds = time.monotonic() - began
-        with contextlib.suppress(RuntimeError):  # the server's loop has ended
-            notify(Event(tuple(pending), finish, usage, prompt))  # pyright: ignore[reportArgumentType]
+        notify(Event(tuple(pending), finish, usage, prompt))  # pyright: ignore[reportArgumentType]
 
     def _cached(self, request: Request) -> int:
         blocks = [tuple(request.tokens[:end]) for end in range(128, len(request.tokens), 128)]
@@ -134,12 +136,16 @@ class ScriptedEngine:
         answer = self.script(tokenizer().decode(request.tokens))
         ids = tokenizer().encode(answer) if isinstance(answer, str) else answer
         ids = [*ids, *request.stop_tokens[:1]]
-        for count, token in enumerate(ids[: request.max_tokens], 1):
+        for count in range(1, request.max_tokens + 1):
+            token = ids[min(count, len(ids)) - 1]
             if constraint:
                 mask = constraint.mask()
                 if mask is not None and not mask[token // 32] >> (token % 32) & 1:
-                    yield _token(token, 0), "error"
-                    return
+                    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+                    if not self.obeys or not len(allowed):
+                        yield _token(token, 0), "error"
+                        return
+                    token = int(allowed[0])
                 constraint.push(token)
             stopped = token in request.stop_tokens or bool(watcher and watcher.push(token))
             finish = "stop" if stopped else "length" if count == request.max_tokens else None
@@ -152,7 +158,7 @@ def _token(token: int, top: int) -> Token:
     return Token(token, -0.5, tuple((token + n, -0.5 - n) for n in range(top)))
 
 
-def service(engine: ScriptedEngine, **changes: Any) -> Service:
+def service(engine: Any, **changes: Any) -> Service:
     settings: dict[str, Any] = {
         "engine": engine,
         "tokenizer": tokenizer(),
@@ -166,10 +172,10 @@ def service(engine: ScriptedEngine, **changes: Any) -> Service:
 
 @dataclasses.dataclass
 class Running:
-    """A server that runs: its address, its engine, and itself."""
+    """A server that runs: its address, its engine (the real one in few tests), and itself."""
 
     url: str
-    engine: ScriptedEngine
+    engine: Any
     service: Service
     server: Server
 
@@ -177,8 +183,7 @@ class Running:
 @contextlib.contextmanager
 def serve(script: Script, *, drain_seconds: float = 5.0, **changes: Any) -> Iterator[Running]:
     """Run a server on a free port, in a thread; `changes` are fields of its service."""
-    engine = ScriptedEngine(script)
-    shared = service(engine, **changes)
+    shared = service(**{"engine": ScriptedEngine(script)} | changes)
     config = uvicorn.Config(
         app.create(shared),
         port=0,
@@ -194,7 +199,15 @@ def serve(script: Script, *, drain_seconds: float = 5.0, **changes: Any) -> Iter
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", engine, shared, server)
+        yield Running(f"http://127.0.0.1:{port}", shared.engine, shared, server)
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+@contextlib.contextmanager
+def openai_client(server: Running) -> Iterator[Any]:
+    """OpenAI's client of a server whose engine has forgotten all earlier requests."""
+    server.engine.reset()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 
 from tests import serving
-from tests.answers import CALL, USAGE, answers, bodies, updates
+from tests.answers import USAGE, answers, bodies, script, updates
 from v4jax.text.chat_parser import ContentDelta
-from v4jax_serve.anthropic import MessageWriter, read_request
+from v4jax_serve.anthropic import COUNT_BODY, MessageWriter, read_request
 from v4jax_serve.conversation import ChatRequest, Delta, Update
 from v4jax_serve.errors import ApiError
-from v4jax_serve.fields import Fields
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WEATHER = {
@@ -27,7 +26,7 @@ USE = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": 
 
 
 def read(**fields: Any) -> ChatRequest:
-    return read_request(Fields({"model": "tiny", "messages": HELLO} | fields))
+    return read_request(COUNT_BODY.read("", {"model": "tiny", "messages": HELLO} | fields))
 
 
 def test_messages_of_blocks_become_messages_of_a_chat():
@@ -64,22 +63,21 @@ def test_messages_of_blocks_become_messages_of_a_chat():
             {"role": "system", "content": "It is late."},
         ],
     )
-    text = lambda text: [{"type": "text", "text": text}]
     function = {"name": "weather", "arguments": '{"city": "Z\u00fcrich"}'}
     assert request.messages == [
-        {"role": "system", "content": text("Be brief.")},
-        {"role": "user", "content": text("The weather?")},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "The weather?"},
         {
             "role": "assistant",
             "content": "A moment.",
             "reasoning_content": "I ask.",
             "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
         },
-        {"role": "tool", "tool_call_id": "call_1", "content": text("Rain.")},
-        {"role": "tool", "tool_call_id": "call_2", "content": text("Failed.")},
-        {"role": "tool", "tool_call_id": "call_3", "content": []},
-        {"role": "user", "content": text("And now?")},
-        {"role": "user", "content": text("It is late.")},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Rain."},
+        {"role": "tool", "tool_call_id": "call_2", "content": "Failed."},
+        {"role": "tool", "tool_call_id": "call_3", "content": ""},
+        {"role": "user", "content": "And now?"},
+        {"role": "user", "content": "It is late."},
     ]
     assert not request.prefix
 
@@ -142,7 +140,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.org/
     ("fields", "message"),
     [
         ({"model": None}, "model is missing"),
-        ({"messages": []}, "messages has no content"),
+        ({"messages": []}, "messages is []; it must be a list of one or more"),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role is 'robot'"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "content[0].type is 'image'; this"),
@@ -165,7 +163,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.org/
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "tools[0].type is 'web_se"),
         ({"tools": [WEATHER | {"name": 'a"b'}]}, "tools[0].name is 'a\"b'"),
         ({"tools": [WEATHER, WEATHER]}, "tools has more than one 'weather'"),
-        ({"tools": [WEATHER] * 129}, "tools has 129 tools"),
+        ({"tools": [WEATHER] * 129}, "tools has 129 items; at most 128"),
         ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice names the tool 'f'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice asks for a call"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type is 'some'"),
@@ -246,12 +244,6 @@ def test_tokens_from_the_cache_are_counted_apart():
     assert usage.output_tokens == USAGE.completion_tokens
 
 
-def script(prompt: str) -> str:
-    """An answer with a call if there are tools and no results yet."""
-    call = CALL if "city" in prompt and "<tool_result>" not in prompt else ""
-    return f"I think.</think>So be it.{call}"
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[serving.Running]:
     with serving.serve(script) as running:
@@ -287,6 +279,12 @@ def test_an_answer_has_thinking_and_text(client: Any):
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "be")
 
 
+def test_token_ids_are_reported_on_request(client: Any, server: serving.Running):
+    message = client.messages.create(**ask(), extra_body={"return_token_ids": True})
+    assert message.prompt_token_ids == [*server.engine.requests[-1].tokens]
+    assert message.token_ids == [*serving.tokenizer().encode(script("")), 1]
+
+
 def test_rounds_with_a_tool_replay_the_answer(client: Any, server: serving.Running):
     messages: list[Any] = [{"role": "user", "content": "The weather? " * 50}]
     with client.messages.stream(**ask(messages=messages), tools=[WEATHER]) as stream:
@@ -318,8 +316,11 @@ def test_errors_have_the_classes_of_the_client(server: serving.Running, root: st
             client.messages.create(**ask(model="other"))
         with pytest.raises(anthropic.BadRequestError, match="text only"):
             client.messages.create(**ask(messages=[{"role": "user", "content": [IMAGE]}]))
-        with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
-            client.messages.create(**ask(max_tokens=5000))
+        long = [{"role": "user", "content": "word " * 5000}]
+        with pytest.raises(
+            anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 4096"
+        ):
+            client.messages.create(**ask(messages=long))
 
 
 def test_keys_are_read_from_their_header():

@@ -1,6 +1,7 @@
 """Chat completions through the `openai` client: what clients see, and what the engine is asked."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,8 +43,7 @@ def server() -> Iterator[serving.Running]:
 
 @pytest.fixture
 def client(server: serving.Running) -> Iterator[Any]:
-    server.engine.reset()
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as api:
+    with serving.openai_client(server) as api:
         yield api
 
 
@@ -184,6 +184,21 @@ def test_tools_are_called_and_replayed_token_for_token(
     assert call("Oslo", days="[1, 2]") in prompt(server)
 
 
+def test_malformed_calls_are_counted(server: serving.Running, client: Any) -> None:
+    def malformed() -> int:
+        text = httpx.get(f"{server.url}/metrics").text
+        return int(float(re.findall(r"^v4jax:malformed_calls_total\S* (\S+)", text, re.M)[0]))
+
+    before = malformed()
+    # Without tools, nothing constrains what the model writes.
+    server.engine.script = lambda _: "</think>Hi" + call("Rome", days="[1,") + call("Oslo")
+    assert ask(client).choices[0].message.content == "Hi"
+    assert malformed() == before + 1
+    # What the limit cuts off is not malformed.
+    cut = ask(client, max_tokens=20)
+    assert (cut.choices[0].finish_reason, malformed()) == ("length", before + 1)
+
+
 def test_the_least_recently_used_turns_are_not_kept() -> None:
     replays = Replays(max_tokens=5)
     function = {"name": "f", "arguments": "{}"}
@@ -257,6 +272,24 @@ def test_the_engine_is_asked_for_what_the_client_said(server: serving.Running, c
         assert getattr(request.sampling, name) == value
     assert answer.prompt_token_ids == [*request.tokens]
     assert answer.choices[0].token_ids == [1]
+
+
+def test_a_prompt_s_log_probabilities_are_reported(server: serving.Running, client: Any) -> None:
+    server.engine.script = lambda _: "</think>Hi"
+    asked = {"prompt_logprobs": 1, "return_token_ids": True}
+    answer = ask(client, logprobs=True, extra_body=asked)
+    request, ids = server.engine.requests[-1], answer.prompt_token_ids
+    assert (request.prompt_logprobs, request.top_logprobs) == (True, 1)
+    assert ids == [*request.tokens]
+    first, *rest = answer.prompt_logprobs
+    assert first is None
+    text = serving.tokenizer().token_bytes(ids[1]).decode()
+    alone = {"logprob": -0.5, "rank": 1, "decoded_token": text}
+    assert rest[0] == {str(ids[1]): alone}
+    assert all(str(token) in entry for token, entry in zip(ids[1:], rest, strict=True))
+    assert answer.choices[0].logprobs.content[0].top_logprobs == []
+    first, *_ = chunks(server, **asked)
+    assert (first["prompt_logprobs"], first["prompt_token_ids"]) == (answer.prompt_logprobs, ids)
 
 
 def test_a_schema_is_in_the_prompt(server: serving.Running, client: Any) -> None:

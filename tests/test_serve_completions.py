@@ -22,8 +22,7 @@ def server() -> Iterator[serving.Running]:
 
 @pytest.fixture
 def client(server: serving.Running) -> Iterator[Any]:
-    server.engine.reset()
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as api:
+    with serving.openai_client(server) as api:
         yield api
 
 

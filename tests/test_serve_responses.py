@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 
 from tests import serving
-from tests.answers import CALL, USAGE, answers, bodies, updates
+from tests.answers import USAGE, answers, bodies, script, updates
 from v4jax.text.chat_parser import ArgumentsDelta, ReasoningDelta, ToolCallStart
 from v4jax_serve.conversation import ChatRequest, Delta, Update
 from v4jax_serve.errors import ApiError
 from v4jax_serve.fields import Fields
-from v4jax_serve.responses import ResponseWriter, read_request
+from v4jax_serve.responses import BODY, ResponseWriter, read_request
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}
@@ -24,8 +24,16 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "argument
 RESULT = {"type": "function_call_output", "call_id": "c1", "output": "Rain."}
 
 
+def body(**fields: Any) -> Fields:
+    return BODY.read("", {"model": "tiny", "input": "Hello"} | fields)
+
+
 def read(**fields: Any) -> ChatRequest:
-    return read_request(Fields({"model": "tiny", "input": "Hello"} | fields))
+    return read_request(body(**fields))
+
+
+def writer(**fields: Any) -> ResponseWriter:
+    return ResponseWriter(given := body(**fields), read_request(given), "resp_1", 0)
 
 
 def text(text: str) -> list[dict[str, str]]:
@@ -50,9 +58,9 @@ def test_items_become_messages_of_a_chat():
     )
     function = {"name": "weather", "arguments": "{}"}
     assert request.messages == [
-        {"role": "system", "content": text("Be brief.") + text("In English.")},
-        {"role": "user", "content": text("Be kind.")},
-        {"role": "user", "content": text("The weather?")},
+        {"role": "system", "content": "Be brief.\n\nIn English."},
+        {"role": "user", "content": "Be kind."},
+        {"role": "user", "content": "The weather?"},
         {
             "role": "assistant",
             "content": "A moment.",
@@ -62,9 +70,9 @@ def test_items_become_messages_of_a_chat():
                 {"id": "c2", "type": "function", "function": function | {"name": "mcp__weather"}},
             ],
         },
-        {"role": "tool", "tool_call_id": "c1", "content": text("Rain.")},
-        {"role": "tool", "tool_call_id": "c2", "content": text("Sun.")},
-        {"role": "user", "content": text("It is late.")},
+        {"role": "tool", "tool_call_id": "c1", "content": "Rain."},
+        {"role": "tool", "tool_call_id": "c2", "content": "Sun."},
+        {"role": "user", "content": "It is late."},
     ]
     assert not request.prefix
 
@@ -72,7 +80,7 @@ def test_items_become_messages_of_a_chat():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"content": [{"type": "reasoning_text", "text": "Why?"}], "summary": [{"type": "x"}]},
+        {"content": [{"type": "reasoning_text", "text": "Why?"}], "summary": []},
         {"encrypted_content": "v4jax-reasoning:" + base64.b64encode(b"Why?").decode()},
         {"encrypted_content": "gAAAA", "summary": [{"type": "summary_text", "text": "Why?"}]},
     ],
@@ -111,7 +119,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
     ("fields", "message"),
     [
         ({"model": None}, "model is missing"),
-        ({"input": None}, "input has no content"),
+        ({"input": None}, "input is missing"),
         ({"input": [IMAGE]}, "input[0].content[0].type is 'input_image'; this model reads text"),
         ({"input": [RESULT | {"output": IMAGE["content"]}]}, "input[0].output[0].type is"),
         ({"input": [{"type": "item_reference", "id": "1"}]}, "input[0].type is 'item_reference'"),
@@ -142,18 +150,16 @@ WORDS = "model input message user assistant reasoning function_call function_cal
 
 
 @given(bodies(*WORDS.split(), "arguments", "output", "tools", "function", "namespace", "include"))
-def test_any_body_is_read_or_refused(body: dict[str, Any]):
-    fields = Fields({"model": "tiny", "input": "Hello"} | body)
+def test_any_body_is_read_or_refused(fields: dict[str, Any]):
     with contextlib.suppress(ApiError):
-        read_request(fields)
-        ResponseWriter(fields, "resp_1", 0).body()
+        writer(**fields).body()
 
 
 def written(answer: list[Update], **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The events of an answer, and the response."""
-    writer = ResponseWriter(Fields({"model": "tiny"} | fields), "resp_1", 0)
-    events = [event for update in answer for event in writer.events(update)]
-    return events, writer.body()
+    response = writer(**fields)
+    events = [event for update in answer for event in response.events(update)]
+    return events, response.body()
 
 
 @given(answers())
@@ -213,12 +219,6 @@ def test_usage_is_that_of_the_engine():
     }
 
 
-def script(prompt: str) -> str:
-    """An answer with a call if there are tools and no results yet."""
-    call = CALL if "city" in prompt and "<tool_result>" not in prompt else ""
-    return f"I think.</think>So be it.{call}"
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[serving.Running]:
     with serving.serve(script) as running:
@@ -236,6 +236,11 @@ def test_an_answer_has_reasoning_and_text(client: Any):
     assert [item.type for item in response.output] == ["reasoning", "message"]
     assert (response.output_text, response.status) == ("So be it.", "completed")
     assert response.output[0].content[0].text == "I think."
+    asked = client.responses.create(
+        model="tiny", input="Hello", stream=True, extra_body={"return_token_ids": True}
+    )
+    *_, last = asked
+    assert last.response.token_ids == [*serving.tokenizer().encode(script("")), 1]
     short = client.responses.create(model="tiny", input="Hello", max_output_tokens=2)
     assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
@@ -273,7 +278,7 @@ def test_errors_have_the_classes_of_the_client(client: Any):
     with pytest.raises(openai.UnprocessableEntityError, match="store is not supported"):
         client.responses.create(model="tiny", input="Hello", store=True)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        client.responses.create(model="tiny", input="Hello", max_output_tokens=5000)
+        client.responses.create(model="tiny", input="word " * 5000)
 
 
 @pytest.mark.parametrize("fault", ["error", "overload"])

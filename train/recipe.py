@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from v4jax.adapters.lora_settings import Lora
-from v4jax.text.files import read_text
+from v4jax.text.files import read_toml
 
 from .data.packing import PackSettings
 from .data.rendering import RenderSettings
@@ -338,10 +338,7 @@ def read(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe
     Raises:
       ValueError: the file is not TOML, or a name or value is not allowed in a recipe.
     """
-    try:
-        table = tomllib.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not TOML ({error}).") from None
+    table = read_toml(path)
     try:
         for key, text in (overrides or {}).items():
             _override(table, key, _toml(text))

@@ -171,6 +171,11 @@ def load(args: argparse.Namespace, path: Path) -> "LanguageModel":
     )
 
 
+def chat_revision(cfg: "ModelConfig") -> str:
+    """The revision of a checkpoint's chat format: those with a block drafter have the later one."""
+    return "0731" if cfg.dspark else "april"
+
+
 def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:
     """Arguments of `encode_chat` for a value of --thinking.
 
@@ -179,7 +184,7 @@ def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:
     """
     from v4jax.text.chat import EFFORTS
 
-    revision = "0731" if cfg.dspark else "april"
+    revision = chat_revision(cfg)
     if thinking == "off":
         return {"revision": revision}
     efforts = [effort for effort in EFFORTS[revision] if effort]

@@ -158,9 +158,10 @@ class ChatParser:
         self._member = ""
         self._json = ""
 
-    @checked(text=TEXT)
     def feed(self, text: str) -> list[Event]:
         """The events that this piece completes; text after the end of the sentence is dropped."""
+        # Called for every token: `checked` would take longer than all the rest.
+        TEXT("text", text)
         if self._state != "done":
             self._buffer += text
         while self._step():
@@ -188,14 +189,18 @@ class ChatParser:
 
     def _step(self) -> bool:
         """Consume some text; False if more is needed first."""
-        steps = {
-            "start": self._in_start,
-            "text": self._in_text,
-            "block": self._in_block,
-            "call": self._in_call,
-            "value": self._in_value,
-        }
-        return self._state != "done" and steps[self._state]()
+        match self._state:
+            case "start":
+                return self._in_start()
+            case "text":
+                return self._in_text()
+            case "block":
+                return self._in_block()
+            case "call":
+                return self._in_call()
+            case "value":
+                return self._in_value()
+        return False
 
     def _in_start(self) -> bool:
         if self._buffer != THINK and THINK.startswith(self._buffer):

@@ -1,10 +1,11 @@
-"""Read text and JSON from files, and show untrusted text on a terminal."""
+"""Read text, JSON and TOML from files, and show untrusted text on a terminal."""
 
 import codecs
 import collections
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ def decode(data: bytes) -> str:
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read the text of a file; see `decode`."""
     return decode(Path(path).read_bytes())
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+      ValueError: it is not TOML.
+      OSError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not TOML ({error}).") from None
 
 
 def parse_json(text: str) -> dict[str, Any]:

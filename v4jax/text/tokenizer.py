@@ -17,6 +17,8 @@ from v4jax.arguments import checked
 from v4jax.text import chat
 from v4jax.text.files import read_text
 
+_TOKEN_ID = arguments.integer(0, 2**32 - 1)
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer that adds no special tokens."""
@@ -85,15 +87,17 @@ class Tokenizer:
         """Id of a token by its name in the vocabulary, such as `chat.USER`; None if unknown."""
         return self._inner.token_to_id(token)
 
-    @checked(token_id=arguments.integer(0, 2**32 - 1))
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; empty for an id without a token."""
-        token = self._inner.id_to_token(token_id)
+        # Called for every token: `checked` would take longer than all the rest.
+        token = self._inner.id_to_token(_TOKEN_ID("token_id", token_id))
         if token is None:
             return b""
-        values = [_byte_values().get(char) for char in token]
-        known = [value for value in values if value is not None]
-        return bytes(known) if len(known) == len(values) else token.encode()
+        values = _byte_values()
+        try:
+            return bytes([values[char] for char in token])
+        except KeyError:
+            return token.encode()
 
     @checked(text=arguments.TEXT)
     def encode(self, text: str) -> list[int]:

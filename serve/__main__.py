@@ -34,7 +34,7 @@ examples:
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Options that are the engine's settings.
 _ENGINE_OPTIONS = (
-    *("max_seqs", "memory", "queue", "speculate"),
+    *("max_seqs", "memory", "queue", "speculate", "cache_dtype"),
     *("cache_ram", "cache_dir", "cache_disk"),
 )
 # After the drain, for the last bytes to reach slow clients.
@@ -138,6 +138,8 @@ def _add_engine(group: Any) -> None:
     add("--context", type=whole, metavar="N", help=text)
     text = "memory of the cache, such as 12GiB (default: room for --max-seqs full answers)"
     add("--memory", type=_size, metavar="SIZE", help=text)
+    text = "fp8 holds compressed entries in 60% of the memory, with the same answers; needs dtype "
+    add("--cache-dtype", choices=["fp8"], help=f"{text}bfloat16 (default: as --dtype)")
     text = "requests that may wait; more are refused (default: 1024)"
     add("--queue", type=whole, default=1024, metavar="N", help=text)
     add("--speculate", metavar="mtp:N", help="draft N tokens at a time with the MTP block")
@@ -156,7 +158,7 @@ def _add_model(group: Any) -> None:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
     text = "keep FP8 and FP4 weights quantised, to save memory"
     add("--keep-quantised", action="store_true", help=text)
-    add("--mesh", metavar="SIZES", help="shard the model over devices, such as tensor=4")
+    add("--mesh", metavar="SIZES", help="shard the model over devices, such as expert=8,tensor=4")
     options.add_revision(group)
     options.add_no_cache(group)
 

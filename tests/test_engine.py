@@ -18,7 +18,8 @@ from v4jax.decoding.loaded import Loaded
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.engine import Engine, Ticket
 from v4jax.engine.request import Event, QueueFull, Request, Token, Usage
-from v4jax.model import numerics
+from v4jax.model import numerics, params
+from v4jax.model.transformer import Model
 
 CFG = models.config(models.SLIDING, models.CSA, models.HCA, num_nextn_predict_layers=1)
 # Pages for one long sequence and two short ones, so that rows have to make way.
@@ -170,6 +171,30 @@ def test_nothing_is_read_that_was_not_written(loaded):
         got = ask(engine, *(fresh(request, 1) for request in requests))
         assert [answer.tokens for answer in got] == expected
         assert engine.stats().corrupted == 0
+
+
+def test_a_cache_of_bytes_gives_the_same_answers(tmp_path: Path):
+    how = numerics.OFFICIAL, jnp.dtype("bfloat16")
+    weights = params.init(Model(CFG), jax.random.key(0), jnp.bfloat16)
+    model, answers = Loaded(weights, CFG, *how), []
+    settings = SamplingParams(seed=1)
+    # Two requests that do not fit together, of which one has to make way.
+    requests = [
+        Request(tokens=TEXT[i : i + 240], max_tokens=300, sampling=settings)
+        for i in range(2)
+    ]
+    for cache_dtype in (None, "fp8"):
+        sizes: dict[str, Any] = SIZES | {"cache_dtype": cache_dtype, "pages": 5}
+        with Engine(model, **sizes, cache_dir=tmp_path / str(cache_dtype)) as engine:
+            answers.append([[answer.tokens for answer in ask(engine, *requests)] for _ in range(2)])
+            assert engine.stats().preemptions > 0
+    with Engine(model, **sizes, cache_dir=tmp_path / "fp8") as engine:
+        again = ask(engine, *requests)
+        assert sum(answer.usage.cached_tokens for answer in again) > 0
+        answers.append([[answer.tokens for answer in again]] * 2)
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(ValueError, match="numerics"):
+        Engine(dataclasses.replace(model, numerics=numerics.HF), **sizes)
 
 
 def test_prefixes_leave_the_device_and_come_back(loaded, tmp_path: Path):

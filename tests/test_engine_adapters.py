@@ -1,7 +1,6 @@
 """Adapters by the names of models: mixed in one engine, each answers as if it were alone."""
 
 import asyncio
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,18 +12,13 @@ import pytest
 from tests import models, serving
 from v4jax.adapters import lora
 from v4jax.adapters.lora import Lora
-from v4jax.decoding import loop
+from v4jax.decoding.loaded import Loaded
 from v4jax.engine.engine import Engine
 from v4jax.model import numerics
 
 CFG = models.config(models.CSA, models.HCA)
 PROMPT = models.tokens(CFG, 1, 150, seed=3)[0].tolist()
 NAMES = ("tiny", "red", "blue")
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    engine: loop.Engine
 
 
 def loaded(*modules: str) -> Loaded:
@@ -35,7 +29,7 @@ def loaded(*modules: str) -> Loaded:
         filled = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
         adapter = jax.tree.map(filled, lora.init(CFG, settings, jax.random.key(0)))
         model = lora.attach(model, CFG, settings, adapter)
-    return Loaded(loop.Engine(model, CFG, numerics.HF, jnp.float32))
+    return Loaded(model, CFG, numerics.HF, jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +47,7 @@ def server() -> Iterator[serving.Running]:
         ) as running,
     ):
         yield running
+        assert engine.stats().recompilations == 0
 
 
 async def ask(client: httpx.AsyncClient, model: str, user: str) -> Any:

@@ -40,6 +40,7 @@ def build(models: Mapping[str | None, Loaded], sizes: Settings) -> Core:
         widths=(BLOCK, sizes.chunk),
         stops=STOPS + len(base.config.eos_token_ids),
         groups=groups,
+        entries=sizes.cache_dtype,
     )
     weights = {name: model.weights for name, model in models.items()}
     device = Device(weights, shape, static, base.dtype)

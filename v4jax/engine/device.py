@@ -47,7 +47,8 @@ def empty(shape: Shape, static: Static, dtype: Any) -> tuple[Cache, Counts]:
         in_prompt_BV=jnp.zeros((shape.rows, cfg.vocab_size), bool),
         count_BV=jnp.zeros((shape.rows, cfg.vocab_size), jnp.int32),
     )
-    return paging.make(cfg, **sizes, dtype=dtype, mtp=static.drafts > 0), counts
+    how = {"dtype": dtype, "entries": shape.entries, "numerics": static.numerics}
+    return paging.make(cfg, **sizes, **how, mtp=static.drafts > 0), counts
 
 
 class Device:
@@ -106,31 +107,26 @@ class Device:
 
     def programs(self) -> list[tuple[str, Callable[[], Any]]]:
         """What compiles each program: a call that changes nothing but scratch."""
-        request = Request(tokens=(0, 0), sampling=SamplingParams(temperature=0))
-        idle = Sequence.of(request, lambda _: None, {})
-        idle.row, idle.length, idle.pages = 0, 1, [0]
+        programs: list[tuple[str, Callable[[], Any]]] = []
+        for adapter in self._models:
+            idle, of = _idle(adapter), f" of adapter {adapter}" if adapter else ""
+            chunks = [Chunk(idle, 0, 1, narrow) for narrow in (True, False)]
+            for width, chunk in zip(self.shape.widths, chunks, strict=True):
+                read = functools.partial(self.read_chunks, [chunk], {})
+                programs.append((f"chunks of {width} tokens{of}", read))
+            programs.append((f"steps{of}", functools.partial(self.advance, [idle], {}, 1)))
+        return [*programs, ("copies of pages and rows", self._move)]
 
-        def read(count: int, *, narrow: bool) -> Callable[[], Any]:
-            return lambda: self.read_chunks([Chunk(idle, 0, count, narrow)], {})
-
-        def move_page() -> None:
-            self.copy_page(0, 0)
-            for block in self.read_page(0, 1):
-                self.write_block(0, 0, block)
-
-        def move_row() -> None:
-            self.restore(0, 0, self.unpack(self.pack(self.snapshot(0, 0))))
-            idle.saved = self.save(idle)
-            self.resume(0, idle)
-            self.set_counts(idle)
-
-        return [
-            (f"chunks of {self.shape.widths[0]} tokens", read(1, narrow=True)),
-            (f"chunks of {self.shape.widths[1]} tokens", read(1, narrow=False)),
-            ("steps", lambda: self.advance([idle], {}, 1)),
-            ("copies of pages", move_page),
-            ("copies of rows", move_row),
-        ]
+    def _move(self) -> None:
+        """Run all that is not a program for the model."""
+        idle = _idle(None)
+        self.copy_page(0, 0)
+        for block in self.read_page(0, 1):
+            self.write_block(0, 0, block)
+        self.restore(0, 0, self.unpack(self.pack(self.snapshot(0, 0))))
+        idle.saved = self.save(idle)
+        self.resume(0, idle)
+        self.set_counts(idle)
 
     def read_chunks(
         self, chunks: Many[Chunk], allowed: Masks
@@ -285,6 +281,14 @@ class _Layout:
 def _host(value: Any, dtype: Any) -> Any:
     """An array of the host, untyped: see `arrays.AnyArray`."""
     return np.asarray(value, dtype)
+
+
+def _idle(adapter: str | None) -> Sequence:
+    """A sequence on the first row, whose page is scratch."""
+    request = Request(tokens=(0, 0), sampling=SamplingParams(temperature=0), adapter=adapter)
+    idle = Sequence.of(request, lambda _: None, {})
+    idle.row, idle.length, idle.pages = 0, 1, [0]
+    return idle
 
 
 @jax.jit

@@ -32,6 +32,7 @@ class Shape:
       widths: tokens of a prompt's last chunk and of the others, padded to these.
       stops: most stop tokens of a row.
       groups: groups of rows, of which each has as many slots and pages.
+      entries: how pages hold entries; see `paging.make`.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Shape:
     widths: tuple[int, int]
     stops: int
     groups: int = 1
+    entries: str | None = None
 
 
 def empty_rows(count: int, shape: Shape, static: Static) -> Rows:

@@ -228,6 +228,10 @@ class Memory:
                 blocks = self._device.read_page(page, len(keys))
                 for key, block in zip(keys, blocks, strict=True):
                     self._store.put(b"b" + key, block)
+                # Without a snapshot the blocks would be of no use after the end of the process.
+                ends = [key for key in keys if b"s" + key not in self._store]
+                snapshots = self._prefix.snapshots
+                self._keep([(key, snapshots[key]) for key in ends if key in snapshots])
 
     def _keep(self, dropped: list[tuple[bytes, Any]]) -> None:
         """Put snapshots that the index dropped into the store."""

@@ -60,8 +60,8 @@ def test_requests_are_answered_as_on_one_device(mesh, speculate, expected):
             assert [got.tokens for got in together] == [got.tokens for got in alone]
         for got, want in zip(alone, expected, strict=True):
             assert got.ids == want.ids
-            logprobs = [[token.logprob for token in answer.tokens] for answer in (got, want)]
-            np.testing.assert_allclose(*logprobs, atol=1e-4)
+            ours, theirs = ([t.logprob for t in answer.tokens] for answer in (got, want))
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
         shared = [dataclasses.replace(REQUESTS[3], max_tokens=40) for _ in range(4)]
         answers = ask(engine, *shared)
         assert len({answer.tokens for answer in answers}) == 1

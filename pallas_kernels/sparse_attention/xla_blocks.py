@@ -57,9 +57,10 @@ class Entries:
 
     def all(self) -> tuple[Float[Array, "S K"], Bool[Array, "Q S"]]:
         """All entries of the row, zero where no query sees them, and which each query sees."""
-        is_paged = isinstance(self.pool, Paged)
-        at = self.layer, self.row
-        entries_SK = self.pool.of_row(*at) if is_paged else self._read()
+        if isinstance(self.pool, Paged):
+            entries_SK = self.pool.of_row(self.layer, self.row)
+        else:
+            entries_SK = self._read()
         (queries, _), size = self.indices_Qk.shape, entries_SK.shape[0]
         column_Qk = jnp.where(self.indices_Qk >= 0, self.indices_Qk, size)
         seen_QS = jnp.zeros((queries, size), bool)

@@ -180,8 +180,7 @@ def test_a_cache_of_bytes_gives_the_same_answers(tmp_path: Path):
     settings = SamplingParams(seed=1)
     # Two requests that do not fit together, of which one has to make way.
     requests = [
-        Request(tokens=TEXT[i : i + 240], max_tokens=300, sampling=settings)
-        for i in range(2)
+        Request(tokens=TEXT[i : i + 240], max_tokens=300, sampling=settings) for i in range(2)
     ]
     for cache_dtype in (None, "fp8"):
         sizes: dict[str, Any] = SIZES | {"cache_dtype": cache_dtype, "pages": 5}

@@ -16,9 +16,9 @@ from v4jax.engine import device, inputs, programs
 from v4jax.engine.arrays import Counts, Rows, Static
 from v4jax.engine.build import STOPS
 from v4jax.engine.inputs import Shape
-from v4jax.engine.settings import PAGE
+from v4jax.engine.settings import page_of
 from v4jax.model import cache as caches
-from v4jax.model import numerics, paging, params, sharding
+from v4jax.model import numerics, params, sharding
 from v4jax.model.cache import BLOCK, Cache
 from v4jax.model.config import ExpertDtype, ModelConfig
 from v4jax.model.transformer import Model
@@ -121,8 +121,7 @@ def _of_engine(
     cfg: ModelConfig, mesh: Mesh, dtype: Any, *, batch: int, capacity: int, drafts: int
 ) -> tuple[Cache, Counts, Rows]:
     """The engine's arrays: each group of devices has its rows, their pages and a scratch page."""
-    groups, unit = sharding.row_groups(mesh), paging.page_unit(cfg)
-    page = -(-min(PAGE, capacity) // unit) * unit
+    groups, page = sharding.row_groups(mesh), page_of(capacity, cfg, mesh.devices.flat[0].platform)
     row_pages = -(-capacity // page)
     shape = Shape(
         rows=batch,

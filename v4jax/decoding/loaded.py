@@ -70,6 +70,11 @@ class Loaded:
         """The mesh of the weights; None if they are on one device."""
         return sharding.mesh_of(self.weights)
 
+    @property
+    def platform(self) -> str:
+        """Platform of the devices: 'cpu', 'tpu' or 'gpu'."""
+        return next(iter(jax.tree.leaves(self.weights)[0].devices())).platform
+
     def logits_of(self, rows: Sequence[Sequence[int]]) -> Float32[np.ndarray, "B T V"]:
         """Logits at every position of rows of equal length.
 

@@ -14,10 +14,13 @@ from v4jax.engine.inputs import Shape
 from v4jax.engine.programs import Static
 from v4jax.model import cache, paging, sharding
 from v4jax.model.cache import BLOCK
+from v4jax.model.config import ModelConfig
 
 MOST_DRAFTS = cache.SPARE - 1
 # Tokens of a page if the context is that long.
 PAGE = 4096
+# Kernels of dense attention take pages of this many entries or more.
+_ENTRIES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,14 @@ def drafts_of(speculate: str | None, model: Loaded) -> int:
     return int(count or 1)
 
 
+def page_of(context: int, cfg: ModelConfig, platform: str) -> int:
+    """Tokens of a page for sequences of up to `context` tokens, on devices of a platform."""
+    ratios = [kind.ratio for kind in cfg.layers]
+    least = 1 if platform == "cpu" else _ENTRIES * max(ratios)
+    unit = paging.page_unit(cfg)
+    return -(-max(least, min(PAGE, context)) // unit) * unit
+
+
 def check(settings: Settings, model: Loaded) -> Settings:
     """Settings with their defaults filled in.
 
@@ -102,7 +113,7 @@ def check(settings: Settings, model: Loaded) -> Settings:
     if settings.cache_dtype is not None:
         paging.require_exact(settings.cache_dtype, model.numerics, model.dtype)
     groups = sharding.row_groups(model.mesh)
-    page = settings.page or -(-min(PAGE, settings.context) // unit) * unit
+    page = settings.page or page_of(settings.context, model.config, model.platform)
     row_pages = -(-settings.context // page)
     settings = dataclasses.replace(
         settings,

@@ -64,13 +64,14 @@ def test_every_sampling_option_reaches_the_model(
     options = (
         "--max-tokens 5 --stop a --stop b --temperature 0.5 --top-p 0.9 --top-k 3 --min-p 0.1"
         " --seed 2 --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 2"
+        " --speculate mtp:2"
     )
     assert main(["generate", str(checkpoint), "-p", "x", *options.split()]) == 0
     assert capsys.readouterr().out == "1\n"
     expected = {
         **{"max_tokens": 5, "stop": ["a", "b"], "temperature": 0.5, "top_p": 0.9, "top_k": 3},
         **{"min_p": 0.1, "seed": 2, "repetition_penalty": 1.5, "presence_penalty": -1.0},
-        "frequency_penalty": 2.0,
+        **{"frequency_penalty": 2.0, "speculate": "mtp:2"},
     }
     assert model.asked == [("x", expected)]
 

@@ -67,8 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_sampling_options(parser.add_argument_group("sampling"))
     running = parser.add_argument_group("running")
     options.add_running_options(running)
-    text = "draft N tokens at a time with the MTP block"
-    running.add_argument("--speculate", metavar="mtp:N", help=text)
+    options.add_speculate(running)
     options.add_revision(running)
     options.add_no_cache(running)
 

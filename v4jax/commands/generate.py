@@ -53,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_sampling_options(parser.add_argument_group("sampling"))
     running = parser.add_argument_group("running")
     options.add_running_options(running)
+    options.add_speculate(running)
     options.add_revision(running)
     options.add_no_cache(running)
 
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         texts = [p if isinstance(p, str) else _chat_text(p, args, cfg) for p in prompts]
     model = options.load(args, directory)
     settings = {name: getattr(args, name) for name in _SAMPLING}
+    if args.speculate is not None:
+        settings["speculate"] = args.speculate
     if args.json or args.prompts is not None:
         for prompt, text in zip(prompts, texts, strict=True):
             fields = dataclasses.asdict(model.generate(text, **settings))

@@ -102,6 +102,12 @@ def add_running_options(group: Any) -> None:
     )
 
 
+def add_speculate(group: Any) -> None:
+    """Add the option that drafts."""
+    text = "draft N tokens at a time with the MTP block; the answer stays the same"
+    group.add_argument("--speculate", metavar="mtp:N", help=text)
+
+
 def add_revision(parser: Any) -> None:
     """Add the revision of a Hub id."""
     text = "branch, tag or commit of a Hub id (default: the main branch)"

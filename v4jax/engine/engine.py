@@ -27,6 +27,7 @@ from v4jax.engine.core import Counters
 from v4jax.engine.request import Event, QueueFull, Request
 from v4jax.engine.sequence import IDLE, Sequence
 from v4jax.engine.settings import Settings
+from v4jax.model.cache import BLOCK
 
 _log = logging.getLogger("v4jax.engine")
 
@@ -101,6 +102,8 @@ class Engine:
         """
         drafts = settings.drafts_of(speculate, model)
         self.settings = settings.check(Settings(**sizes, drafts=drafts), model)
+        if sizes.get("snapshots", 1) and not self.settings.snapshots:
+            _log.warning("No prefix is reused: a compression ratio does not divide %d.", BLOCK)
         self._models = dict[str | None, Loaded]({None: model}) | dict(adapters or {})
         self._core = build(self._models, self.settings)
         self._inbox: collections.deque[Sequence] = collections.deque()

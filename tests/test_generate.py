@@ -120,6 +120,16 @@ def test_prompts_are_continued_together_as_if_alone(model: LanguageModel) -> Non
     assert stopped[1].finish_reason == "stop"
 
 
+def test_windows_of_compressors_need_not_divide_blocks() -> None:
+    kinds = models.SLIDING, ("csa", 6), ("hca", 20)
+    cfg = models.config(*kinds, vocab_size=VOCAB, max_position_embeddings=512)
+    odd = LanguageModel(models.weights(cfg), cfg, HF, jnp.dtype("float32"))
+    prompt = (PROMPT * 4)[:131]
+    tokens = odd.generate(prompt, max_tokens=30, temperature=0.0).tokens
+    logits_TV = odd.logits([prompt + tokens])[0, len(prompt) - 1 : -1]
+    assert tokens == logits_TV.argmax(-1).tolist()
+
+
 def test_drafts_do_not_change_the_text() -> None:
     drafting = language_model(num_nextn_predict_layers=1)
     outputs = [

@@ -78,9 +78,14 @@ def checked(**kinds: Kind) -> Callable[[_F], _F]:
         ]
         hidden = ("self", "cls", *var_keyword)
         known = [name for name in {**signature.parameters, **kinds} if name not in hidden]
+        ordered, least = _positional(signature)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not kwargs and least <= len(args) <= len(ordered):
+                # Binding would take longer than most calls that are made for every token.
+                pairs = zip(ordered, args, strict=False)
+                return function(*(kinds[k](k, v) if k in kinds else v for k, v in pairs))
             for name in kwargs:
                 check_name(callee, name, known)
             try:
@@ -97,6 +102,19 @@ def checked(**kinds: Kind) -> Callable[[_F], _F]:
         return call
 
     return decorate
+
+
+def _positional(signature: inspect.Signature) -> tuple[list[str], int]:
+    """Names of the arguments that can be given by position, and how many have to be given.
+
+    There are none if others have to be given by name.
+    """
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    required = [p for p in parameters if p.default is p.empty]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required):
+        return [], 1
+    ordered = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    return ordered, len(required)
 
 
 def renamed(old: str, new: str) -> Callable[[_F], _F]:

@@ -87,10 +87,10 @@ class Tokenizer:
         """Id of a token by its name in the vocabulary, such as `chat.USER`; None if unknown."""
         return self._inner.token_to_id(token)
 
+    @checked(token_id=_TOKEN_ID)
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; empty for an id without a token."""
-        # Called for every token: `checked` would take longer than all the rest.
-        token = self._inner.id_to_token(_TOKEN_ID("token_id", token_id))
+        token = self._inner.id_to_token(token_id)
         if token is None:
             return b""
         values = _byte_values()

@@ -138,7 +138,7 @@ def _add_engine(group: Any) -> None:
     add("--context", type=whole, metavar="N", help=text)
     text = "memory of the cache, such as 12GiB (default: room for --max-seqs full answers)"
     add("--memory", type=_size, metavar="SIZE", help=text)
-    text = "fp8 holds compressed entries in 60% of the memory, with the same answers; needs dtype "
+    text = "fp8 holds compressed entries in 60%% of the memory, with the same answers; needs dtype "
     add("--cache-dtype", choices=["fp8"], help=f"{text}bfloat16 (default: as --dtype)")
     text = "requests that may wait; more are refused (default: 1024)"
     add("--queue", type=whole, default=1024, metavar="N", help=text)

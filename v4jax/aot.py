@@ -65,12 +65,12 @@ def lower(
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
     """
-    inputs = arguments(cfg, step, mesh, drafts=drafts, **sizes)
+    args = arguments(cfg, step, mesh, drafts=drafts, **sizes)
     with jax.set_mesh(mesh):
         if step == "advance":
             static = Static(cfg=cfg, numerics=rounding, drafts=drafts, top=top)
-            return programs.advance.lower(*inputs, static=static)
-        return getattr(steps, step).lower(*inputs, cfg=cfg, numerics=rounding)
+            return programs.advance.lower(*args, static=static)
+        return getattr(steps, step).lower(*args, cfg=cfg, numerics=rounding)
 
 
 def arguments(

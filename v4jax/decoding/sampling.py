@@ -11,12 +11,10 @@ Axis letters: B batch, T prompt tokens, V vocabulary, N alternatives reported pe
 import dataclasses
 import secrets
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped, UInt32
 
 from v4jax.arguments import checked, integer, number, optional
@@ -28,7 +26,6 @@ from v4jax.model.sharding import ROWS
 # Below this a float32 quotient can overflow; far above it, the draw is already the largest logit.
 _MIN_TEMPERATURE = 1e-30
 _MIN, _MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_WITH_VOCABULARY = ("in_prompt_BV", "count_BV")  # leaves with a vocabulary axis
 
 # Kinds of the fields of `SamplingParams`.
 KINDS = {
@@ -152,16 +149,6 @@ def settings(
         "frequency_B": reals("frequency_penalty"),
         "seed_B2": np.array([_seed_words(p.seed) for p in params], np.uint32),
     }
-
-
-def shardings(state: SamplingState, mesh: Mesh) -> SamplingState:
-    """The sharding of each array: rows like the batch, the vocabulary like that of the logits."""
-
-    def place(path: Any, array: Any) -> NamedSharding:
-        axes = ("batch", "vocab") if path[0].name in _WITH_VOCABULARY else ("batch",)
-        return sharding.place(axes, array.shape, mesh)
-
-    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def _occurs(

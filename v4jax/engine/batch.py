@@ -25,6 +25,7 @@ def answer(
 
     Raises:
       NotFiniteError: a request's logits are not finite.
+      RuntimeError: a request's watcher or constraint has raised an error.
       ValueError: `speculate` is not valid for the model.
     """
     core = build({None: model}, _settings(model, requests, speculate))
@@ -41,7 +42,9 @@ def answer(
             i, event = events.popleft()
             left -= event.finish is not None
             yield i, event
-            if event.finish == "error" and not sequences[i].failed:
+            if event.finish == "error":
+                if sequences[i].failed:
+                    raise RuntimeError("A request could not be read to its end; the log says why.")
                 raise NotFiniteError
 
 

@@ -249,7 +249,7 @@ def _service(
         grammars=Grammars(model.tokenizer, vocab_size, eos_ids),
         vocab_size=vocab_size,
         eos_ids=eos_ids,
-        revision=options.chat_revision(model.config),
+        revision=model.config.chat_revision,
         names=names,
         adapters=adapters,
         limits=Limits(context=engine.settings.context, seconds=args.request_seconds),

@@ -60,7 +60,7 @@ def report(cfg: ModelConfig) -> Report:
     sizes = release_bytes(cfg)
     return Report(
         variant=_variant(cfg),
-        revision="0731" if cfg.dspark else "april",
+        revision=cfg.chat_revision,
         layers=dict(kinds),
         total=params.count(Model(dataclasses.replace(cfg, num_nextn_predict_layers=0))),
         mtp=sum(spec.size for spec in _drafter(cfg) if spec.stored != "i64"),

@@ -327,14 +327,10 @@ class LanguageModel(Loaded):
 
     def _chat_settings(self, thinking: str) -> dict[str, Any]:
         """Arguments of `encode_chat` for a reasoning effort."""
-        revision = "0731" if self.config.dspark else "april"
-        if thinking == "off":
-            return {"revision": revision}
-        return {
-            "revision": revision,
-            "thinking_mode": "thinking",
-            "reasoning_effort": thinking,
-        }
+        settings: dict[str, Any] = {"revision": self.config.chat_revision}
+        if thinking != "off":
+            settings |= {"thinking_mode": "thinking", "reasoning_effort": thinking}
+        return settings
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not tokens:

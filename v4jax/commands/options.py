@@ -177,11 +177,6 @@ def load(args: argparse.Namespace, path: Path) -> "LanguageModel":
     )
 
 
-def chat_revision(cfg: "ModelConfig") -> str:
-    """The revision of a checkpoint's chat format: those with a block drafter have the later one."""
-    return "0731" if cfg.dspark else "april"
-
-
 def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:
     """Arguments of `encode_chat` for a value of --thinking.
 
@@ -190,7 +185,7 @@ def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:
     """
     from v4jax.text.chat import EFFORTS
 
-    revision = chat_revision(cfg)
+    revision = cfg.chat_revision
     if thinking == "off":
         return {"revision": revision}
     efforts = [effort for effort in EFFORTS[revision] if effort]

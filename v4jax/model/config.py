@@ -166,5 +166,10 @@ class ModelConfig:
         """The kind of every MTP block: sliding attention, learned routing."""
         return LayerKind("sliding", 0, "routed")
 
+    @property
+    def chat_revision(self) -> str:
+        """The revision of the chat format: checkpoints with a block drafter have the later one."""
+        return "0731" if self.dspark else "april"
+
 
 CONFIG = instance("a ModelConfig, such as v4jax.presets.get('flash')", ModelConfig)

@@ -123,13 +123,13 @@ def require_exact(entries: str, numerics: Numerics | None, dtype: Any) -> None:
         raise ValueError(f"entries is {entries!r}; it must be 'fp8' or None.")
     if numerics is None or not numerics.rounded_cache:
         raise ValueError(
-            "entries='fp8' would change entries that the numerics do not round to FP8; use "
-            "numerics='official', or leave entries out."
+            "A cache in 'fp8' would change entries that the numerics do not round to FP8; use "
+            "numerics='official', or keep the cache in the model's dtype."
         )
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise ValueError(
-            f"entries='fp8' holds rotated channels in bfloat16, and this model's are "
-            f"{jnp.dtype(dtype).name}; load it in bfloat16, or leave entries out."
+            f"A cache in 'fp8' holds rotated channels in bfloat16, and this model's are "
+            f"{jnp.dtype(dtype).name}; load it in bfloat16, or keep the cache in its dtype."
         )
 
 

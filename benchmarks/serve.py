@@ -1,18 +1,19 @@
 """A load on a server, and the same on its engine without HTTP, in one run.
 
-    python -m benchmarks.serve [--model bench] [--loads plain shared turns aborts open]
+    python -m benchmarks.serve [--model bench] [--loads plain shared turns aborts open prefix]
     python -m benchmarks.serve --url http://127.0.0.1:8000 --served-model NAME
 
 In a closed loop a number of clients each send a request once their last one is answered; in an open
 loop requests arrive at random, at half the rate that the closed one reached. The server and the
-engine take turns. Prints a table, appends JSONL and draws it. With --url, a server that runs is
-measured alone.
+engine take turns, in several rounds. Prints a table, appends JSONL and draws it. With --url, a
+server that runs is measured alone.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -62,11 +63,11 @@ class Load:
     name: str
     clients: int
     is_open: bool = False
-    conversations: int = 4
+    conversations: int = 2
     turns: int = 1
     shared: int = 0
     new: int = 128
-    answer: int = 64
+    answer: int = 128
     leave: int = 0
 
 
@@ -79,6 +80,8 @@ def loads(names: list[str], clients: int) -> list[Load]:
         Load(name="shared", clients=clients, shared=1024),
         Load(name="turns", clients=clients, conversations=1, turns=4),
         Load(name="aborts", clients=clients, leave=4),
+        # The first request of each round reads the whole prompt, the others find most of it.
+        Load(name="prefix", clients=1, conversations=8, shared=8192, answer=16),
     ]
     return [load for load in every if load.name in names]
 
@@ -105,11 +108,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["plain", "open", "shared", "turns", "aborts"]
+    names = ["plain", "open", "shared", "turns", "aborts", "prefix"]
     parser.add_argument("--loads", nargs="+", choices=names, default=names)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--model", default="bench", help="a preset with random weights, or a path")
-    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--context", type=int, default=12288)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--speculate", metavar="mtp:N")
     parser.add_argument("--url", help="measure this server only")
@@ -117,12 +121,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--png", type=Path, default=Path("benchmarks/serve.png"))
     args = parser.parse_args()
+    every = loads(args.loads, args.clients)
     with contextlib.ExitStack() as stack:
         if args.url:
             targets = {"server": over_http(args.url, args.served_model)}
         else:
             targets = _both(args, stack)
-        rows = asyncio.run(_measure_all(targets, loads(args.loads, args.clients)))
+        rows = asyncio.run(_measure_all(targets, every, args.rounds))
     append(rows, args.output / "serve.jsonl", model=args.model, speculate=args.speculate)
     draw(rows, args.png)
     return 0
@@ -204,33 +209,39 @@ def on_engine(engine: Any, eos: tuple[int, ...]) -> Target:
     return stream
 
 
-async def _measure_all(targets: dict[str, Target], every: list[Load]) -> list[dict[str, Any]]:
+async def _measure_all(
+    targets: dict[str, Target], every: list[Load], rounds: int
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     rates: dict[str, float] = {}
     print(f"{'load':8}{'clients':>8} {'target':8}{'tokens/s':>9}{'cached':>8}", end="")
     print("".join(f"{text + ', p50 p90 p99 ms':>36}" for text in LATENCIES.values()))
     for number, load in enumerate(every):
-        for name, target in targets.items():
-            began = time.perf_counter()
+        answers: dict[str, list[Answer]] = {name: [] for name in targets}
+        seconds = dict.fromkeys(targets, 0.0)
+        for lap, (name, target) in itertools.product(range(rounds), targets.items()):
+            began, seed = time.perf_counter(), number * rounds + lap
             if load.is_open:
-                answers = await _open(target, load, number, rates.get(name, 2.0) / 2)
+                answers[name] += await _open(target, load, seed, rates.get(name, 2.0) / 2)
             else:
-                answers = await _closed(target, load, number)
-            seconds = time.perf_counter() - began
+                answers[name] += await _closed(target, load, seed)
+            seconds[name] += time.perf_counter() - began
+        for name in targets:
             if load.name == "plain":
-                rates[name] = len(answers) / seconds
-            rows.append(dataclasses.asdict(load) | {"target": name} | _row(answers, seconds))
+                rates[name] = len(answers[name]) / seconds[name]
+            row = {"rounds": rounds, "target": name} | _row(answers[name], seconds[name])
+            rows.append(dataclasses.asdict(load) | row)
             _print(rows[-1])
     return rows
 
 
-async def _closed(target: Target, load: Load, number: int) -> list[Answer]:
+async def _closed(target: Target, load: Load, seed: int) -> list[Answer]:
     answers: list[Answer] = []
     waiting = iter(range(load.clients * load.conversations))
 
     async def client() -> None:
         for conversation in waiting:
-            await _converse(target, load, [number, conversation], answers)
+            await _converse(target, load, [seed, conversation], answers)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(load.clients):
@@ -238,12 +249,12 @@ async def _closed(target: Target, load: Load, number: int) -> list[Answer]:
     return answers
 
 
-async def _open(target: Target, load: Load, number: int, rate: float) -> list[Answer]:
+async def _open(target: Target, load: Load, seed: int, rate: float) -> list[Answer]:
     answers: list[Answer] = []
-    gaps = np.random.default_rng(number).exponential(1 / rate, load.clients * load.conversations)
+    gaps = np.random.default_rng(seed).exponential(1 / rate, load.clients * load.conversations)
     async with asyncio.TaskGroup() as group:
         for conversation, gap in enumerate(gaps):
-            group.create_task(_converse(target, load, [number, conversation], answers))
+            group.create_task(_converse(target, load, [seed, conversation], answers))
             await asyncio.sleep(gap)
     return answers
 

@@ -61,6 +61,12 @@ class Core:
         """Whether a sequence waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.idle)
 
+    @property
+    def answering(self) -> bool:
+        """Whether a request waits or runs; else there is at most the prefix cache to fill."""
+        scheduler = self.scheduler
+        return bool(scheduler.waiting) or any(not s.is_idle for s in scheduler.running)
+
     def sequence(self, request: Request, notify: Callable[[Event], object]) -> Sequence:
         """A sequence for a request that is submitted now; see `Engine.submit`. On any thread."""
         vocab = self.device.static.cfg.vocab_size

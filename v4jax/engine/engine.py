@@ -30,6 +30,8 @@ from v4jax.engine.settings import Settings
 from v4jax.model.cache import BLOCK
 
 _log = logging.getLogger("v4jax.engine")
+# Seconds without a request before answers are sealed.
+_PAUSE_SECONDS = 0.03
 
 
 @dataclasses.dataclass
@@ -262,8 +264,11 @@ class Engine:
     def _wait(self) -> bool:
         """Wait for work; False once the engine is closed."""
         with self._condition:
-            work = lambda: self._inbox or self._core.busy or self._closing
-            self._condition.wait_for(work)
+            arrived = lambda: self._inbox or self._closing
+            if not self._core.answering:
+                # A client often goes on at once, and would wait for the answer to be sealed.
+                self._condition.wait_for(arrived, _PAUSE_SECONDS)
+            self._condition.wait_for(lambda: arrived() or self._core.busy)
             return not self._closing
 
     def _end_all(self) -> None:

@@ -35,7 +35,7 @@ _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Options that are the engine's settings.
 _ENGINE_OPTIONS = (
     *("max_seqs", "memory", "queue", "speculate", "cache_dtype"),
-    *("cache_ram", "cache_dir", "cache_disk"),
+    *("cache_ram", "cache_dir", "cache_disk", "routed_experts"),
 )
 # After the drain, for the last bytes to reach slow clients.
 _CLOSE_SECONDS = 5
@@ -143,6 +143,9 @@ def _add_engine(group: Any) -> None:
     text = "requests that may wait; more are refused (default: 1024)"
     add("--queue", type=whole, default=1024, metavar="N", help=text)
     add("--speculate", metavar="mtp:N", help="draft N tokens at a time with the MTP block")
+    text = "let requests ask for the experts chosen for each token"
+    flag = {"dest": "routed_experts", "action": "store_true"}
+    add("--return-routed-experts", **flag, help=text)
     text = "RAM for prefixes that leave the device, such as 4GiB (default: none)"
     add("--cache-ram", type=_size, default=0, metavar="SIZE", help=text)
     add("--cache-dir", type=Path, metavar="DIR", help="directory that keeps prefixes, also later")

@@ -61,6 +61,7 @@ async def _updates(
         constraint=constraint,
         top_logprobs=max(alternatives),
         prompt_logprobs=request.prompt_logprobs is not None,
+        routed_experts=request.routed_experts,
         adapter=service.adapter(request.model),
         salt=request.user,
     )
@@ -159,4 +160,5 @@ async def _next(events: asyncio.Queue[Event | None], last: Event, seconds: float
     finish = newest.finish or (None if len(news) == len(waiting) else "overload")
     tokens = tuple(token for event in news for token in event.tokens)
     prompt = tuple(token for event in news for token in event.prompt)
-    return Event(tokens, "overload" if finish == "abort" else finish, newest.usage, prompt)
+    finish = "overload" if finish == "abort" else finish
+    return Event(tokens, finish, newest.usage, prompt, newest.expert_TLA)

@@ -68,6 +68,7 @@ BODY = table(
     logprobs=default(FLAG, False),
     top_logprobs=ALTERNATIVES,
     prompt_logprobs=ALTERNATIVES,
+    return_routed_experts=default(FLAG, False),
     response_format=dialects.answer_format(nested=True),
     tools=sequence(_TOOL, most=dialects.MAX_TOOLS),
     tool_choice=text_or(table(function=required(table(name=required(NAME)))), dialects.TOOL_CHOICE),
@@ -108,6 +109,7 @@ def read_request(body: Fields, *, strict: bool) -> ChatRequest:
         json=body.response_format,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        routed_experts=body.return_routed_experts,
         include_usage=dialects.include_usage(body),
         prefix=_is_prefix(body),
     )

@@ -37,7 +37,7 @@ from .fields import (
     required,
     table,
 )
-from .openai_chat import LOWEST, finish_reason, head, usage_fields
+from .openai_chat import LOWEST, experts, finish_reason, head, usage_fields
 from .service import Service
 from .streams import DONE, Writer, respond
 
@@ -76,6 +76,7 @@ BODY = table(
     max_tokens=default(integer(0), _DEFAULT_TOKENS),
     stop=dialects.STOP,
     logprobs=dialects.ALTERNATIVES,
+    return_routed_experts=default(FLAG, False),
     stream_options=dialects.STREAM_OPTIONS,
 )
 
@@ -127,6 +128,7 @@ def read_request(body: Fields, service: Service) -> CompletionRequest:
         stop=body.stop,
         top_logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        routed_experts=body.return_routed_experts,
         include_usage=dialects.include_usage(body),
     )
 
@@ -222,6 +224,7 @@ class CompletionWriter(Writer):
         if request.token_ids:
             choice["token_ids"] = [token.id for update in updates for token in update.tokens]
             choice |= {"prompt_token_ids": prompt} if begins else {}
+        choice |= experts(last)
         if last.finish is not None:
             self._usages.append(last.usage)
         return choice

@@ -39,6 +39,7 @@ class TextRequest:
       token_ids: report token ids of prompt and answer.
       prompt_logprobs: number of alternatives to report with each token of the prompt; None for no
         log-probabilities of these.
+      routed_experts: report the experts chosen for each token.
     """
 
     model: str
@@ -51,6 +52,7 @@ class TextRequest:
     user: str = ""
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    routed_experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Update:
       prompt: tokens of the prompt, once, if their ids or log-probabilities were asked for.
       stop: the stop string that has ended the answer; None if none has.
       index: which of the request's answers it is of.
+      expert_TLA: at the end, the experts chosen for each token, if they were asked for.
     """
 
     deltas: tuple[Delta, ...]
@@ -120,6 +123,7 @@ class Update:
     prompt: tuple[Token, ...] = ()
     stop: str | None = None
     index: int = 0
+    expert_TLA: Any = None
 
     @property
     def is_empty(self) -> bool:

@@ -1,10 +1,13 @@
 """Chat completions, as in DeepSeek's and OpenAI's interfaces: answers, whole and streamed."""
 
+import base64
+import io
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -52,6 +55,15 @@ def usage_fields(usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
 def finish_reason(update: Update) -> str | None:
     """Why an answer has ended, by this dialect's name."""
     return "insufficient_system_resource" if update.finish == "overload" else update.finish
+
+
+def experts(last: Update) -> dict[str, Any]:
+    """The experts chosen for each token, as the bytes of an .npy file in base64."""
+    if last.expert_TLA is None:
+        return {}
+    file = io.BytesIO()
+    np.save(file, last.expert_TLA)
+    return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
 
 
 def head(kind: str, prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
@@ -120,7 +132,7 @@ class ChatWriter(Writer):
         choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": None}
         if updates and self._request.token_ids:
             choice["token_ids"] = [token.id for update in updates for token in update.tokens]
-        return choice
+        return choice | (experts(updates[-1]) if updates else {})
 
     def _prompt(self, prompt: Sequence[Token]) -> dict[str, Any]:
         """What was asked about the prompt's tokens."""

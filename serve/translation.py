@@ -132,7 +132,8 @@ class Translation:
         prompt, tokens, reasoning = self._prompt, tuple(self._tokens), self._reasoning
         new = reasoning - self._reported
         update = Update(
-            deltas, tokens, new, finish, event.usage, reasoning, prompt, self._reader.stop
+            *(deltas, tokens, new, finish, event.usage, reasoning, prompt, self._reader.stop),
+            expert_TLA=event.expert_TLA,
         )
         self._prompt, self._tokens, self._reported = (), [], reasoning
         if finish == "tool_calls" and self._may_keep:

@@ -20,7 +20,7 @@ import numpy as np
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.pages import Pages
 from v4jax.engine.programs import STEPS
-from v4jax.engine.request import Request
+from v4jax.engine.request import Event, Request
 from v4jax.engine.scheduler import Chunk, Scheduler
 from v4jax.engine.sequence import Sequence
 from v4jax.model.cache import BLOCK, SPARE
@@ -111,6 +111,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "top_logprobs": 1,
         "sampling": SamplingParams(frequency_penalty=-1),
     },
+    "routed": {"routed_experts": True},
+    "routed and held": {"routed_experts": True, "constraint": Wakes},
 }
 
 
@@ -132,6 +134,11 @@ def answer_of(request: Request) -> tuple[list[int], str]:
     except RuntimeError:
         return answer, "error"
     return answer, "length"
+
+
+def routed(event: Event) -> list[int]:
+    """The expert of each token that was read: see `Device`."""
+    return [] if event.expert_TLA is None else event.expert_TLA[:, 0, 0].tolist()
 
 
 @functools.cache
@@ -156,6 +163,8 @@ class _Row:
 
 class Device:
     """What `core` and `memory` call, with lists of entries for pages and rings.
+
+    The one expert chosen for a token is the token.
 
     Attributes:
       scheduler: who shares pages; to be set.
@@ -184,6 +193,7 @@ class Device:
         groups, width = self._pages.groups, max(chunk.count for chunk in chunks)
         sampled, draft_Gk = _outputs(groups, 1), np.zeros((groups, self.width - 1), np.int32)
         id_GT, logprob_GT = np.zeros((groups, width), int), np.zeros((groups, width))
+        expert_GTLA = np.zeros((groups, width, 1, 1), np.int16)
         for chunk in chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
             group = sequence.group
@@ -196,13 +206,14 @@ class Device:
                 draft_Gk[group] = self._drafts(row)
                 self._counted[_slot(sequence)] = row.tokens
             next_T = [*sequence.tokens[start + 1 : end + 1], 0][: chunk.count]
+            expert_GTLA[group, : chunk.count, 0, 0] = sequence.tokens[start:end]
             id_GT[group, : chunk.count] = next_T
             pairs = zip(entries[start:end], next_T, strict=True)
             logprob_GT[group, : chunk.count] = [logprob(*pair) for pair in pairs]
         tops = {"top_id_GTN": id_GT[..., None], "top_logprob_GTN": logprob_GT[..., None]}
         scores = SimpleNamespace(logprob_GT=logprob_GT, **tops)
         is_scored = any(chunk.sequence.request.prompt_logprobs for chunk in chunks)
-        return sampled, draft_Gk, scores if is_scored else None
+        return sampled, draft_Gk, scores if is_scored else None, expert_GTLA
 
     def advance(self, sequences: list[Sequence], masks: dict[int, Any], steps: int) -> Any:
         assert len({sequence.request.adapter for sequence in sequences}) == 1
@@ -230,7 +241,7 @@ class Device:
                 self.drafted[row.sequence] - row.sequence.usage.drafted_tokens
             )
             drafting.right_B[slot] = self.right[row.sequence] - row.sequence.usage.accepted_tokens
-        return sampled, drafting, n
+        return sampled, drafting, n, sampled.expert_BTLA
 
     def fetch(self, outputs: Any) -> Any:
         return outputs
@@ -345,6 +356,7 @@ def _outputs(rows: int, tokens: int) -> Any:
         logprob_BT=zeros(np.float32),
         top_id_BTN=zeros(np.int32, TOP),
         top_logprob_BTN=zeros(np.float32, TOP),
+        expert_BTLA=zeros(np.int16, 1, 1),
     )
 
 
@@ -362,5 +374,6 @@ def _sample(row: _Row, entry: int, mask_W: np.ndarray | None, place: tuple[Any, 
     sampled.real_BT[b, t], sampled.token_BT[b, t] = True, token
     sampled.logprob_BT[b, t] = math.nan if failed else logprob(entry, token)
     sampled.top_id_BTN[b, t] = token
+    sampled.expert_BTLA[b, t] = row.tokens[-1]
     row.tokens.append(token)
     row.left = 0 if failed or token in request.stop_tokens else row.left - 1

@@ -117,7 +117,11 @@ class ScriptedEngine:
         self._running -= 1
         self.finished.append(finish)
         usage.seconds = time.monotonic() - began
-        notify(Event(tuple(pending), finish, usage, prompt))  # pyright: ignore[reportArgumentType]
+        expert_TLA = None
+        if request.routed_experts:
+            read = usage.prompt_tokens + usage.completion_tokens - 1
+            expert_TLA = np.arange(read * 2 * 3, dtype=np.int16).reshape(read, 2, 3)
+        notify(Event(tuple(pending), finish, usage, prompt, expert_TLA))  # pyright: ignore[reportArgumentType]
 
     def _cached(self, request: Request) -> int:
         blocks = [tuple(request.tokens[:end]) for end in range(128, len(request.tokens), 128)]

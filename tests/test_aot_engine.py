@@ -1,4 +1,4 @@
-"""The engine's step for full-size Flash, 64 rows of a million tokens each, on absent devices.
+"""The engine's programs for full-size Flash, 64 rows of a million tokens each, on absent devices.
 
 All run in one process, because two processes cannot load libtpu at the same time.
 """
@@ -20,9 +20,10 @@ pytestmark = [pytest.mark.full_compilation, pytest.mark.slow]
 ROWS, CONTEXT = 64, 2**20
 
 
-def compiled(cfg: ModelConfig, mesh: Mesh, **sizes: Any) -> jax.stages.Compiled:
+def compiled(cfg: ModelConfig, step: aot.Step, mesh: Mesh, **sizes: Any) -> jax.stages.Compiled:
     pallas_kernels.clear_choices()
-    return aot.lower(cfg, "advance", mesh, expert_format="fp4", **sizes).compile()
+    sizes |= {"batch": ROWS, "capacity": CONTEXT, "expert_format": "fp4"}
+    return aot.lower(cfg, step, mesh, **sizes).compile()
 
 
 def without_kernels(target: str) -> set[str]:
@@ -33,15 +34,20 @@ def without_kernels(target: str) -> set[str]:
 
 
 def check_pools(cfg: ModelConfig, program: jax.stages.Compiled, rows: int) -> None:
-    """No pool is copied or moved, and nothing else of the size of one is made."""
-    assert targets.temporaries(program) < 64e6
+    """No pool is copied or moved."""
     text, pages = str(program.as_text()), rows * CONTEXT // PAGE + 1
     moved = audit.collectives(text)
     for ratio in {kind.ratio for kind in cfg.layers if kind.ratio}:
         assert f"[1,{pages},{PAGE // ratio}," in text or f"[20,{pages},{PAGE // ratio}," in text
         assert not audit.copies(text, pages, PAGE // ratio)
         assert not any(collective.moves(pages, PAGE // ratio) for collective in moved)
-    assert audit.moved(moved) < 210e6
+
+
+def check_step(cfg: ModelConfig, program: jax.stages.Compiled, rows: int) -> None:
+    """Pools stay in place, and nothing else of the size of one is made."""
+    check_pools(cfg, program, rows)
+    assert targets.temporaries(program) < 64e6
+    assert audit.moved(audit.collectives(str(program.as_text()))) < 210e6
 
 
 @pytest.mark.parametrize(("pod", "experts", "drafts"), [("v6e:8x8", 64, 2), ("tpu7x:2x2x1", 8, 0)])
@@ -50,15 +56,23 @@ def test_a_pod_decodes_64_rows_of_a_million_tokens_in_place(
 ) -> None:
     flash = presets.get("flash")
     mesh = aot.topology_mesh(pod, expert=experts)
-    program = compiled(flash, mesh, batch=ROWS, capacity=CONTEXT, drafts=drafts)
-    check_pools(flash, program, ROWS // experts)
+    program = compiled(flash, "advance", mesh, drafts=drafts)
+    check_step(flash, program, ROWS // experts)
     assert without_kernels("tpu") == {"rotary.rotate"}  # for fewer than 64 tokens of a device
+
+
+def test_a_pod_reads_a_chunk_of_64_prompts_in_place() -> None:
+    flash = presets.get("flash")
+    program = compiled(flash, "read", aot.topology_mesh("v6e:8x8", expert=64), drafts=2)
+    check_pools(flash, program, 1)
+    assert targets.temporaries(program) < 4e9
+    assert without_kernels("tpu") == {"rotary.rotate"}  # for the newest token, to draft from it
 
 
 def test_eight_h200_decode_64_rows_of_a_million_tokens_in_place() -> None:
     flash = presets.get("flash")
     mesh = sharding.make_mesh(expert=8, devices=targets.devices("h200"))
-    program = compiled(flash, mesh, batch=ROWS, capacity=CONTEXT)
-    check_pools(flash, program, ROWS // 8)
+    program = compiled(flash, "advance", mesh)
+    check_step(flash, program, ROWS // 8)
     without = {"dense_attention.decode", "hyper.head", "hyper.post", "hyper.pre", "rotary.rotate"}
     assert without_kernels("gpu") == without

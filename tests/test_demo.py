@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import v4jax
 from v4jax import presets
@@ -13,6 +15,9 @@ from v4jax.__main__ import main
 from v4jax.checkpoints import hub
 from v4jax.checkpoints.safetensors_directory import Checkpoint
 from v4jax.commands import demo, inspect
+from v4jax.decoding.sampling import SamplingParams
+from v4jax.engine.batch import answer
+from v4jax.engine.request import Request
 from v4jax.language_model import LanguageModel
 from v4jax.model import params
 from v4jax.model.transformer import Model
@@ -87,6 +92,44 @@ def test_more_than_half_of_its_drafts_are_accepted(model: LanguageModel) -> None
     sums, _ = loss.sums(*how, batch, mtp=True, agreement=True)
     counts = loss.counts(batch, sums)
     assert float(sums["mtp_agreement"] / counts["mtp_agreement"]) > 0.5
+
+
+def test_drafts_do_not_change_the_distribution_of_samples(model: LanguageModel) -> None:
+    """Where a sample lies in the distribution that the model gives it is uniform on 0 to 1."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    requests = [
+        Request(
+            tokens=tokenizer.encode(tiny.PROMPTS[seed % len(tiny.PROMPTS)]),
+            max_tokens=100,
+            sampling=SamplingParams(temperature=0.8, seed=seed),
+        )
+        for seed in range(32)
+    ]
+    texts = [[*request.tokens] for request in requests]
+    drafted = accepted = 0
+    for i, event in answer(model, requests, speculate="mtp:2"):
+        texts[i] += [token.id for token in event.tokens]
+        if event.finish:
+            drafted += event.usage.drafted_tokens
+            accepted += event.usage.accepted_tokens
+    assert accepted > 0.2 * drafted > 300
+    length = max(len(text) for text in texts)
+    logits_BTV = model.logits_of([text + [0] * (length - len(text)) for text in texts])
+
+    def places(temperature: float) -> list[float]:
+        """Shares of probability before each sample, the most probable tokens first."""
+        rng, values = np.random.default_rng(0), []
+        probability_BTV = np.asarray(jax.nn.softmax(logits_BTV / temperature))
+        for request, text, probability_TV in zip(requests, texts, probability_BTV, strict=True):
+            for at in range(len(request.tokens), len(text)):
+                own_V, token = probability_TV[at - 1], text[at]
+                before = own_V[own_V > own_V[token]].sum()
+                values.append(before + rng.uniform() * own_V[token])
+        return values
+
+    assert scipy.stats.kstest(places(0.8), "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(places(0.9), "uniform").pvalue < 1e-6
 
 
 def test_the_demo_streams_text_and_reports_its_speed(output: str) -> None:

@@ -18,7 +18,7 @@ from v4jax.decoding.loaded import Loaded
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine.engine import Engine, Ticket
 from v4jax.engine.request import Event, QueueFull, Request, Token, Usage
-from v4jax.model import numerics, params
+from v4jax.model import numerics, params, transformer
 from v4jax.model.transformer import Model
 
 CFG = models.config(models.SLIDING, models.CSA, models.HCA, num_nextn_predict_layers=1)
@@ -34,7 +34,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module", params=[None, "mtp:2"])
 def engine(loaded: Loaded, request: Any) -> Iterator[Engine]:
-    with Engine(loaded, **SIZES, speculate=request.param) as engine:
+    with Engine(loaded, **SIZES, speculate=request.param, routed_experts=True) as engine:
         yield engine
         assert engine.stats().recompilations == 0
 
@@ -47,6 +47,7 @@ class Answer:
     finish: str | None
     usage: Usage
     prompt: tuple[Token, ...]
+    expert_TLA: Any = None
 
     @property
     def ids(self) -> list[int]:
@@ -60,7 +61,7 @@ async def answer(engine: Engine, request: Request, delay: float = 0) -> Answer:
         tokens += event.tokens
         prompt += event.prompt
     assert event is not None
-    return Answer(tuple(tokens), event.finish, event.usage, tuple(prompt))
+    return Answer(tuple(tokens), event.finish, event.usage, tuple(prompt), event.expert_TLA)
 
 
 def ask(engine: Engine, *requests: Request) -> list[Answer]:
@@ -270,6 +271,21 @@ def test_the_prompt_can_be_scored(engine):
     assert (got.tokens, got.finish) == ((), "length")
 
 
+def test_the_chosen_experts_are_those_of_a_pass_over_the_text(engine, loaded):
+    request = Request(tokens=TEXT[:300], max_tokens=30, sampling=SamplingParams(seed=2))
+    requests = [request, dataclasses.replace(request, routed_experts=True)]
+    _, *answers = (ask(engine, request)[0] for request in [*requests, requests[1]])
+    for got in answers:
+        text_BT = jnp.asarray([TEXT[:300] + got.ids])
+        choice = lambda _kind, trace, _context: trace.routing.expert_BTA
+        *_, watched = transformer.forward_rows(
+            loaded.weights, CFG, numerics.HF, text_BT[:, :-1], watch=choice
+        )
+        expected_TLA = np.moveaxis(np.asarray(transformer.by_layer(watched))[:, 0], 0, 1)
+        np.testing.assert_array_equal(got.expert_TLA, expected_TLA)
+        assert got.usage.cached_tokens == 0
+
+
 def test_a_row_that_is_not_finite_ends_alone(loaded):
     weights = loaded.weights
     nan = jax.tree.map(lambda x: x, weights)
@@ -277,6 +293,8 @@ def test_a_row_that_is_not_finite_ends_alone(loaded):
     with Engine(dataclasses.replace(loaded, weights=nan), **SIZES) as engine:
         good = Request(tokens=[1, 2, 3], max_tokens=20, sampling=SamplingParams(temperature=0))
         bad = dataclasses.replace(good, tokens=[1, 9, 3])
+        with pytest.raises(ValueError, match="routed_experts=True"):
+            engine.submit(dataclasses.replace(good, routed_experts=True), lambda _: None)
         (alone,) = ask(engine, good)
         assert 9 not in alone.ids
         beside, failed = ask(engine, good, bad)

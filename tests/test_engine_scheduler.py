@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.entries import FAULTS, KINDS, Breaks, Device, answer_of, entries_of, logprob
+from tests.entries import FAULTS, KINDS, Breaks, Device, answer_of, entries_of, logprob, routed
 from v4jax.engine import core
 from v4jax.engine.core import Core
 from v4jax.engine.memory import Memory
@@ -160,7 +160,10 @@ class Engine:
         drafts = self.device.drafted[sequence], self.device.right[sequence]
         assert (usage.drafted_tokens, usage.accepted_tokens) == drafts
         assert usage.cached_tokens % BLOCK == 0
-        assert usage.cached_tokens <= (0 if request.prompt_logprobs else sequence.reusable)
+        assert usage.cached_tokens <= (0 if request.needs_all else sequence.reusable)
+        if request.routed_experts and events[-1].finish in ("stop", "length"):
+            read = [*request.tokens, *ids][: sequence.prompt + max(0, len(ids) - 1)]
+            assert routed(events[-1]) == read
 
 
 class Machine(RuleBasedStateMachine):

@@ -31,7 +31,9 @@ class Model:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def generate(self, prompt: str, **settings: Any) -> Generation:
+    def generate(self, prompt: Any, **settings: Any) -> Any:
+        if isinstance(prompt, list):
+            return [self.generate(each, **settings) for each in prompt]
         self.asked.append((prompt, settings))
         return Generation(str(len(prompt)), [7], [-0.5], [()], "stop", Timings(1.0, 2.0, 3.0))
 

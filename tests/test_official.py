@@ -36,7 +36,7 @@ def run(
 
     @jax.jit
     def program(model: Model, tokens_BT: Any, cache: Any) -> Any:
-        streams, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+        streams, cache, _ = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
         return transformer.head(model, transformer.hidden(model, cfg, streams)), (streams, cache)
 
     logits, state = program(model, jnp.asarray(tokens_BT, jnp.int32), cache)

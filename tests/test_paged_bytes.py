@@ -179,7 +179,9 @@ def run_model(entries: str | None) -> tuple[np.ndarray, Any]:
 
     @jax.jit
     def feed(tokens_BT: Any, cache: Any, count_B: Any) -> Any:
-        x_BTM, cache = transformer.forward(model, CFG, numerics.OFFICIAL, tokens_BT, cache, count_B)
+        x_BTM, cache, _ = transformer.forward(
+            model, CFG, numerics.OFFICIAL, tokens_BT, cache, count_B
+        )
         return transformer.head(model, transformer.hidden(model, CFG, x_BTM)), cache
 
     tokens_BT, logits = models.tokens(CFG, 2, 264), []

@@ -68,7 +68,7 @@ def advanced(model: Model, table_BM: np.ndarray, mesh: Any) -> tuple[Cache, Samp
         model = jax.device_put(model, sharding.shardings(Model(CFG), mesh, model))
         cache = jax.tree.map(lambda x: jax.device_put(x, caches.place(x.shape, mesh)), cache)
     with sharding.on(mesh):
-        cache, _, (sampled, _, steps) = programs.advance(
+        cache, _, (sampled, _, steps, _) = programs.advance(
             model, cache, counts, rows(table_BM), jnp.int32(STEPS), static=static
         )
     assert steps == STEPS

@@ -1,9 +1,12 @@
 """Text completions, the filling in of a middle, models and tokens, through the `openai` client."""
 
+import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import tokenizers
@@ -128,3 +131,22 @@ def test_texts_become_tokens_and_back(server: serving.Running, client: Any) -> N
     chat = ask("/tokenize", messages=messages)
     assert chat["tokens"] == [*server.engine.requests[-1].tokens]
     assert (chat["count"], chat["max_model_len"]) == (len(chat["tokens"]), serving.CONTEXT)
+
+
+def test_the_chosen_experts_are_reported(server: serving.Running, client: Any) -> None:
+    asked = {"extra_body": {"return_routed_experts": True}}
+    whole = client.completions.create(model="tiny", prompt="A", max_tokens=3, **asked)
+    read = whole.usage.total_tokens - 1
+    encoded = whole.choices[0].routed_experts
+    expert_TLA = np.load(io.BytesIO(base64.b64decode(encoded)))
+    assert expert_TLA.dtype == np.int16
+    np.testing.assert_array_equal(expert_TLA, np.arange(read * 6).reshape(read, 2, 3))
+    stream = client.completions.create(model="tiny", prompt="A", max_tokens=3, stream=True, **asked)
+    *before, last = [chunk.choices[0] for chunk in stream]
+    assert last.routed_experts == encoded
+    assert not any(hasattr(choice, "routed_experts") for choice in before)
+    messages = [{"role": "user", "content": "A"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, **asked)
+    assert chat.choices[0].routed_experts
+    for choice in client.completions.create(model="tiny", prompt="A").choices:
+        assert not hasattr(choice, "routed_experts")

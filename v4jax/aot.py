@@ -13,17 +13,18 @@ from jax.sharding import Mesh
 
 from v4jax.decoding import steps
 from v4jax.engine import device, inputs, programs
-from v4jax.engine.arrays import Counts, Rows, Static
+from v4jax.engine.arrays import Static
 from v4jax.engine.build import STOPS
 from v4jax.engine.inputs import Shape
 from v4jax.engine.settings import page_of
 from v4jax.model import cache as caches
 from v4jax.model import numerics, params, sharding
-from v4jax.model.cache import BLOCK, Cache
+from v4jax.model.cache import BLOCK
 from v4jax.model.config import ExpertDtype, ModelConfig
 from v4jax.model.transformer import Model
 
-Step = Literal["prefill", "decode", "advance"]
+Step = Literal["prefill", "decode", "read", "advance"]
+_OF_ENGINE: dict[str, Any] = {"read": programs.prefill, "advance": programs.advance}
 
 
 def topology_mesh(topology: str, **sizes: int) -> Mesh:
@@ -55,8 +56,8 @@ def lower(
       step: name of the step; see `arguments`.
       mesh: mesh of real devices or of a topology.
       rounding: the numerics.
-      drafts: drafts that each row of 'advance' takes.
-      top: alternatives that 'advance' reports.
+      drafts: drafts that each row of the engine takes.
+      top: alternatives that the engine reports.
       sizes: keyword arguments of `arguments`.
 
     Returns:
@@ -67,9 +68,9 @@ def lower(
     """
     args = arguments(cfg, step, mesh, drafts=drafts, **sizes)
     with jax.set_mesh(mesh):
-        if step == "advance":
+        if step in _OF_ENGINE:
             static = Static(cfg=cfg, numerics=rounding, drafts=drafts, top=top)
-            return programs.advance.lower(*args, static=static)
+            return _OF_ENGINE[step].lower(*args, static=static)
         return getattr(steps, step).lower(*args, cfg=cfg, numerics=rounding)
 
 
@@ -89,13 +90,14 @@ def arguments(
 
     Args:
       cfg: configuration of the model.
-      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`; 'advance' is the
-        engine's step, whose cache has pages for the capacity of all rows.
+      step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`. The engine's cache has
+        pages for the capacity of all rows: 'advance' is its step of them, 'read' takes a chunk of
+        a prompt for one row of each group of devices.
       mesh: mesh of real devices or of a topology.
       batch: number of rows. A single row is replicated; more are sharded.
       capacity: capacity of the cache, in tokens.
-      tokens: size of a prefill chunk.
-      drafts: drafts that each row of 'advance' takes.
+      tokens: size of a chunk.
+      drafts: drafts that each row of the engine takes.
       dtype: dtype of activations, cache and unquantised weights.
       expert_format: keep FP8 weights and experts quantised, with experts in this format.
 
@@ -106,9 +108,9 @@ def arguments(
     declared = Model(cfg)
     model = params.abstract(declared, dtype, expert_format)
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
-    if step == "advance":
-        sizes = {"batch": batch, "capacity": capacity, "drafts": drafts}
-        return model, *_of_engine(cfg, mesh, dtype, **sizes), _rows((), jnp.int32, mesh)
+    if step in _OF_ENGINE:
+        shape = _shape(cfg, mesh, batch=batch, capacity=capacity, tokens=tokens)
+        return model, *_of_engine(cfg, step, mesh, shape, drafts=drafts, dtype=dtype)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
     rows = lambda *shape: _rows((batch, *shape), jnp.int32, mesh, "batch")
@@ -118,25 +120,34 @@ def arguments(
 
 
 def _of_engine(
-    cfg: ModelConfig, mesh: Mesh, dtype: Any, *, batch: int, capacity: int, drafts: int
-) -> tuple[Cache, Counts, Rows]:
-    """The engine's arrays: each group of devices has its rows, their pages and a scratch page."""
-    groups, page = sharding.row_groups(mesh), page_of(capacity, cfg, mesh.devices.flat[0].platform)
-    row_pages = -(-capacity // page)
-    shape = Shape(
-        rows=batch,
-        pages=batch * row_pages + (groups if batch % groups == 0 else 1),
-        page=page,
-        row_pages=row_pages,
-        widths=(BLOCK, BLOCK),
-        stops=STOPS + len(cfg.eos_token_ids),
-    )
+    cfg: ModelConfig, step: Step, mesh: Mesh, shape: Shape, *, drafts: int, dtype: Any
+) -> tuple[Any, ...]:
+    """The engine's arrays: its cache, counts and rows, and its chunks or its number of steps."""
     static = Static(cfg=cfg, numerics=numerics.OFFICIAL, drafts=drafts, top=0)
     cache, counts = jax.eval_shape(lambda: device.empty(shape, static, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
-    rows = jax.eval_shape(lambda: inputs.empty_rows(batch, shape, static))
-    by_row = lambda x: _rows(x.shape, x.dtype, mesh, "batch")
-    return cache, jax.tree.map(by_row, counts), jax.tree.map(by_row, rows)
+    count = shape.groups if step == "read" else shape.rows
+    rows = jax.eval_shape(lambda: inputs.empty_rows(count, shape, static))
+    chunks = jax.eval_shape(lambda: inputs.empty_chunks(shape.groups, shape.widths[1]))
+    by_row = lambda tree: jax.tree.map(lambda x: _rows(x.shape, x.dtype, mesh, "batch"), tree)
+    last = by_row(chunks) if step == "read" else _rows((), jnp.int32, mesh)
+    return cache, by_row(counts), by_row(rows), last
+
+
+def _shape(cfg: ModelConfig, mesh: Mesh, *, batch: int, capacity: int, tokens: int) -> Shape:
+    """An engine's sizes: each group of devices has its rows, their pages and a scratch page."""
+    groups, page = sharding.row_groups(mesh), page_of(capacity, cfg, mesh.devices.flat[0].platform)
+    groups = groups if batch % groups == 0 else 1
+    row_pages = -(-capacity // page)
+    return Shape(
+        rows=batch,
+        pages=batch * row_pages + groups,
+        page=page,
+        row_pages=row_pages,
+        widths=(BLOCK, tokens),
+        stops=STOPS + len(cfg.eos_token_ids),
+        groups=groups,
+    )
 
 
 def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:

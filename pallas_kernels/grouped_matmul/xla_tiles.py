@@ -64,13 +64,18 @@ def loop(
     the largest size; its last tile is of the smallest size that holds the rest. A tile's rows
     beyond the expert's own belong to later tiles.
     """
+    branches = [functools.partial(run_tile, R) for R in sizes]
+    # A loop without a choice would make XLA convert the experts of all layers before it.
+    nothing = lambda tile: jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branches[0], tile)
+    )
 
     def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
         row, carry = state
         expert = rows.key_P[row]
         tile = Tile(row, expert, rows.end_E[expert] - row)
-        size = jnp.sum(tile.left > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
-        result = jax.lax.switch(size, [functools.partial(run_tile, R) for R in sizes], tile)
+        size = jnp.sum(tile.left > jnp.asarray((0, *sizes[:-1]), jnp.int32), dtype=jnp.int32)
+        result = jax.lax.switch(size, [nothing, *branches], tile)
         return row + jnp.minimum(tile.left, sizes[-1]), put(carry, result, tile)
 
     rows_left = lambda state: state[0] < rows.end_E[-1]

@@ -19,6 +19,8 @@ _SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
+# Prompts of a file that are answered at once; what was answered before an error is printed.
+_TOGETHER = 64
 # Each row of a .jsonl file has one of these keys.
 _TYPES = {"prompt": str, "messages": list}
 
@@ -73,10 +75,13 @@ def run(args: argparse.Namespace) -> int:
     if args.speculate is not None:
         settings["speculate"] = args.speculate
     if args.json or args.prompts is not None:
-        for prompt, text in zip(prompts, texts, strict=True):
-            fields = dataclasses.asdict(model.generate(text, **settings))
-            del fields["top_logprobs"]
-            print(json.dumps({"prompt": prompt, **fields}, ensure_ascii=False), flush=True)
+        for start in range(0, len(texts), _TOGETHER):
+            some = slice(start, start + _TOGETHER)
+            answers = model.generate(texts[some], **settings)
+            for prompt, answer in zip(prompts[some], answers, strict=True):
+                fields = dataclasses.asdict(answer)
+                del fields["top_logprobs"]
+                print(json.dumps({"prompt": prompt, **fields}, ensure_ascii=False), flush=True)
     elif sys.stdout.isatty() if args.stream is None else args.stream:
         for piece in model.stream(texts[0], **settings):
             print(piece, end="", flush=True)

@@ -27,7 +27,7 @@ def logits(
     numerics: Numerics,
 ) -> tuple[Float32[Array, "B T V"], Cache]:
     """Run a chunk of tokens and return the logits at each position."""
-    x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+    x_BTM, cache, _ = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
     return transformer.head(model, transformer.hidden(model, cfg, x_BTM)), cache
 
 
@@ -42,7 +42,7 @@ def prefill(
     numerics: Numerics,
 ) -> tuple[Float32[Array, "B V"], Cache]:
     """Run a chunk of tokens and return the logits of each row's last real token."""
-    x_BTM, cache = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
+    x_BTM, cache, _ = transformer.forward(model, cfg, numerics, tokens_BT, cache, count_B)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     x_B1M = jnp.take_along_axis(x_BTM, last_B11, axis=1)
     return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
@@ -56,7 +56,7 @@ def _decode(
     cache: Cache,
     count_B: Int[Array, " B"],
 ) -> tuple[Float32[Array, "B V"], Cache]:
-    x_B1M, cache = transformer.forward(model, cfg, numerics, token_B[:, None], cache, count_B)
+    x_B1M, cache, _ = transformer.forward(model, cfg, numerics, token_B[:, None], cache, count_B)
     return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
 
 

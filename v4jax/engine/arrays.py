@@ -135,6 +135,7 @@ class Static(NamedTuple):
       drafts: k, the number of drafts that a row takes.
       top: N, the number of alternatives that can be reported.
       scores: whether prompts can be scored.
+      experts: whether the chosen experts can be reported.
     """
 
     cfg: ModelConfig
@@ -142,3 +143,4 @@ class Static(NamedTuple):
     drafts: int
     top: int
     scores: bool = True
+    experts: bool = False

@@ -29,7 +29,14 @@ def build(models: Mapping[str | None, Loaded], sizes: Settings) -> Core:
       sizes: settings that were checked.
     """
     base = models[None]
-    static = Static(base.config, base.numerics, sizes.drafts, sizes.top, sizes.scores)
+    static = Static(
+        cfg=base.config,
+        numerics=base.numerics,
+        drafts=sizes.drafts,
+        top=sizes.top,
+        scores=sizes.scores,
+        experts=sizes.routed_experts,
+    )
     page, pages = sizes.page or 0, sizes.pages or 0
     groups = sharding.row_groups(base.mesh)
     shape = Shape(

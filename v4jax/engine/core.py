@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from v4jax.decoding import sampling
 from v4jax.engine.arrays import Drafting, Sampled, Scores
 from v4jax.engine.device import Device
@@ -100,10 +102,10 @@ class Core:
             for chunk in plan.chunks:
                 self._commit_chunk(chunk, *outputs)
         for alike, outputs in calls:
-            sampled, drafting, steps = self.device.fetch(outputs)
+            sampled, drafting, steps, expert_BTLA = self.device.fetch(outputs)
             self.counters.steps += int(steps)
             for sequence in alike:
-                self._commit_row(sequence, sampled, drafting)
+                self._commit_row(sequence, sampled, drafting, expert_BTLA)
             if not plan.chunks and len(calls) == 1:
                 self._set_pace((time.perf_counter() - began) / int(steps))
 
@@ -139,28 +141,40 @@ class Core:
         return self.device.advance(rows, masks, steps)
 
     def _commit_chunk(
-        self, chunk: Chunk, sampled: Sampled, draft_Gk: Any, scores: Scores | None
+        self,
+        chunk: Chunk,
+        sampled: Sampled,
+        draft_Gk: Any,
+        scores: Scores | None,
+        expert_GTLA: Any,
     ) -> None:
         """Record a chunk, and the first token if it ended the prompt."""
         sequence = chunk.sequence
         self.counters.chunks += 1
         self.scheduler.finish_chunk(chunk)
+        if chunk.start == 0:
+            # Of a row that made way while its prompt was read.
+            sequence.scores.clear()
+            sequence.experts.clear()
         if scores is not None and sequence.request.prompt_logprobs:
-            if chunk.start == 0:
-                sequence.scores.clear()  # of a row that made way while its prompt was read
             sequence.scores += _scored(sequence, chunk, scores)
+        if sequence.request.routed_experts:
+            sequence.experts.append(expert_GTLA[sequence.group, : chunk.count].copy())
         if not chunk.last:
             return
         sequence.usage.first_token_seconds = time.perf_counter() - sequence.submitted
         if sequence.scores:
             _report(sequence, (), prompt=tuple(sequence.scores))
         if sequence.left:
-            tokens = [*_tokens(sampled, sequence.group, sequence.request)]
-            self._accept(sequence, tokens, draft_Gk[sequence.group].tolist())
+            group = sequence.group
+            tokens = [*_tokens(sampled, group, sequence.request)]
+            self._accept(sequence, tokens, draft_Gk[group].tolist(), expert_GTLA[group, :0])
         else:
             self.end(sequence, "length")
 
-    def _commit_row(self, sequence: Sequence, sampled: Sampled, drafting: Drafting) -> None:
+    def _commit_row(
+        self, sequence: Sequence, sampled: Sampled, drafting: Drafting, expert_BTLA: Any
+    ) -> None:
         """Record what a call sampled for a row."""
         row = sequence.row or 0
         for usage in (sequence.usage, self.counters):
@@ -169,10 +183,16 @@ class Core:
         sequence.acceptance = float(drafting.share_B[row])
         sequence.rest = int(drafting.rest_B[row])
         drafts = drafting.draft_Bk[row].tolist() if drafting.count_B[row] else []
-        self._accept(sequence, [*_tokens(sampled, row, sequence.request)], drafts)
+        tokens = [*_tokens(sampled, row, sequence.request)]
+        self._accept(sequence, tokens, drafts, expert_BTLA[row, sampled.real_BT[row]])
 
-    def _accept(self, sequence: Sequence, tokens: list[Token], drafts: list[int]) -> None:
-        """Add sampled tokens to a sequence, up to its end or to what wakes its constraint."""
+    def _accept(
+        self, sequence: Sequence, tokens: list[Token], drafts: list[int], expert_TLA: Any
+    ) -> None:
+        """Add sampled tokens to a sequence, up to its end or to what wakes its constraint.
+
+        `expert_TLA` are the experts chosen for those of the tokens before them that were read now.
+        """
         finish: FinishReason | None = None
         accepted: list[Token] = []
         with _guarded(sequence):
@@ -192,6 +212,8 @@ class Core:
         finish = "error" if sequence.failed else finish
         taken_back = len(accepted) < len(tokens) and not finish
         sequence.length = len(sequence.tokens) - 1
+        if sequence.request.routed_experts:
+            sequence.experts.append(expert_TLA[: len(accepted)])
         sequence.drafts = [] if taken_back else drafts
         if taken_back and sequence.penalised:
             self.device.set_counts(sequence)
@@ -217,6 +239,7 @@ class Core:
             watcher=None,
             constraint=None,
             prompt_logprobs=False,
+            routed_experts=False,
             priority=IDLE,
         )
         following = Sequence.of(sealed, lambda _: None, sequence.settings)
@@ -243,8 +266,11 @@ def _report(
     finish: FinishReason | None = None,
     prompt: tuple[Token, ...] = (),
 ) -> None:
+    usage, expert_TLA = dataclasses.replace(sequence.usage), None
+    if finish and sequence.experts:
+        expert_TLA = np.concatenate(sequence.experts)
     with _guarded(sequence):
-        sequence.notify(Event(tokens, finish, dataclasses.replace(sequence.usage), prompt))
+        sequence.notify(Event(tokens, finish, usage, prompt, expert_TLA))
 
 
 def _mask(sequence: Sequence) -> Any:

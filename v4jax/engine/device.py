@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int16
 
 from v4jax.decoding.sampling import SamplingParams
 from v4jax.engine import inputs, programs
@@ -130,12 +130,15 @@ class Device:
 
     def read_chunks(
         self, chunks: Many[Chunk], allowed: Masks
-    ) -> tuple[Sampled, Int[Array, "G k"], Scores | None]:
-        """Start a chunk of a prompt in some groups; the tokens after them, drafts, and any scores.
+    ) -> tuple[Sampled, Int[Array, "G k"], Scores | None, Int16[Array, "G T L A"]]:
+        """Start a chunk of a prompt in some groups.
 
         Args:
           chunks: the chunks, all of one adapter, and all narrow or none.
           allowed: tokens that may be sampled after a group's chunk; any where it is missing.
+
+        Returns:
+          The tokens after the chunks, drafts, any scores, and the chosen experts.
         """
         sequences, arrays = [chunk.sequence for chunk in chunks], inputs.chunks(chunks, self.shape)
         groups = [sequence.group for sequence in sequences]
@@ -143,8 +146,8 @@ class Device:
         outputs = self._run(
             programs.prefill, sequences[0].request.adapter, rows, self._by_row(arrays)
         )
-        sampled, draft_Gk, scores = outputs
-        return sampled, draft_Gk, scores if arrays.scored_G.any() else None
+        sampled, draft_Gk, scores, expert_GTLA = outputs
+        return sampled, draft_Gk, scores if arrays.scored_G.any() else None, expert_GTLA
 
     def fetch(self, outputs: Any) -> Any:
         """Wait for what a call returned."""
@@ -155,13 +158,16 @@ class Device:
         sequences: Many[Sequence],
         allowed: Masks,
         steps: int,
-    ) -> tuple[Sampled, Drafting, Int[Array, ""]]:
-        """Start steps of rows, all of one adapter; their tokens, new drafts, and how many steps.
+    ) -> tuple[Sampled, Drafting, Int[Array, ""], Int16[Array, "B T L A"]]:
+        """Start steps of rows, all of one adapter.
 
         Args:
           sequences: what the rows hold.
           allowed: tokens that a row may sample next, by row; any where it is missing.
           steps: most steps.
+
+        Returns:
+          The rows' tokens, new drafts, how many steps, and the experts chosen at each token.
         """
         places = [sequence.row or 0 for sequence in sequences]
         rows = self._rows(self.shape.rows, sequences, places, allowed)

@@ -216,6 +216,11 @@ class Engine:
         if request.adapter not in self._models:
             known = ", ".join(str(name) for name in self._models if name) or "none"
             raise ValueError(f"There is no adapter {shown(request.adapter)}; loaded are: {known}.")
+        if request.routed_experts and not self.settings.routed_experts:
+            raise ValueError(
+                "The chosen experts are reported by an engine with routed_experts=True only "
+                "(v4jax-serve --return-routed-experts)."
+            )
         alternatives = request.top_logprobs, self.settings.top
         limits = {
             "stop_tokens": (len(request.stop_tokens), self._core.device.shape.stops),

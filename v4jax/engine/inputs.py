@@ -101,14 +101,13 @@ def fill(
         rows.settings["drawn_B"][b] = sequence.sampled
 
 
-def chunks(parts: Sequence[Chunk], shape: Shape) -> Chunks:
-    """Chunks of prompts, at most one a group, all narrow or none."""
+def empty_chunks(groups: int, width: int) -> Chunks:
+    """No group's chunk."""
 
     def zeros(*more: int, dtype: Any = np.int32) -> Any:
-        return np.zeros((shape.groups, *more), dtype)
+        return np.zeros((groups, *more), dtype)
 
-    width = shape.widths[0 if parts[0].narrow else 1]
-    arrays: Any = Chunks(
+    return Chunks(
         row_G=zeros(),
         count_G=zeros(),
         last_G=zeros(dtype=bool),
@@ -116,6 +115,11 @@ def chunks(parts: Sequence[Chunk], shape: Shape) -> Chunks:
         tokens_GT=zeros(width),
         next_GT=zeros(width),
     )
+
+
+def chunks(parts: Sequence[Chunk], shape: Shape) -> Chunks:
+    """Chunks of prompts, at most one a group, all narrow or none."""
+    arrays: Any = empty_chunks(shape.groups, shape.widths[0 if parts[0].narrow else 1])
     for chunk in parts:
         sequence, g = chunk.sequence, chunk.sequence.group
         tokens = sequence.tokens[chunk.start :][: chunk.count + 1]

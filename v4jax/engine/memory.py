@@ -205,7 +205,7 @@ class Memory:
 
     def _hit(self, sequence: Sequence) -> Hit:
         """The longest prefix on the device, after loading what the store has."""
-        if sequence.request.prompt_logprobs:
+        if sequence.request.needs_all:
             return Hit(0, [], None, 0)
         self._recall(sequence.keys, sequence.group)
         return self._prefix.match(sequence.keys, sequence.prompt)

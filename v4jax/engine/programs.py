@@ -7,7 +7,7 @@ draft was the token sampled. So drafts change nothing but speed.
 
 Axis letters: B rows, T tokens, V vocabulary, W words of a bitmask, M pages of a row, E stop tokens,
 N alternatives reported per token, k drafts, S steps of a call, D hidden, H streams, G groups of
-rows.
+rows, L layers, A experts per token.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Int16, Shaped
 
 from v4jax.decoding import sampling
 from v4jax.decoding.sampling import SamplingState
@@ -44,7 +44,7 @@ def prefill(
     chunks: Chunks,
     *,
     static: Static,
-) -> tuple[Cache, Counts, tuple[Sampled, Int[Array, "G k"], Scores]]:
+) -> tuple[Cache, Counts, tuple[Sampled, Int[Array, "G k"], Scores, Int16[Array, "G T L A"]]]:
     """Add a chunk of a prompt to one row of each group, and sample the token after it.
 
     Args:
@@ -56,14 +56,12 @@ def prefill(
       static: what the program is compiled for.
 
     Returns:
-      The cache, the counts, the sampled token with the drafts that follow it, and the scores, which
-      are zeros if none were asked for.
+      The cache, the counts, the sampled token with the drafts that follow it, the scores, which
+      are zeros if none were asked for, and the experts chosen for the chunk.
     """
     cfg, row_G, count_G = static.cfg, chunks.row_G, chunks.count_G
     taken = paging.take(cache, row_G, rows.length_B, rows.table_BM)
-    x_GTM, taken = transformer.forward(
-        model, cfg, static.numerics, chunks.tokens_GT, taken, count_G
-    )
+    x_GTM, taken, expert_GTLA = _forward(model, chunks.tokens_GT, taken, count_G, static)
     last_G11 = jnp.maximum(count_G - 1, 0)[:, None, None]
     x_G1M = jnp.take_along_axis(x_GTM, last_G11, axis=1)
     logits_G1V = transformer.head(model, transformer.hidden(model, cfg, x_G1M))
@@ -86,7 +84,7 @@ def prefill(
         inputs = x_GTM, chunks.next_GT, scores
         scores = jax.lax.cond(jnp.any(chunks.scored_G), score, lambda *args: args[2], *inputs)
     cache = paging.put(cache, row_G, taken, count_G > 0)
-    return *_in_place(cache, counts), (sampled, draft_Gk, scores)
+    return *_in_place(cache, counts), (sampled, draft_Gk, scores, expert_GTLA)
 
 
 @_program
@@ -98,7 +96,7 @@ def advance(
     steps: Int[Array, ""],
     *,
     static: Static,
-) -> tuple[Cache, Counts, tuple[Sampled, Drafting, Int[Array, ""]]]:
+) -> tuple[Cache, Counts, tuple[Sampled, Drafting, Int[Array, ""], Int16[Array, "B _ L A"]]]:
     """Run up to `steps` (at most STEPS) steps of all rows, fewer as soon as a row ends.
 
     Args:
@@ -111,16 +109,16 @@ def advance(
 
     Returns:
       The cache, the counts, the tokens [B, S * (1 + k)] of all steps, the drafts that follow them,
-      and the number of steps.
+      the number of steps, and for each token the experts chosen where it was sampled.
     """
 
     def step(carry):
         n, cache, counts, now, block = carry
-        cache, counts, now, sampled = _step(model, cache, counts, now, static)
+        cache, counts, now, outputs = _step(model, cache, counts, now, static)
         put = lambda block, new: jax.lax.dynamic_update_slice_in_dim(
             block, new, n * (1 + static.drafts), 1
         )
-        return n + 1, cache, counts, now, jax.tree.map(put, block, sampled)
+        return n + 1, cache, counts, now, jax.tree.map(put, block, outputs)
 
     def go_on(carry):
         n, _, _, now, _ = carry
@@ -128,16 +126,16 @@ def advance(
         return (n < jnp.minimum(steps, STEPS)) & ~jnp.any(ended_B)
 
     shape = rows.token_B.shape[0], STEPS * (1 + static.drafts)
-    block = Sampled(
+    sampled = Sampled(
         real_BT=jnp.zeros(shape, bool),
         token_BT=jnp.zeros(shape, jnp.int32),
         logprob_BT=jnp.zeros(shape, jnp.float32),
         top_id_BTN=jnp.zeros((*shape, static.top), jnp.int32),
         top_logprob_BTN=jnp.zeros((*shape, static.top), jnp.float32),
     )
-    carry = jnp.int32(0), cache, counts, rows, block
-    n, cache, counts, now, block = jax.lax.while_loop(go_on, step, carry)
-    return *_in_place(cache, counts), (block, now.drafting, n)
+    carry = jnp.int32(0), cache, counts, rows, (sampled, _no_experts(shape, static))
+    n, cache, counts, now, (sampled, expert_BTLA) = jax.lax.while_loop(go_on, step, carry)
+    return *_in_place(cache, counts), (sampled, now.drafting, n, expert_BTLA)
 
 
 def _in_place(cache: Cache, counts: Counts) -> tuple[Cache, Counts]:
@@ -151,16 +149,39 @@ def _in_place(cache: Cache, counts: Counts) -> tuple[Cache, Counts]:
     return cache, jax.tree.map(lambda x: constrain(x, 0), counts)
 
 
+def _forward(
+    model: Model,
+    tokens_BT: Int[Array, "B T"],
+    cache: Cache,
+    count_B: Int[Array, " B"],
+    static: Static,
+) -> tuple[Float[Array, "B T M"], Cache, Int16[Array, "B T L A"]]:
+    """The backbone over a chunk of each row, and the experts chosen, if they can be reported."""
+    chosen = lambda _kind, trace, _context: trace.routing.expert_BTA.astype(jnp.int16)
+    x_BTM, cache, watched = transformer.forward(
+        *(model, static.cfg, static.numerics, tokens_BT, cache, count_B),
+        watch=chosen if static.experts else None,
+    )
+    if not static.experts:
+        return x_BTM, cache, _no_experts(tokens_BT.shape, static)
+    return x_BTM, cache, jnp.moveaxis(transformer.by_layer(watched), 0, 2)
+
+
+def _no_experts(shape: tuple[int, ...], static: Static) -> Int16[Array, "B T L A"]:
+    layers = len(static.cfg.layers) if static.experts else 0
+    return jnp.zeros((*shape, layers, static.cfg.num_experts_per_tok), jnp.int16)
+
+
 def _step(
     model: Model, cache: Cache, counts: Counts, rows: Rows, static: Static
-) -> tuple[Cache, Counts, Rows, Sampled]:
+) -> tuple[Cache, Counts, Rows, tuple[Sampled, Int16[Array, "B T L A"]]]:
     """One step of all rows: run the newest token and its drafts, sample, draft anew."""
     cfg = static.cfg
     drafting, goes_B = rows.drafting, rows.left_B > 0
     tokens_BT = jnp.concatenate([rows.token_B[:, None], drafting.draft_Bk], axis=1)
     count_B = jnp.where(goes_B, 1 + drafting.count_B, 0)
     cache = dataclasses.replace(cache, length_B=rows.length_B, table_BM=rows.table_BM)
-    x_BTM, cache = transformer.forward(model, cfg, static.numerics, tokens_BT, cache, count_B)
+    x_BTM, cache, expert_BTLA = _forward(model, tokens_BT, cache, count_B, static)
     cache = dataclasses.replace(cache, table_BM=None)
     logits_BTV = transformer.head(model, transformer.hidden(model, cfg, x_BTM))
     sampled, counts, left_B = _sample(logits_BTV, counts, rows, static)
@@ -184,7 +205,7 @@ def _step(
         drafting=drafting,
         settings={**rows.settings, "drawn_B": rows.settings["drawn_B"] + new_B},
     )
-    return cache, counts, rows, sampled
+    return cache, counts, rows, (sampled, expert_BTLA)
 
 
 def _takes_drafts(drafting: Drafting) -> Bool[Array, " B"]:

@@ -1,11 +1,14 @@
-"""What an engine is asked, and what it answers: plain data, without JAX."""
+"""What an engine is asked, and what it answers: plain data, without JAX.
+
+Axis letters: T tokens, L layers, A experts per token.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int16, UInt32
 
 from v4jax.decoding.sampling import SamplingParams
 
@@ -57,6 +60,7 @@ class Request:
       constraint: creates what restricts the tokens; None if nothing does.
       top_logprobs: number of most probable tokens to report with each token.
       prompt_logprobs: report log-probabilities of the prompt's tokens; no prefix is then reused.
+      routed_experts: report the experts chosen for each token; no prefix is then reused.
       adapter: name of an adapter of the engine; None for the base model.
       salt: prefixes are shared only between requests of the same salt.
       priority: lower ones are served first.
@@ -70,9 +74,15 @@ class Request:
     constraint: Callable[[], Constraint] | None = None
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    routed_experts: bool = False
     adapter: str | None = None
     salt: str = ""
     priority: int = 0
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the whole prompt is read, even if the cache has a prefix of it."""
+        return self.prompt_logprobs or self.routed_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +133,12 @@ class Event:
       finish: why the request has ended; None while it runs.
       usage: what it has cost so far.
       prompt: the prompt's tokens, once, if their log-probabilities were asked for.
+      expert_TLA: at the end, if they were asked for, ids of the experts chosen in each layer for
+        each token that the model has read, which are all but the answer's last.
     """
 
     tokens: tuple[Token, ...]
     finish: FinishReason | None
     usage: Usage
     prompt: tuple[Token, ...] = ()
+    expert_TLA: Int16[np.ndarray, "T L A"] | None = None

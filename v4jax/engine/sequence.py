@@ -1,8 +1,14 @@
-"""A request in progress: what has been computed, sampled and sent. Integers, without JAX."""
+"""A request in progress: what has been computed, sampled and sent. Integers, without JAX.
+
+Axis letters: T tokens, L layers, A experts per token.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int16
 
 from v4jax.engine.request import Constraint, Event, Request, Token, Usage, Watcher
 from v4jax.model.cache import BLOCK
@@ -32,6 +38,7 @@ class Sequence:
       keys: of the prompt's reusable blocks.
       known: leading blocks that other requests have computed too, without a snapshot at their end.
       scores: the prompt's tokens with their log-probabilities, if they were asked for.
+      experts: the experts chosen for the tokens in the cache, if they were asked for, in parts.
       saved: rings and pages of a row that made way for another.
       cancelled: whether nobody waits for the answer any more.
       failed: whether its watcher, its constraint or `notify` has raised an error.
@@ -57,6 +64,7 @@ class Sequence:
     keys: list[bytes] = dataclasses.field(default_factory=list)
     known: int = 0
     scores: list[Token] = dataclasses.field(default_factory=list)
+    experts: list[Int16[np.ndarray, "T L A"]] = dataclasses.field(default_factory=list)
     saved: Any = None
     cancelled: bool = False
     failed: bool = False

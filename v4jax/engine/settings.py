@@ -49,6 +49,7 @@ class Settings:
       hang_seconds: a step that takes longer is reported, and the engine is not ready.
       top: most alternatives that can be reported with each token.
       scores: whether prompts can be scored.
+      routed_experts: whether the experts chosen for each token can be reported.
     """
 
     max_seqs: int = 16
@@ -68,6 +69,7 @@ class Settings:
     hang_seconds: float = 300
     top: int = 20
     scores: bool = True
+    routed_experts: bool = False
 
 
 def drafts_of(speculate: str | None, model: Loaded) -> int:

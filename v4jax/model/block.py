@@ -94,8 +94,14 @@ def run_stack(
     states: tuple[LayerCache, ...],
     part: Segment,
     context: Context,
-) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...]]:
-    """Run all layers of a segment. Its caches are carried entire, so that updates are in place."""
+    watch: Watch | None = None,
+) -> tuple[Float[Array, "B T M"], tuple[LayerCache, ...], list[Any]]:
+    """Run all layers of a segment. Its caches are carried entire, so that updates are in place.
+
+    Returns:
+      The streams, the caches, and for each position of the pattern the results of `watch`, stacked
+      [L, ...].
+    """
     leaves, tree = jax.tree.flatten(p.blocks, is_leaf=_quantised)
 
     def one_repeat(carry, step):
@@ -106,17 +112,18 @@ def run_stack(
             for leaf, array in zip(leaves, arrays, strict=True)
         ]
         blocks = tree.unflatten(of_layer)
-        updated = []
+        updated, watched = [], []
         for position, kind in enumerate(part.pattern):
             experts, state = (InStack(x[position], layer) for x in (p.experts, states))
-            x_BTM, state, _ = run_block(blocks[position], experts, x_BTM, state, kind, context)
+            x_BTM, state, trace = run_block(blocks[position], experts, x_BTM, state, kind, context)
             updated.append(state)
-        return (x_BTM, tuple(updated)), None
+            watched.append(watch(kind, trace, context) if watch else None)
+        return (x_BTM, tuple(updated)), watched
 
     arrays = [None if _stays_in_stack(leaf) else _sliced(leaf, context) for leaf in leaves]
     steps = (jnp.arange(part.repeats, dtype=jnp.int32), arrays)
-    (x_BTM, states), _ = jax.lax.scan(one_repeat, (x_BTM, states), steps)
-    return x_BTM, states
+    (x_BTM, states), watched = jax.lax.scan(one_repeat, (x_BTM, states), steps)
+    return x_BTM, states, watched
 
 
 def train_stack(

@@ -52,7 +52,7 @@ def run(
     """
     cfg = context.cfg
     x_BTM = _mixed(p, streams_BTM, embedded_BTD, context)
-    x_BTM, (state,) = run_stack(p.stack, x_BTM, (state,), mtp_segment(cfg), context)
+    x_BTM, (state,), _ = run_stack(p.stack, x_BTM, (state,), mtp_segment(cfg), context)
     return hyper.collapse(p.hyper_head, x_BTM, p.norm_D, cfg), x_BTM, state
 
 

@@ -1,6 +1,7 @@
 """The model: embedding, segments of scanned layers, final collapse and head.
 
-Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary.
+Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary,
+L layers.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels import products
 from v4jax.model import context, hyper, layers, mtp, sharding
@@ -40,7 +41,9 @@ def forward(
     tokens_BT: Int[Array, "B T"],
     cache: Cache,
     count_B: Int[Array, " B"],
-) -> tuple[Float[Array, "B T M"], Cache]:
+    *,
+    watch: Watch | None = None,
+) -> tuple[Float[Array, "B T M"], Cache, list[Any]]:
     """Run the backbone over a chunk that follows what the cache holds.
 
     Args:
@@ -50,9 +53,11 @@ def forward(
       tokens_BT: token ids; beyond `count_B`, any valid ids as padding.
       cache: the state, with room for T more tokens.
       count_B: number of real tokens in each row.
+      watch: maps the trace of each layer to what to return of it.
 
     Returns:
-      The residual streams before their final collapse, and the cache including the chunk.
+      The residual streams before their final collapse; the cache including the chunk; and for each
+      segment and position of its pattern the results of `watch`, stacked over layers.
     """
     embedded_BTD = embed(model, tokens_BT)
     shared = context.make(
@@ -60,11 +65,19 @@ def forward(
         table_BM=cache.table_BM,
     )
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
-    updated = []
+    updated, watched = [], []
     for stack, part, states in zip(model.stacks, segments(cfg.layers), cache.segments, strict=True):
-        x_BTM, states = run_stack(stack, x_BTM, states, part, shared)
+        x_BTM, states, results = run_stack(stack, x_BTM, states, part, shared, watch)
         updated.append(states)
-    return x_BTM, dataclasses.replace(cache, length_B=shared.end_B, segments=tuple(updated))
+        watched.append(results)
+    cache = dataclasses.replace(cache, length_B=shared.end_B, segments=tuple(updated))
+    return x_BTM, cache, watched
+
+
+def by_layer(watched: list[Any]) -> Shaped[Array, "L ..."]:
+    """What a pass watched, an array of each layer, in the layers' order."""
+    parts = [jnp.stack(results, axis=1) for results in watched]
+    return jnp.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
 
 
 def forward_rows(

@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from v4jax.engine.grammar import JSON_OBJECT
 from v4jax.engine.request import Constraint, Event, QueueFull, Request, Token, Usage
+from v4jax.text.reader import Watcher
 
 from .conversation import EFFORTS, ChatRequest, TextRequest, Update
 from .errors import ApiError
 from .prompts import Prompt, encode
 from .service import RETRY_SECONDS, Service, note
-from .translation import Translation, Watcher
+from .translation import Translation
 
 
 async def answer(service: Service, request: ChatRequest) -> AsyncGenerator[Update]:

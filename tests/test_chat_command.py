@@ -90,7 +90,7 @@ def test_a_stop_string_ends_the_answer(engine: Engine, chat: Any) -> None:
     out, err = chat("Why?\n", "--stop", "wo.")
     assert out == "One. T\n"
     assert "stopped" not in err
-    assert engine.finished == ["abort"]
+    assert engine.finished == ["stop"]
 
 
 @pytest.mark.parametrize(

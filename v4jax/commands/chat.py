@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from v4jax.engine.request import Event, Request, Usage
     from v4jax.language_model import LanguageModel
     from v4jax.text.chat_parser import Event as Part
+    from v4jax.text.reader import Reader
 
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "seed"),
@@ -154,6 +155,7 @@ class _Conversation:
         from v4jax.decoding.sampling import SamplingParams
         from v4jax.engine.request import Request
         from v4jax.text.chat import encode_chat
+        from v4jax.text.reader import Watcher
 
         messages = [*self._messages, {"role": "user", "content": text}]
         assert self._model.tokenizer is not None
@@ -167,35 +169,43 @@ class _Conversation:
             max_tokens=min(self._args.max_tokens, context - len(tokens)),
             sampling=SamplingParams(**{name: getattr(self._args, name) for name in _SAMPLING}),
             stop_tokens=self._model.config.eos_token_ids,
+            watcher=(lambda: Watcher(self._reader())) if self._args.stop else None,
         )
         self._messages = [*messages, self._show(request)]
+
+    def _reader(self) -> "Reader":
+        from v4jax.text.reader import Reader
+
+        assert self._model.tokenizer is not None
+        mode = self._encoding.get("thinking_mode", "chat")
+        return Reader(self._model.tokenizer, mode, self._args.stop)
 
     def _show(self, request: "Request") -> dict[str, str]:
         """Show the answer to a request as it arrives; the message that it makes."""
         from v4jax.text.chat_parser import collect
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        ticket = self._engine.submit(request, events.put)
-        answer = _Answer(self._model, self._encoding.get("thinking_mode", "chat"), self._args.stop)
+        ticket, reader = self._engine.submit(request, events.put), self._reader()
+        parts: list[Part] = []
         handler = signal.signal(signal.SIGINT, lambda *_: ticket.cancel())
         try:
             while True:
                 event = events.get()
-                before = answer.parts[-1] if answer.parts else None
-                self._write(before, answer.read(event))
+                tokens = [token.id for token in event.tokens if token.id not in request.stop_tokens]
+                new = [part for token in tokens for part in reader.push(token)]
+                new += reader.finish() if event.finish is not None else []
+                self._write(parts[-1] if parts else None, new)
+                parts += new
                 if event.finish is not None:
                     break
-                if answer.is_stopped:
-                    ticket.cancel()
         finally:
             signal.signal(signal.SIGINT, handler)
         sys.stdout.write("\n")
         sys.stdout.flush()
         if event.finish == "error":
             raise ValueError("the logits of the model are not finite, or a step of it failed.")
-        finish = "stop" if answer.is_stopped else event.finish
-        command_line.say(self._dim(_costs(event.usage, _FINISHES.get(finish, ""))))
-        message = collect(answer.parts)
+        command_line.say(self._dim(_costs(event.usage, _FINISHES.get(event.finish, ""))))
+        message = collect(parts)
         return {name: message[name] for name in ("role", "content", "reasoning_content")}
 
     def _write(self, before: "Part | None", parts: Sequence["Part"]) -> None:
@@ -212,40 +222,6 @@ class _Conversation:
 
     def _dim(self, text: str) -> str:
         return f"{_DIM}{text}{_PLAIN}" if self._is_styled else text
-
-
-class _Answer:
-    """The parts of an answer, up to a stop string."""
-
-    def __init__(self, model: "LanguageModel", mode: str, stop: Sequence[str]) -> None:
-        from v4jax.text.chat_parser import ChatParser
-        from v4jax.text.stopping import StopStrings
-        from v4jax.text.tokenizer import StreamDecoder
-
-        assert model.tokenizer is not None
-        self._ends = model.config.eos_token_ids
-        self._decoder, self._stops = StreamDecoder(model.tokenizer), StopStrings(stop)
-        self._parser = ChatParser(mode)
-        self.parts: list[Part] = []
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop string has ended it."""
-        return self._stops.matched is not None
-
-    def read(self, event: "Event") -> Sequence["Part"]:
-        """The parts that an event of the engine adds."""
-        tokens = [token.id for token in event.tokens if token.id not in self._ends]
-        text = "".join(map(self._decoder.push, tokens))
-        if event.finish is not None:
-            text += self._decoder.flush()
-        text, stopped = self._stops.push(text)
-        parts = self._parser.feed(text)
-        if event.finish is not None:
-            parts += self._parser.feed("" if stopped else self._stops.flush())
-            parts += self._parser.finish()
-        self.parts += parts
-        return parts
 
 
 def _costs(usage: "Usage", note: str) -> str:

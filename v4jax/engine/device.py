@@ -51,21 +51,6 @@ def empty(shape: Shape, static: Static, dtype: Any) -> tuple[Cache, Counts]:
     return paging.make(cfg, **sizes, **how, mtp=static.drafts > 0), counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program of the model.
-
-    Attributes:
-      name: what it does.
-      lower: traces it, so that it can be compiled.
-      run: a call that changes nothing but scratch.
-    """
-
-    name: str
-    lower: Callable[[], jax.stages.Lowered]
-    run: Callable[[], Any]
-
-
 class Device:
     """Cache and counts of an engine; the methods of `memory.Device`, and the two programs."""
 
@@ -120,26 +105,20 @@ class Device:
         """Bytes of the cache."""
         return sum(array.nbytes for array in jax.tree.leaves(self._cache))
 
-    def programs(self) -> list[Program]:
-        """The programs of the model, for each adapter."""
-        programs: list[Program] = []
+    def programs(self) -> list[tuple[str, Callable[[], Any]]]:
+        """What compiles each program: a call that changes nothing but scratch."""
+        programs: list[tuple[str, Callable[[], Any]]] = []
         for adapter in self._models:
             idle, of = _idle(adapter), f" of adapter {adapter}" if adapter else ""
-            for width, narrow in zip(self.shape.widths, (True, False), strict=True):
-                reading = self._reading([Chunk(idle, 0, 1, narrow)], {})
-                programs.append(self._program(f"chunks of {width} tokens{of}", *reading))
-            programs.append(self._program(f"steps{of}", *self._advancing([idle], {}, 1)))
-        return programs
+            chunks = [Chunk(idle, 0, 1, narrow) for narrow in (True, False)]
+            for width, chunk in zip(self.shape.widths, chunks, strict=True):
+                read = functools.partial(self.read_chunks, [chunk], {})
+                programs.append((f"chunks of {width} tokens{of}", read))
+            programs.append((f"steps{of}", functools.partial(self.advance, [idle], {}, 1)))
+        return [*programs, ("copies of pages and rows", self._move)]
 
-    def _program(self, name: str, program: Any, adapter: str | None, *args: Any) -> Program:
-        def lower() -> jax.stages.Lowered:
-            state = self._models[adapter], self._cache, self._counts
-            return self._call(program.lower, *state, *args, static=self.static)
-
-        return Program(name, lower, functools.partial(self._run, program, adapter, *args))
-
-    def move(self) -> None:
-        """Run all that is not a program of the model, on scratch."""
+    def _move(self) -> None:
+        """Run all that is not a program for the model."""
         idle = _idle(None)
         self.copy_page(0, 0)
         for block in self.read_page(0, 1):
@@ -161,17 +140,14 @@ class Device:
         Returns:
           The tokens after the chunks, drafts, any scores, and the chosen experts.
         """
-        sampled, draft_Gk, scores, expert_GTLA = self._run(*self._reading(chunks, allowed))
-        is_scored = any(chunk.sequence.request.prompt_logprobs for chunk in chunks)
-        return sampled, draft_Gk, scores if is_scored else None, expert_GTLA
-
-    def _reading(self, chunks: Many[Chunk], allowed: Masks) -> tuple[Any, ...]:
-        """The program that reads chunks, its adapter and its arguments."""
-        sequences = [chunk.sequence for chunk in chunks]
+        sequences, arrays = [chunk.sequence for chunk in chunks], inputs.chunks(chunks, self.shape)
         groups = [sequence.group for sequence in sequences]
         rows = self._rows(self.shape.groups, sequences, groups, allowed)
-        arrays = self._by_row(inputs.chunks(chunks, self.shape))
-        return programs.prefill, sequences[0].request.adapter, rows, arrays
+        outputs = self._run(
+            programs.prefill, sequences[0].request.adapter, rows, self._by_row(arrays)
+        )
+        sampled, draft_Gk, scores, expert_GTLA = outputs
+        return sampled, draft_Gk, scores if arrays.scored_G.any() else None, expert_GTLA
 
     def fetch(self, outputs: Any) -> Any:
         """Wait for what a call returned."""
@@ -193,13 +169,9 @@ class Device:
         Returns:
           The rows' tokens, new drafts, how many steps, and the experts chosen at each token.
         """
-        return self._run(*self._advancing(sequences, allowed, steps))
-
-    def _advancing(self, sequences: Many[Sequence], allowed: Masks, steps: int) -> tuple[Any, ...]:
-        """The program that advances rows, its adapter and its arguments."""
         places = [sequence.row or 0 for sequence in sequences]
         rows = self._rows(self.shape.rows, sequences, places, allowed)
-        return programs.advance, sequences[0].request.adapter, rows, np.int32(steps)
+        return self._run(programs.advance, sequences[0].request.adapter, rows, np.int32(steps))
 
     def _run(self, program: Callable[..., Any], adapter: str | None, *args: Any) -> Any:
         state = self._models[adapter], self._cache, self._counts

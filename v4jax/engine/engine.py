@@ -6,7 +6,6 @@ reported on the engine's.
 
 import asyncio
 import collections
-import concurrent.futures
 import dataclasses
 import faulthandler
 import logging
@@ -233,23 +232,12 @@ class Engine:
 
     def _warm_up(self, progress: waiting.Progress | None) -> None:
         """Compile every program, or read it from where programs are kept."""
-        device, compiling = self._core.device, []
-        compiler = concurrent.futures.ThreadPoolExecutor(1)
-        try:
-            with waiting.progress(progress) as report:
-                programs = device.programs()
-                for program in programs:
-                    report(f"Tracing {program.name}", 0, len(programs))
-                    # Meanwhile the one before is compiled.
-                    compiling.append(compiler.submit(program.lower().compile))
-                for i, (program, compiled) in enumerate(zip(programs, compiling, strict=True)):
-                    report(f"Compiling {program.name}", i, len(programs))
-                    compiled.result()
-                    program.run()
-                report("Compiling copies", len(programs), len(programs))
-                device.move()
-        finally:
-            compiler.shutdown(cancel_futures=True)
+        with waiting.progress(progress) as report:
+            parts = self._core.device.programs()
+            for i, (name, compile_it) in enumerate(parts):
+                report(f"Compiling {name}", i, len(parts))
+                compile_it()
+            report("Compiling", len(parts), len(parts))
 
     def _note_compilation(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         is_mine = threading.current_thread() is self._thread

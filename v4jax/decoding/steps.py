@@ -48,18 +48,6 @@ def prefill(
     return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
 
 
-def _decode(
-    model: Model,
-    cfg: ModelConfig,
-    numerics: Numerics,
-    token_B: Int[Array, " B"],
-    cache: Cache,
-    count_B: Int[Array, " B"],
-) -> tuple[Float32[Array, "B V"], Cache]:
-    x_B1M, cache, _ = transformer.forward(model, cfg, numerics, token_B[:, None], cache, count_B)
-    return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "numerics"), donate_argnames="cache")
 def decode(
     model: Model,
@@ -70,7 +58,9 @@ def decode(
     numerics: Numerics,
 ) -> tuple[Float32[Array, "B V"], Cache]:
     """Advance every row by one token."""
-    return _decode(model, cfg, numerics, token_B, cache, jnp.ones_like(token_B))
+    count_B = jnp.ones_like(token_B)
+    x_B1M, cache, _ = transformer.forward(model, cfg, numerics, token_B[:, None], cache, count_B)
+    return transformer.head(model, transformer.hidden(model, cfg, x_B1M))[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "numerics", "index"), donate_argnames="cache")

@@ -1,7 +1,6 @@
 """The model: embedding, segments of scanned layers, final collapse and head.
 
-Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary,
-L layers.
+Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary, L layers.
 """
 
 import dataclasses

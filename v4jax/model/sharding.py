@@ -36,7 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "compress": None,
     "ffn": "tensor",
     # Experts are not split, so that an optimiser that orthogonalises each needs no gather.
-    "experts": ("expert", "fsdp"),
+    "experts": ("expert", "fsdp", "tensor"),
 }
 # Logical axes of rows of a batch, and of a stack over layers of such rows: each device has its own.
 ROWS, STACKED_ROWS = ("batch",), (None, "batch")
@@ -206,6 +206,11 @@ def _fitting_spec(
 
 def _names(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else (part or ())
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis is split."""
+    return _names(RULES[axis])
 
 
 def ways(axis: str | None) -> int:

@@ -17,9 +17,9 @@ from v4jax.model import attention, cache, hyper, moe
 from v4jax.model.cache import LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 from v4jax.model.segments import Segment
+from v4jax.model.storage import InStack
 
 
 class Block(nnx.Module):

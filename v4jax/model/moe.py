@@ -16,9 +16,9 @@ from pallas_kernels.residuals import saveable
 from v4jax.model import exchange, layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 from v4jax.model.sharding import ROWS
+from v4jax.model.storage import InStack
 
 
 class Router(nnx.Module):
@@ -29,7 +29,7 @@ class Router(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         experts = cfg.n_routed_experts
-        self.gate_ED = weight((experts, cfg.hidden_size), (None, "embed"))
+        self.gate_ED = weight((experts, cfg.hidden_size), (None, None))
         if kind.ffn == "routed":
             self.bias_E = weight((experts,), (None,), "f32", constant=0.0)
         else:
@@ -42,9 +42,9 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         D, F = cfg.hidden_size, cfg.moe_intermediate_size
-        self.gate_FD = weight((F, D), ("ffn", "embed"), "fp8")
-        self.up_FD = weight((F, D), ("ffn", "embed"), "fp8")
-        self.down_DF = weight((D, F), ("embed", "ffn"), "fp8")
+        self.gate_FD = weight((F, D), ("ffn", None), "fp8")
+        self.up_FD = weight((F, D), ("ffn", None), "fp8")
+        self.down_DF = weight((D, F), (None, "ffn"), "fp8")
 
 
 class Experts(nnx.Module):
@@ -96,13 +96,13 @@ def shared_mlp(
 ) -> Float[Array, "B T D"]:
     """Clamped SwiGLU."""
     gate_BTF = jnp.minimum(
-        layers.linear(x_BTD, p.gate_FD, ("ffn", "embed")).astype(jnp.float32), limit
+        layers.linear(x_BTD, p.gate_FD, ("ffn", None)).astype(jnp.float32), limit
     )
     up_BTF = jnp.clip(
-        layers.linear(x_BTD, p.up_FD, ("ffn", "embed")).astype(jnp.float32), -limit, limit
+        layers.linear(x_BTD, p.up_FD, ("ffn", None)).astype(jnp.float32), -limit, limit
     )
     hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype)
-    return layers.linear(hidden_BTF, p.down_DF, ("embed", "ffn"))
+    return layers.linear(hidden_BTF, p.down_DF, (None, "ffn"))
 
 
 def mixture(

@@ -25,8 +25,8 @@ class Mtp(nnx.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         weight, D = Declare(std=cfg.initializer_range), cfg.hidden_size
-        self.embed_DD = weight((D, D), ("embed", None), "fp8")
-        self.streams_DD = weight((D, D), ("embed", None), "fp8")
+        self.embed_DD = weight((D, D), (None, None), "fp8")
+        self.streams_DD = weight((D, D), (None, None), "fp8")
         self.embed_norm_D = weight((D,), (None,), constant=1.0)
         self.streams_norm_D = weight((D,), (None,), constant=1.0)
         self.stack = Stack(cfg, mtp_segment(cfg))
@@ -82,9 +82,7 @@ def _mixed(
     cfg = context.cfg
     eps = cfg.rms_norm_eps
     embedded_BTD = layers.rms_norm(embedded_BTD, p.embed_norm_D, eps)
-    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD, ("embed", None))
+    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD)
     x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], cfg.hc_mult, cfg.hidden_size)
-    x_BTND = layers.linear(
-        layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD, ("embed", None)
-    )
+    x_BTND = layers.linear(layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD)
     return x_BTND.reshape(streams_BTM.shape) + hyper.expand(embedded_BTD, cfg)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels import products
-from v4jax.model import context, hyper, layers, mtp, sharding
+from v4jax.model import context, hyper, layers, mtp, sharding, storage
 from v4jax.model.block import Stack, Watch, run_stack, train_stack
 from v4jax.model.cache import Cache, is_decode
 from v4jax.model.config import ModelConfig
@@ -29,7 +29,7 @@ class Model(nnx.Module):
         self.stacks = nnx.List([Stack(cfg, part) for part in segments(cfg.layers)])
         self.hyper_head = hyper.HyperHead(cfg, weight)
         self.norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
-        self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", None))
         self.mtp = nnx.List([mtp.Mtp(cfg) for _ in range(cfg.num_nextn_predict_layers)])
 
 
@@ -195,5 +195,12 @@ def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T
     weight_VD: Any = layers.value(model.head_VD)
     if is_decode(hidden_BTD.shape[1]):
         weight_VD = layers.read_in_place(weight_VD)
-    logits_BTV = products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
+    logits_BTV = logits(hidden_BTD, storage.whole(weight_VD, ("vocab", None)))
     return sharding.constrain(logits_BTV, "batch", None, "vocab")
+
+
+def logits(
+    hidden_BTD: Float[Array, "B T D"], weight_VD: Float[Array, "V D"]
+) -> Float32[Array, "B T V"]:
+    """The head's product."""
+    return products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)

@@ -4,6 +4,7 @@ The compiler of libtpu needs `TPU_SKIP_MDS_QUERY=1` in the environment before JA
 `JAX_PLATFORMS=cpu` on machines without a TPU.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -85,6 +86,7 @@ def arguments(
     drafts: int = 0,
     dtype: Any = jnp.bfloat16,
     expert_format: ExpertDtype | None = None,
+    entries: str | None = None,
 ) -> tuple[Any, ...]:
     """A step's arguments as abstract arrays, sharded as in generation.
 
@@ -100,6 +102,7 @@ def arguments(
       drafts: drafts that each row of the engine takes.
       dtype: dtype of activations, cache and unquantised weights.
       expert_format: keep FP8 weights and experts quantised, with experts in this format.
+      entries: form of the engine's compressed entries, see `v4jax.engine.settings`.
 
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
@@ -110,6 +113,7 @@ def arguments(
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
     if step in _OF_ENGINE:
         shape = _shape(cfg, mesh, batch=batch, capacity=capacity, tokens=tokens)
+        shape = dataclasses.replace(shape, entries=entries)
         return model, *_of_engine(cfg, step, mesh, shape, drafts=drafts, dtype=dtype)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)

@@ -3,12 +3,14 @@
 Axis letters: B batch, T tokens, N chunks, C tokens of a chunk, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
+from pallas_kernels.residuals import Remat
 from v4jax.model import layers, sharding, storage, transformer
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
@@ -33,7 +35,7 @@ def sums(
     mtp: bool = False,
     agreement: bool = False,
     indexer: bool = False,
-    remat: bool = False,
+    remat: Remat | Sequence[Remat] = "light",
     unroll: bool = False,
 ) -> tuple[dict[str, Float32[Array, ""]], dict[str, Float32[Array, "L E"]]]:
     """Sums over a batch, to be divided by the `counts` of all batches of a step.
@@ -47,7 +49,7 @@ def sums(
       mtp: also predict the token after the next one, within a document.
       agreement: count how often MTP's most probable token is the model's too.
       indexer: compare sparse attention's indexers with the attention.
-      remat: as for `v4jax.model.transformer.forward_rows`.
+      remat: as for `v4jax.model.transformer.forward_rows`; MTP has the last segment's.
       unroll: as for `v4jax.model.transformer.forward_rows`.
 
     Returns:
@@ -72,8 +74,9 @@ def sums(
     losses = {"loss": _predict(model, hidden_BTD, batch, "loss")}
     drafters = []
     if mtp:
+        last = remat if isinstance(remat, str) else remat[-1]
         drafted_BTD, seen = transformer.draft_rows(
-            model, streams_BTM, shared, remat=remat, watch=balance.watch
+            model, streams_BTM, shared, remat=last, watch=balance.watch
         )
         losses["mtp_loss"] = _predict(model, drafted_BTD, batch, "mtp_loss")
         drafters.append(seen)

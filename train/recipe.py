@@ -20,6 +20,8 @@ from .data.rows import RowSettings
 from .full_settings import Full
 from .tables import at_least, from_nested
 
+_POLICIES = ("full", "experts", "light")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -150,8 +152,9 @@ class Steps:
       epochs: number of passes over the file; unset: data repeats until `steps` is reached.
       batch: packs per step.
       parts: number of parts a batch is split into, run one after another to save memory.
-      remat: recompute activations in the backward pass; false stores matrix products and the
-        outputs of attention and experts.
+      remat: what the backward pass recomputes: 'full', everything but the streams between layers;
+        'experts', everything but those and the routed experts' outputs; 'light', only what costs
+        little. Several are for the segments of layers, one for each (see 'v4jax inspect').
       unroll: compile each layer separately instead of looping over equal ones: a few percent faster
         on CPUs, for more memory and a compile time that grows with the number of layers.
       seed: seed of the data's order, of an adapter's initial values and of dropout.
@@ -161,7 +164,7 @@ class Steps:
     epochs: int | None = None
     batch: int = 8
     parts: int = 1
-    remat: bool = True
+    remat: tuple[str, ...] = ("full",)
     unroll: bool = False
     seed: int = 0
 
@@ -172,6 +175,8 @@ class Steps:
         if self.batch % self.parts:
             raise ValueError(f"batch is {self.batch}; use a multiple of parts, {self.parts}.")
         at_least(self, 0, "seed")
+        if wrong := [policy for policy in self.remat if policy not in _POLICIES]:
+            raise ValueError(f"remat is {wrong[0]!r}; it must be one of {', '.join(_POLICIES)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -258,8 +258,9 @@ class _Saved:
 
 def _forward(settings: _Settings, tokens: Any, weights: Any, layer: Any) -> Any:
     learns = tuple(primal.perturbed for primal in jax.tree.leaves(weights))
-    primals = jax.tree.map(lambda primal: primal.value, (tokens, weights, layer))
-    return _exchanged(settings, *primals), _Saved(*primals, learns)
+    values = lambda primals: jax.tree.map(lambda primal: primal.value, primals)
+    tokens, weights, layer = values(tokens), values(weights), values(layer)
+    return _exchanged(settings, tokens, weights, layer), _Saved(tokens, weights, layer, learns)
 
 
 def _backward(settings: _Settings, saved: _Saved, grad_TD: Any) -> Any:

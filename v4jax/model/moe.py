@@ -139,5 +139,6 @@ def mixture(
     tokens = exchange.Tokens(rows(x_BTD), rows(routing.expert_BTA), rows(weight_BTA))
     routed_TD = exchange.over_experts(run, tokens, weights, experts.layer)
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
-    total_BTD = saveable(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
+    routed_BTD = saveable(routed_TD, experts=True).reshape(x_BTD.shape)
+    total_BTD = routed_BTD + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing

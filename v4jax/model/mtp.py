@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.residuals import Remat
 from v4jax.model import hyper, layers
 from v4jax.model.block import Stack, Watch, run_stack, train_stack
 from v4jax.model.cache import LayerCache
@@ -62,7 +63,7 @@ def run_rows(
     embedded_BTD: Float[Array, "B T D"],
     context: Context,
     *,
-    remat: bool,
+    remat: Remat,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """`run` over entire rows without a cache: the hidden state, and the results of `watch`."""

@@ -107,6 +107,18 @@ class _Connection:
             return {}
         return message if isinstance(message, dict) else {}
 
+    def reject(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            self.send({"error": reason})
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        # Other threads may still read: end the connection itself.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
     def is_open(self) -> bool:
         """Whether the other side is still connected; it has sent nothing."""
         try:
@@ -145,6 +157,7 @@ def meet(
     connection.socket.settimeout(2 * timeout)
     answer = connection.receive()
     if "host" not in answer:
+        connection.close()
         reason = answer.get("error", f"Process 0 at {coordinator} has ended; see its messages.")
         raise ClusterError(reason)
     connection.host = answer["host"]
@@ -181,8 +194,7 @@ def _gather(
                 _admit(connection, processes, arrived)
     except ClusterError as error:
         for connection in arrived.values():
-            with contextlib.suppress(OSError):
-                connection.send({"error": str(error)})
+            connection.reject(str(error))
         raise
     for connection in arrived.values():
         connection.send({"host": socket.gethostname()})
@@ -208,7 +220,7 @@ def _admit(connection: _Connection, processes: int, arrived: dict[int, _Connecti
     hello = connection.receive()
     process, count, connection.host = (hello.get(x) for x in ("process", "processes", "host"))
     if not isinstance(process, int) or not isinstance(count, int):
-        connection.socket.close()
+        connection.close()
         return
     other = arrived.get(process)
     fault = None
@@ -223,9 +235,10 @@ def _admit(connection: _Connection, processes: int, arrived: dict[int, _Connecti
             " Each process needs an index of its own, also across slices."
         )
     if fault:
-        with contextlib.suppress(OSError):
-            connection.send({"error": fault})
+        connection.reject(fault)
         raise ClusterError(fault)
+    if other is not None:
+        other.close()
     arrived[process] = connection
 
 

@@ -264,7 +264,7 @@ def test_a_full_disk_is_a_one_line_error_and_the_old_state_survives(run: Path, p
     runs.write_recipe(run, longer)
     # A limit on the size of each file, in kilobytes: beyond it, as if the disk were full. The
     # metrics fit. Orbax splits arrays among files as it likes, but its _sharding never fits.
-    limited = f'ulimit -f 4; exec "{sys.executable}" -m v4jax_train resume "{run}"'
+    limited = f'ulimit -f 3; exec "{sys.executable}" -m v4jax_train resume "{run}"'
     result = subprocess.run(
         ["bash", "-c", limited],
         # Python does not notice that a module's bytecode was cut off.

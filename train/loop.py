@@ -291,7 +291,8 @@ class _Run:
         elif saved.local and done % saved.local_every == 0:
             with self.clock.spent_on("checkpoint"):
                 self.local.save(done, self.state, self._notes(done))
-        goodput.write(self.journal, done, self.clock)
+        if why is None and done < self.steps:
+            goodput.write(self.journal, done, self.clock)
         return why
 
     def _evaluate(self, done: int) -> str | None:

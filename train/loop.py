@@ -259,6 +259,7 @@ class _Run:
             with waiting.compilation("Compiling"):
                 program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
             ocp.multihost.sync_global_processes("compiled", timeout=_PATIENCE)
+        self.last_end = time.perf_counter()
         return program
 
     def _limit(self) -> Any:

@@ -145,6 +145,20 @@ def test_after_one_of_two_processes_is_killed_they_resume_and_match_others(
         np.testing.assert_allclose(other, resumed, rtol=1e-3)
 
 
+def test_a_run_without_all_processes_ends_and_names_the_missing(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = ["--coordinator", f"localhost:{port}", "--processes", "3", "--process", "0"]
+    command = [sys.executable, "-m", "v4jax_train", "resume", str(tmp_path), *where, "--wait", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "v4jax-train resume: After 1 s 2 of 3 processes are missing: 1, 2. Those that have come: 0"
+    )
+    assert result.stderr.count("\n") == 1
+
+
 def test_the_watchdog_knows_the_usual_time_of_a_step() -> None:
     reasons: list[str] = []
     with watchdog.Watchdog(3.0, 0.4, reasons.append) as dog:

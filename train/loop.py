@@ -79,7 +79,6 @@ def begin(recipe: Recipe, *, show: Show, again: bool = False) -> Outcome:
     with runs.locked(directory):
         processes.first(lambda: _check_empty(directory))
         run = _Run(recipe, directory)
-        run.local.remove_after(0)
         processes.first(lambda: _write_record(run))
         return run.train(show)
 
@@ -201,9 +200,11 @@ class _Run:
             restored = None if local is None else self.local.restore(self.state, local)
             if restored is None:
                 state = runs.choose_state(self.directory) if local is not None else state
-                if state is None:
-                    return 0
-                restored = self.checkpoints.restore(self.state, state)
+                if state is not None:
+                    restored = self.checkpoints.restore(self.state, state)
+            if restored is None:
+                self.local.remove_after(0)
+                return 0
             self.state, notes = restored
             self.local.remove_after(notes["step"])
             best_is_gone = self.checkpoints.remove_after(notes["step"])

@@ -126,7 +126,10 @@ def test_coordinators() -> None:
         (ray(1, 2, 0, 1) | {"RANK": "one"}, "RANK is 'one'; it must be a number"),
         (jobset(2, 2, 1, 0) | {"JOBSET_JOB_INDEX": "2"}, "process 4 of 4"),
         (jobset(2, 2, 1, 0) | {"JOB_COMPLETION_INDEX": "2"}, "pod 2 of 2"),
-        (jobset(2, 2, 1, 0) | {"JAX_NUM_PROCESSES": "3"}, "2 slices of 3 processes"),
+        (jobset(2, 2, 1, 0) | {"JAX_NUM_PROCESSES": "3"}, "2 slices; in all there are 3 proc"),
+        (jobset(2, 2, 1, 0) | {"TPU_WORKER_HOSTNAMES": "a,b,c"}, "3 hosts in a slice"),
+        (jobset(2, 2, 1, 0) | {"JOBSET_REPLICAS": "0"}, "process 2 of 0"),
+        (jobset(2, 2, 1, 0) | {"JOBSET_PODS": "0"}, "set JOBSET_PODS"),
         ({"JOB_COMPLETION_INDEX": "0"}, "set JOBSET_PODS"),
         ({"JOB_COMPLETION_INDEX": "0", "JOBSET_PODS": "1"}, "set JOBSET_COORDINATOR"),
         (
@@ -149,8 +152,10 @@ def test_no_launcher() -> None:
     assert cluster.locate({"HOME": "/root"}) is None
     place = cluster.at("host:1", 4, 3, gke(2, 2, 1, 1))
     assert (place.slice, place.slices) == (1, 2)
-    with pytest.raises(ClusterError, match="process 4 of 4"):
-        cluster.at("host:1", 4, 4, {})
+    for processes, process in ((4, 4), (0, 0), (-1, 0), (2, -1)):
+        with pytest.raises(ClusterError, match=f"process {process} of {processes}"):
+            cluster.at("host:1", processes, process, {"MEGASCALE_NUM_SLICES": "0"})
+    assert cluster.locate({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) is None
     with pytest.raises(ClusterError, match="HOST:PORT"):
         cluster.at("host", 4, 0, {})
 

@@ -35,7 +35,7 @@ def read(directory: Path) -> dict[str, float]:
     if not starts:
         return {}
     total = max(line["ended"] for line in lines) - min(starts)
-    seconds = {
+    seconds: dict[str, float] = {
         part: sum(line["seconds"].get(part, 0.0) for line in starts.values()) for part in _PARTS
     }
     return seconds | {"other": max(total - sum(seconds.values()), 0.0)}

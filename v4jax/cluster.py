@@ -23,6 +23,12 @@ from v4jax.rendezvous import ClusterError, Peers
 
 PORT = 8482  # where JAX's coordinator listens on Cloud TPUs
 _MEGASCALE_PORT = 8081
+_MEGASCALE = (
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "MEGASCALE_PORT",
+    "MEGASCALE_NUM_SLICES",
+    "MEGASCALE_SLICE_ID",
+)
 _SLURM_PORTS = 61440, 4096  # the first, and how many: jobs that share a host differ
 _REMEDY = "Correct the variables, or give --coordinator, --processes and --process."
 Environment = Mapping[str, str]
@@ -78,12 +84,9 @@ class Place:
         """The variables by which libtpu connects slices; none for a single slice."""
         if self.slices == 1:
             return {}
-        return {
-            "MEGASCALE_COORDINATOR_ADDRESS": self.coordinator.rpartition(":")[0],
-            "MEGASCALE_NUM_SLICES": str(self.slices),
-            "MEGASCALE_PORT": str(_MEGASCALE_PORT),
-            "MEGASCALE_SLICE_ID": str(self.slice),
-        }
+        host = self.coordinator.rpartition(":")[0]
+        values = (host, str(_MEGASCALE_PORT), str(self.slices), str(self.slice))
+        return dict(zip(_MEGASCALE, values, strict=True))
 
 
 def locate(environment: Environment) -> Place | None:
@@ -139,12 +142,9 @@ def join(place: Place | None, *, timeout: float = 300.0) -> Peers | None:
     if place is None:
         _detect(timeout)
         return None
-    stale = [name for name in os.environ if name.startswith("MEGASCALE_")]
-    new = place.megascale()
-    for name in stale:
-        if name in new or not new:
-            del os.environ[name]
-    os.environ.update(new)
+    for name in _MEGASCALE:
+        os.environ.pop(name, None)
+    os.environ.update(place.megascale())
     peers = rendezvous.meet(
         place.coordinator, place.process, place.processes, timeout=timeout, hosts=place.hosts
     )
@@ -179,17 +179,18 @@ def _jobset(environment: Environment) -> Place:
     if slices is None:
         known = total // pods if total and pods else None
         slices = known or number("MEGASCALE_NUM_SLICES", 1)
-    pods = pods or (total // slices if total else None)
-    if pods is None:
+    pods = pods or (total // slices if total and slices else None)
+    if not pods:
         raise ClusterError("JobSet: set JOBSET_PODS to the parallelism of the job.")
     pod = number("JOB_COMPLETION_INDEX")
     index = number("JOBSET_JOB_INDEX", None)
     if index is None:
         index = 0 if slices == 1 else number("MEGASCALE_SLICE_ID")
-    if pod >= pods or (total or pods * slices) != pods * slices:
+    if pod >= pods or total not in (None, pods * slices) or len(hosts) not in (0, pods):
         raise ClusterError(
-            f"JobSet says that this is pod {pod} of {pods}, in {slices} slices of"
-            f" {total or pods * slices} processes. {_REMEDY}"
+            f"JobSet says that this is pod {pod} of {pods} in one of {slices} slices; in all there"
+            f" are {total or pods * slices} processes, and {len(hosts) or pods} hosts in a slice."
+            f" {_REMEDY}"
         )
     _check_worker("JobSet", pod, environment)
     coordinator = (
@@ -287,9 +288,9 @@ def _in_slice(
 ) -> Place:
     """A place whose processes fill one slice after another."""
     hosts = _tpu_hosts(environment)
-    if not hosts or hosts == ("localhost",):
+    if not hosts:
         slices = _reader(launcher, environment)("MEGASCALE_NUM_SLICES", 1)
-        slices = slices if processes % slices == 0 else 1
+        slices = slices if slices and processes % slices == 0 else 1
     else:
         slices, rest = divmod(processes, len(hosts))
         if rest:
@@ -313,9 +314,10 @@ def _check_worker(launcher: str, expected: int, environment: Environment) -> Non
 
 
 def _tpu_hosts(environment: Environment) -> tuple[str, ...]:
-    """The hosts of the process's slice, in order."""
+    """The hosts of the process's slice, in order; none if there is only this one."""
     names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
-    return tuple(name.strip().partition(":")[0] for name in names.split(",") if name.strip())
+    hosts = tuple(name.strip().partition(":")[0] for name in names.split(",") if name.strip())
+    return () if hosts == ("localhost",) else hosts
 
 
 def _megascale_host(environment: Environment) -> str:

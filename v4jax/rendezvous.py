@@ -218,7 +218,8 @@ def _admit(connection: _Connection, processes: int, arrived: dict[int, _Connecti
     """Add a process that announces itself; strangers are ignored."""
     connection.socket.settimeout(5.0)
     hello = connection.receive()
-    process, count, connection.host = (hello.get(x) for x in ("process", "processes", "host"))
+    process, count = hello.get("process"), hello.get("processes")
+    connection.host = str(hello.get("host"))
     if not isinstance(process, int) or not isinstance(count, int):
         connection.close()
         return

@@ -72,7 +72,7 @@ def make_mesh(
 
 
 def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-    slices = {x.slice_index for x in devices} if devices[0].platform == "tpu" else ()
+    slices = {getattr(x, "slice_index", 0) for x in devices if x.platform == "tpu"}
     if len(slices) < 2:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *others = shape

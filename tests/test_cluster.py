@@ -220,7 +220,7 @@ def test_without_the_first_process_the_others_say_so(port: int) -> None:
     ("numbers", "message"), [([0, 1, 1], "are both process 1 of 3"), ([0, 1, 5], "does not belong")]
 )
 def test_an_index_is_given_once(port: int, numbers: list[int], message: str) -> None:
-    answers = meet(port, numbers, 3, timeout=10.0)
+    answers = meet(port, numbers, 3, timeout=3.0)
     assert message in answers[0]
     assert sum(message in answer for answer in answers) >= 2
 

@@ -289,9 +289,9 @@ class Mesh:
     """Mesh of devices, see `v4jax.model.sharding`; its `data` axis gets the remaining devices.
 
     Attributes:
-      fsdp: size of the axis that shards hidden dims of weights, and experts; also splits the batch.
+      fsdp: size of the axis that shards the storage of all weights; also splits the batch.
       expert: size of the axis that shards routed experts; also splits the batch.
-      tensor: size of the axis that shards heads, the shared expert and the vocabulary.
+      tensor: size of the axis that shards experts, heads, the shared expert and the vocabulary.
     """
 
     fsdp: int = 1

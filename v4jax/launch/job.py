@@ -1,0 +1,176 @@
+"""What is launched: a recipe, where it runs, and under which name."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from v4jax.launch.topology import CPU, Topology
+
+# The coordinator's port on Cloud TPUs.
+PORT = 8482
+# Seconds between the signal to end and the end: enough to save a state.
+GRACE = 600
+# Exit statuses of v4jax-train: wrong options, and a state saved because of SIGTERM.
+MISUSE, SAVED = 2, 143
+_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_LONGEST = 63  # characters of a label in DNS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training run for a launcher.
+
+    Attributes:
+      recipe: the recipe's file.
+      text: its text.
+      flags: options of `v4jax-train` besides the recipe.
+      local: directory on each host for frequent states, the recipe's `checkpoints.local`.
+      topology: the slice, or the nodes.
+      slices: number of slices.
+      name: the job's name.
+      restarts: how often the launcher starts the run again after a failure.
+      image: container image, or empty.
+      namespace: namespace in Kubernetes, or empty.
+      queue: Kueue's local queue, or empty.
+      volumes: paths in the container by PersistentVolumeClaim.
+      hosts: hosts to log in to.
+    """
+
+    recipe: Path
+    text: str
+    flags: tuple[str, ...]
+    local: str
+    topology: Topology
+    slices: int
+    name: str
+    restarts: int
+    image: str = ""
+    namespace: str = ""
+    queue: str = ""
+    volumes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reject names that DNS does not allow; pods have the longest."""
+        check_label("--name", self.name, longest=_LONGEST - len(self.pod("-abcde")))
+
+    @property
+    def processes(self) -> int:
+        """Number of hosts, each with one process."""
+        return self.slices * self.topology.hosts
+
+    @property
+    def description(self) -> str:
+        """What runs where."""
+        count = f"{self.slices} x " if self.slices > 1 else ""
+        return f"The training run {self.name} on {count}{self.topology}."
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that CPUs need; TPUs and GPUs need none."""
+        if self.topology.kind != CPU:
+            return {}
+        flag = f"--xla_force_host_platform_device_count={self.topology.chips_per_host}"
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+
+    def pod(self, suffix: str = "") -> str:
+        """What follows the job's name in the name of the last pod."""
+        return f"-slice-{self.slices - 1}-{self.topology.hosts - 1}{suffix}"
+
+    @property
+    def options(self) -> list[str]:
+        """Options of `v4jax-train`; a run that has begun continues."""
+        return [*self.flags, "--resume"]
+
+    def command(self, recipe: str | Path, *more: str) -> list[str]:
+        """The words that each process runs."""
+        return ["v4jax-train", str(recipe), *self.options, *more]
+
+
+def check_label(what: str, text: str, longest: int = _LONGEST) -> None:
+    """Reject a text that is no label in DNS.
+
+    Raises:
+      ValueError: it is none, or too long.
+    """
+    if not _LABEL.fullmatch(text) or len(text) > longest:
+        raise ValueError(
+            f"{what} {text!r}: use at most {longest} lower-case letters, digits and hyphens,"
+            " beginning with a letter and not ending with a hyphen."
+        )
+
+
+def name_of(recipe: Path) -> str:
+    """A job's name from the name of a recipe's file."""
+    name = re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")
+    if not _LABEL.fullmatch(name):
+        raise ValueError(f"{recipe}: its name gives no name for the job; give --name.")
+    return name
+
+
+def output(recipe: Path, tables: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The run's directory.
+
+    Args:
+      recipe: the recipe's file.
+      tables: the recipe.
+      given: what the command says instead: 'model', 'data' and 'out'.
+
+    Raises:
+      ValueError: neither names the model, the data or the directory.
+    """
+    named = {
+        "model": _table(recipe, tables, "model").get("path"),
+        "data": _table(recipe, tables, "data").get("files"),
+        "out": tables.get("out"),
+    }
+    for key, value in given.items():
+        named[key] = value or named[key]
+    if missing := [f"--{key}" for key, value in named.items() if not value]:
+        raise ValueError(
+            f"{recipe}: does not name all that a run needs; give {', '.join(missing)}."
+        )
+    if not isinstance(named["out"], str):
+        raise ValueError(f"{recipe}: out is {named['out']!r:.100}; it must be a directory.")
+    return named["out"]
+
+
+def local_states(recipe: Path, tables: Mapping[str, Any]) -> str:
+    """The directory on each host for frequent states; empty: none."""
+    local = _table(recipe, tables, "checkpoints").get("local", "")
+    if not isinstance(local, str):
+        raise ValueError(f"{recipe}: checkpoints.local is {local!r:.100}; it must be a directory.")
+    return local
+
+
+def check_mesh(recipe: Path, tables: Mapping[str, Any], topology: Topology) -> None:
+    """Reject a mesh that does not divide the devices of a slice.
+
+    Raises:
+      ValueError: it does not; the message says what would.
+    """
+    mesh = tables.get("mesh", {})
+    if not isinstance(mesh, dict):
+        return
+    sizes = {axis: size for axis, size in mesh.items() if isinstance(size, int)}
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{recipe}: mesh.{axis} is {size}; use 1 or more.")
+    product = math.prod(sizes.values())
+    if topology.devices % product:
+        axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"{recipe}: [mesh] needs a multiple of {product} devices ({axes}); {topology} has"
+            f" {topology.devices}. Use sizes whose product divides {topology.devices}, or another"
+            " --topology."
+        )
+
+
+def _table(recipe: Path, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{recipe}: {name} is {table!r:.100}; it must be a table.")
+    return table

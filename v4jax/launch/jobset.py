@@ -1,8 +1,8 @@
 """A JobSet for TPU slices on GKE: one job a slice, one pod a host.
 
 JobSet starts all pods again if one fails. A pod that is evicted, or that has saved its state
-because of a signal, does not count against the restarts. Kubernetes must not restart pods itself then: it
-accepts a `podFailurePolicy` only with `restartPolicy: Never`.
+because of a signal, does not count against the restarts. Kubernetes itself must not restart pods
+then: it accepts a `podFailurePolicy` only with `restartPolicy: Never`.
 """
 
 from typing import Any

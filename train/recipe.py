@@ -181,14 +181,19 @@ class Checkpoints:
     Attributes:
       every: steps between saved states.
       keep: number of newest states to keep; with evaluations, the best state is kept too.
+      local: directory on each host, such as a RAM disk, for states saved more often; after a
+        restart on the same hosts and mesh the newest is used. Empty: none.
+      local_every: steps between states in `local`.
     """
 
     every: int = 100
     keep: int = 2
+    local: str = ""
+    local_every: int = 10
 
     def __post_init__(self) -> None:
         """Reject numbers that keep nothing."""
-        at_least(self, 1, "every", "keep")
+        at_least(self, 1, "every", "keep", "local_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +249,26 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """Runs without progress: all threads' stacks are written to stderr, and the status is 124.
+
+    Attributes:
+      factor: how many times the median of the last 50 a step may take, saving and evaluation
+        excluded; 0: any time.
+      least: seconds that a step may always take.
+    """
+
+    factor: float = 20.0
+    least: float = 900.0
+
+    def __post_init__(self) -> None:
+        """Reject a limit that ordinary steps exceed."""
+        if self.factor and not self.factor > 1.0:
+            raise ValueError(f"factor is {self.factor}; use more than 1, or 0 for no limit.")
+        at_least(self, 0.0, "least", above=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
     """Metrics besides `metrics.jsonl`.
 
@@ -292,6 +317,7 @@ class Recipe:
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
+    watchdog: Watchdog = Watchdog()
     log: Log = Log()
     mesh: Mesh = Mesh()
 

@@ -51,10 +51,12 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the four axes, over the given devices (by default all).
 
-    Neighbours on an axis are neighbours in a TPU's torus, as far as the torus allows.
+    Neighbours on an axis are neighbours in a TPU's torus, as far as the torus allows. Only the data
+    axis spans slices of TPUs, which are connected by a slower network.
 
     Raises:
-      ValueError: a size is below 1, or their product is not the number of devices.
+      ValueError: a size is below 1, their product is not the number of devices, or slices cannot
+        share the data axis evenly.
     """
     devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     shape = (data, fsdp, expert, tensor)
@@ -63,10 +65,26 @@ def make_mesh(
             f"A mesh of {_sizes(shape)} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
     try:
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        arranged = _arranged(shape, devices)
     except AssertionError:  # chips that do not form a block of their slice
         arranged = np.asarray(devices).reshape(shape)
     return Mesh(arranged, AXES)
+
+
+def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    slices = {x.slice_index for x in devices} if devices[0].platform == "tpu" else ()
+    if len(slices) < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *others = shape
+    if data % len(slices):
+        raise ValueError(
+            f"The devices are in {len(slices)} slices, which only the data axis may span; data must"
+            f" be a multiple of {len(slices)}, not {data}. Give the other axes fewer devices."
+        )
+    inner, outer = (data // len(slices), *others), (len(slices), *(1 for _ in others))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def read_mesh(text: str) -> Mesh:

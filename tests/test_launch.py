@@ -221,7 +221,12 @@ def test_sizes(text: str, sizes: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [["--distributed"], ["--coordinator", "a:1", "--processes", "2", "--process", "0"], []]
+    "place",
+    [
+        ["--distributed", "--wait", "9"],
+        ["--coordinator", "a:1", "--processes", "2", "--process", "0"],
+        [],
+    ],
 )
 def test_v4jax_train_accepts_the_options(place: list[str], tmp_path: Path, capsys: Capsys) -> None:
     flags = ("--model", "m", "--data", "a", "--data", "b", "--out", "/runs/a")
@@ -394,10 +399,12 @@ def test_scripts_parse(launcher: str, recipe: Path, capsys: Capsys) -> None:
         ("gke v5p:2x2x1", "needs --image"),
         ("gke h200:2x8 --image x", "ray and slurm and ssh and skypilot do"),
         ("gke v5p:2x2x1 --image x --slices 2", "GKE connects only slices of several hosts"),
-        ("gke v5p:2x2x1 --image x --queue a.b", "--queue 'a.b'"),
+        ("gke v5p:2x2x1 --image x --queue A", "--queue 'A': use at most 63 lower-case"),
+        ("gke v5p:2x2x1 --image x --volume A:/b", "the claim 'A'"),
         ("gke v5p:2x2x1 --image x --out runs/a", "out is runs/a, relative"),
-        ("gke v5p:2x2x1 --image x --volume runs", "give CLAIM:PATH"),
-        ("gke v5p:2x2x1 --image x --volume a:/b --volume a:/c", "again"),
+        ("gke v5p:2x2x1 --image x --volume runs:b", "give CLAIM:PATH"),
+        ("gke v5p:2x2x1 --image x --volume a:/b --volume a:/c", "already mounted"),
+        ("gke v5p:2x2x1 --image x --volume a:/local", "already mounted"),
         ("ray h200:2x8 --slices 2", "give more nodes"),
         ("skypilot tpu7x:2x2x1", "does not launch on tpu7x"),
         ("ssh v5p:2x2x2", "needs --hosts"),

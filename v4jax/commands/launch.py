@@ -195,7 +195,7 @@ def _job(args: argparse.Namespace, launcher: Launcher) -> job.Job:
         image=args.image or "",
         namespace=args.namespace or "",
         queue=args.queue or "",
-        volumes=_volumes(args.volume or ()),
+        volumes=_volumes(args.volume or (), local),
         hosts=_hosts(args, where),
     )
 
@@ -214,7 +214,7 @@ def _check_options(args: argparse.Namespace, launcher: Launcher) -> None:
             raise ValueError(f"--{name} {value!r}: remove the spaces.")
     for name in ("namespace", "queue"):
         if getattr(args, name) is not None:
-            job.check_label(f"--{name}", getattr(args, name))
+            _check_object(f"--{name}", getattr(args, name))
 
 
 def _slices(args: argparse.Namespace, where: topology.Topology) -> int:
@@ -242,14 +242,23 @@ def _hosts(args: argparse.Namespace, where: topology.Topology) -> tuple[str, ...
     return hosts
 
 
-def _volumes(given: Sequence[str]) -> dict[str, str]:
+def _volumes(given: Sequence[str], local: str) -> dict[str, str]:
     volumes: dict[str, str] = {}
     for text in given:
         claim, _, path = text.partition(":")
+        _check_object(f"--volume {text}: the claim", claim)
         if not re.fullmatch(r"/[^:\s]+", path):
             raise ValueError(f"--volume {text}: give CLAIM:PATH, where PATH begins with /.")
-        job.check_label(f"--volume {text}: the claim", claim)
-        if claim in volumes or path in volumes.values():
-            raise ValueError(f"--volume {text}: names a claim or a path again.")
+        if claim in volumes or path in (*volumes.values(), local):
+            raise ValueError(f"--volume {text}: the claim or the path is already mounted.")
         volumes[claim] = path
     return volumes
+
+
+def _check_object(what: str, name: str) -> None:
+    """Reject what is no name of an object in Kubernetes."""
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", name):
+        raise ValueError(
+            f"{what} {name!r}: use at most 63 lower-case letters, digits, hyphens and dots,"
+            " beginning and ending with a letter or digit."
+        )

@@ -55,7 +55,13 @@ class Job:
 
     def __post_init__(self) -> None:
         """Reject names that DNS does not allow; pods have the longest."""
-        check_label("--name", self.name, longest=_LONGEST - len(self.pod("-abcde")))
+        suffix = f"-slice-{self.slices - 1}-{self.topology.hosts - 1}-abcde"
+        longest = _LONGEST - len(suffix)
+        if not _LABEL.fullmatch(self.name) or len(self.name) > longest:
+            raise ValueError(
+                f"--name {self.name!r}: use at most {longest} lower-case letters, digits and"
+                " hyphens, beginning with a letter and not ending with a hyphen."
+            )
 
     @property
     def processes(self) -> int:
@@ -76,10 +82,6 @@ class Job:
         flag = f"--xla_force_host_platform_device_count={self.topology.chips_per_host}"
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
 
-    def pod(self, suffix: str = "") -> str:
-        """What follows the job's name in the name of the last pod."""
-        return f"-slice-{self.slices - 1}-{self.topology.hosts - 1}{suffix}"
-
     @property
     def options(self) -> list[str]:
         """Options of `v4jax-train`; a run that has begun continues."""
@@ -88,19 +90,6 @@ class Job:
     def command(self, recipe: str | Path, *more: str) -> list[str]:
         """The words that each process runs."""
         return ["v4jax-train", str(recipe), *self.options, *more]
-
-
-def check_label(what: str, text: str, longest: int = _LONGEST) -> None:
-    """Reject a text that is no label in DNS.
-
-    Raises:
-      ValueError: it is none, or too long.
-    """
-    if not _LABEL.fullmatch(text) or len(text) > longest:
-        raise ValueError(
-            f"{what} {text!r}: use at most {longest} lower-case letters, digits and hyphens,"
-            " beginning with a letter and not ending with a hyphen."
-        )
 
 
 def name_of(recipe: Path) -> str:

@@ -13,6 +13,7 @@ from v4jax.launch.topology import TPUS
 
 _RECIPE = "/etc/v4jax/recipe.toml"
 _JOB = "slice"  # the replicated job
+_WAIT = 1800  # seconds for the nodes of all slices to come, and to fetch the image
 _FAILURE = "PodFailurePolicy"
 _JOB_INDEX = "metadata.annotations['jobset.sigs.k8s.io/job-index']"
 
@@ -93,7 +94,7 @@ def _pod(job: Job) -> dict[str, Any]:
     container = {
         "name": "train",
         "image": job.image,
-        "command": job.command(_RECIPE, "--distributed"),
+        "command": job.command(_RECIPE, "--distributed", "--wait", str(_WAIT)),
         "env": _environment(job),
         "resources": {"requests": chips, "limits": dict(chips)},
         "volumeMounts": [{"name": name, "mountPath": path} for name, path, _ in mounts],

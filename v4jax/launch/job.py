@@ -79,8 +79,9 @@ class Job:
         """Variables that CPUs need; TPUs and GPUs need none."""
         if self.topology.kind != CPU:
             return {}
-        flag = f"--xla_force_host_platform_device_count={self.topology.chips_per_host}"
-        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+        several = f"--xla_force_host_platform_device_count={self.topology.chips_per_host}"
+        flags = {"XLA_FLAGS": several} if self.topology.chips_per_host > 1 else {}
+        return {"JAX_PLATFORMS": "cpu"} | flags
 
     @property
     def options(self) -> list[str]:

@@ -80,7 +80,8 @@ def reference(arguments: list[str], out: Path) -> None:
     command = [sys.executable, "-m", "v4jax_train", *arguments, "--out", str(out), *place]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
-    if any([process.wait() for process in processes]):
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
         raise SystemExit("The run without a launcher failed.")
 
 

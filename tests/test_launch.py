@@ -271,7 +271,7 @@ def test_slurm_has_a_task_for_each_gpu(where: str, nodes: int, tasks: int, gpus:
 def test_ssh_starts_a_process_on_each_host(first: int, attempts: int, tmp_path: Path) -> None:
     program(tmp_path, "ssh", '[ "$1" = -tt ] && host=$2 bash -c "cd / && $3"')
     fails = f'if [ "$host" = b ] && [ ! -e failed ]; then touch failed; exit {first}; fi'
-    program(tmp_path, "v4jax-train", f"{RECORD}; env > environment.$host; {fails}")
+    program(tmp_path, "v4jax-train", f"{RECORD}; env > environment.$host; echo ran; {fails}")
     settings = {"hosts": ("me@a", "b"), "flags": ("--out", "it's $HOME")}
     assert bash(ssh.text(make("v5p:2x2x1", 2, **settings)), tmp_path) == (2 if first == 2 else 0)
     called = calls(tmp_path)
@@ -281,6 +281,7 @@ def test_ssh_starts_a_process_on_each_host(first: int, attempts: int, tmp_path: 
         assert call[:4] == ["its recipe.toml", "--out", "it's $HOME", "--resume"]
         assert call[4:-1] == place
     assert sorted(call[-1] for call in called) == sorted("01" * attempts)
+    assert (tmp_path / "run-1.log").read_text() == "ran\n" * attempts
     assert "MEGASCALE_NUM_SLICES=2\n" in (tmp_path / "environment.b").read_text()
 
 

@@ -11,12 +11,14 @@ hosts=({hosts})
 directory=$(printf %q "$PWD")
 command={command}
 
+echo "Process 0 writes to {name}-0.log, and so on."
 trap 'kill "${{processes[@]}}" 2>/dev/null; exit 1' INT TERM
 for attempt in $(seq 0 {restarts}); do
   processes=() status=0
   for i in "${{!hosts[@]}}"; do
     # With a terminal, the remote process ends when ssh does.
-    ssh -tt "${{hosts[i]}}" "cd $directory && exec $command --process $i" </dev/null &
+    ssh -tt "${{hosts[i]}}" \\
+      "cd $directory && exec $command --process $i >>{name}-$i.log 2>&1" </dev/null &
     processes+=($!)
   done
   for process in "${{processes[@]}}"; do
@@ -38,11 +40,11 @@ def text(job: Job) -> str:
     environment = dict(job.environment)
     if job.slices > 1:
         environment["MEGASCALE_NUM_SLICES"] = str(job.slices)
-    words = [*(f"{name}={value}" for name, value in environment.items())]
-    words = ["env", *words] if words else []
-    command = shlex.join([*words, *job.command(job.recipe, *place)])
+    variables = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    command = shlex.join([*variables, *job.command(job.recipe, *place)])
     return _SCRIPT.format(
         description=job.description,
+        name=job.name,
         hosts=shlex.join(job.hosts),
         command=shlex.quote(command),
         restarts=job.restarts,

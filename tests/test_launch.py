@@ -403,6 +403,7 @@ def test_scripts_parse(launcher: str, recipe: Path, capsys: Capsys) -> None:
         ("gke v5p:2x2x1 --image x --queue A", "--queue 'A': use at most 63 lower-case"),
         ("gke v5p:2x2x1 --image x --volume A:/b", "the claim 'A'"),
         ("gke v5p:2x2x1 --image x --out runs/a", "out is runs/a, relative"),
+        ("ray v5p:2x2x1 --data chats.jsonl", "data is chats.jsonl, relative"),
         ("gke v5p:2x2x1 --image x --volume runs:b", "give CLAIM:PATH"),
         ("gke v5p:2x2x1 --image x --volume a:/b --volume a:/c", "already mounted"),
         ("gke v5p:2x2x1 --image x --volume a:/local", "already mounted"),
@@ -427,7 +428,7 @@ def test_what_cannot_be_launched_is_refused(
     [
         ("mesh = {fsdp = 0}", "mesh.fsdp is 0"),
         ("mesh = {fsdp = 2, expert = 3}", r"a multiple of 6 devices \(fsdp 2 x expert 3\)"),
-        ("out = 3", "out is 3; it must be a directory"),
+        ("out = 3", "out is 3; it must be a path"),
         ("data = 3", "data is 3; it must be a table"),
         ("checkpoints = {local = 3}", "checkpoints.local is 3"),
         ("", "give --data, --out"),

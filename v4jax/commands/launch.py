@@ -15,9 +15,8 @@ from v4jax.launch import job, topology
 from v4jax.text import files
 
 EPILOG = """\
-The file for the launcher is printed with --dry-run; without it, it is given to the launcher's own
-command. A recipe that v4jax-train would reject for other reasons than its mesh is found by
-'v4jax-train preview'.
+With --dry-run the file for the launcher is printed; without it, the launcher's own command gets the
+file. The recipe's mesh is checked against the topology; 'v4jax-train preview' checks the rest.
 
 examples:
   v4jax launch train.toml --on gke --topology v5p:4x4x8 --image IMAGE --volume runs:/runs \\
@@ -171,13 +170,16 @@ def _job(args: argparse.Namespace, launcher: Launcher) -> job.Job:
     tables = files.read_toml(args.recipe)
     job.check_mesh(args.recipe, tables, where)
     given = {"model": args.model, "data": args.data, "out": args.out}
-    out, local = job.output(args.recipe, tables, given), job.local_states(args.recipe, tables)
-    for what, path in (("out", out), ("checkpoints.local", local)):
-        if path and not launcher.shares and not re.match(r"/|\w+://", path):
-            raise ValueError(
-                f"{what} is {path}, relative to a directory of each process; use a path that"
-                " begins with /."
-            )
+    paths = job.paths(args.recipe, tables, given)
+    absolute = lambda path: re.match(r"/|\w+://", path)
+    relative = [(what, path) for what in paths for path in paths[what] if not absolute(path)]
+    if relative and not launcher.shares:
+        what, path = relative[0]
+        raise ValueError(
+            f"{what} is {path}, relative to a directory of each process; use a path that begins"
+            " with /."
+        )
+    local = "".join(paths["checkpoints.local"])
     flags = [
         ("--model", args.model),
         *(("--data", x) for x in args.data or ()),

@@ -101,8 +101,10 @@ def name_of(recipe: Path) -> str:
     return name
 
 
-def output(recipe: Path, tables: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The run's directory.
+def paths(
+    recipe: Path, tables: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """What a run reads and writes: its 'data', 'out' and 'checkpoints.local'.
 
     Args:
       recipe: the recipe's file.
@@ -110,7 +112,7 @@ def output(recipe: Path, tables: Mapping[str, Any], given: Mapping[str, Any]) ->
       given: what the command says instead: 'model', 'data' and 'out'.
 
     Raises:
-      ValueError: neither names the model, the data or the directory.
+      ValueError: the model, the data or the run's directory is not named, or is no path.
     """
     named = {
         "model": _table(recipe, tables, "model").get("path"),
@@ -123,17 +125,12 @@ def output(recipe: Path, tables: Mapping[str, Any], given: Mapping[str, Any]) ->
         raise ValueError(
             f"{recipe}: does not name all that a run needs; give {', '.join(missing)}."
         )
-    if not isinstance(named["out"], str):
-        raise ValueError(f"{recipe}: out is {named['out']!r:.100}; it must be a directory.")
-    return named["out"]
-
-
-def local_states(recipe: Path, tables: Mapping[str, Any]) -> str:
-    """The directory on each host for frequent states; empty: none."""
-    local = _table(recipe, tables, "checkpoints").get("local", "")
-    if not isinstance(local, str):
-        raise ValueError(f"{recipe}: checkpoints.local is {local!r:.100}; it must be a directory.")
-    return local
+    named["checkpoints.local"] = _table(recipe, tables, "checkpoints").get("local", "")
+    several = {k: v if isinstance(v, list) else [v] for k, v in named.items() if k != "model"}
+    for key, values in several.items():
+        if wrong := [value for value in values if not isinstance(value, str)]:
+            raise ValueError(f"{recipe}: {key} is {wrong[0]!r:.100}; it must be a path.")
+    return {key: tuple(value for value in values if value) for key, values in several.items()}
 
 
 def check_mesh(recipe: Path, tables: Mapping[str, Any], topology: Topology) -> None:

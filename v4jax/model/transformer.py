@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Shaped
@@ -20,6 +21,7 @@ from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
 from v4jax.model.params import Declare
 from v4jax.model.segments import segments
+from v4jax.model.sharding import ROWS
 
 
 class Model(nnx.Module):
@@ -122,8 +124,8 @@ def forward_rows(
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     watched = []
     parts = segments(cfg.layers)
-    policies = [remat] if isinstance(remat, str) else remat
-    policies = [*policies] * (len(parts) if len(policies) == 1 else 1)
+    policies: list[Any] = [remat] if isinstance(remat, str) else [*remat]
+    policies = policies * (len(parts) if len(policies) == 1 else 1)
     for stack, part, policy in zip(model.stacks, parts, policies, strict=True):
         x_BTM, results = train_stack(
             stack, x_BTM, part, shared, remat=policy, unroll=unroll, watch=watch
@@ -186,8 +188,37 @@ def draft(
 
 
 def embed(model: Model, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Token embeddings, unscaled."""
-    return layers.value(model.embed_VD)[tokens_BT]
+    """Token embeddings, unscaled.
+
+    On a mesh each device looks up its part of the table, and only embeddings move.
+    """
+    table_VD = layers.value(model.embed_VD)
+    rows, (vocabulary, hidden) = len(tokens_BT), table_VD.shape
+
+    def run(table_VD: Array, tokens_BT: Array) -> Array:
+        columns = sharding.mesh_axes("embed") if table_VD.shape[1] < hidden else ()
+        is_shared = bool(columns) and len(tokens_BT) < rows
+        if is_shared:
+            tokens_BT = jax.lax.all_gather(tokens_BT, columns, axis=0, tiled=True)
+        x_BTD = _look_up(table_VD, tokens_BT, vocabulary)
+        if is_shared:
+            return jax.lax.all_to_all(x_BTD, columns, 0, 2, tiled=True)
+        return jax.lax.all_gather(x_BTD, columns, axis=2, tiled=True) if columns else x_BTD
+
+    return sharding.per_device(run, table_VD, tokens_BT, axes=(("vocab", "embed"), ROWS), out=ROWS)
+
+
+def _look_up(
+    table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], vocabulary: int
+) -> Float[Array, "B T D"]:
+    """Rows of a table that may be a device's part of the vocabulary."""
+    if len(table_VD) == vocabulary:
+        return table_VD[tokens_BT]
+    axes = sharding.mesh_axes("vocab")
+    place_BT = tokens_BT - jax.lax.axis_index(axes) * len(table_VD)
+    is_here_BT1 = ((place_BT >= 0) & (place_BT < len(table_VD)))[..., None]
+    x_BTD = table_VD[jnp.clip(place_BT, 0, len(table_VD) - 1)]
+    return jax.lax.psum(jnp.where(is_here_BT1, x_BTD, 0), axes)
 
 
 def hidden(model: Model, cfg: ModelConfig, x_BTM: Float[Array, "B T M"]) -> Float[Array, "B T D"]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.commands import chat, command_line, generate, help_texts, options
+from v4jax.commands import chat, command_line, generate, help_texts, options, plan
 
 # Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_plan(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_export_adapter(commands)
@@ -94,6 +95,13 @@ def _add_inspect(commands: Any) -> None:
         "do not",
     )
     options.add_revision(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    text = "show what a job takes on a slice of TPUs: memory, work, communication, time"
+    parser = _command(commands, "plan", plan.run, text, plan.EPILOG)
+    parser.add_argument("path", metavar="PATH", help=f"{_SOURCE}; a config.json; or a preset")
+    plan.add_options(parser)
 
 
 def _add_convert(commands: Any) -> None:

@@ -4,6 +4,7 @@ The compiler of libtpu needs `TPU_SKIP_MDS_QUERY=1` in the environment before JA
 `JAX_PLATFORMS=cpu` on machines without a TPU.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,7 @@ from v4jax.model import cache as caches
 from v4jax.model import numerics, params, sharding
 from v4jax.model.cache import BLOCK
 from v4jax.model.config import ExpertDtype, ModelConfig
+from v4jax.model.sharding import AnyMesh
 from v4jax.model.transformer import Model
 
 Step = Literal["prefill", "decode", "read", "advance"]
@@ -77,7 +79,7 @@ def lower(
 def arguments(
     cfg: ModelConfig,
     step: Step,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     batch: int,
     capacity: int,
@@ -85,6 +87,7 @@ def arguments(
     drafts: int = 0,
     dtype: Any = jnp.bfloat16,
     expert_format: ExpertDtype | None = None,
+    entries: str | None = None,
 ) -> tuple[Any, ...]:
     """A step's arguments as abstract arrays, sharded as in generation.
 
@@ -93,13 +96,14 @@ def arguments(
       step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`. The engine's cache has
         pages for the capacity of all rows: 'advance' is its step of them, 'read' takes a chunk of
         a prompt for one row of each group of devices.
-      mesh: mesh of real devices or of a topology.
+      mesh: mesh of real devices, of a topology, or of none.
       batch: number of rows. A single row is replicated; more are sharded.
       capacity: capacity of the cache, in tokens.
       tokens: size of a chunk.
       drafts: drafts that each row of the engine takes.
       dtype: dtype of activations, cache and unquantised weights.
       expert_format: keep FP8 weights and experts quantised, with experts in this format.
+      entries: form of the engine's compressed entries, see `v4jax.engine.settings`.
 
     Raises:
       ValueError: the mesh does not divide the weights or the batch.
@@ -110,6 +114,7 @@ def arguments(
     model = jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
     if step in _OF_ENGINE:
         shape = _shape(cfg, mesh, batch=batch, capacity=capacity, tokens=tokens)
+        shape = dataclasses.replace(shape, entries=entries)
         return model, *_of_engine(cfg, step, mesh, shape, drafts=drafts, dtype=dtype)
     cache = jax.eval_shape(lambda: caches.make(cfg, batch, capacity, dtype))
     cache = jax.tree.map(lambda x: placed(x, caches.place(x.shape, mesh)), cache)
@@ -120,7 +125,7 @@ def arguments(
 
 
 def _of_engine(
-    cfg: ModelConfig, step: Step, mesh: Mesh, shape: Shape, *, drafts: int, dtype: Any
+    cfg: ModelConfig, step: Step, mesh: AnyMesh, shape: Shape, *, drafts: int, dtype: Any
 ) -> tuple[Any, ...]:
     """The engine's arrays: its cache, counts and rows, and its chunks or its number of steps."""
     static = Static(cfg=cfg, numerics=numerics.OFFICIAL, drafts=drafts, top=0)
@@ -134,9 +139,10 @@ def _of_engine(
     return cache, by_row(counts), by_row(rows), last
 
 
-def _shape(cfg: ModelConfig, mesh: Mesh, *, batch: int, capacity: int, tokens: int) -> Shape:
+def _shape(cfg: ModelConfig, mesh: AnyMesh, *, batch: int, capacity: int, tokens: int) -> Shape:
     """An engine's sizes: each group of devices has its rows, their pages and a scratch page."""
-    groups, page = sharding.row_groups(mesh), page_of(capacity, cfg, mesh.devices.flat[0].platform)
+    groups = sharding.row_groups(mesh)
+    page = page_of(capacity, cfg, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu")
     groups = groups if batch % groups == 0 else 1
     row_pages = -(-capacity // page)
     return Shape(
@@ -155,5 +161,5 @@ def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
 
-def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: AnyMesh, *axes: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.place(axes, shape, mesh))

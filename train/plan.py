@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from v4jax.adapters.lora_settings import Lora
 from v4jax.aot import placed
+from v4jax.checkpoints import hub
+from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import numerics, params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.segments import segments
@@ -19,8 +21,9 @@ from v4jax.pods import chips, jobs, memory, mesh_search
 from v4jax.pods.jobs import Move, Work
 from v4jax.pods.serving import weight_bytes
 
-from . import aot, flops, optimizer, step, trainable
+from . import aot, flops, optimizer, preparation, step, trainable
 from .full_settings import Full
+from .recipe import Recipe
 
 Name = Literal["train-lora", "train-muon", "train-adamw"]
 # What the recipes in configs/ have.
@@ -180,18 +183,31 @@ def job(name: Name, cfg: ModelConfig, *, seq_len: int, batch: int, parts: int) -
     )
 
 
-def mesh_for(settings: step.Settings, *, seq_len: int, batch: int, parts: int, rule: str) -> Any:
-    """The sizes of the mesh that is favoured for all devices at hand.
+def mesh_for(recipe: Recipe) -> dict[str, int]:
+    """The sizes of the mesh that arithmetic favours for a recipe and all devices at hand.
 
     Raises:
-      ValueError: no mesh divides the model and the batch.
+      ValueError: the model cannot be read, or no mesh divides it and the batch.
     """
-    adapts = isinstance(settings.what, Lora)
-    name: Name = "train-lora" if adapts else "train-muon" if rule == "muon" else "train-adamw"
-    dtype = jnp.bfloat16 if adapts else jnp.float32
-    sizes = {"seq_len": seq_len, "batch": batch, "parts": parts, "dtype": dtype}
-    where = chips.of_devices(jax.devices())
-    return mesh_search.choose(Training(name=name, settings=settings, **sizes), where)
+    cfg = open_checkpoint(hub.resolve(recipe.model.path)).config
+    adapts = recipe.adapter is not None
+    name: Name = "train-lora" if adapts else "train-adamw"
+    training = Training(
+        name="train-muon" if recipe.optimizer.rule == "muon" else name,
+        settings=preparation.step_settings(recipe, cfg),
+        seq_len=recipe.data.seq_len,
+        batch=recipe.steps.batch,
+        parts=recipe.steps.parts,
+        dtype=jnp.dtype(recipe.model.dtype if adapts else recipe.model.master),
+    )
+    return mesh_search.choose(training, chips.of_devices(jax.devices()))
+
+
+def with_mesh(recipe: Recipe, sizes: dict[str, int]) -> Recipe:
+    """The recipe with these sizes; its data axis gets the devices that are left."""
+    fields = {field.name for field in dataclasses.fields(recipe.mesh)}
+    chosen = {axis: size for axis, size in sizes.items() if axis in fields}
+    return dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, **chosen))
 
 
 def _elements(tree: Any) -> int:

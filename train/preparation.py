@@ -160,7 +160,7 @@ def prepare(recipe: Recipe, steps: int) -> tuple[Setup, step.State]:
         declared, cfg, rate, rule=recipe.optimizer.rule, weight_decay=recipe.optimizer.weight_decay
     )
     setup = Setup(
-        settings=_settings(recipe, cfg),
+        settings=step_settings(recipe, cfg),
         frozen=parts.frozen,
         rule=rule,
         rate=rate,
@@ -183,7 +183,8 @@ def check(recipe: Recipe) -> None:
         raise ValueError("losses.mtp is set, but the model has no MTP block; set it to 0.")
 
 
-def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
+def step_settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
+    """The settings of a step that a recipe asks for."""
     losses = recipe.losses
     return step.Settings(
         cfg=cfg,

@@ -142,7 +142,9 @@ def _of_engine(
 def _shape(cfg: ModelConfig, mesh: AnyMesh, *, batch: int, capacity: int, tokens: int) -> Shape:
     """An engine's sizes: each group of devices has its rows, their pages and a scratch page."""
     groups = sharding.row_groups(mesh)
-    page = page_of(capacity, cfg, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu")
+    page = page_of(
+        capacity, cfg, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu"
+    )
     groups = groups if batch % groups == 0 else 1
     row_pages = -(-capacity // page)
     return Shape(

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,10 +97,8 @@ def run(args: argparse.Namespace) -> int:
         plan, others = _search(args, cfg, progress) if args.search else _plan(args, cfg, progress)
     if args.plot is not None:
         picture.draw(plan, args.plot)
-    if args.json:
-        print(json.dumps(report.as_json(plan, others), indent=1))
-    else:
-        report.show(plan, others)
+    show = report.show_json if args.json else report.show
+    show(plan, others)
     return 0 if plan.fits else 1
 
 
@@ -141,9 +138,7 @@ def _plan(
     progress(f"Comparing meshes of {where.devices} devices", 0, 0)
     candidates = mesh_search.ranked(job, where)
     tried = [candidate.sizes for candidate in candidates[:_TRIES] if candidate.fits(where)]
-    plan = _compiled(
-        args, job, where, devices, tried or [candidates[0].sizes], progress
-    )
+    plan = _compiled(args, job, where, devices, tried or [candidates[0].sizes], progress)
     return plan, candidates
 
 
@@ -262,6 +257,4 @@ def _application(name: str) -> Any:
             raise ValueError(
                 f"--job {name}: {error.name} is missing; pip install 'v4jax[train]'"
             ) from error
-    raise ValueError(
-        f"--job {name}: no installed application has it; pip install 'v4jax[train]'"
-    )
+    raise ValueError(f"--job {name}: no installed application has it; pip install 'v4jax[train]'")

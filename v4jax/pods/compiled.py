@@ -15,12 +15,15 @@ from jax.sharding import Mesh
 
 import pallas_kernels
 from v4jax import audit, programs, waiting
-from v4jax.hlo import Program
+from v4jax.hlo import Array, Program
 from v4jax.pods.jobs import Job, Move, Work
 from v4jax.traffic import Traffic, measure
 
 _PACKAGES = ("v4jax", "jax", "jaxlib", "libtpu")
+# Arrays of a collective that a report names.
+_SHOWN = 2
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_NONE = Traffic(0, 0, 0.0, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class Compiled:
     """Figures of a compiled program, per device and step.
 
     Attributes:
-      refused: why the compiler refused it; empty if it did not. Then all other figures are 0.
+      refused: why it does not fit, without which all other figures are 0; empty if it may fit.
       arguments, outputs, reused, temporaries, code: bytes; outputs of which `reused` are in the
         place of arguments.
       traffic: bytes and operations.
@@ -44,7 +47,7 @@ class Compiled:
     reused: int = 0
     temporaries: int = 0
     code: int = 0
-    traffic: Traffic = Traffic(0, 0, 0.0, 0)
+    traffic: Traffic = _NONE
     moves: tuple[Move, ...] = ()
     largest: tuple[str, ...] = ()
     kernels: tuple[tuple[str, str, str, int], ...] = ()
@@ -107,7 +110,11 @@ def _figures(program: jax.stages.Compiled, work: Work) -> Compiled:
 
 
 def _line(collective: audit.Collective) -> str:
-    shapes = lambda arrays: " ".join(f"{array.dtype}{list(array.dims)}" for array in arrays)
+    def shapes(arrays: tuple[Array, ...]) -> str:
+        largest = sorted(arrays, key=lambda array: -array.bytes)
+        others = f" and {len(arrays) - _SHOWN} others" if len(arrays) > _SHOWN else ""
+        return " ".join(f"{a.dtype}{list(a.dims)}" for a in largest[:_SHOWN]) + others
+
     result = f"{shapes(collective.operands)} -> {shapes(collective.results)}"
     return f"{collective.bytes / 1e6:,.3f} MB: {collective.times} x {collective.kind} {result}"
 

@@ -123,4 +123,3 @@ def hops(mesh: Mesh, shape: tuple[int, ...]) -> dict[str, float]:
         if apart.size:
             means[name] = float(apart.mean())
     return means
-

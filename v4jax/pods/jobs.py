@@ -128,9 +128,7 @@ def exchange(cfg: ModelConfig, tokens: int, mesh: AnyMesh, passes: int) -> tuple
     times, moves = layers * passes, []
     if (group := group_size(mesh, "experts")) > 1:
         # Tokens go to their experts, and results come back.
-        moves.append(
-            Move("all-to-all", group, tokens * cfg.num_experts_per_tok * width, 2 * times)
-        )
+        moves.append(Move("all-to-all", group, tokens * cfg.num_experts_per_tok * width, 2 * times))
     if (tensor := mesh.shape["tensor"]) > 1:
         # The sums of attention's and the shared expert's results.
         moves.append(Move("all-reduce", tensor, 2 * tokens * width, 2 * times))

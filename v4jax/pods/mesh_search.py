@@ -169,4 +169,3 @@ def read(text: str, devices: int) -> dict[str, int]:
 def choose(job: Job, where: Slice) -> dict[str, int]:
     """The sizes of the best mesh; see `ranked`."""
     return ranked(job, where)[0].sizes
-

@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from v4jax import facts, waiting
+from v4jax.facts import GIB
 from v4jax.model import sharding
 from v4jax.pods import compiled, estimate, memory, mesh_search
 from v4jax.pods.chips import Slice
@@ -97,7 +98,10 @@ def make(
     """
     chosen = mesh_search.candidate(job, where, sizes)
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    program = compiled.get(job, mesh, chosen.work, progress)
+    if (too_much := _too_much(chosen, where)) is None:
+        program = compiled.get(job, mesh, chosen.work, progress)
+    else:
+        program = Compiled(refused=too_much)
     arguments, work = job.arguments(mesh), chosen.work
     has_figures = not program.refused
     return Plan(
@@ -120,6 +124,15 @@ def make(
     )
 
 
+def _too_much(chosen: Candidate, where: Slice) -> str | None:
+    """Why there is no need to ask the compiler whether a mesh fits; None if there is."""
+    arguments = sum(chosen.parts.values())
+    if where.chip is None or arguments <= where.chip.memory:
+        return None
+    parts = " and ".join(part for part, nbytes in chosen.parts.items() if nbytes > GIB)
+    return f"{parts} alone need {gib(arguments)} of {gib(where.chip.memory)} a device."
+
+
 def _hops(mesh: Mesh, where: Slice) -> dict[str, float]:
     if not hasattr(mesh.devices.flat[0], "coords") or where.chip is None or len(where.shape) < 2:
         return {}
@@ -131,11 +144,9 @@ def warnings(plan: Plan) -> list[str]:
     found = []
     limit = plan.limit
     if plan.compiled.refused:
-        found.append(f"The compiler refuses it: {plan.compiled.refused} {_smaller(plan)}")
+        found.append(f"It does not fit: {plan.compiled.refused} {_smaller(plan)}")
     elif limit is not None and plan.total > limit:
-        found.append(
-            f"It needs {gib(plan.total)} of {gib(limit)} a device. {_smaller(plan)}"
-        )
+        found.append(f"It needs {gib(plan.total)} of {gib(limit)} a device. {_smaller(plan)}")
     elif limit is not None and plan.total > 0.95 * limit:
         found.append(
             f"It fills {plan.total / limit:.0%} of a device's memory, which leaves little for "
@@ -175,7 +186,7 @@ def _smaller(plan: Plan) -> str:
 
 def gib(nbytes: float) -> str:
     """A number of bytes in GiB, or in MiB if it is small."""
-    return f"{nbytes / facts.GIB:,.2f} GiB" if nbytes >= facts.GIB / 10 else _mib(nbytes)
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB / 10 else _mib(nbytes)
 
 
 def _mib(nbytes: float) -> str:

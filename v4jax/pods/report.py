@@ -1,5 +1,6 @@
 """A plan as tables for people, as JSON, and as a picture."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,11 @@ def as_json(plan: Plan, others: Sequence[Candidate] = ()) -> dict[str, Any]:
         "from_disk": program.from_disk,
         "warnings": plans.warnings(plan),
     }
+
+
+def show_json(plan: Plan, others: Sequence[Candidate] = ()) -> None:
+    """Print a plan as JSON; arguments as for `as_json`."""
+    Console().print_json(json.dumps(as_json(plan, others)))
 
 
 def show(plan: Plan, others: Sequence[Candidate] = ()) -> None:

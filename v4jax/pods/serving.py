@@ -29,6 +29,7 @@ class Serving:
       batch: sequences that run at once.
       chunk: tokens of a prompt that are read at once.
       cache_dtype: as for the engine: 'fp8', or None for bfloat16.
+      keep_quantised: whether FP8 and FP4 weights stay as they are.
     """
 
     cfg: ModelConfig
@@ -37,6 +38,7 @@ class Serving:
     batch: int
     chunk: int = 512
     cache_dtype: str | None = "fp8"
+    keep_quantised: bool = True
 
     @property
     def rows(self) -> int:
@@ -48,7 +50,7 @@ class Serving:
         return sizes if self.name == "decode" else sizes | {"chunk": self.chunk}
 
     def arguments(self, mesh: AnyMesh) -> dict[str, Any]:
-        """The weights as released, the cache and the rows."""
+        """The weights, the cache and the rows."""
         arrays = aot.arguments(self.cfg, self._step, mesh, **self._options)
         parts: dict[str, Any] = {}
         for part, tree in zip(_PARTS, arrays, strict=True):
@@ -96,11 +98,12 @@ class Serving:
 
     @property
     def _options(self) -> dict[str, Any]:
+        is_quantised = self.keep_quantised and self.cfg.quantized
         return {
             "batch": self.batch,
             "capacity": self.context,
             "tokens": self.chunk,
-            "expert_format": self.cfg.expert_dtype if self.cfg.quantized else None,
+            "expert_format": self.cfg.expert_dtype if is_quantised else None,
             "entries": self.cache_dtype,
         }
 
@@ -138,7 +141,7 @@ def token_flops(cfg: ModelConfig, context: int) -> float:
 
 def cache_read(cfg: ModelConfig, context: int, cache_dtype: str | None) -> float:
     """Bytes of the cache that a step reads for one full sequence."""
-    entry, key = facts.entry_bytes(cfg, cache_dtype)
+    entry, key = facts.entry_bytes(cfg, cache_dtype or "bfloat16")
     total = 0.0
     for kind in cfg.layers:
         entries = context // kind.ratio if kind.ratio else 0

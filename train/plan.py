@@ -119,25 +119,6 @@ class Training:
         model = params.abstract(declared, jnp.bfloat16, self.cfg.expert_dtype if keeps else None)
         return jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
 
-    def _moves(
-        self, mesh: AnyMesh, tokens: int, dense: float, gradients: float
-    ) -> tuple[Move, ...]:
-        """Activations between experts, weights gathered over fsdp, gradients summed."""
-        passes, layers = 3 * self.parts, len(self.cfg.layers)
-        moves = [*jobs.exchange(self.cfg, tokens, mesh, passes)]
-        if (fsdp := mesh.shape["fsdp"]) > 1:
-            moves.append(Move("all-gather", fsdp, dense / layers, layers * passes))
-        if (data := mesh.shape["data"]) > 1:
-            moves.append(Move("all-reduce", data, gradients / layers, layers))
-        return tuple(moves)
-
-    def _computed(self, mesh: AnyMesh) -> Any:
-        """The weights in the form in which the model computes with them."""
-        keeps = isinstance(self.settings.what, Lora) and self.cfg.quantized
-        declared = Model(self.cfg)
-        model = params.abstract(declared, jnp.bfloat16, self.cfg.expert_dtype if keeps else None)
-        return jax.tree.map(placed, model, sharding.shardings(declared, mesh, model))
-
     @functools.cached_property
     def _declared(self) -> Model:
         return Model(self.cfg)
@@ -171,7 +152,7 @@ def job(name: Name, cfg: ModelConfig, *, seq_len: int, batch: int, parts: int) -
         raise ValueError(f"--seq is {seq_len}; the model's own context is {longest}.")
     adapts, drafts = name == "train-lora", cfg.num_nextn_predict_layers > 0
     what = Lora(targets="attn+shared") if adapts else Full(dtype="bfloat16", mtp=drafts)
-    losses = {} if adapts else _LOSSES | ({} if drafts else {"mtp_weight": 0.0})
+    losses: dict[str, Any] = {} if adapts else _LOSSES | ({} if drafts else {"mtp_weight": 0.0})
     settings = step.Settings(cfg=cfg, numerics=numerics.OFFICIAL, what=what, **losses)
     return Training(
         name=name,

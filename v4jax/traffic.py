@@ -92,7 +92,8 @@ def _bytes(program: Program, step: Step, experts: Experts) -> tuple[int, int]:
         target = result[0] if operation == "copy-start" else result[-2]
         return 0 if operands[0].on_chip else target.bytes, _hbm([target])
     if operation == "dynamic-update-slice":
-        return 2 * (_hbm(operands[1:2]),)
+        update = _total(operands[1:2])
+        return _hbm(operands[1:2]), 0 if result[0].on_chip else update
     if operation in _SLICES:
         return 0 if operands[0].on_chip else _total(result), _hbm(result)
     if operation == "fusion":

@@ -53,11 +53,6 @@ class Compiled:
     kernels: tuple[tuple[str, str, str, int], ...] = ()
     from_disk: bool = False
 
-    @property
-    def total(self) -> int:
-        """Bytes of memory that the program needs."""
-        return self.arguments + self.outputs - self.reused + self.temporaries + self.code
-
 
 def get(job: Job, mesh: Mesh, work: Work, progress: waiting.Progress) -> Compiled:
     """Lower a job's program for a mesh, and compile it unless an earlier plan has.

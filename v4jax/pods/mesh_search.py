@@ -20,7 +20,7 @@ from v4jax.pods.jobs import Job, Work
 
 # Part of the memory that a mesh may be estimated to use: the estimate is rough.
 _ROOM = 0.97
-_SEARCHED = ("data", "fsdp", "expert", "tensor")
+_SEARCHED: tuple[str, ...] = ("data", "fsdp", "expert", "tensor")
 
 
 class Candidate(NamedTuple):
@@ -145,7 +145,8 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
                 yield size, *rest
 
     for shape in shapes(devices, len(_SEARCHED)):
-        yield dict.fromkeys(AXES, 1) | dict(zip(_SEARCHED, shape, strict=True))
+        ones: dict[str, int] = dict.fromkeys(AXES, 1)
+        yield ones | dict(zip(_SEARCHED, shape, strict=True))
 
 
 def read(text: str, devices: int) -> dict[str, int]:

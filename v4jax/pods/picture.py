@@ -1,14 +1,15 @@
 """A picture of a plan: memory of a device by what it is for, and the step's time by cause."""
 
 from pathlib import Path
+from typing import Any
 
 from v4jax.facts import GIB
 from v4jax.pods import mesh_search
 from v4jax.pods.plan import Plan
 
 
-def draw(plan: Plan, target: Path) -> None:
-    """Write the picture to a file, in the format of its suffix.
+def empty(target: Path) -> Any:
+    """An empty figure for a file, before there is a plan.
 
     Raises:
       ValueError: matplotlib is missing, or the suffix is not that of a picture.
@@ -21,6 +22,13 @@ def draw(plan: Plan, target: Path) -> None:
     kinds = figure.canvas.get_supported_filetypes()
     if target.suffix.removeprefix(".") not in kinds:
         raise ValueError(f"--plot {target}: use a suffix such as .png, .svg or .pdf.")
+    if not target.parent.is_dir():
+        raise ValueError(f"--plot {target}: there is no directory {target.parent}.")
+    return figure
+
+
+def draw(plan: Plan, figure: Any, target: Path) -> None:
+    """Draw a plan on a figure, and write it to a file in the format of its suffix."""
     memory, time = figure.subplots(1, 2)
     bottom = 0.0
     for part, nbytes in plan.memory.items():

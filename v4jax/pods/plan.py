@@ -52,8 +52,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes that the program needs on a device; estimated if the compiler refused it."""
-        return round(self.candidate.total) if self.compiled.refused else self.compiled.total
+        """Bytes that the job needs on a device; estimated if it was not compiled."""
+        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -61,11 +61,13 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes per device by what they are for; they add up to the total."""
-        known = sum(self.parts.values())
-        if self.compiled.refused:
-            return self.parts | {"temporaries (estimated)": self.total - known}
-        program = self.compiled
+        """Bytes per device by what they are for.
+
+        Arguments that the program does not use, such as MTP blocks without drafts, are held too.
+        """
+        known, program = sum(self.parts.values()), self.compiled
+        if program.refused:
+            return self.parts | {"temporaries (estimated)": round(self.candidate.work.temporaries)}
         return self.parts | {
             "padding": max(0, program.arguments - known),
             "results": max(0, program.outputs - program.reused),

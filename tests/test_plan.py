@@ -237,11 +237,11 @@ def test_a_recipe_gets_the_mesh_that_is_favoured() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 def test_a_process_takes_the_memory_that_is_planned(tmp_path: Path) -> None:
-    """A decode step of the `bench` configuration, in a process of its own that compiles it once."""
+    """A decode step of the first `bench` layers, in a process of its own that compiles it once."""
     kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     environment = os.environ | quick.ENVIRONMENT | kept
     words = [sys.executable, "-m", "tests.planned_memory"]
     result = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     planned, peak = map(int, result.stdout.split())
-    assert planned > 4e8
+    assert planned > 2e8
     assert peak == pytest.approx(planned, rel=0.1)

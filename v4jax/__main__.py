@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="v4jax",
-        description="DeepSeek-V4 in JAX: inspect, convert, merge and run its checkpoints.",
+        description="DeepSeek-V4 in JAX: inspect, convert, merge, plan and run its checkpoints.",
         epilog=help_texts.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -181,11 +181,15 @@ def _compiled(
     progress: "Progress",
 ) -> "Plan":
     """The plan for the first mesh that fits, or for the first one if none does."""
+    import jax
+
     from v4jax.pods import plan as plans
 
     devices = devices or devices_of(where)
     first = None
     for sizes in meshes:
+        # Choices of kernels are recorded when a function is traced, not when that is remembered.
+        jax.clear_caches()
         plan = plans.make(args.path, job, where, devices, sizes, progress=progress)
         if plan.fits:
             return plan

@@ -71,7 +71,7 @@ def get(job: Job, mesh: Mesh, work: Work, progress: waiting.Progress) -> Compile
     kernels = _kernels(mesh.devices.flat[0].platform)
     file = _file(lowered, mesh, work)
     if file is not None and (known := _read(file)) is not None:
-        return dataclasses.replace(known, kernels=kernels, from_disk=True)
+        return dataclasses.replace(known, from_disk=True)
     progress(f"Compiling {where}", 0, 0)
     try:
         program = lowered.compile()
@@ -82,9 +82,10 @@ def get(job: Job, mesh: Mesh, work: Work, progress: waiting.Progress) -> Compile
     else:
         progress(f"Reading {where}", 0, 0)
         result = _figures(program, work)
+    result = dataclasses.replace(result, kernels=kernels)
     if file is not None:
         _write(file, result)
-    return dataclasses.replace(result, kernels=kernels)
+    return result
 
 
 def _figures(program: jax.stages.Compiled, work: Work) -> Compiled:
@@ -165,6 +166,7 @@ def _read(file: Path) -> Compiled | None:
         fields["traffic"] = Traffic(**fields["traffic"])
         fields["moves"] = tuple(Move(*move) for move in fields["moves"])
         fields["largest"] = tuple(fields["largest"])
+        fields["kernels"] = tuple(map(tuple, fields["kernels"]))
         return Compiled(**fields)
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -173,7 +175,7 @@ def _read(file: Path) -> Compiled | None:
 def _write(file: Path, figures: Compiled) -> None:
     """Write figures to a file that appears when it is complete; without it, nothing is kept."""
     fields = dataclasses.asdict(figures)
-    del fields["kernels"], fields["from_disk"]
+    del fields["from_disk"]
     unfinished = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

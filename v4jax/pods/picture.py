@@ -37,7 +37,7 @@ def draw(plan: Plan, figure: Any, target: Path) -> None:
     if plan.limit is not None:
         memory.axhline(plan.limit / GIB, color="black", linestyle="--", label="HBM")
     memory.set(xlim=(-0.5, 1.6), xticks=[], ylabel="GiB", title="Memory of a device")
-    memory.legend(fontsize="small", loc="upper right")
+    memory.legend(fontsize="small", loc="center right")
     if plan.time is not None:
         causes = {
             "operations": plan.time.compute,

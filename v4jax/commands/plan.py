@@ -93,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     from v4jax.pods import picture, report
 
     cfg = inspect.find(args.path, revision=args.revision).config
-    figure = None if args.plot is None else picture.empty(args.plot)
+    target: Path | None = args.plot
+    figure = None if target is None else picture.empty(target)
     with waiting.progress() as progress:
         plan, others = _search(args, cfg, progress) if args.search else _plan(args, cfg, progress)
-    if figure is not None:
-        picture.draw(plan, figure, args.plot)
+    if target is not None:
+        picture.draw(plan, figure, target)
     show = report.show_json if args.json else report.show
     show(plan, others)
     return 0 if plan.fits else 1

@@ -17,7 +17,7 @@ def empty(target: Path) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ValueError("--plot needs matplotlib; pip install matplotlib") from error
+        raise ValueError("--plot needs matplotlib; pip install 'v4jax[train]'") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
     if target.suffix.removeprefix(".") not in kinds:

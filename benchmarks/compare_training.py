@@ -180,7 +180,7 @@ def _v4jax(path: Path, length: int, lora: bool, options: str) -> Step:
     declared = trainable.declare(cfg, what)
     rule = optimizer.make(declared, cfg, RATE, rule="adamw", weight_decay=DECAY)
     settings = step.Settings(
-        cfg=cfg, numerics=HF, what=what, remat=False, unroll="unrolled" in options
+        cfg=cfg, numerics=HF, what=what, remat="light", unroll="unrolled" in options
     )
     program = step.make(settings, rule)
     state = jax.device_put(step.begin(parts, rule, 0), jax.devices()[0])

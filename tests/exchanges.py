@@ -14,14 +14,20 @@ CFG = models.config(
     index_n_heads=8,
     moe_intermediate_size=40,
 )
-# Each axis alone, and a mixture.
-MESHES: dict[str, dict[str, int]] = {
-    "data 8": {"data": 8},
-    "fsdp 8": {"fsdp": 8},
-    "expert 8": {"expert": 8},
-    "tensor 8": {"tensor": 8},
-    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
-}
+# Each axis alone, and mixtures.
+_SIZES: list[dict[str, int]] = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"expert": 8},
+    {"tensor": 8},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "expert": 2},
+    {"expert": 4, "tensor": 2},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 4},
+]
+MESHES = {", ".join(f"{axis} {size}" for axis, size in sizes.items()): sizes for sizes in _SIZES}
 # Entries of the CSA and HCA pools for 1100 tokens, and for 256 in training.
 ENTRIES = (288, 96, 160)
 

@@ -18,7 +18,7 @@ PACKAGES = {
 }
 # Layers, and the other layers that each may import. All may import `SHARED`.
 KERNELS, MODEL, TEXT, DISK = "pallas_kernels", "v4jax.model", "v4jax.text", "v4jax.checkpoints"
-DECODING, ENGINE = "v4jax.decoding", "v4jax.engine"
+DECODING, ENGINE, LAUNCH = "v4jax.decoding", "v4jax.engine", "v4jax.launch"
 LIBRARY = (KERNELS, "v4jax", MODEL, TEXT, DISK, DECODING, ENGINE, "v4jax.adapters")
 PODS = "v4jax.pods"
 LAYERS: dict[str, tuple[str, ...]] = {
@@ -29,9 +29,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ENGINE: (MODEL, TEXT, DECODING),
     DISK: (KERNELS, MODEL, TEXT),
     "v4jax.adapters": (KERNELS, MODEL, DISK),
+    LAUNCH: (TEXT,),
     PODS: (KERNELS, "v4jax", MODEL),
-    "v4jax.commands": (*LIBRARY, PODS),
-    "v4jax": (*LIBRARY, "v4jax.commands"),
+    "v4jax.commands": (*LIBRARY, LAUNCH, PODS),
+    "v4jax": (*LIBRARY, LAUNCH, "v4jax.commands"),
     "v4jax_serve": ("v4jax", MODEL, TEXT, DECODING, ENGINE, "v4jax.commands"),
     "v4jax_train.data": (TEXT,),
     "v4jax_train": (*LIBRARY, PODS, "v4jax.commands", "v4jax_train.data"),

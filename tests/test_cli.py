@@ -13,7 +13,10 @@ from tests.checkpoints import tiny
 from v4jax.__main__ import main
 from v4jax.checkpoints import native, random_release
 
-COMMANDS = ("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate", "chat")
+COMMANDS = (
+    *("demo", "inspect", "convert", "export", "export-adapter", "merge", "generate", "chat"),
+    "launch",
+)
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -133,4 +133,4 @@ def test_quantised_experts_shard_like_dense_ones() -> None:
     placed = sharding.shardings(declared, mesh, params.abstract(declared, jnp.bfloat16, "fp4"))
     gate = placed.stacks[0].experts[0].gate_EFD.get_value()
     assert isinstance(gate, quantize.Fp4Weight)
-    assert gate.codes.spec[1] == gate.scale.spec[1] == ("expert", "fsdp")
+    assert gate.codes.spec[1] == gate.scale.spec[1] == ("expert", "fsdp", "tensor")

@@ -19,7 +19,7 @@ SOURCES = list(house.files().values())
 PRINTING = {ROOT / "v4jax" / name for name in ("__main__.py", "waiting.py")}
 PRINTING |= {
     ROOT / "v4jax" / "commands" / name
-    for name in ("chat.py", "command_line.py", "demo.py", "generate.py", "inspect.py")
+    for name in ("chat.py", "command_line.py", "demo.py", "generate.py", "inspect.py", "launch.py")
 }
 PRINTING |= {ROOT / "train" / name for name in ("__main__.py", "display.py")}
 # A package must not import the layers above it.
@@ -132,7 +132,8 @@ def test_packages_import_downwards_only(package: str) -> None:
 
 def test_packages_import_only_declared_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    module = lambda name: {"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_"))
+    renamed = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}
+    module = lambda name: renamed.get(name, name.replace("-", "_"))
     names = lambda lines: {module(re.split(r"[<>=]", line)[0]) for line in lines}
     declared = names(project["dependencies"])
     extra = project["optional-dependencies"]

@@ -251,6 +251,22 @@ def test_a_run_belongs_to_one_living_process(
     assert not new.exists()
 
 
+def test_a_command_that_is_started_again_continues_its_run(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert loop.begin(settings(place, run), show=silent, again=True).step == 4
+    other = settings(place, run, optimizer={"rate": 1e-3}, adapter={"rank": 4})
+    with pytest.raises(ValueError, match=r"another recipe \(adapter\.rank, optimizer\.rate\)"):
+        loop.begin(other, show=silent, again=True)
+    # It was killed before it had begun.
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / fingerprint.FILE).write_text("[]")
+    assert loop.begin(settings(place, new), show=silent, again=True).step == 4
+    assert main(["plot", str(new)]) == 0
+    assert capsys.readouterr().out.startswith("Goodput ")
+
+
 def test_a_run_that_cannot_start_leaves_no_directory(place: Path, tmp_path: Path) -> None:
     invalid = settings(place, tmp_path / "run", model={"path": str(tmp_path / "nothing")})
     with pytest.raises(CheckpointError, match="nothing"):

@@ -84,7 +84,7 @@ def trained() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     what = Full(indexers=True)
     parts = trainable.split(models.weights(CFG), CFG, what, jax.random.key(0))
     rule = optimizer.make(trainable.declare(CFG, what), CFG, RATE)
-    settings = step.Settings(cfg=CFG, numerics=HF, what=what, bias_speed=0.1, remat=False)
+    settings = step.Settings(cfg=CFG, numerics=HF, what=what, bias_speed=0.1, remat="light")
     run = step.make(settings, rule)
     tokens = jnp.asarray(models.tokens(CFG, 2, 128))[None]
     state, weights = step.begin(jax.tree.map(jnp.copy, parts), rule, 0), []

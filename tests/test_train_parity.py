@@ -88,7 +88,7 @@ def stepped(ours: Any, batch: dict[str, np.ndarray]) -> Any:
     cfg, what = ours.config, Full()
     parts = trainable.split(ours.weights, cfg, what, jax.random.key(0))
     rule = optimizer.make(trainable.declare(cfg, what), cfg, RATE, rule="adamw", weight_decay=DECAY)
-    settings = step.Settings(cfg=cfg, numerics=HF, what=what, clip=1e9, remat=False)
+    settings = step.Settings(cfg=cfg, numerics=HF, what=what, clip=1e9, remat="light")
     placed = {name: jnp.asarray(x)[None] for name, x in batch.items()}
     trained, balanced = jax.tree.map(jnp.copy, parts[:2])
     state = step.begin(parts._replace(trained=trained, balanced=balanced), rule, 0)

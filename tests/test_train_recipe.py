@@ -163,7 +163,7 @@ def test_help_shows_types_and_defaults_as_a_recipe_has_them() -> None:
     assert shown["model.dtype"] == ("{bfloat16,float32}", '"bfloat16"')
     assert shown["data.files"] == ("[str,...]", "[]")
     assert shown["steps.epochs"] == ("int", "unset")
-    assert shown["steps.remat"] == ("true|false", "true")
+    assert shown["steps.remat"] == ("[str,...]", '["full"]')
     assert shown["adapter.targets"] == ("[str,...]|str", '"attn"')
     assert shown["optimizer.rate"] == ("float", "0.0001")
 

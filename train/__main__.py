@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from v4jax.commands import command_line, options
 _EPILOG = """\
 'v4jax-train train --help' describes every field of a recipe.
 
-exit status: 0 done, 1 failed, 2 misuse, 143 saved and ended by SIGTERM.
+exit status: 0 done, 1 failed, 2 misuse, 124 no progress, 143 saved and ended by SIGTERM.
 
 examples:
   v4jax-train configs/train_lora.toml --model DIR --data chats.jsonl --out runs/a
@@ -28,6 +29,7 @@ examples:
 """
 _COMMANDS = ("train", "preview", "resume", "eval", "plot", "demo")
 _FINISHED_BY_SIGNAL = 143
+_SECONDS_TO_EXPLAIN = 3
 # glibc's malloc uses large pages only if the environment says so when the process starts. XLA
 # allocates a step's buffers again each time; on a CPU that is up to a tenth of the step.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -78,11 +80,18 @@ def _run(args: argparse.Namespace) -> int:
     except Exception:
         if not args.has_peers:
             raise
+        # If the cause is the end of another process, that says so, and ends this one first.
+        time.sleep(_SECONDS_TO_EXPLAIN)
         traceback.print_exc()
         status = 1
-    if status == 1 and args.has_peers:
+    if not args.has_peers:
+        return status
+    if status == 1:
         # The other processes would wait for this one; once it is gone, they end too.
         os._exit(1)
+    from . import processes
+
+    processes.leave()
     return status
 
 
@@ -105,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = _command(commands, "train", _train, "train with a recipe (the default command)")
     _add_recipe(train)
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out if it has begun, as launchers need that start it again",
+    )
     _add_processes(train)
     preview = _command(commands, "preview", _preview, "show what a recipe would train on")
     _add_recipe(preview)
@@ -201,23 +215,36 @@ def _field_formatter(prog: str) -> argparse.HelpFormatter:
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     group.add_argument(
-        "--distributed", action="store_true", help="run as one process of a pod that JAX detects"
+        "--distributed",
+        action="store_true",
+        help="run as one of the processes that JobSet, Ray, Slurm, Kubeflow or a TPU pod started",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    group.add_argument(
+        "--wait",
+        type=options.integer(1),
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes (default: 300)",
+    )
 
 
 def _begin_processes(args: argparse.Namespace) -> None:
     import jax
 
-    cluster = (args.coordinator, args.processes, args.process)
-    if any(x is not None for x in cluster):
-        if None in cluster:
+    from v4jax import cluster
+
+    from . import processes
+
+    given = (args.coordinator, args.processes, args.process)
+    if any(x is not None for x in given):
+        if None in given:
             raise ValueError("--coordinator, --processes and --process go together.")
-        jax.distributed.initialize(*cluster)
+        processes.join(cluster.at(*given, os.environ), args.wait)
     elif args.distributed:
-        jax.distributed.initialize()
+        processes.join(cluster.locate(os.environ), args.wait)
     args.has_peers = jax.process_count() > 1
 
 
@@ -270,7 +297,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.mesh is not None:
         recipe = _with_mesh(recipe, args.mesh)
     with display.live() as show:
-        outcome = loop.begin(recipe, show=show)
+        outcome = loop.begin(recipe, show=show, again=args.resume)
     return _report_end(outcome, Path(recipe.out))
 
 
@@ -287,6 +314,12 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _report_end(outcome: Any, directory: Path) -> int:
+    import jax
+
+    from . import goodput
+
+    if jax.process_index() == 0:
+        print(goodput.text(goodput.read(directory)))
     if outcome.why == "signal":
         print(f"Saved {directory} after step {outcome.step}; 'v4jax-train resume' continues it.")
         return _FINISHED_BY_SIGNAL
@@ -318,10 +351,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from . import plot
+    from . import goodput, plot
 
     target = args.png or args.directory / "curves.png"
     plot.draw([args.directory], target)
+    if seconds := goodput.read(args.directory):
+        print(goodput.text(seconds))
     print(f"Wrote {target}.")
     return 0
 

@@ -33,6 +33,7 @@ class Journal:
           ModuleNotFoundError: tensorboardX is missing.
         """
         self._file = self._board = None
+        self.lost = 0.0  # seconds of the dropped steps
         if not write:
             return
         if tensorboard:
@@ -40,7 +41,12 @@ class Journal:
 
             self._board = SummaryWriter(str(directory / BOARD), purge_step=after + 1)
         self._path = directory / FILE
-        lines = [line for line, values in _lines(self._path) if values["step"] <= after]
+        lines = []
+        for line, values in _lines(self._path):
+            if values["step"] <= after:
+                lines.append(line)
+            elif values["kind"] == "step":
+                self.lost += values.get("seconds") or 0.0
         write_file(self._path, "".join(f"{line}\n" for line in lines).encode())
         # Unbuffered: data that did not fit on the disk must not be written again later.
         self._file = self._path.open("ab", buffering=0)
@@ -116,7 +122,7 @@ class Clock:
     """A run's time by activity; goodput is the fraction spent on steps."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self._time = time.perf_counter(), time.time()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -132,3 +138,9 @@ class Clock:
     def goodput(self) -> float:
         """Fraction of the time since the start that was spent on steps."""
         return self.seconds.get("step", 0.0) / max(time.perf_counter() - self._began, 1e-9)
+
+    def report(self) -> dict[str, Any]:
+        """When the clock was started, the time now, and the seconds by activity."""
+        ended = self._time + time.perf_counter() - self._began
+        seconds = {what: round(value, 3) for what, value in self.seconds.items()}
+        return {"began": round(self._time, 3), "ended": round(ended, 3), "seconds": seconds}

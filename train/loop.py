@@ -4,9 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import io
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +13,29 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from v4jax import waiting
 from v4jax.checkpoints import hub, unfinished
 from v4jax.checkpoints.disk import write_file
 from v4jax.model import sharding
 
-from . import fingerprint, flops, preparation, processes, runs, step
+from . import fingerprint, flops, goodput, preparation, processes, runs, step
 from .checkpoints import Checkpoints
 from .data import dataset
 from .evaluation import Evaluator
 from .journal import Clock, Journal
+from .local_states import LocalStates
 from .preparation import Setup
 from .recipe import Recipe
 from .trainable import Parts
+from .watchdog import Watchdog
 
 BAD = "bad_batches"
 _PATIENCE = 3600  # seconds to wait for other processes to compile
 _REMEMBERED = 50  # recent losses, whose median is the usual loss
 Show = Callable[[dict[str, Any]], None]
+# A step in progress: its number, its metrics on the device, its batch, and when it began.
+_Pending = tuple[int, Any, Any, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +57,24 @@ class Stopped(ValueError):
     """Training went wrong, and the recipe says to stop."""
 
 
-def begin(recipe: Recipe, *, show: Show) -> Outcome:
+def begin(recipe: Recipe, *, show: Show, again: bool = False) -> Outcome:
     """Train from the first step, in a directory that must be new or empty.
 
     Args:
       recipe: the run's settings.
       show: called with the metrics of each step.
+      again: if the run has begun in that directory, with the same recipe, continue it.
 
     Raises:
-      ValueError: the recipe, the model or the data is invalid.
+      ValueError: the recipe, the model or the data is invalid, or the run has another recipe.
       Stopped: training went wrong.
     """
     if not recipe.out:
         raise ValueError("No directory is named; give --out, or out in the recipe.")
     directory = Path(recipe.out)
+    if again and processes.of_first(runs.has_begun(directory)):
+        processes.first(lambda: runs.check_recipe(directory, recipe))
+        return resume(directory, show=show)
     processes.first(lambda: _check_outside_model(directory, recipe.model.path))
     with runs.locked(directory):
         processes.first(lambda: _check_empty(directory))
@@ -95,11 +100,12 @@ def resume(
     """
     recipe = runs.read_recipe(directory)
     with runs.locked(directory):
-        state_step = runs.choose_state(directory, step)
+        local = None if step is not None else runs.newer_on_hosts(recipe, directory)
+        state = runs.choose_state(directory, step) if local is None else None
         run = _Run(recipe, directory, same_data=not changed_data)
         if changed_data:
             processes.first(lambda: fingerprint.write(directory, run.files))
-        return run.train(show, state_step)
+        return run.train(show, state, local)
 
 
 def _write_record(run: "_Run") -> None:
@@ -127,6 +133,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, directory: Path, *, same_data: bool = False) -> None:
         self.recipe, self.directory, self.clock = recipe, directory, Clock()
+        self.local = LocalStates(recipe.checkpoints.local, directory)
         with self.clock.spent_on("data"):
             tokenizer = preparation.text_tokenizer(recipe)
             documents = preparation.read_data(recipe, tokenizer, recipe.data.files)
@@ -159,34 +166,48 @@ class _Run:
             indexer=settings.indexer_weight > 0,
         )
 
-    def train(self, show: Show, state: int | None = None) -> Outcome:
-        """Run the steps that remain after a saved state, given by its step."""
+    def train(self, show: Show, state: int | None = None, local: int | None = None) -> Outcome:
+        """Run the steps that remain after a saved state, given by its step, or one on the hosts."""
         self.checkpoints = Checkpoints(self.directory, keep=self.recipe.checkpoints.keep)
         try:
-            first = self._restore(state)
+            first = self._restore(state, local)
             write = jax.process_index() == 0
             board = self.recipe.log.tensorboard
             # A signal may arrive as soon as the journal exists: install its handler first.
             with (
-                _Signal() as self.signal,
+                processes.Signal() as self.signal,
                 contextlib.closing(
                     Journal(self.directory, after=first, write=write, tensorboard=board)
                 ) as self.journal,
             ):
-                return self._steps(first, show)
+                self.clock.seconds["lost"] = self.journal.lost
+                outcome = self._steps(first, show)
+                with self.clock.spent_on("checkpoint"):
+                    self.checkpoints.wait()
+                goodput.write(self.journal, outcome.step, self.clock)
+                return outcome
         except Stopped:
             # Bad steps have changed nothing.
             self._save(int(self.state.step))
             raise
         finally:
+            self.local.close()
             self.checkpoints.close()
 
-    def _restore(self, state: int | None) -> int:
-        if state is None:
-            return 0
+    def _restore(self, state: int | None, local: int | None) -> int:
+        """Restore the state on the hosts if there is one and it is intact, else that of the run."""
         with self.clock.spent_on("checkpoint"):
-            self.state, notes = self.checkpoints.restore(self.state, state)
-            best_is_gone = self.checkpoints.remove_after(state)
+            restored = None if local is None else self.local.restore(self.state, local)
+            if restored is None:
+                state = runs.choose_state(self.directory) if local is not None else state
+                if state is not None:
+                    restored = self.checkpoints.restore(self.state, state)
+            if restored is None:
+                self.local.remove_after(0)
+                return 0
+            self.state, notes = restored
+            self.local.remove_after(notes["step"])
+            best_is_gone = self.checkpoints.remove_after(notes["step"])
         self.losses.extend(notes["losses"])
         self.wrong = notes["wrong"]
         if not best_is_gone:
@@ -194,18 +215,29 @@ class _Run:
         return notes["step"]
 
     def _steps(self, first: int, show: Show) -> Outcome:
+        settings = self.recipe.watchdog
+        with Watchdog(settings.factor, settings.least, processes.end_stalled) as self.watchdog:
+            why, done, pending = self._run_steps(first, show)
+            if pending is not None:
+                self._account(pending, show)
+        self._save(done)
+        return Outcome(done, why, self.losses[-1] if self.losses else float("nan"))
+
+    def _run_steps(self, first: int, show: Show) -> tuple[str, int, _Pending | None]:
+        """Run the steps until one that ends the run; the metrics of the last may be pending."""
         run: Any = step.make(self.setup.settings, self.setup.rule, like=self.state)
         frozen = self.setup.frozen
         iterator = dataset.iterate(self.data, step=first)
         why, done = "finished", first
-        pending: tuple[int, Any, Any, float] | None = None
+        pending: _Pending | None = None
         for number in range(first, self.steps):
             began = time.perf_counter()
             with self.clock.spent_on("data"):
                 local = next(iterator)
                 batch = preparation.place_batch(local, self.recipe.steps.parts, self.setup.mesh)
             if number == first:
-                run = self._compiled(run, batch)
+                with self.watchdog.paused():
+                    run = self._compiled(run, batch)
             with self.clock.spent_on("step"), sharding.on(self.setup.mesh):
                 self.state, metrics = run(self.state, frozen, batch, self._limit())
                 if pending is not None:
@@ -216,13 +248,11 @@ class _Run:
                 with self.clock.spent_on("step"):
                     self._account(pending, show)
                 pending = None
-                why = self._pause(done) or why
+                with self.watchdog.paused():
+                    why = self._pause(done) or why
                 if why != "finished":
                     break
-        if pending is not None:
-            self._account(pending, show)
-        self._save(done)
-        return Outcome(done, why, self.losses[-1] if self.losses else float("nan"))
+        return why, done, pending
 
     def _compiled(self, run: Any, batch: Any) -> Any:
         """The compiled step, once every process has it: devices do not wait long for each other."""
@@ -230,6 +260,7 @@ class _Run:
             with waiting.compilation("Compiling"):
                 program = run.lower(self.state, self.setup.frozen, batch, self._limit()).compile()
             ocp.multihost.sync_global_processes("compiled", timeout=_PATIENCE)
+        self.last_end = time.perf_counter()
         return program
 
     def _limit(self) -> Any:
@@ -241,7 +272,8 @@ class _Run:
     def _due(self, done: int) -> bool:
         """Whether to evaluate, save or end after this step."""
         self.ended = self.signal.arrived(done)
-        every = self.recipe.checkpoints.every, self.recipe.evaluation.every
+        saved, evaluated = self.recipe.checkpoints, self.recipe.evaluation
+        every = saved.every, evaluated.every, *((saved.local_every,) if saved.local else ())
         return self.ended or done == self.steps or any(done % n == 0 for n in every)
 
     def _pause(self, done: int) -> str | None:
@@ -255,8 +287,14 @@ class _Run:
                 waiting.compilation("Evaluating"),
             ):
                 why = self._evaluate(done)
-        if done % self.recipe.checkpoints.every == 0:
+        saved = self.recipe.checkpoints
+        if done % saved.every == 0:
             self._save(done)
+        elif saved.local and done % saved.local_every == 0:
+            with self.clock.spent_on("checkpoint"):
+                self.local.save(done, self.state, self._notes(done))
+        if why is None and done < self.steps:
+            goodput.write(self.journal, done, self.clock)
         return why
 
     def _evaluate(self, done: int) -> str | None:
@@ -275,24 +313,27 @@ class _Run:
         patience = self.recipe.evaluation.patience
         return "early" if patience and self.waited >= patience else None
 
-    def _save(self, done: int) -> None:
-        notes = {
+    def _notes(self, done: int) -> dict[str, Any]:
+        return {
             "step": done,
             "losses": list(self.losses),
             "best": self.best,
             "waited": self.waited,
             "wrong": self.wrong,
         }
-        with self.clock.spent_on("checkpoint"):
-            self.checkpoints.save(done, self.state, notes)
 
-    def _account(self, pending: tuple[int, Any, Any, float], show: Show) -> None:
+    def _save(self, done: int) -> None:
+        with self.clock.spent_on("checkpoint"):
+            self.checkpoints.save(done, self.state, self._notes(done))
+
+    def _account(self, pending: _Pending, show: Show) -> None:
         """Record a finished step; act if it was bad."""
         number, arrays, local, began = pending
         metrics: dict[str, Any] = {n: float(x) for n, x in jax.device_get(arrays).items()}
         # On the device it began when the previous step ended.
         ended = time.perf_counter()
         seconds, self.last_end = ended - max(began, self.last_end), ended
+        self.watchdog.step(seconds)
         rate = metrics["tokens_seen"] / seconds / jax.device_count()
         peak = flops.peak(jax.devices()[0])
         metrics |= {
@@ -332,27 +373,3 @@ def _memory() -> int | None:
     """The peak memory use of the first device in bytes, if it reports that."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
-
-
-class _Signal:
-    """Remembers SIGTERM, so that a run can be saved before it ends."""
-
-    def __enter__(self) -> "_Signal":
-        self._received = False
-        self._old = None
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._old = signal.signal(signal.SIGTERM, self._remember)
-        return self
-
-    def _remember(self, *_: Any) -> None:
-        self._received = True
-
-    def arrived(self, done: int) -> bool:
-        """Whether any process has received the signal."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(done)
-        return self._received
-
-    def __exit__(self, *_: object) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)

@@ -7,15 +7,19 @@ without gathering.
 Source: the report's section 2.4.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from v4jax.model import sharding
 from v4jax.model.params import path_name
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')(XX')X: eight fast iterations that bring
@@ -24,6 +28,8 @@ HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 _MOMENTUM = 0.95  # decay of the sum of gradients
 # Root mean square of an update's entries: that of AdamW, so that its learning rates carry over.
 _RMS = 0.18
+# So many layers take turns.
+_FEW = 8
 
 
 class MuonState(NamedTuple):
@@ -89,13 +95,20 @@ def scale_by_muon(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        ahead = lambda m, g: _MOMENTUM * m + g.astype(m.dtype)
-        total = jax.tree.map(ahead, state.momentum, updates)
-        nesterov = jax.tree.map(ahead, total, updates)
-        step = lambda path, x: _step(x, parts(path_name(path)), dtype)
-        return jax.tree_util.tree_map_with_path(step, nesterov), MuonState(total)
+        total = jax.tree.map(_ahead, state.momentum, updates)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        names = [path_name(path) for path, _ in leaves]
+        gradients = [leaf for _, leaf in leaves]
+        steps = _steps(
+            [*zip(jax.tree.leaves(total), gradients, strict=True)], list(map(parts, names)), dtype
+        )
+        return tree.unflatten(steps), MuonState(total)
 
     return optax.GradientTransformation(init, update)
+
+
+def _ahead(momentum: Array, gradient: Array) -> Array:
+    return _MOMENTUM * momentum + gradient.astype(momentum.dtype)
 
 
 def _check(name: str, weight: Array, parts: Callable[[str], int]) -> None:
@@ -105,12 +118,84 @@ def _check(name: str, weight: Array, parts: Callable[[str], int]) -> None:
         )
 
 
-def _step(x: Array, count: int, dtype: Any) -> Array:
-    *stack, rows, columns = x.shape
-    matrices = x.reshape(*stack, count, rows // count, columns) if count > 1 else x
+class _Kind(NamedTuple):
+    """What weights have in common whose matrices are orthogonalised in the same loop.
+
+    Programs would take minutes to compile if each weight had a loop of its own.
+
+    Attributes:
+      short, long: sides of their matrices.
+      experts: number of experts; 0 if they are not of experts.
+      layers: number of layers, which take turns, so that few temporaries exist at a time; 0 for any
+        number below `_FEW`, all at once.
+    """
+
+    short: int
+    long: int
+    experts: int
+    layers: int
+
+
+def _kind(shape: tuple[int, ...], parts: int) -> _Kind:
+    *stack, rows, columns = shape
+    short, long = sorted((rows // parts, columns))
+    layers = stack[0] if stack and stack[0] >= _FEW else 0
+    return _Kind(short, long, stack[1] if len(stack) > 1 else 0, layers)
+
+
+def _steps(pairs: list[tuple[Array, Array]], parts: list[int], dtype: Any) -> list[Array]:
+    """The update of each weight, from its momentum and its gradient."""
+    kinds = [
+        _kind(gradient.shape, count) for (_, gradient), count in zip(pairs, parts, strict=True)
+    ]
+    steps: dict[int, Array] = {}
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        run = functools.partial(_together, kind, [parts[i] for i in members], dtype)
+        some = [pairs[i] for i in members]
+        if kind.layers:
+            of_layer = lambda slices, run=run: run(jax.tree.map(lambda x: x[None], slices))
+            outs = jax.lax.map(of_layer, some)
+            outs = [out.reshape(pair[0].shape) for out, pair in zip(outs, some, strict=True)]
+        else:
+            outs = run(some)
+        steps |= zip(members, outs, strict=True)
+    return [steps[i] for i in range(len(pairs))]
+
+
+def _together(
+    kind: _Kind, parts: list[int], dtype: Any, pairs: list[tuple[Array, Array]]
+) -> list[Array]:
+    """The updates of weights of one kind, orthogonalised as one stack."""
+    lead = (kind.experts,) if kind.experts else ()
+    stacks = []
+    for (momentum, gradient), count in zip(pairs, parts, strict=True):
+        x = _ahead(momentum, gradient).astype(jnp.float32)
+        x = x.reshape(-1, *lead, x.shape[-2] // count, x.shape[-1])
+        stacks.append(x if x.shape[-2] == kind.short else jnp.swapaxes(x, -1, -2))
     # An orthogonal matrix's entries have a root mean square of 1 / sqrt(longer side).
-    scale = _RMS * math.sqrt(max(rows // count, columns))
-    return (orthogonal(matrices, dtype=dtype) * scale).reshape(x.shape).astype(x.dtype)
+    out = orthogonal(_spread(jnp.concatenate(stacks)), dtype=dtype) * _RMS * math.sqrt(kind.long)
+    ends = np.cumsum([len(stack) for stack in stacks])[:-1]
+    steps = []
+    for step, (_, x), count in zip(jnp.split(out, ends), pairs, parts, strict=True):
+        is_tall = x.shape[-2] // count != kind.short
+        step = jnp.swapaxes(step, -1, -2) if is_tall else step
+        steps.append(step.reshape(x.shape).astype(x.dtype))
+    return steps
+
+
+def _spread(x: Float[Array, "n *experts K N"]) -> Float[Array, "n *experts K N"]:
+    """The matrices as devices share their work: by expert, or by parts of their longer side."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if x.ndim == 4:
+        return sharding.constrain(x, None, "experts", None, None)
+    axes = tuple(mesh.axis_names)
+    axes = axes if x.shape[-1] % mesh.size == 0 else ("fsdp",)
+    if x.shape[-1] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, None, axes))
 
 
 def newton_schulz_flops(shape: Sequence[int], parts: int = 1) -> int:

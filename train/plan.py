@@ -83,7 +83,7 @@ class Training:
         tokens = jobs.on_each(self.rows, mesh) * self.seq_len
         needed = self._token_flops * self.seq_len * self.batch
         # A layer runs forward, and again before it runs backward, which is twice the work.
-        again = (1 if isinstance(what, Full) else 1.5) / 3 if self.settings.remat else 0.0
+        again = (1 if isinstance(what, Full) else 1.5) / 3 * (self.settings.remat != "light")
         dense, routed = weight_bytes(self._declared, self._computed(mesh), mesh)
         gradients = 4.0 * _elements(arguments["weights"][1])
         bodies = sum(part.repeats for part in segments(cfg.layers))

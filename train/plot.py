@@ -7,7 +7,7 @@ from typing import Any
 
 from v4jax.checkpoints.disk import write_file
 
-from . import journal
+from . import goodput, journal
 
 _PANELS = ("loss", "gradient_norm", "rate", "tokens_per_second_per_device")
 _TITLES = ("loss (nats)", "gradient norm", "learning rate", "tokens/s/device")
@@ -43,6 +43,9 @@ def draw(runs: Sequence[Path], target: Path) -> None:
         if held_out:
             label = f"{run.name}, held out"
             panels[0, 0].plot(*zip(*held_out, strict=True), "o-", label=label)
+    times = [goodput.text(seconds) for run in runs if (seconds := goodput.read(run))]
+    if len(times) == 1:
+        figure.suptitle(times[0], fontsize="small")
     if panels[0, 0].lines:
         panels[0, 0].legend()
     png = io.BytesIO()

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from v4jax.checkpoints import hub
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.model import context, numerics, sharding
 from v4jax.model.config import ModelConfig
+from v4jax.model.segments import segments
 from v4jax.text.tokenizer import Tokenizer
 
 from . import optimizer, processes, step, trainable
@@ -181,6 +182,12 @@ def check(recipe: Recipe) -> None:
     context.check_packing(checkpoint.config)
     if recipe.losses.mtp and not checkpoint.config.num_nextn_predict_layers:
         raise ValueError("losses.mtp is set, but the model has no MTP block; set it to 0.")
+    remat, parts = recipe.steps.remat, segments(checkpoint.config.layers)
+    if len(remat) not in (1, len(parts)):
+        raise ValueError(
+            f"steps.remat has {len(remat)} policies; the model has {len(parts)} segments of layers."
+            " Give one, or as many as segments."
+        )
 
 
 def step_settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
@@ -195,7 +202,7 @@ def step_settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
         indexer_weight=losses.indexer,
         bias_speed=losses.bias_speed,
         clip=recipe.optimizer.clip,
-        remat=recipe.steps.remat,
+        remat=cast(Any, recipe.steps.remat),
         unroll=recipe.steps.unroll,
     )
 

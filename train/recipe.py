@@ -20,6 +20,8 @@ from .data.rows import RowSettings
 from .full_settings import Full
 from .tables import at_least, from_nested
 
+_POLICIES = ("full", "experts", "light")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -150,8 +152,9 @@ class Steps:
       epochs: number of passes over the file; unset: data repeats until `steps` is reached.
       batch: packs per step.
       parts: number of parts a batch is split into, run one after another to save memory.
-      remat: recompute activations in the backward pass; false stores matrix products and the
-        outputs of attention and experts.
+      remat: what the backward pass recomputes: 'full', everything but the streams between layers;
+        'experts', everything but those and the routed experts' outputs; 'light', only what costs
+        little. Several are for the segments of layers, one for each (see 'v4jax inspect').
       unroll: compile each layer separately instead of looping over equal ones: a few percent faster
         on CPUs, for more memory and a compile time that grows with the number of layers.
       seed: seed of the data's order, of an adapter's initial values and of dropout.
@@ -161,7 +164,7 @@ class Steps:
     epochs: int | None = None
     batch: int = 8
     parts: int = 1
-    remat: bool = True
+    remat: tuple[str, ...] = ("full",)
     unroll: bool = False
     seed: int = 0
 
@@ -172,6 +175,8 @@ class Steps:
         if self.batch % self.parts:
             raise ValueError(f"batch is {self.batch}; use a multiple of parts, {self.parts}.")
         at_least(self, 0, "seed")
+        if wrong := [policy for policy in self.remat if policy not in _POLICIES]:
+            raise ValueError(f"remat is {wrong[0]!r}; it must be one of {', '.join(_POLICIES)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,14 +186,19 @@ class Checkpoints:
     Attributes:
       every: steps between saved states.
       keep: number of newest states to keep; with evaluations, the best state is kept too.
+      local: directory on each host, such as a RAM disk, for states saved more often; after a
+        restart on the same hosts and mesh the newest is used. Empty: none.
+      local_every: steps between states in `local`.
     """
 
     every: int = 100
     keep: int = 2
+    local: str = ""
+    local_every: int = 10
 
     def __post_init__(self) -> None:
         """Reject numbers that keep nothing."""
-        at_least(self, 1, "every", "keep")
+        at_least(self, 1, "every", "keep", "local_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +254,26 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """Runs without progress: all threads' stacks are written to stderr, and the status is 124.
+
+    Attributes:
+      factor: how many times the median of the last 50 a step may take, saving and evaluation
+        excluded; 0: any time.
+      least: seconds that a step may always take.
+    """
+
+    factor: float = 20.0
+    least: float = 900.0
+
+    def __post_init__(self) -> None:
+        """Reject a limit that ordinary steps exceed."""
+        if self.factor and not self.factor > 1.0:
+            raise ValueError(f"factor is {self.factor}; use more than 1, or 0 for no limit.")
+        at_least(self, 0.0, "least", above=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
     """Metrics besides `metrics.jsonl`.
 
@@ -259,9 +289,9 @@ class Mesh:
     """Mesh of devices, see `v4jax.model.sharding`; its `data` axis gets the remaining devices.
 
     Attributes:
-      fsdp: size of the axis that shards hidden dims of weights, and experts; also splits the batch.
+      fsdp: size of the axis that shards the storage of all weights; also splits the batch.
       expert: size of the axis that shards routed experts; also splits the batch.
-      tensor: size of the axis that shards heads, the shared expert and the vocabulary.
+      tensor: size of the axis that shards experts, heads, the shared expert and the vocabulary.
     """
 
     fsdp: int = 1
@@ -292,6 +322,7 @@ class Recipe:
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
+    watchdog: Watchdog = Watchdog()
     log: Log = Log()
     mesh: Mesh = Mesh()
 

@@ -14,9 +14,10 @@ from v4jax.checkpoints import disk, unfinished
 from v4jax.model import sharding
 from v4jax.text.files import read_text
 
-from . import preparation, processes, tables
+from . import fingerprint, preparation, processes, tables
 from .checkpoints import Checkpoints, restore_best
 from .evaluation import Evaluator
+from .local_states import LocalStates
 from .recipe import Recipe, from_table
 from .trainable import Parts
 
@@ -52,8 +53,20 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether a directory has no files but a lock."""
-    return all(file.name == LOCK for file in directory.iterdir())
+    """Whether a directory has no files but those of a run that ended before it had begun."""
+    return all(file.name in (LOCK, fingerprint.FILE) for file in directory.iterdir())
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a run has begun in a directory."""
+    return (directory / RECIPE).is_file()
+
+
+def newer_on_hosts(recipe: Recipe, directory: Path) -> int | None:
+    """The step of the newest state on all hosts, if it is newer than the run's own."""
+    local = LocalStates(recipe.checkpoints.local, directory).latest()
+    saved = processes.of_first(runs.choose(directory / STATES) or 0)
+    return local if local is not None and local > saved else None
 
 
 def choose_state(directory: Path, step: int | None = None, *, best: bool = False) -> int | None:
@@ -93,6 +106,10 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         model=dataclasses.replace(recipe.model, path=model),
         data=dataclasses.replace(recipe.data, files=trained),
         evaluation=dataclasses.replace(recipe.evaluation, files=held_out),
+        checkpoints=dataclasses.replace(
+            recipe.checkpoints,
+            local=recipe.checkpoints.local and absolute(recipe.checkpoints.local),
+        ),
     )
 
 
@@ -109,6 +126,31 @@ def read_recipe(directory: Path) -> Recipe:
         return from_table(json.loads(read_text(path)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_recipe(directory: Path, recipe: Recipe) -> None:
+    """Reject a recipe that is not the one of the run in a directory.
+
+    Raises:
+      ValueError: names the differences.
+    """
+    new, old = _fields(recipe), _fields(read_recipe(directory))
+    different = sorted(name for name in old | new if old.get(name) != new.get(name))
+    if different:
+        raise ValueError(
+            f"{directory}: the run has begun with another recipe ({', '.join(different)}); give"
+            " the same one, or choose another directory."
+        )
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """The values of a recipe by 'table.field', without the run's directory."""
+    return {
+        f"{name}.{field}": value
+        for name, values in tables.to_table(_with_absolute_paths(recipe)).items()
+        if name != "out"
+        for field, value in values.items()
+    }
 
 
 def evaluate(

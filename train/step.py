@@ -4,7 +4,7 @@ Axis letters: A parts of a batch, run one after another, B rows of a part, T tok
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt32
 
+from pallas_kernels.residuals import Remat
 from v4jax.adapters.lora_settings import Lora
 from v4jax.model.config import ModelConfig
 from v4jax.model.numerics import Numerics
@@ -67,7 +68,7 @@ class Settings:
     indexer_weight: float = 0.0
     bias_speed: float = 0.0
     clip: float = 1.0
-    remat: bool = True
+    remat: Remat | tuple[Remat, ...] = "full"
     unroll: bool = False
 
     @property
@@ -78,7 +79,12 @@ class Settings:
         return always | {name: weight for name, weight in optional.items() if weight}
 
     def sums(
-        self, model: Any, batch: Batch, *, remat: bool = False, agreement: bool = False
+        self,
+        model: Any,
+        batch: Batch,
+        *,
+        remat: Remat | Sequence[Remat] = "light",
+        agreement: bool = False,
     ) -> Any:
         """`loss.sums` with these settings."""
         names = self.weights

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.commands import chat, command_line, generate, help_texts, options, plan
+from v4jax.commands import chat, command_line, generate, help_texts, launch, options, plan
 
 # Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_launch(commands)
     return parser
 
 
@@ -175,6 +176,11 @@ def _add_chat(commands: Any) -> None:
     parser = _command(commands, "chat", chat.run, text, chat.EPILOG)
     parser.add_argument("path", help=_SOURCE)
     chat.add_options(parser)
+
+
+def _add_launch(commands: Any) -> None:
+    text = "launch a training run on the hosts of TPU slices or of GPU nodes"
+    launch.add_options(_command(commands, "launch", launch.run, text, launch.EPILOG))
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ examples:
   v4jax export flash-native flash-hf
   v4jax export-adapter runs/a adapter
   v4jax merge flash-hf runs/a flash-tuned --weights bfloat16
+  v4jax launch train.toml --on slurm --topology h200:2x8 --dry-run
 """
 INSPECT = """\
 For a directory, the headers of its files are read and checked; the weights are not read. For a Hub

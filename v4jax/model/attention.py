@@ -24,9 +24,9 @@ from v4jax.model.cache import LayerCache
 from v4jax.model.compress import Compressor
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 from v4jax.model.sharding import ROWS, STACKED_ROWS
+from v4jax.model.storage import InStack
 
 _QUERIES = ("batch", None, "heads", None)  # logical axes
 
@@ -36,8 +36,8 @@ class Indexer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         width = cfg.index_n_heads * cfg.index_head_dim
-        self.q_b_PR = weight((width, cfg.q_lora_rank), ("index_heads", "q_lora"), "fp8")
-        self.weights_ID = weight((cfg.index_n_heads, cfg.hidden_size), ("index_heads", "embed"))
+        self.q_b_PR = weight((width, cfg.q_lora_rank), ("index_heads", None), "fp8")
+        self.weights_ID = weight((cfg.index_n_heads, cfg.hidden_size), ("index_heads", None))
         self.compressor = Compressor(cfg, kind, cfg.index_head_dim, weight)
 
 
@@ -47,14 +47,14 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         width = cfg.num_attention_heads * cfg.head_dim
         ranks = cfg.o_groups * cfg.o_lora_rank
-        self.q_a_RD = weight((cfg.q_lora_rank, cfg.hidden_size), ("q_lora", "embed"), "fp8")
+        self.q_a_RD = weight((cfg.q_lora_rank, cfg.hidden_size), (None, None), "fp8")
         self.q_norm_R = weight((cfg.q_lora_rank,), (None,), constant=1.0)
-        self.q_b_PR = weight((width, cfg.q_lora_rank), ("heads", "q_lora"), "fp8")
-        self.kv_KD = weight((cfg.head_dim, cfg.hidden_size), (None, "embed"), "fp8")
+        self.q_b_PR = weight((width, cfg.q_lora_rank), ("heads", None), "fp8")
+        self.kv_KD = weight((cfg.head_dim, cfg.hidden_size), (None, None), "fp8")
         self.kv_norm_K = weight((cfg.head_dim,), (None,), constant=1.0)
         self.sink_H = weight((cfg.num_attention_heads,), ("heads",), "f32", constant=0.0)
         self.o_a_QP = weight((ranks, width // cfg.o_groups), ("heads", None), "fp8")
-        self.o_b_DQ = weight((cfg.hidden_size, ranks), ("embed", "heads"), "fp8")
+        self.o_b_DQ = weight((cfg.hidden_size, ranks), (None, "heads"), "fp8")
         if kind.attention != "sliding":
             self.compressor = Compressor(cfg, kind, cfg.head_dim, weight)
         if kind.attention == "csa":
@@ -124,17 +124,11 @@ def attend(
       The output; the cache including the chunk, and the indexer's divergence if it is watched.
     """
     cfg, numerics, table = context.cfg, context.numerics, context.rope(kind)
-    latent_BTR = layers.rms_norm(
-        layers.linear(x_BTD, p.q_a_RD, ("q_lora", "embed")), p.q_norm_R, cfg.rms_norm_eps
-    )
-    q_BTHK = _heads(
-        layers.linear(latent_BTR, p.q_b_PR, ("heads", "q_lora")), cfg.num_attention_heads
-    )
+    latent_BTR = layers.rms_norm(layers.linear(x_BTD, p.q_a_RD), p.q_norm_R, cfg.rms_norm_eps)
+    q_BTHK = _heads(layers.linear(latent_BTR, p.q_b_PR, ("heads", None)), cfg.num_attention_heads)
     norm = rotary.Norm(cfg.rms_norm_eps, float32=not numerics.float32_islands)
     q_BTHK = layers.rotate(q_BTHK, table, norm=norm)
-    kv_BTK = layers.rms_norm(
-        layers.linear(x_BTD, p.kv_KD, (None, "embed")), p.kv_norm_K, cfg.rms_norm_eps
-    )
+    kv_BTK = layers.rms_norm(layers.linear(x_BTD, p.kv_KD), p.kv_norm_K, cfg.rms_norm_eps)
     kv_BTK = layers.rotate(kv_BTK[:, :, None], table, heads=None)[:, :, 0]
     if numerics.rounded_cache:
         kv_BTK = layers.round_kv(kv_BTK, cfg.qk_rope_head_dim)
@@ -173,7 +167,7 @@ def _output(
     """Project each group of heads to its low rank, then all ranks to the hidden size."""
     grouped_BTGP = mixed_BTHK.reshape(*mixed_BTHK.shape[:2], cfg.o_groups, -1)
     ranks_BTQ = layers.grouped_linear(grouped_BTGP, p.o_a_QP)
-    return layers.linear(ranks_BTQ, p.o_b_DQ, ("embed", "heads"))
+    return layers.linear(ranks_BTQ, p.o_b_DQ, (None, "heads"))
 
 
 def _compress(
@@ -215,14 +209,14 @@ def _query(
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
     """The indexer's queries, and the weight of each head with all scales folded in."""
     cfg = context.cfg
-    q_BTIJ = _heads(
-        layers.linear(latent_BTR, p.q_b_PR, ("index_heads", "q_lora")), cfg.index_n_heads
-    )
+    q_BTIJ = _heads(layers.linear(latent_BTR, p.q_b_PR, ("index_heads", None)), cfg.index_n_heads)
     q_BTIJ = layers.rotate(q_BTIJ, context.rope_compressed, heads="index_heads")
     if context.numerics.rounded_cache:
         q_BTIJ = layers.round_index(q_BTIJ)
     scale = cfg.index_head_dim**-0.5 * cfg.index_n_heads**-0.5
-    return q_BTIJ, layers.linear(x_BTD, p.weights_ID).astype(jnp.float32) * scale
+    return q_BTIJ, layers.linear(x_BTD, p.weights_ID, ("index_heads", None)).astype(
+        jnp.float32
+    ) * scale
 
 
 def _select(p: Indexer, chunk: _Chunk) -> Int[Array, "B T k"]:

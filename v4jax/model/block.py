@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, residuals
 from pallas_kernels.grouped_matmul import LayerWeight, LoraWeight
+from pallas_kernels.residuals import Remat
 from v4jax.model import attention, cache, hyper, moe
 from v4jax.model.cache import LayerCache
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 from v4jax.model.segments import Segment
+from v4jax.model.storage import InStack
 
 
 class Block(nnx.Module):
@@ -132,16 +133,16 @@ def train_stack(
     part: Segment,
     context: Context,
     *,
-    remat: bool,
+    remat: Remat,
     unroll: bool = False,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T M"], list[Any]]:
     """Run all layers of a segment over entire rows: no layer's state outlives it.
 
     Here the scan slices all weights. Experts are still read in their stacks; their slices only
-    receive their gradients. With `remat`, only the streams between repeats of the pattern are saved
-    for the backward pass, otherwise what `residuals.saveable` names. With `unroll`, the program
-    contains every repeat instead of a loop.
+    receive their gradients. The streams between repeats of the pattern are saved for the backward
+    pass, and what the policy `remat` says. With `unroll`, the program contains every repeat instead
+    of a loop.
 
     Returns:
       The streams, and for each position of the pattern the results of `watch`, stacked [L, ...].
@@ -161,9 +162,9 @@ def train_stack(
         return x_BTM, watched
 
     blocks = jax.tree.map(lambda leaf: _sliced(leaf, context), p.blocks)
-    policy = None if remat else residuals.SAVE_NAMED
     # Outside a loop, XLA would merge the recomputation with the forward pass.
-    body = jax.checkpoint(one_repeat, prevent_cse=remat and unroll, policy=policy)
+    keeps_apart, policy = unroll and remat != "light", residuals.POLICIES[remat]
+    body = jax.checkpoint(one_repeat, prevent_cse=keeps_apart, policy=policy)
     steps = (jnp.arange(part.repeats, dtype=jnp.int32), blocks, p.experts)
     return jax.lax.scan(body, x_BTM, steps, unroll=unroll)
 

@@ -24,9 +24,9 @@ class Compressor(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, dim: int, weight: Declare) -> None:
         channels = kind.overlap * dim
-        self.kv_CD = weight((channels, cfg.hidden_size), ("compress", "embed"))
-        self.gate_CD = weight((channels, cfg.hidden_size), ("compress", "embed"))
-        self.bias_MC = weight((kind.ratio, channels), (None, "compress"), "f32")
+        self.kv_CD = weight((channels, cfg.hidden_size), (None, None))
+        self.gate_CD = weight((channels, cfg.hidden_size), (None, None))
+        self.bias_MC = weight((kind.ratio, channels), (None, None), "f32")
         self.norm_K = weight((dim,), (None,), constant=1.0)
 
 

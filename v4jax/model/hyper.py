@@ -26,7 +26,7 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         mixes = cfg.hc_mult * (2 + cfg.hc_mult)
-        self.fn_QM = weight((mixes, cfg.hc_mult * cfg.hidden_size), (None, "streams"), "f32")
+        self.fn_QM = weight((mixes, cfg.hc_mult * cfg.hidden_size), (None, None), "f32")
         self.base_Q = weight((mixes,), (None,), "f32", constant=0.0)
         self.scale_3 = weight((3,), (None,), "f32", constant=1.0)
 
@@ -36,7 +36,7 @@ class HyperHead(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         streams = cfg.hc_mult
-        self.fn_NM = weight((streams, streams * cfg.hidden_size), (None, "streams"), "f32")
+        self.fn_NM = weight((streams, streams * cfg.hidden_size), (None, None), "f32")
         self.base_N = weight((streams,), (None,), "f32", constant=0.0)
         self.scale_1 = weight((1,), (None,), "f32", constant=1.0)
 

@@ -12,31 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import quantize, rotary, sums
 from pallas_kernels.grouped_matmul import LoraWeight
+from pallas_kernels.quantize.leaves import of_layer
 from pallas_kernels.residuals import saveable
-from v4jax.model import sharding
+from v4jax.model import sharding, storage
 from v4jax.model.config import ModelConfig, Yarn
 from v4jax.model.numerics import Numerics
+from v4jax.model.storage import value
 
 _TILE = 8  # rows of the tiles in which TPUs store arrays
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InStack:
-    """One layer of a stack that is not sliced, but read and written in place.
-
-    Attributes:
-      stack: an array, a quantised weight or a tree of them, [L, ...].
-      layer: index of the layer.
-    """
-
-    stack: Any
-    layer: Any
 
 
 @jax.tree_util.register_dataclass
@@ -55,37 +42,37 @@ class Dropped:
     rate: float = dataclasses.field(metadata={"static": True})
 
 
-def value(weight: Any) -> Any:
-    """The array or quantised weight inside an `nnx.Param`."""
-    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
-
-
 def linear(
-    x: Float[Array, "*rows K"], weight: Any, axes: tuple[str | None, str | None] | None = None
+    x: Float[Array, "*rows K"], weight: Any, axes: tuple[str | None, str | None] = (None, None)
 ) -> Float[Array, "*rows N"]:
     """X times a weight [N, K] in any format; accumulates in float32, returns x's dtype.
 
     Args:
       x: the input; its first dim is the batch.
       weight: the weight, or one layer of a stack.
-      axes: logical axes of the weight. With them, kernels multiply by a quantised weight on each
-        device, unless the mesh splits K or shards N like the batch; otherwise the compiler
-        partitions the product, and dequantises the weight.
+      axes: logical axes of the weight. Kernels multiply by quantised weights on each device, and
+        sums over a split K are added up in float32.
     """
-    matrix, layer = _matrix(weight)
+    matrix, _ = storage.matrix_and_layer(weight)
     if isinstance(matrix, LoraWeight):
         return _updated(x, matrix, axes)
-    run = lambda x, matrix, layer: quantize.linear(x, matrix, layer=layer)
     if not isinstance(matrix, quantize.Fp8Weight | quantize.Fp4Weight):
-        return saveable(run(x, _dense(weight), None))
-    if axes is None:
-        return saveable(run(x, matrix, layer))
-    outputs, inputs = (axis if sharding.ways(axis) > 1 else None for axis in axes)
-    if inputs or outputs == "embed" or matrix.scale.shape[-1] % sharding.ways(outputs):
-        return saveable(run(x, matrix, layer))
-    rows, stack = ("batch", *[None] * (x.ndim - 2)), () if layer is None else (None,)
-    y = sharding.per_device(
-        run, x, matrix, layer, axes=(rows, (*stack, None, outputs), ()), out=(*rows, outputs)
+        return saveable(quantize.linear(x, _dense(weight, axes)))
+    (outputs, inputs), middle = axes, (None,) * (x.ndim - 2)
+
+    def run(x_here: Array, matrix: Any, layer: Any) -> Array:
+        y = quantize.linear(x_here, matrix, layer=layer)
+        if inputs is None or x_here.shape[-1] == x.shape[-1]:
+            return y
+        return jax.lax.psum(y.astype(jnp.float32), sharding.mesh_axes(inputs)).astype(y.dtype)
+
+    y = storage.per_device(
+        run,
+        x,
+        weight=weight,
+        axes=(("batch", *middle, inputs),),
+        weight_axes=axes,
+        out=("batch", *middle, outputs),
     )
     return saveable(y)
 
@@ -93,7 +80,7 @@ def linear(
 def _updated(
     x: Float[Array, "*rows K"],
     weight: LoraWeight,
-    axes: tuple[str | None, str | None] | None = None,
+    axes: tuple[str | None, str | None],
     precision: Any = None,
 ) -> Float[Array, "*rows N"]:
     """Base and update; with a precision, everything is in x's dtype, which is float32."""
@@ -101,32 +88,29 @@ def _updated(
     if isinstance(a, Dropped):
         mask = jax.random.bernoulli(jax.random.wrap_key_data(a.key), 1.0 - a.rate, x.shape)
         inputs, a = jnp.where(mask, x / (1.0 - a.rate), 0.0).astype(x.dtype), a.a
-    plain = lambda x, factor: quantize.linear(
-        x, _dense(factor).astype(x.dtype), precision=precision
+    plain = lambda x, factor, axes: quantize.linear(
+        x, _dense(factor, axes).astype(x.dtype), precision=precision
     )
-    delta = plain(plain(inputs, a), weight.b).astype(jnp.float32)
+    low = plain(inputs, a, (None, axes[1]))
+    delta = plain(low, weight.b, (axes[0], None)).astype(jnp.float32)
     base = linear(x, weight.base, axes) if precision is None else linear_float32(x, weight.base)
     return (base.astype(jnp.float32) + weight.scale * delta).astype(x.dtype)
-
-
-def _matrix(weight: Any) -> tuple[Any, Any]:
-    """A weight and None, or a stack of weights and the index of the layer."""
-    weight = value(weight)
-    return (weight.stack, weight.layer) if isinstance(weight, InStack) else (weight, None)
 
 
 def linear_float32(x: Float[Array, "*rows K"], weight: Any) -> Float32[Array, "*rows N"]:
     """`linear` in float32 throughout, at full precision on every device."""
     matrix, x32, highest = value(weight), x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    unsplit = (None, None)
     if isinstance(matrix, LoraWeight):
-        return _updated(x32, matrix, precision=highest)
-    return saveable(quantize.linear(x32, _dense(weight).astype(jnp.float32), precision=highest))
+        return _updated(x32, matrix, unsplit, precision=highest)
+    dense = _dense(weight, unsplit).astype(jnp.float32)
+    return saveable(quantize.linear(x32, dense, precision=highest))
 
 
-def _dense(weight: Any) -> Float[Array, "N K"]:
+def _dense(weight: Any, axes: tuple[str | None, str | None]) -> Float[Array, "N K"]:
     """A weight that is an array, or a layer of a stack of arrays."""
-    weight = value(weight)
-    return read_in_place(weight.stack, weight.layer) if isinstance(weight, InStack) else weight
+    matrix, layer = storage.matrix_and_layer(weight)
+    return storage.whole(matrix if layer is None else read_in_place(matrix, layer), axes)
 
 
 def read_in_place(
@@ -151,14 +135,16 @@ def read_in_place(
 
 def grouped_linear(x_BTGP: Float[Array, "B T G P"], weight_QP: Any) -> Float[Array, "B T Q"]:
     """One linear map per group; the weight's rows are the groups' outputs, concatenated."""
-    weight_QP, layer = _matrix(weight_QP)
-    if not isinstance(weight_QP, quantize.Fp8Weight | quantize.Fp4Weight):
-        return saveable(_by_group(x_BTGP, weight_QP, layer))
-    stack = () if layer is None else (None,)
-    x_BTQ = sharding.per_device(
+    matrix_QP, layer = storage.matrix_and_layer(weight_QP)
+    if not isinstance(matrix_QP, quantize.Fp8Weight | quantize.Fp4Weight):
+        matrix_QP = matrix_QP if layer is None else of_layer(matrix_QP, layer)
+        return saveable(_by_group(x_BTGP, storage.whole(matrix_QP, ("heads", None)), None))
+    x_BTQ = storage.per_device(
         _by_group,
-        *(x_BTGP, weight_QP, layer),
-        axes=(("batch", None, "heads", None), (*stack, None, "heads"), ()),
+        x_BTGP,
+        weight=weight_QP,
+        axes=(("batch", None, "heads", None),),
+        weight_axes=("heads", None),
         out=("batch", None, "heads"),
     )
     return saveable(x_BTQ)

@@ -4,24 +4,21 @@ Axis letters: L layers of a stack, B batch, T tokens (in experts: of all rows), 
 F expert hidden, E experts, A experts per token, V vocabulary.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.residuals import saveable
-from v4jax.model import layers, sharding
+from v4jax.model import exchange, layers, sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.context import Context
-from v4jax.model.layers import InStack
 from v4jax.model.params import Declare
 from v4jax.model.sharding import ROWS
+from v4jax.model.storage import InStack
 
 
 class Router(nnx.Module):
@@ -32,7 +29,7 @@ class Router(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, kind: LayerKind, weight: Declare) -> None:
         experts = cfg.n_routed_experts
-        self.gate_ED = weight((experts, cfg.hidden_size), (None, "embed"))
+        self.gate_ED = weight((experts, cfg.hidden_size), (None, None))
         if kind.ffn == "routed":
             self.bias_E = weight((experts,), (None,), "f32", constant=0.0)
         else:
@@ -45,9 +42,9 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, weight: Declare) -> None:
         D, F = cfg.hidden_size, cfg.moe_intermediate_size
-        self.gate_FD = weight((F, D), ("ffn", "embed"), "fp8")
-        self.up_FD = weight((F, D), ("ffn", "embed"), "fp8")
-        self.down_DF = weight((D, F), ("embed", "ffn"), "fp8")
+        self.gate_FD = weight((F, D), ("ffn", None), "fp8")
+        self.up_FD = weight((F, D), ("ffn", None), "fp8")
+        self.down_DF = weight((D, F), (None, "ffn"), "fp8")
 
 
 class Experts(nnx.Module):
@@ -99,13 +96,13 @@ def shared_mlp(
 ) -> Float[Array, "B T D"]:
     """Clamped SwiGLU."""
     gate_BTF = jnp.minimum(
-        layers.linear(x_BTD, p.gate_FD, ("ffn", "embed")).astype(jnp.float32), limit
+        layers.linear(x_BTD, p.gate_FD, ("ffn", None)).astype(jnp.float32), limit
     )
     up_BTF = jnp.clip(
-        layers.linear(x_BTD, p.up_FD, ("ffn", "embed")).astype(jnp.float32), -limit, limit
+        layers.linear(x_BTD, p.up_FD, ("ffn", None)).astype(jnp.float32), -limit, limit
     )
     hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype)
-    return layers.linear(hidden_BTF, p.down_DF, ("embed", "ffn"))
+    return layers.linear(hidden_BTF, p.down_DF, (None, "ffn"))
 
 
 def mixture(
@@ -123,7 +120,8 @@ def mixture(
     routing, weight_BTA = route(router, x_BTD, context)
     rows = lambda x: x.reshape(-1, x.shape[-1])
 
-    def run(x_TD, expert_TA, weight_TA, gate, up, down):
+    def run(x_TD, expert_TA, weight_TA, weights, layer):
+        gate, up, down = weights
         return grouped_matmul.expert_mlp(
             x_TD=x_TD,
             expert_TA=expert_TA,
@@ -131,63 +129,16 @@ def mixture(
             w1_LEFD=gate,
             w3_LEFD=up,
             w2_LEDF=down,
-            layer=experts.layer,
+            layer=layer,
             limit=cfg.swiglu_limit,
             weight_first=context.numerics.weight_first,
         )
 
     stack = experts.stack
-    routed_TD = _over_experts(
-        run,
-        rows(x_BTD),
-        rows(routing.expert_BTA),
-        rows(weight_BTA),
-        *(layers.value(w) for w in (stack.gate_EFD, stack.up_EFD, stack.down_EDF)),
-    )
+    weights = tuple(layers.value(w) for w in (stack.gate_EFD, stack.up_EFD, stack.down_EDF))
+    tokens = exchange.Tokens(rows(x_BTD), rows(routing.expert_BTA), rows(weight_BTA))
+    routed_TD = exchange.over_experts(run, tokens, weights, experts.layer)
     shared_BTD = shared_mlp(shared, x_BTD, cfg.swiglu_limit)
-    total_BTD = saveable(routed_TD).reshape(x_BTD.shape) + shared_BTD.astype(jnp.float32)
+    routed_BTD = saveable(routed_TD, experts=True).reshape(x_BTD.shape)
+    total_BTD = routed_BTD + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing
-
-
-def _over_experts(
-    run: Callable[..., Array], x_TD: Array, expert_TA: Array, weight_TA: Array, *weights: Any
-) -> Array:
-    """`run(x_TD, expert_TA, weight_TA, *weights)` with each device's own experts only.
-
-    A group of devices that together hold all experts gathers its tokens; every device computes the
-    sum over its experts, and the sums are scattered to the tokens' owners. Experts are never
-    gathered. `run` ignores expert ids that are not in 0 .. E - 1; `weights` are stacks [L, E, ...].
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return run(x_TD, expert_TA, weight_TA, *weights)
-    group = ("fsdp", "expert")
-    ways = math.prod(mesh.shape[name] for name in group)
-    experts = jax.tree.leaves(weights)[0].shape[1]
-    if experts % ways:
-        # Every device holds all experts, so tokens need not move.
-        axes = (ROWS, ROWS, ROWS, *(() for _ in weights))
-        return sharding.per_device(run, x_TD, expert_TA, weight_TA, *weights, axes=axes, out=ROWS)
-    batch = sharding.partition_spec(ROWS)[0]
-    split = x_TD.shape[0] % math.prod(mesh.shape[name] for name in batch) == 0
-
-    def local(x_TD, expert_TA, weight_TA, *weights):
-        tokens = (x_TD, expert_TA, weight_TA)
-        if split:
-            tokens = jax.lax.all_gather(tokens, group, axis=0, tiled=True)
-        x_TD, expert_TA, weight_TA = tokens
-        first = jax.lax.axis_index(sharding.RULES["experts"]) * (experts // ways)
-        total_TD = run(x_TD, expert_TA - first, weight_TA, *weights)
-        if split:
-            return jax.lax.psum_scatter(total_TD, group, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(total_TD, group)
-
-    tokens = PartitionSpec(batch if split else None)
-    split_experts = sharding.partition_spec((None, "experts"))
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, *(split_experts for _ in weights)),
-        out_specs=tokens,
-        check_vma=False,
-    )(x_TD, expert_TA, weight_TA, *weights)

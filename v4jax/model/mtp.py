@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.residuals import Remat
 from v4jax.model import hyper, layers
 from v4jax.model.block import Stack, Watch, run_stack, train_stack
 from v4jax.model.cache import LayerCache
@@ -25,8 +26,8 @@ class Mtp(nnx.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         weight, D = Declare(std=cfg.initializer_range), cfg.hidden_size
-        self.embed_DD = weight((D, D), ("embed", None), "fp8")
-        self.streams_DD = weight((D, D), ("embed", None), "fp8")
+        self.embed_DD = weight((D, D), (None, None), "fp8")
+        self.streams_DD = weight((D, D), (None, None), "fp8")
         self.embed_norm_D = weight((D,), (None,), constant=1.0)
         self.streams_norm_D = weight((D,), (None,), constant=1.0)
         self.stack = Stack(cfg, mtp_segment(cfg))
@@ -62,7 +63,7 @@ def run_rows(
     embedded_BTD: Float[Array, "B T D"],
     context: Context,
     *,
-    remat: bool,
+    remat: Remat,
     watch: Watch | None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """`run` over entire rows without a cache: the hidden state, and the results of `watch`."""
@@ -82,9 +83,7 @@ def _mixed(
     cfg = context.cfg
     eps = cfg.rms_norm_eps
     embedded_BTD = layers.rms_norm(embedded_BTD, p.embed_norm_D, eps)
-    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD, ("embed", None))
+    embedded_BTD = layers.linear(embedded_BTD, p.embed_DD)
     x_BTND = streams_BTM.reshape(*streams_BTM.shape[:2], cfg.hc_mult, cfg.hidden_size)
-    x_BTND = layers.linear(
-        layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD, ("embed", None)
-    )
+    x_BTND = layers.linear(layers.rms_norm(x_BTND, p.streams_norm_D, eps), p.streams_DD)
     return x_BTND.reshape(streams_BTM.shape) + hyper.expand(embedded_BTD, cfg)

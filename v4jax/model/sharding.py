@@ -1,7 +1,7 @@
 """Logical axes and the mesh: one table of rules, and what applies it.
 
-Mesh axes: data (replicas), fsdp (weights' hidden dims), expert (routed experts) and tensor (heads,
-shared expert, vocabulary). Batches are split over data, fsdp and expert.
+Mesh axes: data (replicas), fsdp (all matrices, which operations gather), expert (routed experts)
+and tensor (heads, shared expert, vocabulary). Batches are split over data, fsdp and expert.
 """
 
 import contextlib
@@ -23,20 +23,19 @@ from v4jax.model.params import ParamSpec, map_leaves
 AnyMesh = Mesh | AbstractMesh
 # A weight that the mesh does not divide is replicated if it has fewer bytes than this.
 _SMALL = 16 * 2**20
+# A matrix of fewer elements is not worth a gather.
+_LEAST = 4096
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "batch": ("data", "fsdp", "expert"),
     "vocab": "tensor",
     "embed": "fsdp",
-    "streams": None,
-    "q_lora": None,
     "heads": "tensor",
     "index_heads": "tensor",
-    "compress": None,
     "ffn": "tensor",
     # Experts are not split, so that an optimiser that orthogonalises each needs no gather.
-    "experts": ("expert", "fsdp"),
+    "experts": ("expert", "fsdp", "tensor"),
 }
 # Logical axes of rows of a batch, and of a stack over layers of such rows: each device has its own.
 ROWS, STACKED_ROWS = ("batch",), (None, "batch")
@@ -51,10 +50,12 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the four axes, over the given devices (by default all).
 
-    Neighbours on an axis are neighbours in a TPU's torus, as far as the torus allows.
+    Neighbours on an axis are neighbours in a TPU's torus, as far as the torus allows. Only the data
+    axis spans slices of TPUs, which are connected by a slower network.
 
     Raises:
-      ValueError: a size is below 1, or their product is not the number of devices.
+      ValueError: a size is below 1, their product is not the number of devices, or slices cannot
+        share the data axis evenly.
     """
     devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     shape = (data, fsdp, expert, tensor)
@@ -63,10 +64,26 @@ def make_mesh(
             f"A mesh of {_sizes(shape)} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
     try:
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        arranged = _arranged(shape, devices)
     except AssertionError:  # chips that do not form a block of their slice
         arranged = np.asarray(devices).reshape(shape)
     return Mesh(arranged, AXES)
+
+
+def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    slices = {getattr(x, "slice_index", 0) for x in devices if x.platform == "tpu"}
+    if len(slices) < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *others = shape
+    if data % len(slices):
+        raise ValueError(
+            f"The devices are in {len(slices)} slices, which only the data axis may span; data must"
+            f" be a multiple of {len(slices)}, not {data}. Give the other axes fewer devices."
+        )
+    inner, outer = (data // len(slices), *others), (len(slices), *(1 for _ in others))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def read_mesh(text: str) -> Mesh:
@@ -125,8 +142,9 @@ def shardings(declared: Any, mesh: AnyMesh, like: Any) -> Any:
         raise ValueError(f"{_why(undivided)} {_nearest(declared, mesh, like)}")
 
     def sharding_of(_: str, spec: ParamSpec, leaf: Any) -> Any:
-        axes = _axes_of(spec, leaf)
-        return jax.tree.map(lambda array: place(axes, array.shape, mesh), leaf)
+        axes, is_table = _axes_of(spec, leaf), spec.stored == "i64"
+        of = fitting if is_table else weight_spec
+        return jax.tree.map(lambda array: NamedSharding(mesh, of(axes, array.shape, mesh)), leaf)
 
     return map_leaves(sharding_of, declared, like)
 
@@ -152,17 +170,35 @@ def _undivided(declared: Any, mesh: AnyMesh, like: Any) -> list[_Undivided]:
     def check(name: str, spec: ParamSpec, leaf: Any) -> None:
         axes = _axes_of(spec, leaf)
         for array in jax.tree.leaves(leaf):
-            ideal, fitting = partition_spec(axes), _fitting_spec(axes, array.shape, mesh)
+            stored = weight_spec(axes, array.shape, mesh)
             nbytes = array.size * array.dtype.itemsize
-            if nbytes < _SMALL or ideal == fitting:
+            lost = _lost(axes, stored, mesh)
+            if nbytes < _SMALL or lost is None:
                 continue
-            dim = next(i for i, part in enumerate(ideal) if part != fitting[i])
-            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _names(ideal[dim]))
-            nbytes //= math.prod(mesh.shape[axis] for part in fitting for axis in _names(part))
+            dim, ideal = lost
+            ways = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ideal)
+            nbytes //= math.prod(mesh.shape[axis] for part in stored for axis in names(part))
             undivided.append(_Undivided(name, array.shape[dim], ways, nbytes))
 
     map_leaves(check, declared, like)
     return undivided
+
+
+def _lost(
+    axes: tuple[str | None, ...], stored: PartitionSpec, mesh: AnyMesh
+) -> tuple[int, tuple[str, ...]] | None:
+    """A dim that should be split further, and over what; None if there is none."""
+    for dim, part in enumerate(partition_spec(axes)):
+        if not set(names(part)) <= set(names(stored[dim])):
+            return dim, names(part)
+    is_split = any("fsdp" in names(part) for part in stored)
+    if is_split or mesh.shape["fsdp"] == 1 or not _is_matrix(axes):
+        return None
+    return len(axes) - 2, (*names(stored[len(axes) - 2]), "fsdp")
+
+
+def _is_matrix(axes: tuple[str | None, ...]) -> bool:
+    return sum(axis != "layers" for axis in axes) > 1
 
 
 def _why(undivided: list[_Undivided]) -> str:
@@ -198,34 +234,59 @@ def _shapes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
             yield size, *rest
 
 
-def place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
-    """The sharding of an array whose first dims have these axes; undivided dims are not split."""
-    return NamedSharding(mesh, _fitting_spec(axes, shape[: len(axes)], mesh))
-
-
-def _fitting_spec(
+def weight_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh
 ) -> PartitionSpec:
+    """Where the parts of an array of a weight are stored.
+
+    Unless its logical axes use fsdp, the first dim of its matrices that fsdp divides is split over
+    it too: the rows as stored, because devices pad short columns.
+    """
+    spec = fitting(axes, shape, mesh)
+    uses = any("fsdp" in names(part) for part in partition_spec(axes))
+    is_small = math.prod(shape[-2:]) < _LEAST
+    if uses or is_small or not _is_matrix(axes) or mesh.shape["fsdp"] == 1:
+        return spec
+    for dim in (len(shape) - 2, len(shape) - 1):
+        part = (*names(spec[dim]), "fsdp")
+        if shape[dim] % math.prod(mesh.shape[axis] for axis in part) == 0:
+            return PartitionSpec(*spec[:dim], part, *spec[dim + 1 :])
+    return spec
+
+
+def place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
+    """The sharding of an array whose first dims have these axes; undivided dims are not split."""
+    return NamedSharding(mesh, fitting(axes, shape[: len(axes)], mesh))
+
+
+def fitting(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    """The mesh axes of a value of this shape; undivided dims are not split."""
     dims = []
     for part, size in zip(partition_spec(axes), shape, strict=True):
-        ways = math.prod(mesh.shape[name] for name in _names(part))
+        ways = math.prod(mesh.shape[name] for name in names(part))
         dims.append(part if size % ways == 0 else None)
     return PartitionSpec(*dims)
 
 
-def _names(part: Any) -> tuple[str, ...]:
+def names(part: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec."""
     return (part,) if isinstance(part, str) else (part or ())
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis is split."""
+    return names(RULES[axis])
 
 
 def ways(axis: str | None) -> int:
     """Into how many parts the mesh of `jax.set_mesh` splits a logical axis."""
     mesh, (part,) = jax.sharding.get_abstract_mesh(), partition_spec((axis,))
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(part))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names(part))
 
 
 def row_groups(mesh: AnyMesh | None) -> int:
     """Number of groups of devices that share the rows of a batch."""
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(RULES["batch"]))
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names(RULES["batch"]))
 
 
 def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:
@@ -267,7 +328,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = _fitting_spec(axes, x.shape, mesh)
+    spec = fitting(axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -292,16 +353,19 @@ def per_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(*args)
-    unsplit = set()
-    for arg, names in zip(args, axes, strict=True):
-        for leaf in jax.tree.leaves(arg):
-            fitting = _fitting_spec(names, leaf.shape[: len(names)], mesh)
-            unsplit |= {name for name, part in zip(names, fitting, strict=True) if part is None}
-    spec = lambda names: partition_spec(tuple(None if n in unsplit else n for n in names))
+    spec = common_specs(args, axes, mesh)
     return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=tuple(spec(names) for names in axes),
-        out_specs=spec(out),
-        check_vma=not kernels,
+        run, mesh=mesh, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=not kernels
     )(*args)
+
+
+def common_specs(
+    args: tuple[Any, ...], axes: tuple[tuple[str | None, ...], ...], mesh: AnyMesh
+) -> Callable[[tuple[str | None, ...]], PartitionSpec]:
+    """The mesh axes of logical axes, which are split if all dims of that name in `args` divide."""
+    unsplit = set()
+    for arg, logical in zip(args, axes, strict=True):
+        for leaf in jax.tree.leaves(arg):
+            spec = fitting(logical, leaf.shape[: len(logical)], mesh)
+            unsplit |= {axis for axis, part in zip(logical, spec, strict=True) if part is None}
+    return lambda logical: partition_spec(tuple(None if x in unsplit else x for x in logical))

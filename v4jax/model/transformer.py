@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, D hidden, N streams, M = N * D, V vocabulary, L
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels import products
-from v4jax.model import context, hyper, layers, mtp, sharding
+from pallas_kernels.residuals import Remat
+from v4jax.model import context, hyper, layers, mtp, sharding, storage
 from v4jax.model.block import Stack, Watch, run_stack, train_stack
 from v4jax.model.cache import Cache, is_decode
 from v4jax.model.config import ModelConfig
@@ -29,7 +31,7 @@ class Model(nnx.Module):
         self.stacks = nnx.List([Stack(cfg, part) for part in segments(cfg.layers)])
         self.hyper_head = hyper.HyperHead(cfg, weight)
         self.norm_D = weight((cfg.hidden_size,), (None,), constant=1.0)
-        self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        self.head_VD = weight((cfg.vocab_size, cfg.hidden_size), ("vocab", None))
         self.mtp = nnx.List([mtp.Mtp(cfg) for _ in range(cfg.num_nextn_predict_layers)])
 
 
@@ -86,7 +88,7 @@ def forward_rows(
     tokens_BT: Int[Array, "B T"],
     document_BT: Int[Array, "B T"] | None = None,
     *,
-    remat: bool = False,
+    remat: Remat | Sequence[Remat] = "light",
     unroll: bool = False,
     watch: Watch | None = None,
     watch_indexer: bool = False,
@@ -100,8 +102,8 @@ def forward_rows(
       tokens_BT: token ids.
       document_BT: number of each token's document in its row, 0 at padding. Documents begin at
         multiples of 128 and see only themselves, as if alone. None: each row is one document.
-      remat: recompute all activations in the backward pass except the streams between repeats of a
-        segment's pattern; otherwise, all except what `pallas_kernels.residuals.saveable` names.
+      remat: what the backward pass recomputes, see `pallas_kernels.residuals.POLICIES`; a policy,
+        or one for each segment.
       unroll: compile every layer separately, instead of a loop over repeats.
       watch: maps the trace of each layer to what to return of it.
       watch_indexer: compute the indexers' divergence from their attention.
@@ -119,9 +121,12 @@ def forward_rows(
     shared = dataclasses.replace(shared, watch_indexer=watch_indexer)
     x_BTM = sharding.constrain(hyper.expand(embedded_BTD, cfg), "batch", None, None)
     watched = []
-    for stack, part in zip(model.stacks, segments(cfg.layers), strict=True):
+    parts = segments(cfg.layers)
+    policies = [remat] if isinstance(remat, str) else remat
+    policies = [*policies] * (len(parts) if len(policies) == 1 else 1)
+    for stack, part, policy in zip(model.stacks, parts, policies, strict=True):
         x_BTM, results = train_stack(
-            stack, x_BTM, part, shared, remat=remat, unroll=unroll, watch=watch
+            stack, x_BTM, part, shared, remat=policy, unroll=unroll, watch=watch
         )
         watched.append(results)
     return x_BTM, shared, watched
@@ -132,7 +137,7 @@ def draft_rows(
     streams_BTM: Float[Array, "B T M"],
     shared: context.Context,
     *,
-    remat: bool = False,
+    remat: Remat = "light",
     watch: Watch | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Run the first MTP block over entire rows.
@@ -143,7 +148,7 @@ def draft_rows(
       model: the weights.
       streams_BTM: the backbone's streams, from `forward_rows`.
       shared: the context that `forward_rows` returned with them.
-      remat: as for `forward_rows`.
+      remat: a policy, as for `forward_rows`.
       watch: as for `forward_rows`.
 
     Returns:
@@ -195,5 +200,12 @@ def head(model: Model, hidden_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T
     weight_VD: Any = layers.value(model.head_VD)
     if is_decode(hidden_BTD.shape[1]):
         weight_VD = layers.read_in_place(weight_VD)
-    logits_BTV = products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)
+    logits_BTV = logits(hidden_BTD, storage.whole(weight_VD, ("vocab", None)))
     return sharding.constrain(logits_BTV, "batch", None, "vocab")
+
+
+def logits(
+    hidden_BTD: Float[Array, "B T D"], weight_VD: Float[Array, "V D"]
+) -> Float32[Array, "B T V"]:
+    """The head's product."""
+    return products.with_transposed(hidden_BTD.astype(weight_VD.dtype), weight_VD)

@@ -161,7 +161,8 @@ def _add_model(group: Any) -> None:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
     text = "keep FP8 and FP4 weights quantised, to save memory"
     add("--keep-quantised", action="store_true", help=text)
-    add("--mesh", metavar="SIZES", help="shard the model over devices, such as expert=8,tensor=4")
+    text = "shard the model over devices: auto, or sizes such as expert=8,tensor=4"
+    add("--mesh", metavar="SIZES", help=text)
     options.add_revision(group)
     options.add_no_cache(group)
 
@@ -198,7 +199,6 @@ def _run(
 
     import v4jax
     from v4jax.engine.engine import Engine
-    from v4jax.model import sharding
 
     from . import app
     from .operations import Server
@@ -207,7 +207,13 @@ def _run(
         args.path,
         dtype=args.dtype,
         keep_quantised=args.keep_quantised,
-        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
+        mesh=options.mesh_of(
+            args,
+            args.path,
+            rows=args.max_seqs,
+            context=args.context,
+            cache_dtype=args.cache_dtype,
+        ),
         revision=args.revision,
     )
     settings = {name: getattr(args, name) for name in _ENGINE_OPTIONS}

@@ -20,6 +20,7 @@ PACKAGES = {
 KERNELS, MODEL, TEXT, DISK = "pallas_kernels", "v4jax.model", "v4jax.text", "v4jax.checkpoints"
 DECODING, ENGINE, LAUNCH = "v4jax.decoding", "v4jax.engine", "v4jax.launch"
 LIBRARY = (KERNELS, "v4jax", MODEL, TEXT, DISK, DECODING, ENGINE, "v4jax.adapters")
+PODS = "v4jax.pods"
 LAYERS: dict[str, tuple[str, ...]] = {
     KERNELS: (),
     TEXT: (),
@@ -29,11 +30,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     DISK: (KERNELS, MODEL, TEXT),
     "v4jax.adapters": (KERNELS, MODEL, DISK),
     LAUNCH: (TEXT,),
-    "v4jax.commands": (*LIBRARY, LAUNCH),
+    PODS: (KERNELS, "v4jax", MODEL),
+    "v4jax.commands": (*LIBRARY, LAUNCH, PODS),
     "v4jax": (*LIBRARY, LAUNCH, "v4jax.commands"),
     "v4jax_serve": ("v4jax", MODEL, TEXT, DECODING, ENGINE, "v4jax.commands"),
     "v4jax_train.data": (TEXT,),
-    "v4jax_train": (*LIBRARY, "v4jax.commands", "v4jax_train.data"),
+    "v4jax_train": (*LIBRARY, PODS, "v4jax.commands", "v4jax_train.data"),
 }
 SHARED = ("v4jax.arguments", "v4jax.waiting")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 400, 60, 6

@@ -191,6 +191,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     # The former name of --model.keep_quantised, read with a warning.
     parser.add_argument("--model.keep", help=argparse.SUPPRESS)
+    text = "sizes of the mesh's axes, such as fsdp=8,expert=4, or auto: as 'v4jax plan' chooses"
+    parser.add_argument("--mesh", metavar="SIZES", help=text)
     out = recipe_help.attributes(Recipe).get("out", "")
     parser.add_argument("--out", metavar="DIR", help=out.rstrip("."))
     parser.epilog = (
@@ -257,6 +259,23 @@ def _recipe(args: argparse.Namespace) -> Any:
     return read(args.recipe, flags)
 
 
+def _with_mesh(recipe: Any, text: str) -> Any:
+    """The recipe with the mesh that --mesh names, which is printed if it was chosen."""
+    import jax
+
+    from v4jax.pods import mesh_search
+
+    from . import plan
+
+    devices = jax.device_count()
+    if text != "auto":
+        return plan.with_mesh(recipe, mesh_search.read(text, devices))
+    sizes = plan.mesh_for(recipe)
+    if not jax.process_index():
+        command_line.say(f"mesh {mesh_search.named(sizes)} for {devices} devices")
+    return plan.with_mesh(recipe, sizes)
+
+
 def _quiet_orbax() -> None:
     """Silence Orbax, which logs explanations of options and tracebacks of errors that it raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -275,6 +294,8 @@ def _train(args: argparse.Namespace) -> int:
     _quiet_orbax()
     recipe = _recipe(args)
     _begin_processes(args)
+    if args.mesh is not None:
+        recipe = _with_mesh(recipe, args.mesh)
     with display.live() as show:
         outcome = loop.begin(recipe, show=show, again=args.resume)
     return _report_end(outcome, Path(recipe.out))

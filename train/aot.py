@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from v4jax import aot
 from v4jax.adapters.lora_settings import Lora
 from v4jax.model import params, sharding
+from v4jax.model.sharding import AnyMesh
 from v4jax.model.transformer import Model
 
 from . import step, trainable
@@ -46,6 +47,27 @@ def lower(
     Raises:
       ValueError: the mesh does not divide the weights or a part of the batch.
     """
+    sizes = {"batch": batch, "seq_len": seq_len, "parts": parts, "dtype": dtype}
+    state, frozen, local, limit = arguments(settings, rule, mesh, **sizes)
+    with jax.set_mesh(mesh):
+        return step.make(settings, rule, like=state).lower(state, frozen, local, limit)
+
+
+def arguments(
+    settings: step.Settings,
+    rule: optax.GradientTransformation,
+    mesh: AnyMesh,
+    *,
+    batch: int,
+    seq_len: int,
+    parts: int = 1,
+    dtype: Any = jnp.bfloat16,
+) -> tuple[step.State, Any, dict[str, Any], Any]:
+    """A step's arguments as abstract arrays, sharded as in training; as for `lower`.
+
+    Raises:
+      ValueError: the mesh does not divide the weights or a part of the batch.
+    """
     sharding.check_rows(batch // parts, mesh)
     split = _abstract_parts(settings, mesh, dtype)
     state = _sharded(jax.eval_shape(lambda: step.begin(_zeros(split), rule, 0)), split, mesh)
@@ -57,11 +79,10 @@ def lower(
         for name, kind in (("tokens", jnp.int32), ("trained", jnp.bool), ("document", jnp.int32))
     }
     limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-    with jax.set_mesh(mesh):
-        return step.make(settings, rule, like=state).lower(state, split.frozen, local, limit)
+    return state, split.frozen, local, limit
 
 
-def _abstract_parts(settings: step.Settings, mesh: Mesh, dtype: Any) -> Parts:
+def _abstract_parts(settings: step.Settings, mesh: AnyMesh, dtype: Any) -> Parts:
     cfg, what = settings.cfg, settings.what
     declared, adapts = Model(cfg), isinstance(what, Lora)
     model = params.abstract(declared, dtype, cfg.expert_dtype if adapts else None)
@@ -78,7 +99,7 @@ def _zeros(split: Parts) -> Parts:
     return Parts(zeros(split.trained), zeros(split.balanced), None)
 
 
-def _sharded(state: step.State, split: Parts, mesh: Mesh) -> step.State:
+def _sharded(state: step.State, split: Parts, mesh: AnyMesh) -> step.State:
     """The state with shardings: moments are sharded like their weights, the rest is replicated."""
     weights = jax.tree_util.tree_leaves_with_path((split.trained, split.balanced))
     keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

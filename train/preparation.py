@@ -161,7 +161,7 @@ def prepare(recipe: Recipe, steps: int) -> tuple[Setup, step.State]:
         declared, cfg, rate, rule=recipe.optimizer.rule, weight_decay=recipe.optimizer.weight_decay
     )
     setup = Setup(
-        settings=_settings(recipe, cfg),
+        settings=step_settings(recipe, cfg),
         frozen=parts.frozen,
         rule=rule,
         rate=rate,
@@ -190,7 +190,8 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def _settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
+def step_settings(recipe: Recipe, cfg: ModelConfig) -> step.Settings:
+    """The settings of a step that a recipe asks for."""
     losses = recipe.losses
     return step.Settings(
         cfg=cfg,

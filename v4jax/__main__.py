@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.commands import chat, command_line, generate, help_texts, launch, options
+from v4jax.commands import chat, command_line, generate, help_texts, launch, options, plan
 
 # Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="v4jax",
-        description="DeepSeek-V4 in JAX: inspect, convert, merge and run its checkpoints.",
+        description="DeepSeek-V4 in JAX: inspect, convert, merge, plan and run its checkpoints.",
         epilog=help_texts.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_plan(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_export_adapter(commands)
@@ -95,6 +96,13 @@ def _add_inspect(commands: Any) -> None:
         "do not",
     )
     options.add_revision(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    text = "show what a job takes on a slice of TPUs: memory, work, communication, time"
+    parser = _command(commands, "plan", plan.run, text, plan.EPILOG)
+    parser.add_argument("path", metavar="PATH", help=f"{_SOURCE}; a config.json; or a preset")
+    plan.add_options(parser)
 
 
 def _add_convert(commands: Any) -> None:

@@ -22,6 +22,7 @@ from v4jax.model import cache as caches
 from v4jax.model import numerics, params, sharding
 from v4jax.model.cache import BLOCK
 from v4jax.model.config import ExpertDtype, ModelConfig
+from v4jax.model.sharding import AnyMesh
 from v4jax.model.transformer import Model
 
 Step = Literal["prefill", "decode", "read", "advance"]
@@ -78,7 +79,7 @@ def lower(
 def arguments(
     cfg: ModelConfig,
     step: Step,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     batch: int,
     capacity: int,
@@ -95,7 +96,7 @@ def arguments(
       step: 'decode' takes one token per row, 'prefill' a chunk of `tokens`. The engine's cache has
         pages for the capacity of all rows: 'advance' is its step of them, 'read' takes a chunk of
         a prompt for one row of each group of devices.
-      mesh: mesh of real devices or of a topology.
+      mesh: mesh of real devices, of a topology, or of none.
       batch: number of rows. A single row is replicated; more are sharded.
       capacity: capacity of the cache, in tokens.
       tokens: size of a chunk.
@@ -124,7 +125,7 @@ def arguments(
 
 
 def _of_engine(
-    cfg: ModelConfig, step: Step, mesh: Mesh, shape: Shape, *, drafts: int, dtype: Any
+    cfg: ModelConfig, step: Step, mesh: AnyMesh, shape: Shape, *, drafts: int, dtype: Any
 ) -> tuple[Any, ...]:
     """The engine's arrays: its cache, counts and rows, and its chunks or its number of steps."""
     static = Static(cfg=cfg, numerics=numerics.OFFICIAL, drafts=drafts, top=0)
@@ -138,9 +139,12 @@ def _of_engine(
     return cache, by_row(counts), by_row(rows), last
 
 
-def _shape(cfg: ModelConfig, mesh: Mesh, *, batch: int, capacity: int, tokens: int) -> Shape:
+def _shape(cfg: ModelConfig, mesh: AnyMesh, *, batch: int, capacity: int, tokens: int) -> Shape:
     """An engine's sizes: each group of devices has its rows, their pages and a scratch page."""
-    groups, page = sharding.row_groups(mesh), page_of(capacity, cfg, mesh.devices.flat[0].platform)
+    groups = sharding.row_groups(mesh)
+    page = page_of(
+        capacity, cfg, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu"
+    )
     groups = groups if batch % groups == 0 else 1
     row_pages = -(-capacity // page)
     return Shape(
@@ -159,5 +163,5 @@ def placed(struct: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
 
-def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: AnyMesh, *axes: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.place(axes, shape, mesh))

@@ -7,12 +7,14 @@ import collections
 import dataclasses
 import math
 
+from pallas_kernels.byte_rows import Fp4Codec, Fp8Codec
 from v4jax import presets
 from v4jax.arguments import checked, integer
 from v4jax.checkpoints.formats import QUANTISED
 from v4jax.checkpoints.safetensors_file import DTYPES
 from v4jax.model import params
 from v4jax.model.block import Stack
+from v4jax.model.cache import SPARE
 from v4jax.model.config import CONFIG, ModelConfig
 from v4jax.model.hyper import HyperHead
 from v4jax.model.params import ParamSpec
@@ -139,30 +141,43 @@ def _stored(spec: ParamSpec, cfg: ModelConfig) -> list[tuple[str, int]]:
 def cache_bytes(cfg: ModelConfig) -> dict[str, float]:
     """Bytes per token of the compressed pools, which grow with the text.
 
-    'bfloat16' and 'float32' are the layouts of v4jax with these dtypes; 'fp8 + fp4' is DeepSeek's
-    deployment layout: rotary dims in BF16, the others in FP8 with a scale per 64, index keys in
-    FP4 with a scale per 32.
+    'bfloat16' and 'float32' are the layouts of v4jax with these dtypes, and 'fp8' that of the
+    engine's `cache_dtype`; 'fp8 + fp4' is DeepSeek's deployment layout: rotary dims in BF16, the
+    others in FP8 with a scale per 64, index keys in FP4 with a scale per 32.
     """
     rope, index = cfg.qk_rope_head_dim, cfg.index_head_dim
     plain = cfg.head_dim - rope
     packed_entry = plain + 2 * rope + math.ceil(plain / 64) + 1
     packed_index = index // 2 + math.ceil(index / 32)
-    totals = {"bfloat16": 0.0, "float32": 0.0, "fp8 + fp4": 0.0}
+    sizes = {
+        "bfloat16": entry_bytes(cfg, "bfloat16"),
+        "float32": entry_bytes(cfg, "float32"),
+        "fp8": entry_bytes(cfg, "fp8"),
+        "fp8 + fp4": (packed_entry, packed_index),
+    }
+    totals = dict.fromkeys(sizes, 0.0)
     for layer in cfg.layers:
-        if not layer.ratio:
-            continue
-        width = cfg.head_dim + (index if layer.attention == "csa" else 0)
-        totals["bfloat16"] += 2 * width / layer.ratio
-        totals["float32"] += 4 * width / layer.ratio
-        packed = packed_entry + (packed_index if layer.attention == "csa" else 0)
-        totals["fp8 + fp4"] += packed / layer.ratio
+        for form, (entry, key) in sizes.items():
+            nbytes = entry + (key if layer.attention == "csa" else 0)
+            totals[form] += nbytes / layer.ratio if layer.ratio else 0
     return totals
 
 
+def entry_bytes(cfg: ModelConfig, form: str) -> tuple[int, int]:
+    """Bytes of a compressed entry and of an indexer's key in 'fp8', 'bfloat16' or 'float32'."""
+    if form == "fp8":
+        entry = Fp8Codec(cfg.head_dim, cfg.qk_rope_head_dim)
+        return entry.width, Fp4Codec(cfg.index_head_dim).width
+    itemsize = 4 if form == "float32" else 2
+    return itemsize * cfg.head_dim, itemsize * cfg.index_head_dim
+
+
 def _state_bytes(cfg: ModelConfig) -> int:
+    """Bytes of a sequence's rings, with their spare rows."""
     total = 0
     for layer in cfg.layers:
-        total += 2 * cfg.sliding_window * cfg.head_dim
+        total += 2 * (cfg.sliding_window + SPARE) * cfg.head_dim
         width = cfg.head_dim + (cfg.index_head_dim if layer.attention == "csa" else 0)
-        total += 4 * layer.overlap * layer.ratio * 2 * layer.overlap * width if layer.ratio else 0
+        rows = layer.overlap * layer.ratio + SPARE
+        total += 4 * rows * 2 * layer.overlap * width if layer.ratio else 0
     return total

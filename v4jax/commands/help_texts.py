@@ -6,6 +6,7 @@ exit status: 0 done, 1 failed, 2 misuse. Results go to stdout, everything else t
 examples:
   v4jax demo
   v4jax inspect flash
+  v4jax plan flash --topology v6e:2x4
   v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native
   v4jax generate flash-native --chat -p "Why is the sky blue?" --thinking high
   v4jax chat flash-native

@@ -22,7 +22,7 @@ from v4jax.model.segments import segments
 _CONTEXTS = {"128K": 2**17, "1M": 2**20}
 _FP4 = "FP4, two per byte"
 _DTYPE_NOTES = {"I8": f"I8 ({_FP4})", "U8": f"U8 ({_FP4})", "F8_E8M0": "F8_E8M0 (scales)"}
-_CACHE_NOTES = {"fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
+_CACHE_NOTES = {"fp8": "fp8 (--cache-dtype fp8)", "fp8 + fp4": "fp8 + fp4 (DeepSeek's)"}
 
 
 @dataclasses.dataclass(frozen=True)

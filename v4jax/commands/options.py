@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from v4jax.language_model import LanguageModel
     from v4jax.model.config import ModelConfig
+
+# Tokens of a sequence for which --mesh auto has room, unless the command has an option for them.
+_CONTEXT = 65536
 
 
 def add_chat_options(group: Any) -> None:
@@ -89,7 +94,7 @@ def add_running_options(group: Any) -> None:
         default="official",
         help="round where DeepSeek's runtime does (default) or where transformers does",
     )
-    mesh = "shard the model over all devices: tensor=4 or expert=4,tensor=2; axes: data, "
+    mesh = "shard the model over all devices: auto, tensor=4 or expert=4,tensor=2; axes: data, "
     add("--mesh", metavar="SIZES", help=mesh + "fsdp, expert, tensor (default: the first device)")
     adapter = "apply the update of this PEFT adapter (a directory or Hub id) or training run"
     add("--adapter", metavar="DIR", help=adapter)
@@ -165,7 +170,6 @@ def directory(args: argparse.Namespace) -> Path:
 def load(args: argparse.Namespace, path: Path) -> "LanguageModel":
     """Load a checkpoint as the options for running say."""
     import v4jax
-    from v4jax.model import sharding
 
     return v4jax.load(
         path,
@@ -173,8 +177,51 @@ def load(args: argparse.Namespace, path: Path) -> "LanguageModel":
         numerics=args.numerics,
         keep_quantised=args.keep_quantised,
         adapter=args.adapter and run_state(args.adapter, args.state),
-        mesh=None if args.mesh is None else sharding.read_mesh(args.mesh),
+        mesh=mesh_of(args, path),
     )
+
+
+def mesh_of(
+    args: argparse.Namespace,
+    path: str | Path,
+    *,
+    rows: int = 1,
+    context: int | None = None,
+    cache_dtype: str | None = None,
+) -> "Mesh | None":
+    """The mesh that --mesh names; of 'auto' the one that `v4jax plan` favours, which is printed.
+
+    Args:
+      args: the options, with `mesh` and `keep_quantised`.
+      path: the checkpoint, of which only the configuration is read.
+      rows: sequences that run at once.
+      context: tokens of a sequence; by default a part of the model's own.
+      cache_dtype: the engine's.
+    """
+    from v4jax.model import sharding
+
+    if args.mesh != "auto":
+        return None if args.mesh is None else sharding.read_mesh(args.mesh)
+    import jax
+
+    from v4jax.commands import command_line, inspect
+    from v4jax.pods import chips, mesh_search
+    from v4jax.pods.serving import Serving
+
+    devices = jax.devices()
+    cfg = inspect.find(path, revision=args.revision).config
+    job = Serving(
+        cfg=cfg,
+        name="decode",
+        context=context or min(_CONTEXT, cfg.max_position_embeddings),
+        # The engine rounds rows up to a multiple of the groups that share them.
+        batch=rows if rows == 1 else -(-rows // len(devices)) * len(devices),
+        cache_dtype=cache_dtype,
+        keep_quantised=args.keep_quantised,
+    )
+    sizes = mesh_search.choose(job, chips.of_devices(devices))
+    command_line.say(f"mesh {mesh_search.named(sizes)} for {len(devices)} devices")
+    return sharding.make_mesh(**sizes)
 
 
 def encoding(thinking: str, cfg: "ModelConfig") -> dict[str, Any]:

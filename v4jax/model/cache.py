@@ -22,7 +22,7 @@ from v4jax.model import sharding
 from v4jax.model.config import LayerKind, ModelConfig
 from v4jax.model.pytree import pytree
 from v4jax.model.segments import segments
-from v4jax.model.sharding import ROWS, STACKED_ROWS
+from v4jax.model.sharding import ROWS, STACKED_ROWS, AnyMesh
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Rows beyond the window, so that rejecting up to this many tokens loses nothing.
@@ -118,7 +118,7 @@ def make(
     )
 
 
-def place(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+def place(shape: tuple[int, ...], mesh: AnyMesh | None) -> NamedSharding | None:
     """The sharding of a cache's array of this shape: the mesh shares its rows."""
     if mesh is None:
         return None

@@ -92,6 +92,15 @@ def read_mesh(text: str) -> Mesh:
     Raises:
       ValueError: it is malformed, or its sizes do not multiply to the number of devices.
     """
+    return make_mesh(**read_sizes(text, jax.device_count()))
+
+
+def read_sizes(text: str, devices: int) -> dict[str, int]:
+    """The sizes of a mesh's axes in a text such as 'expert=4,tensor=2'.
+
+    Raises:
+      ValueError: it is malformed.
+    """
     matches = [
         re.fullmatch(r"\s*(\w+)=([1-9]\d{0,5})\s*", part, re.ASCII) for part in text.split(",")
     ]
@@ -99,9 +108,9 @@ def read_mesh(text: str) -> Mesh:
     if len(sizes) < len(matches) or sizes.keys() - set(AXES):
         raise ValueError(
             f"'{text}' is not a mesh; give sizes of {', '.join(AXES)}, as in 'expert=4,tensor=2', "
-            f"that multiply to {jax.device_count()}, the number of devices."
+            f"that multiply to {devices}, the number of devices."
         )
-    return make_mesh(**sizes)
+    return sizes
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
@@ -275,7 +284,7 @@ def ways(axis: str | None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names(part))
 
 
-def row_groups(mesh: Mesh | None) -> int:
+def row_groups(mesh: AnyMesh | None) -> int:
     """Number of groups of devices that share the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names(RULES["batch"]))
 
@@ -290,7 +299,7 @@ def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:
     return sorted({rows.start or 0 for rows in local})
 
 
-def check_rows(batch: int, mesh: Mesh) -> None:
+def check_rows(batch: int, mesh: AnyMesh) -> None:
     """Reject a batch, of more than one row, that groups of devices cannot share evenly."""
     groups = row_groups(mesh)
     if batch > 1 and batch % groups:

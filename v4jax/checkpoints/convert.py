@@ -37,6 +37,7 @@ from v4jax.checkpoints.export import export
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Manifest, Weights
 from v4jax.checkpoints.release import Release
+from v4jax.checkpoints.remote import Folder
 from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo, write_safetensors
 from v4jax.checkpoints.tensor_names import Slot
@@ -75,7 +76,7 @@ class _Conversion:
       slots: destination of each release tensor.
     """
 
-    root: Path
+    root: PurePath
     tensors: Release
     config: ModelConfig
     manifest: Manifest
@@ -197,7 +198,7 @@ def _struct(
 
 def _index(source: _Source) -> dict[str, Any] | None:
     file = source.folder / safetensors_directory.INDEX
-    if not file.is_file() or (source.files.path / safetensors_directory.SINGLE).is_file():
+    if not file.is_file() or Folder(source.folder).exists(safetensors_directory.SINGLE):
         return None
     return disk.read_json(file).get("metadata", {})
 

@@ -28,7 +28,7 @@ from v4jax.checkpoints.safetensors_file import (
     open_safetensors,
     write_safetensors,
 )
-from v4jax.checkpoints.zarr_arrays import DAMAGED
+from v4jax.checkpoints.zarr_files import DAMAGED
 from v4jax.model.config import ModelConfig
 from v4jax.waiting import Progress
 

@@ -96,11 +96,11 @@ def _directory(path: Path) -> Subject:
 def _native(path: Path) -> Subject:
     opened = native.Native(path)
     arrays = [
-        opened.arrays[array]
+        opened.array(array)
         for leaf, form in opened.manifest.leaves.items()
         for array in native.array_names(leaf, form)
     ]
-    sizes = [(a.dtype.numpy_dtype, math.prod(a.shape)) for a in arrays]
+    sizes = [(a.dtype, math.prod(a.shape)) for a in arrays]
     held = [(DTYPE_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
     for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
         extra = open_safetensors(file)

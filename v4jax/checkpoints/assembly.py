@@ -26,8 +26,8 @@ from v4jax.model.transformer import Model
 from v4jax.waiting import Progress
 
 _THREADS = 16
-# Most elements that a thread reads and converts at once: some tens of MiB.
-_PIECE = 2**22
+# Most elements that a thread reads and converts at once, in some 10 MiB.
+_PIECE = 2**21
 # Matrices are cut between blocks of rows that share scales.
 _ROWS = 128
 
@@ -42,10 +42,12 @@ class Source:
     Attributes:
       read: the values of a box of the matrix at a position of the stack, in the array's dtype.
       units: for each dim of the matrix, `read` takes only boxes of multiples of this; 1 if absent.
+      rows: the dim that is stored as rows, between which large boxes are cut.
     """
 
     read: Callable[[tuple[int, ...], Box], np.ndarray]
     units: tuple[int, ...] = ()
+    rows: int = 0
 
 
 def fill(
@@ -113,7 +115,7 @@ def _assemble(
         for held, buffer in buffers.items():
             _copy_overlap(values, position, box, buffer, held)
 
-    for _ in threads.map(read, _pieces(list(buffers), struct.shape[stack_dims:], source.units)):
+    for _ in threads.map(read, _pieces(list(buffers), struct.shape[stack_dims:], source)):
         pass
     on_devices = [jax.device_put(buffers[box], device) for device, box in boxes.items()]
     # Else slow devices would let the buffers of several leaves pile up on the host.
@@ -144,7 +146,7 @@ def _copy_overlap(
 
 
 def _pieces(
-    boxes: list[Intervals], shape: tuple[int, ...], units: tuple[int, ...]
+    boxes: list[Intervals], shape: tuple[int, ...], source: Source
 ) -> Iterator[tuple[tuple[int, ...], Box]]:
     """What to read, as positions in the stack and boxes of the matrix there."""
     stack_dims = len(boxes[0]) - len(shape)
@@ -156,7 +158,8 @@ def _pieces(
     for position, needed in matrix_boxes.items():
         key = tuple(needed)
         if key not in cuts:
-            cuts[key] = [cut for cover in _covers(needed, shape, units) for cut in _cut(cover)]
+            covers = _covers(needed, shape, source.units)
+            cuts[key] = [cut for cover in covers for cut in _cut(cover, source.rows)]
         yield from ((position, cut) for cut in cuts[key])
 
 
@@ -190,14 +193,15 @@ def _merged(intervals: list[Interval]) -> list[Interval]:
     return merged
 
 
-def _cut(cover: Intervals) -> Iterator[Box]:
-    """The box in pieces of about `_PIECE` elements, cut along its first dim."""
-    if not cover:
-        yield ()
+def _cut(cover: Intervals, dim: int) -> Iterator[Box]:
+    """The box in pieces of about `_PIECE` elements, cut along a dim."""
+    box = tuple(slice(*part) for part in cover)
+    if not box:
+        yield box
         return
-    (first, last), *rest = cover
-    row = math.prod(stop - start for start, stop in rest)
+    first, last = cover[dim]
+    row = math.prod(stop - start for start, stop in cover) // max(last - first, 1)
     height = max(_PIECE // max(row, 1) // _ROWS, 1) * _ROWS
     edges = [first, *range(first // _ROWS * _ROWS + height, last, height), last]
     for start, stop in itertools.pairwise(edges):
-        yield (slice(start, stop), *(slice(*part) for part in rest))
+        yield (*box[:dim], slice(start, stop), *box[dim + 1 :])

@@ -16,6 +16,7 @@ from pallas_kernels import quantize
 from v4jax.checkpoints.byte_files import Box
 from v4jax.model.config import ExpertDtype
 
+_STRIP = 128  # rows decoded at once; whole blocks
 # Codes and scales, in a file's layout or in the kernels'.
 Stored = tuple[np.ndarray, np.ndarray]
 
@@ -74,12 +75,19 @@ class BlockFormat:
             for part, size in zip(box, self.block, strict=True)
         )
 
-    def decode_box(self, box: Box, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Decode a box of values from `codes_box` and `scales_box` of it, to float32."""
+    def decode_box(self, box: Box, codes: np.ndarray, scale: np.ndarray, dtype: Any) -> np.ndarray:
+        """Decode a box of values from the codes of `codes_box` and the scales of `scales_box`."""
         above, left = (part.start % size for part, size in zip(box, self.block, strict=True))
         if above or left:  # decoding begins where a block does
             codes = np.pad(codes.view(np.uint8), ((above, 0), (left // self.packed, 0)))
-        return self.decode(codes.view(self.codes_dtype), scale)[above:, left:]
+        codes, height = codes.view(self.codes_dtype), self.block[0]
+        out = np.empty((len(codes), codes.shape[1] * self.packed), dtype)
+        # Float32 values of more rows would take several times the memory of the result.
+        for first in range(0, len(codes), _STRIP):
+            rows = slice(first, first + _STRIP)
+            blocks = slice(first // height, (first + _STRIP) // height)
+            out[rows] = self.decode(codes[rows], scale[blocks])
+        return out[above:, left:]
 
     def codes_to_kernels(self, codes: np.ndarray) -> np.ndarray:
         """Codes in the kernels' layout, of a part of a matrix whose columns are whole units."""

@@ -169,15 +169,15 @@ class Native:
         codes, scale = (self.read(name, position) for name in array_names(leaf, stored))
         return stored.from_kernels(codes, scale)
 
-    def values(self, leaf: str, position: tuple[int, ...], box: Box) -> np.ndarray:
-        """A box of one quantised matrix [N, K], decoded to float32."""
+    def values(self, leaf: str, position: tuple[int, ...], box: Box, dtype: Any) -> np.ndarray:
+        """A box of one quantised matrix [N, K], decoded."""
         stored = self._quantised(leaf)
         boxes = stored.codes_box(box), stored.scales_box(box)
         codes, scale = (
             self.read(name, position, part[::-1])
             for name, part in zip(array_names(leaf, stored), boxes, strict=True)
         )
-        return stored.decode_box(box, *stored.from_kernels(codes, scale))
+        return stored.decode_box(box, *stored.from_kernels(codes, scale), dtype)
 
     def _quantised(self, leaf: str) -> BlockFormat:
         stored = self.manifest.leaves[leaf]
@@ -243,8 +243,8 @@ def _sources(native: Native, leaf: str, struct: Any) -> Any:
     if stored is None:
         return source(leaf, struct.dtype)
     if isinstance(struct, jax.ShapeDtypeStruct):
-        decoded = lambda position, box: native.values(leaf, position, box).astype(struct.dtype)
-        return Source(decoded, (1, stored.values_unit))
+        decoded = lambda position, box: native.values(leaf, position, box, struct.dtype)
+        return Source(decoded, (1, stored.values_unit), rows=1)
     parts = zip(("codes", "scale"), array_names(leaf, stored), strict=True)
     return dataclasses.replace(
         struct, **{part: source(array, getattr(struct, part).dtype) for part, array in parts}

@@ -103,7 +103,9 @@ def _sources(
     def scale(position: tuple[int, ...], box: Box) -> np.ndarray:
         return tensors[tensor_names.scale_name(name_of(position))].read_box(box[::-1]).T
 
-    return dataclasses.replace(struct, codes=Source(codes, (stored.unit,)), scale=Source(scale))
+    return dataclasses.replace(
+        struct, codes=Source(codes, (stored.unit,), rows=1), scale=Source(scale, rows=1)
+    )
 
 
 def _name_at(names: Any, position: tuple[int, ...]) -> str:
@@ -118,7 +120,7 @@ def _dense_box(tensors: Release, name: str, stored: Format, dtype: Any, box: Box
         return tensors[name].read_box(box).astype(dtype, copy=False)
     codes = tensors[name].read_box(stored.codes_box(box)).view(stored.codes_dtype)
     scale = tensors[tensor_names.scale_name(name)].read_box(stored.scales_box(box))
-    return stored.decode_box(box, codes, scale).astype(dtype, copy=False)
+    return stored.decode_box(box, codes, scale, dtype)
 
 
 def quantized(tensors: Release, name: str, stored: BlockFormat) -> Stored:

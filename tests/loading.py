@@ -1,4 +1,4 @@
-"""One process of `test_loading_processes`: loads checkpoints on meshes and counts what it reads.
+"""One process of `test_loading_processes`: converts, loads, and counts what it reads.
 
 python -m tests.loading COORDINATOR PROCESSES PROCESS CASES, which is a JSON file.
 """
@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.checkpoints import native, release_weights, tensor_names
+from v4jax.checkpoints import convert, native, release_weights, tensor_names, zarr_arrays
 from v4jax.checkpoints.formats import BlockFormat, Format
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
 from v4jax.checkpoints.safetensors_file import DTYPES
 from v4jax.model import params, sharding
+
+CHUNK_BYTES = 2**15  # several chunks a matrix
 
 
 def bytes_read() -> int:
@@ -119,17 +121,39 @@ def check(directory: Path, values: Values, mesh: Any, keep: bool, dtype: str) ->
     return count / needed
 
 
+def convert_together(source: Path, target: Path, exported: Path) -> None:
+    """Convert and export on all processes; the last one fails at first."""
+    calls = 0
+
+    def fail(what: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30 and jax.process_index() == jax.process_count() - 1:
+            raise OSError("the disk is gone")
+
+    try:
+        convert.convert(source, target, progress=fail)
+    except (OSError, ValueError) as error:
+        sys.stdout.write(f"{error}\n")
+    assert not target.exists()
+    assert calls > 1
+    convert.convert(source, target, progress=lambda what, done, total: None)
+    convert.export(target, exported, progress=lambda what, done, total: None)
+
+
 def main(coordinator: str, processes: str, process: str, cases: str) -> None:
-    """Run all cases and print a line for each."""
+    """Convert, then load all cases and print a line for each."""
     jax.distributed.initialize(coordinator, int(processes), int(process))
+    given = json.loads(Path(cases).read_text())
+    zarr_arrays._CHUNK_BYTES = CHUNK_BYTES
+    convert_together(*map(Path, given["convert"]))
     values: dict[str, Values] = {}
-    for directory, source, keep, dtype, meshes in json.loads(Path(cases).read_text()):
+    for directory, source, keep, dtype, meshes in given["load"]:
         expected = values.setdefault(source, Values(Path(source)))
         for sizes in meshes:
             mesh = sharding.make_mesh(**sizes)
             ratio = check(Path(directory), expected, mesh, keep, dtype)
             sys.stdout.write(f"{Path(directory).name} {keep} {dtype} {sizes}: {ratio:.3f}\n")
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints, quick
-from tests.test_convert import write_modules, write_saved
+from tests import checkpoints, loading, quick
+from tests.test_convert import assert_same_checkpoint, contents, write_modules, write_saved
 from v4jax.checkpoints import convert, zarr_arrays
 
 CFG = checkpoints.tiny(
@@ -32,37 +32,44 @@ MIXED = ({"fsdp": 4, "tensor": 2}, {"data": 8})
 
 
 @pytest.mark.slow
-def test_two_processes_read_what_their_devices_hold(
+def test_two_processes_convert_together_and_read_what_their_devices_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zarr_arrays, "_CHUNK_BYTES", 2**15)
-    release, base = tmp_path / "release", tmp_path / "base"
+    monkeypatch.setattr(zarr_arrays, "_CHUNK_BYTES", loading.CHUNK_BYTES)
+    release, base, native = (tmp_path / name for name in ("release", "base", "native"))
     checkpoints.write_release(release, CFG, 0, shards=3, fill="bytes")
     small = checkpoints.tiny(expert_dtype="fp8")
     checkpoints.write_release(base, small, 0, scales="F32", fill="bytes")
     for kind, write in SAVED.items():
         write(tmp_path / kind)
-    convert.convert(release, tmp_path / "native")
     convert.convert(release, tmp_path / "dense", weights="bfloat16")
-    chunks = list((tmp_path / "native" / "weights" / "embed_VD").glob("[0-9]*"))
-    assert len(chunks) > 8
-    cases = [
+    loads = [
         (release, release, True, "bfloat16", MESHES),
         (release, release, False, "bfloat16", MESHES[::3]),
-        (tmp_path / "native", release, True, "bfloat16", MESHES),
-        (tmp_path / "native", release, False, "bfloat16", MESHES[1::3]),
+        (native, release, True, "bfloat16", MESHES),
+        (native, release, False, "bfloat16", MESHES[1::3]),
         (tmp_path / "dense", release, False, "bfloat16", MIXED),
         *((base, base, keep, "float32", MIXED) for keep in (True, False)),
         *((tmp_path / kind, tmp_path / kind, False, "float32", MIXED) for kind in SAVED),
     ]
-    file = tmp_path / "cases.json"
-    file.write_text(json.dumps(cases, default=str))
-    for output in run(2, "tests.loading", file):
-        assert len(output.splitlines()) == sum(len(case[-1]) for case in cases)
+    file, exported = tmp_path / "cases.json", tmp_path / "exported"
+    work = {"convert": (release, native, exported), "load": loads}
+    file.write_text(json.dumps(work, default=str))
+    first, second = run(2, "tests.loading", file)
+    assert first[0].startswith("Process 1 failed")
+    assert second[0] == "the disk is gone"
+    assert len(first) == len(second) == 1 + sum(len(case[-1]) for case in loads)
+
+    convert.convert(release, tmp_path / "alone")
+    assert contents(native) == contents(tmp_path / "alone")
+    assert_same_checkpoint(exported, release)
+    chunks = list((native / "weights" / "embed_VD").glob("[0-9]*"))
+    assert len(chunks) > 8
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
-def run(processes: int, module: str, *arguments: object) -> list[str]:
-    """Run a module as several processes of 8 devices; their outputs."""
+def run(processes: int, module: str, *arguments: object) -> list[list[str]]:
+    """Run a module as several processes of 8 devices; the lines that each writes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -83,5 +90,5 @@ def run(processes: int, module: str, *arguments: object) -> list[str]:
     for process in started:
         stdout, stderr = process.communicate(timeout=600)
         assert process.returncode == 0, stderr[-3000:]
-        outputs.append(stdout)
+        outputs.append([line for line in stdout.splitlines() if not line.startswith("[Gloo]")])
     return outputs

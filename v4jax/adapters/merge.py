@@ -25,6 +25,7 @@ from v4jax.checkpoints import (
     passengers,
     release,
     release_weights,
+    remote,
     safetensors_directory,
     tensor_names,
     unfinished,
@@ -82,6 +83,7 @@ def merge(
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
     update = updates.resolve(update)
+    remote.refuse(source, "a release to merge with")
     source = hub.resolve(
         source, revision=revision, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN
     )

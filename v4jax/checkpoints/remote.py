@@ -115,8 +115,10 @@ class RemoteFile:
 
 
 def _is_missing(error: Exception) -> bool:
-    # fsspec also says so of a server that it cannot reach, and gives the cause.
-    is_known = error.__cause__ is None or getattr(error.__cause__, "status", None) == 404
+    # fsspec also says so of a server that it cannot reach; the cause is then one of aiohttp's.
+    cause = error.__cause__
+    unreachable = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
+    is_known = not unreachable or getattr(cause, "status", None) == 404
     return isinstance(error, FileNotFoundError) and is_known
 
 
@@ -168,7 +170,7 @@ class _Remote:
         try:
             import fsspec
 
-            self.files, self._root = fsspec.url_to_fs(url)
+            self._files, self._root = fsspec.url_to_fs(url)
         except ImportError as error:
             raise CheckpointError(f"{url}: {_describe(error)}. {_INSTALL}") from error
         except ValueError as error:
@@ -176,8 +178,22 @@ class _Remote:
                 f"{url}: {_describe(error)}. Give a URL such as gs://, s3:// or https://."
             ) from error
 
+    def list(self) -> list[str]:
+        root = f"{self._root.rstrip('/')}/"
+        return [name.removeprefix(root) for name in self._files.find(root)]
+
     def file(self, name: str) -> RemoteFile:
-        return RemoteFile(self.files, f"{self._root.rstrip('/')}/{name}", self.path / name)
+        return RemoteFile(self._files, f"{self._root.rstrip('/')}/{name}", self.path / name)
+
+
+def listing(url: str) -> list[str]:
+    """All files of a folder behind a URL; those of `NAMES` if the server does not list them."""
+    remote = _Remote(url)
+    try:
+        names = remote.list()
+    except Exception:  # the file systems have errors of their own
+        names = []
+    return names or list(NAMES)
 
 
 def is_url(path: str | Path) -> bool:
@@ -185,26 +201,31 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"[a-zA-Z][\w+.-]+://", str(path)) is not None
 
 
-def refuse(path: str | Path, command: str) -> None:
-    """Raise if a path is a URL, for commands that need the files themselves."""
+def refuse(path: str | Path, what: str) -> None:
+    """Raise if a path is a URL, of something that is only read from directories."""
     if is_url(path):
         raise CheckpointError(
-            f"{path}: {command} reads directories and the Hub; copy the checkpoint to a disk first."
+            f"{path}: {what} is read from a directory or the Hub; copy it to a disk first."
         )
 
 
-def resolve(url: str, names: Collection[str] = NAMES) -> Path:
+def resolve(url: str, revision: str | None = None, names: Collection[str] = NAMES) -> Path:
     """A directory with the checkpoint's small files, which `Folder` links to the rest.
 
     It is removed when the process ends.
 
     Args:
       url: folder of a checkpoint.
+      revision: must be None, as only the Hub has revisions.
       names: the files to copy, as far as they exist.
 
     Raises:
       CheckpointError: there is no checkpoint, it cannot be read, or a package is missing.
     """
+    if revision is not None:
+        raise CheckpointError(
+            f"{url}: has no revisions; leave revision {revision!r} out, or give a Hub id."
+        )
     remote = _Remote(url)
     directory = Path(tempfile.mkdtemp(prefix="v4jax-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)

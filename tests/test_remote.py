@@ -49,19 +49,19 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        file = self.server.directory / self.path[1:]
+        server = self.server
+        assert isinstance(server, Server)
+        file = server.directory / self.path[1:]
         is_weights = file.suffix == ".safetensors"
-        if not file.is_file() or (self.server.status and is_weights):
-            self.send_error(self.server.status if file.is_file() else 404)
+        if not file.is_file() or (server.status and is_weights):
+            self.send_error(server.status if file.is_file() else 404)
             return
         asked, size = self.headers.get("Range") or "", file.stat().st_size
-        span = re.fullmatch(r"bytes=(\d+)-(\d+)", asked) if self.server.ranges else None
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", asked) if server.ranges else None
         with file.open("rb") as opened:
             opened.seek(int(span[1]) if span else 0)
             part = opened.read(int(span[2]) + 1 - int(span[1]) if span else -1)
@@ -73,13 +73,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         key = self.path, asked
-        self.server.asked[key] += 1
-        if is_weights and span and self.server.asked[key] <= self.server.cuts:
+        server.asked[key] += 1
+        if is_weights and span and server.asked[key] <= server.cuts:
             self.wfile.write(part[: len(part) // 2])
             self.close_connection = True
             return
         if is_weights or "weights" in file.parts:
-            self.server.sent += len(part)
+            server.sent += len(part)
         with contextlib.suppress(ConnectionError):
             self.wfile.write(part)
 

@@ -161,7 +161,7 @@ class _Merged(export.Tensors):
         self._tensors, cfg, formats = opened
         extras = set(release.extras(self._tensors, cfg))
         super().__init__(files.declarations(), cfg, formats, weights, extras)
-        self.path, self.ledger = files.path, Ledger()
+        self.path, self.ledger = Path(files.path), Ledger()
         self.weights: Weights = weights
         self._update = update
         self._scales: dict[str, np.ndarray] = {}

@@ -57,7 +57,8 @@ def load(
     """Load a checkpoint, ready to run.
 
     Args:
-      path: a Hugging Face directory, a native checkpoint, or a Hub id.
+      path: a Hugging Face directory or a native checkpoint; the URL of either, such as
+        gs://bucket/folder, if the extra 'bucket' is installed; or a Hub id.
       dtype: dtype of weights, activations and cache: 'bfloat16' or 'float32', by name or as a dtype
         of NumPy or JAX.
       numerics: 'official' rounds where DeepSeek's runtime does, 'hf' where transformers does.
@@ -65,7 +66,8 @@ def load(
       adapter: a PEFT adapter (a directory or a Hub id) or the directory of a training run, whose
         newest state is used.
       mesh: mesh of devices to shard weights and cache over (`v4jax.model.sharding.make_mesh`);
-        all calls of the model then run on it. By default one device.
+        all calls of the model then run on it, and each host reads only what its devices hold. By
+        default one device.
       revision: branch, tag or commit of a Hub id; the main branch by default.
       progress: called with the name of the present task, the amount done and the total; by
         default they are shown on a terminal and in a notebook.

@@ -11,7 +11,7 @@ from v4jax.commands import chat, command_line, generate, help_texts, launch, opt
 
 # Commands import JAX, Flax and Orbax only when they need them, so that `--help` is instant.
 
-_SOURCE = "a Hugging Face directory, a native checkpoint, or a Hub id"
+_SOURCE = "a Hugging Face directory, a native checkpoint, a URL of either, or a Hub id"
 _RELEASE = "a Hugging Face directory, a Hub id, or 'tiny'"
 _TARGET = "directory to create"
 _BEST = "use a run's best state by evaluation instead of its newest"
@@ -108,7 +108,7 @@ def _add_plan(commands: Any) -> None:
 def _add_convert(commands: Any) -> None:
     text = "convert a Hugging Face checkpoint to a native one"
     parser = _command(commands, "convert", _convert, text, help_texts.CONVERT)
-    parser.add_argument("source", help=_RELEASE)
+    parser.add_argument("source", help=f"{_RELEASE}; or the URL of one")
     parser.add_argument("target", type=Path, help=_TARGET)
     parser.add_argument(
         "--weights",
@@ -117,6 +117,7 @@ def _add_convert(commands: Any) -> None:
         help="keep FP8 and FP4 weights quantised (default), or dequantise everything to one dtype",
     )
     options.add_revision(parser)
+    options.add_processes(parser)
 
 
 def _add_export(commands: Any) -> None:
@@ -125,6 +126,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("source", help="a native checkpoint, or the Hub id of one")
     parser.add_argument("target", type=Path, help=_TARGET)
     options.add_revision(parser)
+    options.add_processes(parser)
 
 
 def _add_export_adapter(commands: Any) -> None:
@@ -205,16 +207,20 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from v4jax.checkpoints import convert
 
+    is_first = options.begin_processes(args)
     convert.convert(args.source, args.target, weights=args.weights, revision=args.revision)
-    print(f"Wrote {args.target}.")
+    if is_first:
+        print(f"Wrote {args.target}.")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     from v4jax.checkpoints import convert
 
+    is_first = options.begin_processes(args)
     convert.export(args.source, args.target, revision=args.revision)
-    print(f"Wrote {args.target}.")
+    if is_first:
+        print(f"Wrote {args.target}.")
     return 0
 
 

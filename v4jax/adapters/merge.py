@@ -25,6 +25,7 @@ from v4jax.checkpoints import (
     passengers,
     release,
     release_weights,
+    remote,
     safetensors_directory,
     tensor_names,
     unfinished,
@@ -82,6 +83,7 @@ def merge(
     target = Path(os.path.abspath(os.path.expanduser(target)))
     unfinished.check_target(target)
     update = updates.resolve(update)
+    remote.refuse(source, "a release to merge with")
     source = hub.resolve(
         source, revision=revision, allow_patterns=["*"], ignore_patterns=passengers.FOREIGN
     )
@@ -159,7 +161,7 @@ class _Merged(export.Tensors):
         self._tensors, cfg, formats = opened
         extras = set(release.extras(self._tensors, cfg))
         super().__init__(files.declarations(), cfg, formats, weights, extras)
-        self.path, self.ledger = files.path, Ledger()
+        self.path, self.ledger = Path(files.path), Ledger()
         self.weights: Weights = weights
         self._update = update
         self._scales: dict[str, np.ndarray] = {}

@@ -10,7 +10,7 @@ Axis letters: L layers of a stack, E experts, r rank, N output channels, K input
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -367,7 +367,7 @@ def _parts(module: str, pair: Pair, cfg: ModelConfig) -> Iterator[tuple[str, Pai
     yield "up_EFD", Pair(a, up)
 
 
-def _check_shapes(path: Path, cfg: ModelConfig, pairs: _Pairs) -> None:
+def _check_shapes(path: PurePath, cfg: ModelConfig, pairs: _Pairs) -> None:
     """Reject factors whose channels differ from those of the model's matrices."""
     specs = dict(params.leaves(Model(cfg)))
     for (name, _), (pair, _) in pairs.items():

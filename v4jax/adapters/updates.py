@@ -20,7 +20,7 @@ from v4jax import arguments
 from v4jax.adapters import lora, peft, runs
 from v4jax.adapters.lora import Adapter
 from v4jax.adapters.lora_settings import Lora
-from v4jax.checkpoints import hub, native, safetensors_directory, unfinished
+from v4jax.checkpoints import hub, native, remote, safetensors_directory, unfinished
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import FP4
 from v4jax.checkpoints.open_checkpoint import open_checkpoint
@@ -49,6 +49,7 @@ Update = Adapted | Replaced
 
 def resolve(path_or_id: str | Path) -> Path:
     """The directory of a run or an adapter; an adapter that is not local comes from the Hub."""
+    remote.refuse(path_or_id, "an adapter")
     return hub.resolve(path_or_id, allow_patterns=[peft.CONFIG, peft.TENSORS])
 
 

@@ -22,11 +22,13 @@ import numpy as np
 from v4jax import arguments, waiting
 from v4jax.checkpoints import (
     disk,
+    hosts,
     hub,
     native,
     passengers,
     release,
     release_weights,
+    remote,
     safetensors_directory,
     tensor_names,
     unfinished,
@@ -37,6 +39,7 @@ from v4jax.checkpoints.export import export
 from v4jax.checkpoints.formats import Format
 from v4jax.checkpoints.native import Manifest, Weights
 from v4jax.checkpoints.release import Release
+from v4jax.checkpoints.remote import Folder
 from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.checkpoints.safetensors_file import DTYPES, TensorInfo, write_safetensors
 from v4jax.checkpoints.tensor_names import Slot
@@ -75,7 +78,7 @@ class _Conversion:
       slots: destination of each release tensor.
     """
 
-    root: Path
+    root: PurePath
     tensors: Release
     config: ModelConfig
     manifest: Manifest
@@ -96,10 +99,13 @@ def convert(
     """Write a native checkpoint; it appears under its name when it is complete.
 
     The files' headers are checked before anything is written. Until it is complete, the checkpoint
-    is in `target` + '.unfinished'; after an interruption the same call resumes from there.
+    is in `target` + '.unfinished'; after an interruption the same call resumes from there. The
+    processes of `jax.distributed` share the work if all of them call this function; they must see
+    the same directories. If one fails, all fail.
 
     Args:
-      source: a Hugging Face directory, or a Hub id, whose shards are downloaded one by one.
+      source: a Hugging Face directory; the URL of one, such as gs://bucket/folder, which is read
+        tensor by tensor; or a Hub id, whose shards are downloaded one by one.
       target: directory to create.
       weights: 'keep' stores every tensor as the source does, FP8 and FP4 included; a dtype decodes
         everything to it, except tensors that the model needs in float32.
@@ -115,26 +121,43 @@ def convert(
         raise ValueError(
             f"weights is {arguments.shown(weights)}; it must be one of {get_args(Weights)}."
         )
-    target = Path(os.path.abspath(os.path.expanduser(target)))
-    unfinished.check_target(target)
-    with _open(source, revision, unfinished.scratch(target)) as opened:
-        unfinished.check_target(target, opened.folder)
-        conversion = _check(opened, weights)
-        files = _passengers(opened.folder, conversion.config)
-        with unfinished.begin(target, "convert", _identity(opened.files, weights)) as work:
+    target, team = Path(os.path.abspath(os.path.expanduser(target))), hosts.all_processes()
+    with contextlib.ExitStack() as stack:
+        with team.together():
+            unfinished.check_target(target)
+            scratch = unfinished.scratch(target)
+            opened = stack.enter_context(_open(source, revision, scratch / f"process-{team.index}"))
+            unfinished.check_target(target, opened.folder)
+            conversion = _check(opened, weights)
+            files = _passengers(opened.folder, conversion.config)
+            identity = _identity(opened.files, weights)
+        work = stack.enter_context(unfinished.begin(target, "convert", identity, team))
+        work.team.first(lambda: _create(conversion, work))
+        with work.team.together():
             _write(conversion, work, progress)
-            files.append(PurePath(safetensors_directory.CONFIG))
-            passengers.copy(opened.folder, files, work.directory)
-            if weights == "keep" and conversion.manifest.index is not None:
-                index = [PurePath(safetensors_directory.INDEX)]
-                passengers.copy(opened.folder, index, work.directory / native.EXTRAS)
-            disk.write_json(work.directory / native.MANIFEST, conversion.manifest.to_json())
-            work.finish()
+        work.team.first(lambda: _complete(conversion, opened.folder, files, work))
+        work.finish()
+
+
+def _complete(
+    conversion: _Conversion, folder: Path, files: list[PurePath], work: unfinished.Work
+) -> None:
+    """Copy the small files; write the manifest, which makes it a checkpoint, last."""
+    passengers.copy(folder, [*files, PurePath(safetensors_directory.CONFIG)], work.directory)
+    manifest = conversion.manifest
+    if manifest.weights == "keep" and manifest.index is not None:
+        index = [PurePath(safetensors_directory.INDEX)]
+        passengers.copy(folder, index, work.directory / native.EXTRAS)
+    disk.write_json(work.directory / native.MANIFEST, manifest.to_json())
 
 
 @contextlib.contextmanager
 def _open(source: str | Path, revision: str | None, scratch: Path) -> Iterator[_Source]:
     path = hub.local(source, revision)
+    if path is None and remote.is_url(source):
+        names = [name for name in remote.listing(str(source)) if passengers.is_small(name)]
+        is_native = native.MANIFEST in names
+        path = remote.resolve(str(source), revision, remote.NAMES if is_native else names)
     if path is None:
         manifest = hub.resolve(source, revision=revision, allow_patterns=[native.MANIFEST])
         _refuse_native(manifest, str(source))
@@ -144,7 +167,7 @@ def _open(source: str | Path, revision: str | None, scratch: Path) -> Iterator[_
         with hub.HubCheckpoint.open(str(source), scratch, revision=folder.name) as files:
             yield _Source(files, folder)
         return
-    _refuse_native(path, str(path))
+    _refuse_native(path, str(Folder(path).path))
     unfinished.refuse_unfinished(path)
     with safetensors_directory.Checkpoint.open(path) as files:
         yield _Source(files, path)
@@ -197,7 +220,7 @@ def _struct(
 
 def _index(source: _Source) -> dict[str, Any] | None:
     file = source.folder / safetensors_directory.INDEX
-    if not file.is_file() or (source.files.path / safetensors_directory.SINGLE).is_file():
+    if not file.is_file() or Folder(source.folder).exists(safetensors_directory.SINGLE):
         return None
     return disk.read_json(file).get("metadata", {})
 
@@ -231,26 +254,41 @@ def _extras_file(conversion: _Conversion, name: str) -> str:
     return f"{native.EXTRAS}/{file.as_posix()}"
 
 
-def _write(conversion: _Conversion, work: unfinished.Work, progress: Progress | None) -> None:
+def _left(conversion: _Conversion, work: unfinished.Work) -> dict[str, int]:
     units = _units(conversion)
-    total = sum(units.values())
-    done = sum(size for unit, size in units.items() if unit in work.done)
-    _require_space(conversion, work, 1 - done / max(total, 1))
+    return {unit: size for unit, size in units.items() if unit not in work.done}
+
+
+def _create(conversion: _Conversion, work: unfinished.Work) -> None:
+    """Create the arrays, if there is room for all that is left to write."""
+    left = sum(_left(conversion, work).values())
+    _require_space(conversion, work, left / max(sum(_units(conversion).values()), 1))
     arrays = Arrays(work.directory / native.WEIGHTS)
-    stores = {
+    _open_arrays(conversion, arrays)
+    arrays.write_metadata(list(conversion.structs))
+
+
+def _open_arrays(conversion: _Conversion, arrays: Arrays) -> dict[str, Any]:
+    return {
         name: arrays.create(name, struct.shape, struct.dtype, stack_dims)
         for name, (struct, stack_dims) in conversion.structs.items()
     }
-    arrays.write_metadata(list(stores))
+
+
+def _write(conversion: _Conversion, work: unfinished.Work, progress: Progress | None) -> None:
+    """Write this process's share of what is left."""
+    left = _left(conversion, work)
+    mine = work.team.share(left)
+    done = sum(_units(conversion).values()) - sum(left.values()) if work.team.count == 1 else 0
+    total = done + sum(left[unit] for unit in mine)
+    stores = _open_arrays(conversion, Arrays(work.directory / native.WEIGHTS))
     with contextlib.closing(_Writer(work)) as writer, waiting.progress(progress) as report:
-        for unit, size in units.items():
-            if unit in work.done:
-                continue
+        for unit in mine:
             if unit in conversion.slots:
                 writer.write(unit, _parts(conversion, stores, unit))
             else:
                 _write_extras(conversion, work, unit)
-            done += size
+            done += left[unit]
             report("converting", done, total)
         writer.flush()
 

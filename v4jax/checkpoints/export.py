@@ -12,9 +12,11 @@ import numpy as np
 from v4jax import arguments, waiting
 from v4jax.checkpoints import (
     disk,
+    hosts,
     hub,
     native,
     passengers,
+    remote,
     safetensors_directory,
     tensor_names,
     unfinished,
@@ -28,7 +30,7 @@ from v4jax.checkpoints.safetensors_file import (
     open_safetensors,
     write_safetensors,
 )
-from v4jax.checkpoints.zarr_arrays import DAMAGED
+from v4jax.checkpoints.zarr_files import DAMAGED
 from v4jax.model.config import ModelConfig
 from v4jax.waiting import Progress
 
@@ -50,7 +52,8 @@ def export(
     weights 'keep', so are dtypes and every byte of the tensors and of the other files; only the
     headers of the tensors' files are rewritten. Otherwise tensors are dense, without scales, and
     the configuration has no quantisation; DSpark's tensors stay as they were. An interrupted run
-    leaves `target` + '.unfinished', and the same call resumes from it, file by file.
+    leaves `target` + '.unfinished', and the same call resumes from it, file by file. Processes of
+    `jax.distributed` share the files if all of them call this function; see `convert`.
 
     Args:
       source: a native checkpoint, or a Hub id.
@@ -63,24 +66,37 @@ def export(
       CheckpointError: the source is not a native checkpoint or is damaged; the target exists; the
         disk is too full.
     """
-    target = Path(os.path.abspath(os.path.expanduser(target)))
-    unfinished.check_target(target)
-    opened = Native(_resolve(source, revision))
-    unfinished.check_target(target, opened.path)
-    files = passengers.find(opened.path, besides=native.OWN)
-    passengers.check(opened.path, files, opened.config.vocab_size)
-    identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
-    tensors, index = _Native(opened), _source_index(opened)
-    weights = opened.manifest.weights
-    with unfinished.begin(target, "export", identity) as work:
+    target, team = Path(os.path.abspath(os.path.expanduser(target))), hosts.all_processes()
+    with team.together():
+        unfinished.check_target(target)
+        remote.refuse(source, "a native checkpoint to export")
+        opened = Native(_resolve(source, revision))
+        unfinished.check_target(target, opened.path)
+        files = passengers.find(opened.path, besides=native.OWN)
+        passengers.check(opened.path, files, opened.config.vocab_size)
+        identity = hashlib.sha256((opened.path / native.MANIFEST).read_bytes()).hexdigest()
+        tensors, index = _Native(opened), _source_index(opened)
+    with unfinished.begin(target, "export", identity, team) as work:
         write_shards(tensors, work, progress, what="exporting")
-        if index is not None:
-            passengers.copy(index, [PurePath(safetensors_directory.INDEX)], work.directory)
-        elif (metadata := opened.manifest.index) is not None:
-            write_index(metadata, tensors.files, work.directory, same=weights == "keep")
-        passengers.copy(opened.path, files, work.directory)
-        write_config(opened.path, work.directory, weights)
+        work.team.first(lambda: _complete(opened, index, files, tensors, work))
         work.finish()
+
+
+def _complete(
+    opened: Native,
+    index: Path | None,
+    files: list[PurePath],
+    tensors: "Tensors",
+    work: unfinished.Work,
+) -> None:
+    """Write the index and the configuration, and copy the other small files."""
+    weights, metadata = opened.manifest.weights, opened.manifest.index
+    if index is not None:
+        passengers.copy(index, [PurePath(safetensors_directory.INDEX)], work.directory)
+    elif metadata is not None:
+        write_index(metadata, tensors.files, work.directory, same=weights == "keep")
+    passengers.copy(opened.path, files, work.directory)
+    write_config(opened.path, work.directory, weights)
 
 
 def _resolve(source: str | Path, revision: str | None) -> Path:
@@ -214,7 +230,7 @@ def write_shards(
     what: str,
     written: Callable[[str], None] = lambda file: None,
 ) -> None:
-    """Write each file that is not done yet, one tensor at a time.
+    """Write each file that is not done yet, one tensor at a time; a team's processes share them.
 
     Args:
       tensors: what to write; each is read once, in order.
@@ -224,13 +240,14 @@ def write_shards(
       written: called with each file before it counts as done.
     """
     sizes = {f: sum(i.nbytes for i in infos.values()) for f, infos in tensors.files.items()}
-    total = sum(sizes.values())
-    done = sum(size for file, size in sizes.items() if file in work.done)
-    require_space(work.directory, total - done)
-    with waiting.progress(progress) as report:
-        for file, infos in tensors.files.items():
-            if file in work.done:
-                continue
+    left = {file: size for file, size in sizes.items() if file not in work.done}
+    work.team.first(lambda: require_space(work.directory, sum(left.values())))
+    mine = work.team.share(left)
+    done = sum(sizes.values()) - sum(left.values()) if work.team.count == 1 else 0
+    total = done + sum(left[file] for file in mine)
+    with work.team.together(), waiting.progress(progress) as report:
+        for file in mine:
+            infos = tensors.files[file]
 
             def read_one(theirs: str, infos: Mapping[str, TensorInfo] = infos) -> np.ndarray:
                 nonlocal done

@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from pallas_kernels import quantize
+from v4jax.checkpoints.byte_files import Box
 from v4jax.model.config import ExpertDtype
 
+_STRIP = 128  # rows decoded at once; whole blocks
 # Codes and scales, in a file's layout or in the kernels'.
 Stored = tuple[np.ndarray, np.ndarray]
 
@@ -29,6 +31,7 @@ class BlockFormat:
       codes_dtype: NumPy dtype of codes in a file.
       block: rows and columns that share a scale.
       packed: codes per byte.
+      unit: bytes of a row of codes that the kernels' layout mixes; others keep their place.
       decode: codes and scales to float32 values [N, K].
       scales: a matrix to the scales [n, k] that fit it best.
       codes: a matrix and its scales to codes.
@@ -41,6 +44,7 @@ class BlockFormat:
     codes_dtype: Any
     block: tuple[int, int]
     packed: int
+    unit: int
     decode: Callable[[np.ndarray, np.ndarray], np.ndarray]
     scales: Callable[[np.ndarray], np.ndarray]
     codes: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -53,6 +57,42 @@ class BlockFormat:
         """Quantise a matrix: its codes and scales."""
         scale_nk = self.scales(w_NK)
         return self.codes(w_NK, scale_nk), scale_nk
+
+    @property
+    def values_unit(self) -> int:
+        """`unit` in values."""
+        return self.unit * self.packed
+
+    def codes_box(self, box: Box) -> Box:
+        """The box of a file's codes for a box of values [N, K], whose columns are whole units."""
+        rows, columns = box
+        return rows, slice(columns.start // self.packed, columns.stop // self.packed)
+
+    def scales_box(self, box: Box) -> Box:
+        """The box of a file's scales for a box of values."""
+        return tuple(
+            slice(part.start // size, math.ceil(part.stop / size))
+            for part, size in zip(box, self.block, strict=True)
+        )
+
+    def decode_box(self, box: Box, codes: np.ndarray, scale: np.ndarray, dtype: Any) -> np.ndarray:
+        """Decode a box of values from the codes of `codes_box` and the scales of `scales_box`."""
+        above, left = (part.start % size for part, size in zip(box, self.block, strict=True))
+        if above or left:  # decoding begins where a block does
+            codes = np.pad(codes.view(np.uint8), ((above, 0), (left // self.packed, 0)))
+        codes, height = codes.view(self.codes_dtype), self.block[0]
+        out = np.empty((len(codes), codes.shape[1] * self.packed), dtype)
+        # Float32 values of more rows would take several times the memory of the result.
+        for first in range(0, len(codes), _STRIP):
+            rows = slice(first, first + _STRIP)
+            blocks = slice(first // height, (first + _STRIP) // height)
+            out[rows] = self.decode(codes[rows], scale[blocks])
+        return out[above:, left:]
+
+    def codes_to_kernels(self, codes: np.ndarray) -> np.ndarray:
+        """Codes in the kernels' layout, of a part of a matrix whose columns are whole units."""
+        no_scales = np.empty((len(codes), 0), np.uint8)
+        return self.to_kernels(codes, no_scales)[0]
 
     def codes_shape(self, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
         """The shape of a matrix's codes in a file; F4 counts elements, other dtypes bytes."""
@@ -70,6 +110,7 @@ FP8 = BlockFormat(
     codes_dtype=ml_dtypes.float8_e4m3fn,
     block=(128, 128),
     packed=1,
+    unit=1,
     decode=quantize.decode_fp8_blocks,
     scales=quantize.fp8_scales,
     codes=quantize.fp8_codes,
@@ -82,6 +123,7 @@ FP4 = BlockFormat(
     codes_dtype=np.int8,
     block=(1, 32),
     packed=2,
+    unit=16,
     decode=quantize.decode_fp4_blocks,
     scales=quantize.fp4_scales,
     codes=quantize.fp4_codes,

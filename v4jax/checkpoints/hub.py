@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from v4jax.checkpoints import disk, safetensors_directory
+from v4jax.checkpoints import disk, remote, safetensors_directory
 from v4jax.checkpoints.disk import CheckpointError, require_space
 from v4jax.checkpoints.safetensors_directory import TensorFiles
 from v4jax.checkpoints.safetensors_file import (
@@ -41,7 +41,8 @@ def resolve(
     """The local directory of a checkpoint or an adapter, downloaded if needed.
 
     Args:
-      path_or_id: anything that `local` finds; else a Hub id, `organisation/name`.
+      path_or_id: anything that `local` finds; else a checkpoint's URL, for `remote.resolve`, or a
+        Hub id, `organisation/name`.
       revision: branch, tag or commit on the Hub; by default the main branch.
       allow_patterns: files to download; by default weights, configuration and tokenizer.
       ignore_patterns: files to leave out of these.
@@ -52,6 +53,8 @@ def resolve(
     if (path := local(path_or_id, revision)) is not None:
         return path
     repo_id = str(path_or_id)
+    if remote.is_url(repo_id):
+        return remote.resolve(repo_id, revision)
     if not _ID.fullmatch(repo_id):
         raise CheckpointError(
             f"{repo_id}: no such file or directory, and not a Hub id either; those look like "

@@ -22,18 +22,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from v4jax.checkpoints import (
+    assembly,
     config_file,
     disk,
     release,
-    release_weights,
     safetensors_directory,
     tensor_values,
     unfinished,
+    zarr_files,
 )
+from v4jax.checkpoints.assembly import Source
+from v4jax.checkpoints.byte_files import Box
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import BY_NAME, BlockFormat, Format, Stored, name_of
+from v4jax.checkpoints.remote import Folder
 from v4jax.checkpoints.safetensors_file import TensorInfo
-from v4jax.checkpoints.zarr_arrays import DAMAGED, Arrays
+from v4jax.checkpoints.zarr_files import DAMAGED, Array
 from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
@@ -134,29 +138,46 @@ class Native:
         self.path = path
         self.manifest = read_manifest(path)
         self.config = read_config(path, self.manifest)
-        self.arrays = Arrays(path / WEIGHTS)
+        self._folder = Folder(path)
+        self._arrays: dict[str, Array] = {}
 
-    def read(self, array: str, index: tuple[Any, ...]) -> np.ndarray:
-        """A slice of an array, which is a dense leaf or a part of another; checks its values."""
-        values, where = self.arrays.read(array, index), str(self.path / WEIGHTS / array)
-        leaf = array.removesuffix(".scale")
+    def array(self, name: str) -> Array:
+        """An array, which is a dense leaf or a part of another."""
+        if name not in self._arrays:
+            self._arrays[name] = zarr_files.open_array(self._folder, f"{WEIGHTS}/{name}")
+        return self._arrays[name]
+
+    def read(self, array: str, position: tuple[int, ...], box: Box | None = None) -> np.ndarray:
+        """One matrix or vector of an array's stack, or a box of it; checks its values."""
+        opened = self.array(array)
+        if box is None:
+            box = tuple(slice(0, size) for size in opened.shape[len(position) :])
+        box = (*(slice(i, i + 1) for i in position), *box)
+        values, start = opened.read(box), [part.start for part in box]
+        where, leaf = str(self._folder.path / WEIGHTS / array), array.removesuffix(".scale")
         if leaf != array and self.manifest.leaves.get(leaf) is not None:
-            tensor_values.check_scales(where, values)
+            tensor_values.check_scales(where, values, start=start)
         elif values.dtype.kind == "i":
-            tensor_values.check_ids(where, values, self.config.n_routed_experts)
+            tensor_values.check_ids(where, values, self.config.n_routed_experts, start=start)
         else:
-            tensor_values.check(where, values)
-        return values
+            tensor_values.check(where, values, start=start)
+        return values.reshape(values.shape[len(position) :])
 
-    def stored(self, leaf: str, index: tuple[int, ...]) -> Stored:
+    def stored(self, leaf: str, position: tuple[int, ...]) -> Stored:
         """Codes [N, K] and scales of one quantised matrix, in a file's layout."""
         stored = self._quantised(leaf)
-        codes, scale = (self.read(name, index) for name in array_names(leaf, stored))
+        codes, scale = (self.read(name, position) for name in array_names(leaf, stored))
         return stored.from_kernels(codes, scale)
 
-    def matrix(self, leaf: str, index: tuple[int, ...]) -> np.ndarray:
-        """One quantised matrix [N, K], decoded to float32."""
-        return self._quantised(leaf).decode(*self.stored(leaf, index))
+    def values(self, leaf: str, position: tuple[int, ...], box: Box, dtype: Any) -> np.ndarray:
+        """A box of one quantised matrix [N, K], decoded."""
+        stored = self._quantised(leaf)
+        boxes = stored.codes_box(box), stored.scales_box(box)
+        codes, scale = (
+            self.read(name, position, part[::-1])
+            for name, part in zip(array_names(leaf, stored), boxes, strict=True)
+        )
+        return stored.decode_box(box, *stored.from_kernels(codes, scale), dtype)
 
     def _quantised(self, leaf: str) -> BlockFormat:
         stored = self.manifest.leaves[leaf]
@@ -189,8 +210,8 @@ def load(
     structs = map_leaves(
         lambda name, spec: _struct(native, name, spec, dtype, keep_quantised), declared
     )
-    make = functools.partial(_make_leaf, native)
-    return release_weights.fill(declared, structs, mesh, make, progress), native.config
+    sources = functools.partial(_sources, native)
+    return assembly.fill(declared, structs, mesh, sources, progress), native.config
 
 
 def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantised: bool) -> Any:
@@ -198,12 +219,12 @@ def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantis
     stored = native.manifest.leaves[name]
     on_disk = params.leaf_struct(spec, dtype, stored and stored.name)
     if stored is not None:
-        scale = native.arrays[f"{name}.scale"].dtype.numpy_dtype
-        scale = jax.ShapeDtypeStruct(on_disk.scale.shape, scale)
+        dtype_on_disk = native.array(f"{name}.scale").dtype
+        scale = jax.ShapeDtypeStruct(on_disk.scale.shape, dtype_on_disk)
         on_disk = dataclasses.replace(on_disk, scale=scale)
     for array, struct in zip(array_names(name, stored), jax.tree.leaves(on_disk), strict=True):
-        shape = native.arrays[array].shape
-        if tuple(shape) != struct.shape:
+        shape = native.array(array).shape
+        if shape != struct.shape:
             raise CheckpointError(
                 f"{native.path / WEIGHTS / array}: has shape {list(shape)}; the configuration "
                 f"needs {list(struct.shape)}. {DAMAGED}"
@@ -211,29 +232,20 @@ def _struct(native: Native, name: str, spec: ParamSpec, dtype: Any, keep_quantis
     return on_disk if keep_quantised else params.leaf_struct(spec, dtype)
 
 
-def _make_leaf(native: Native, name: str, struct: Any, place: Any) -> Any:
-    def make(array: str, part: Any, placement: Any) -> jax.Array:
-        fill = lambda index: native.read(array, index).astype(part.dtype, copy=False)
-        return jax.make_array_from_callback(part.shape, placement, fill)
+def _sources(native: Native, leaf: str, struct: Any) -> Any:
+    """Where a leaf's arrays come from; see `assembly.fill`."""
+    stored = native.manifest.leaves[leaf]
 
-    if native.manifest.leaves[name] is None:
-        return make(name, struct, place)
+    def source(array: str, dtype: Any, units: tuple[int, ...] = ()) -> Source:
+        read = lambda position, box: native.read(array, position, box).astype(dtype, copy=False)
+        return Source(read, units)
+
+    if stored is None:
+        return source(leaf, struct.dtype)
     if isinstance(struct, jax.ShapeDtypeStruct):
-        fill = lambda index: _decoded(native, name, index, struct)
-        return jax.make_array_from_callback(struct.shape, place, fill)
+        decoded = lambda position, box: native.values(leaf, position, box, struct.dtype)
+        return Source(decoded, (1, stored.values_unit), rows=1)
+    parts = zip(("codes", "scale"), array_names(leaf, stored), strict=True)
     return dataclasses.replace(
-        struct,
-        codes=make(f"{name}.codes", struct.codes, place.codes),
-        scale=make(f"{name}.scale", struct.scale, place.scale),
+        struct, **{part: source(array, getattr(struct, part).dtype) for part, array in parts}
     )
-
-
-def _decoded(native: Native, name: str, index: tuple[slice, ...], struct: Any) -> np.ndarray:
-    """The slice `index` of a quantised leaf, decoded matrix by matrix."""
-    ranges = [range(*part.indices(size)) for part, size in zip(index, struct.shape, strict=True)]
-    out = np.empty([len(part) for part in ranges], struct.dtype)
-    *stack, _, _ = ranges
-    for position in np.ndindex(*(len(part) for part in stack)):
-        at = tuple(part[i] for part, i in zip(stack, position, strict=True))
-        out[position] = native.matrix(name, at)[index[-2:]].astype(struct.dtype)
-    return out

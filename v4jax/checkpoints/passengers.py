@@ -56,6 +56,12 @@ def find(directory: Path, *, besides: Collection[str] = ()) -> list[PurePath]:
     ]
 
 
+def is_small(name: str) -> bool:
+    """Whether a file, by its path in a checkpoint, is neither hidden nor holds weights."""
+    inside = PurePath(name)
+    return not any(part.startswith(".") for part in inside.parts) and inside.suffix not in _SUFFIXES
+
+
 def _files(directory: Path) -> Iterator[PurePath]:
     """All files that are not hidden. Links are followed, but no folder is visited twice."""
     visited = set()

@@ -5,12 +5,13 @@ Axis letters: E experts, F expert hidden, N rows, K columns.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from v4jax.checkpoints import tensor_names, tensor_values
+from v4jax.checkpoints.byte_files import Box
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.formats import ALLOWED, Format, name_of
 from v4jax.checkpoints.safetensors_directory import TensorFiles
@@ -26,13 +27,14 @@ _INTEGERS = ("I64", "I32")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A release tensor: its file, dtype and shape, and how to read it or some of its rows."""
+    """A release tensor: its file, dtype and shape, and how to read it, some rows, or a box."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     read: Callable[..., np.ndarray]
+    read_box: Callable[[Box], np.ndarray]
 
 
 class Release:
@@ -53,26 +55,32 @@ class Release:
                 self.tensors[tensor.name] = self._checked(tensor)
 
     def _checked(self, tensor: Tensor) -> Tensor:
-        """The tensor with a `read` that rejects bad values, until all have been read once."""
+        """The tensor, whose bad values are rejected when read, until all have been read once."""
 
         def read(rows: slice | None = None) -> np.ndarray:
             values = tensor.read(rows)
             if tensor.name not in self._sound:
-                self._check(tensor, values, (rows and rows.start) or 0)
+                self._check(tensor, values, ((rows and rows.start) or 0,))
                 if rows is None:
                     self._sound.add(tensor.name)
             return values
 
-        return dataclasses.replace(tensor, read=read)
+        def read_box(box: Box) -> np.ndarray:
+            values = tensor.read_box(box)
+            if tensor.name not in self._sound:
+                self._check(tensor, values, [part.start for part in box])
+            return values
 
-    def _check(self, tensor: Tensor, values: np.ndarray, first_row: int) -> None:
+        return dataclasses.replace(tensor, read=read, read_box=read_box)
+
+    def _check(self, tensor: Tensor, values: np.ndarray, start: Sequence[int]) -> None:
         where = f"{tensor.file}: '{tensor.name}'"
         if tensor_names.are_ids(tensor.name):
-            tensor_values.check_ids(where, values, self._experts, first_row=first_row)
+            tensor_values.check_ids(where, values, self._experts, start=start)
         elif tensor_names.are_scales(tensor.name):
-            tensor_values.check_scales(where, values, first_row=first_row)
+            tensor_values.check_scales(where, values, start=start)
         else:
-            tensor_values.check(where, values, first_row=first_row)
+            tensor_values.check(where, values, start=start)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -86,7 +94,8 @@ def _views(files: TensorFiles, theirs: str, name: str) -> Iterator[Tensor]:
     info = files.info(theirs)
     if not tensor_names.is_fused(name):
         read_all = lambda rows=None: files.read(theirs, rows)
-        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read_all)
+        read_box = lambda box: files.read_box(theirs, box)
+        yield Tensor(name, info.dtype, tuple(info.shape), str(info.file), read_all, read_box)
         return
     if len(info.shape) != 3:
         raise CheckpointError(
@@ -97,8 +106,12 @@ def _views(files: TensorFiles, theirs: str, name: str) -> Iterator[Tensor]:
         def read(rows: slice | None = None, e: int = e, part: slice = part) -> np.ndarray:
             return files.read(theirs, slice(e, e + 1))[0, part][rows or slice(None)]
 
+        def read_part(box: Box, e: int = e, first: int = part.start) -> np.ndarray:
+            rows = slice(first + box[0].start, first + box[0].stop)
+            return files.read_box(theirs, (slice(e, e + 1), rows, box[1]))[0]
+
         shape = (part.stop - part.start, info.shape[2])
-        yield Tensor(matrix, info.dtype, shape, str(info.file), read)
+        yield Tensor(matrix, info.dtype, shape, str(info.file), read, read_part)
 
 
 def fit_config(names: Iterable[str], cfg: ModelConfig) -> ModelConfig:

@@ -4,28 +4,33 @@ Axis letters: N rows, K columns of a stored matrix.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
-from v4jax import waiting
-from v4jax.checkpoints import config_file, release, safetensors_directory, tensor_names, unfinished
+from v4jax.checkpoints import (
+    assembly,
+    config_file,
+    release,
+    safetensors_directory,
+    tensor_names,
+    unfinished,
+)
+from v4jax.checkpoints.assembly import Source
+from v4jax.checkpoints.byte_files import Box
 from v4jax.checkpoints.formats import BlockFormat, Format, Stored
 from v4jax.checkpoints.release import Release
 from v4jax.checkpoints.safetensors_directory import TensorFiles
-from v4jax.model import params, sharding
+from v4jax.model import params
 from v4jax.model.config import ModelConfig
 from v4jax.model.params import ParamSpec, map_leaves
 from v4jax.model.transformer import Model
 from v4jax.waiting import Progress
-
-# Reads a tensor, by release name, in the layout of the leaf's arrays.
-_Read = Callable[[str], np.ndarray]
 
 
 def open_release(path: Path) -> tuple[Release, ModelConfig, dict[str, Format]]:
@@ -61,38 +66,8 @@ def load(
     structs = map_leaves(
         lambda name, spec: leaf_struct(name, spec, held[name], tensors, cfg, dtype), declared
     )
-    make = lambda name, struct, place: _make_leaf(name, struct, place, formats[name], tensors, cfg)
-    return fill(declared, structs, mesh, make, progress), cfg
-
-
-def fill(
-    declared: Model,
-    structs: Any,
-    mesh: Mesh | None,
-    make: Callable[[str, Any, Any], Any],
-    progress: Progress | None,
-) -> Model:
-    """The model, whose leaves are `make(name, struct, placement)`.
-
-    They are placed by `sharding.RULES`, or without a mesh on the first device.
-    """
-    if mesh is not None:
-        places = sharding.shardings(declared, mesh, structs)
-    else:
-        first = SingleDeviceSharding(jax.devices()[0])
-        places = jax.tree.map(lambda _: first, structs)
-    total, done = sum(1 for _ in params.leaves(declared)), 0
-
-    with waiting.progress(progress) as report:
-
-        def one(name: str, _: ParamSpec, struct: Any, place: Any) -> Any:
-            nonlocal done
-            leaf = make(name, struct, place)
-            done += 1
-            report("loading", done, total)
-            return leaf
-
-        return map_leaves(one, declared, structs, places)
+    sources = functools.partial(_sources, tensors, cfg, formats)
+    return assembly.fill(declared, structs, mesh, sources, progress), cfg
 
 
 def leaf_struct(
@@ -109,41 +84,43 @@ def leaf_struct(
     return struct
 
 
-def _make_leaf(
-    name: str, struct: Any, place: Any, stored: Format, tensors: Release, cfg: ModelConfig
+def _sources(
+    tensors: Release, cfg: ModelConfig, formats: dict[str, Format], leaf: str, struct: Any
 ) -> Any:
-    """One leaf on its devices; each device's slice is read when JAX requests it."""
-    names = tensor_names.release_names(name, cfg)
-
-    def make(part: Any, placement: Any, read: _Read) -> jax.Array:
-        fill = lambda index: _gather(names, index, part, read)
-        return jax.make_array_from_callback(part.shape, placement, fill)
-
-    if stored is not None and not isinstance(struct, jax.ShapeDtypeStruct):
-        return dataclasses.replace(
-            struct,
-            codes=make(struct.codes, place.codes, lambda name: quantized(tensors, name, stored)[0]),
-            scale=make(struct.scale, place.scale, lambda name: quantized(tensors, name, stored)[1]),
+    """Where a leaf's arrays come from; see `assembly.fill`."""
+    names, stored = tensor_names.release_names(leaf, cfg), formats[leaf]
+    name_of = functools.partial(_name_at, names)
+    if stored is None or isinstance(struct, jax.ShapeDtypeStruct):
+        read = lambda position, box: _dense_box(
+            tensors, name_of(position), stored, struct.dtype, box
         )
-    return make(struct, place, lambda name: dense(tensors, name, stored, struct.dtype))
+        return Source(read, () if stored is None else (1, stored.values_unit))
+
+    def codes(position: tuple[int, ...], box: Box) -> np.ndarray:
+        values = tensors[name_of(position)].read_box(box[::-1])
+        return stored.codes_to_kernels(values.view(stored.codes_dtype))
+
+    def scale(position: tuple[int, ...], box: Box) -> np.ndarray:
+        return tensors[tensor_names.scale_name(name_of(position))].read_box(box[::-1]).T
+
+    return dataclasses.replace(
+        struct, codes=Source(codes, (stored.unit,), rows=1), scale=Source(scale, rows=1)
+    )
 
 
-def _gather(names: Any, index: tuple[slice, ...], struct: Any, read: _Read) -> np.ndarray:
-    """The slice `index` of an array stacked from many tensors."""
-    lengths = [
-        len(range(*part.indices(size))) for part, size in zip(index, struct.shape, strict=True)
-    ]
-    out = np.empty(lengths, struct.dtype)
+def _name_at(names: Any, position: tuple[int, ...]) -> str:
+    for index in position:
+        names = names[index]
+    return names
 
-    def fill(names: Any, index: tuple[slice, ...], into: np.ndarray) -> None:
-        if isinstance(names, str):
-            into[...] = read(names)[index]
-            return
-        for i, name in enumerate(names[index[0]]):
-            fill(name, index[1:], into[i : i + 1].reshape(into.shape[1:]))
 
-    fill(names, index, out)
-    return out
+def _dense_box(tensors: Release, name: str, stored: Format, dtype: Any, box: Box) -> np.ndarray:
+    """A box of a tensor in `dtype`, dequantised if needed."""
+    if stored is None:
+        return tensors[name].read_box(box).astype(dtype, copy=False)
+    codes = tensors[name].read_box(stored.codes_box(box)).view(stored.codes_dtype)
+    scale = tensors[tensor_names.scale_name(name)].read_box(stored.scales_box(box))
+    return stored.decode_box(box, codes, scale, dtype)
 
 
 def quantized(tensors: Release, name: str, stored: BlockFormat) -> Stored:

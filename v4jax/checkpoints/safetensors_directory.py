@@ -8,13 +8,15 @@ import abc
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Self
 
 import numpy as np
 
 from v4jax.checkpoints import unfinished
+from v4jax.checkpoints.byte_files import Box
 from v4jax.checkpoints.disk import CheckpointError, read_json, require_space, write_json
+from v4jax.checkpoints.remote import Folder
 from v4jax.checkpoints.safetensors_file import (
     SafetensorsFile,
     TensorInfo,
@@ -29,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorFiles(abc.ABC):
-    """A checkpoint's tensors, on this machine (`Checkpoint`) or on the Hub (`HubCheckpoint`).
+    """A checkpoint's tensors, of a directory (`Checkpoint`) or on the Hub (`HubCheckpoint`).
 
     One shard at a time is open; views are as from `SafetensorsFile.read`.
 
@@ -40,7 +42,10 @@ class TensorFiles(abc.ABC):
     """
 
     def __init__(
-        self, path: Path, config: dict[str, Any], shards: Mapping[Any, Mapping[str, TensorInfo]]
+        self,
+        path: PurePath,
+        config: dict[str, Any],
+        shards: Mapping[Any, Mapping[str, TensorInfo]],
     ) -> None:
         self.path, self.config = path, config
         self._shards = shards
@@ -73,6 +78,10 @@ class TensorFiles(abc.ABC):
         """A read-only view of a tensor or of some of its rows; see `SafetensorsFile.read`."""
         return self._hold(lookup(self._shard_of, name, self.path)).read(name, rows)
 
+    def read_box(self, name: str, box: Box) -> np.ndarray:
+        """A box of a tensor; see `SafetensorsFile.read_box`."""
+        return self._hold(lookup(self._shard_of, name, self.path)).read_box(name, box)
+
     def shards(self) -> Iterator[SafetensorsFile]:
         """Yield the files in order; each is closed when the next is requested."""
         for shard in self._shards:
@@ -97,7 +106,7 @@ class Checkpoint(TensorFiles):
     """The tensors of a checkpoint directory; `open` reads and checks every header."""
 
     def __init__(
-        self, path: Path, config: dict[str, Any], shards: Sequence[SafetensorsFile]
+        self, path: PurePath, config: dict[str, Any], shards: Sequence[SafetensorsFile]
     ) -> None:
         super().__init__(path, config, {shard: shard.tensors for shard in shards})
         self._mapped: SafetensorsFile | None = None
@@ -115,26 +124,26 @@ class Checkpoint(TensorFiles):
         for name in (CONFIG, SINGLE, INDEX):
             if (path / name).is_symlink():
                 locate(path, name)
-        has_weights = (path / SINGLE).is_file() or (path / INDEX).is_file()
-        if not has_weights or not (path / CONFIG).is_file():
+        folder = Folder(path)
+        is_single = folder.exists(SINGLE)
+        if not (is_single or (path / INDEX).is_file()) or not (path / CONFIG).is_file():
             raise CheckpointError(
-                f"{path}: is not a checkpoint: expected {CONFIG}, and {SINGLE} or {INDEX} with its "
-                "shards. Give the directory that holds them."
+                f"{folder.path}: is not a checkpoint: expected {CONFIG}, and {SINGLE} or {INDEX} "
+                "with its shards. Give the directory that holds them."
             )
         config = read_json(locate(path, CONFIG))
-        if (path / SINGLE).is_file():
-            return cls(path, config, [open_safetensors(locate(path, SINGLE))])
+        if is_single:
+            return cls(folder.path, config, [_open(path, folder, SINGLE)])
         index = locate(path, INDEX)
         file_of = read_index(index)
-        shards = {name: open_safetensors(locate(path, name)) for name in shard_names(file_of)}
+        shards = {name: _open(path, folder, name) for name in shard_names(file_of)}
         check_index(index, file_of, {name: shard.names for name, shard in shards.items()})
-        return cls(path, config, list(shards.values()))
+        return cls(folder.path, config, list(shards.values()))
 
     @property
     def version(self) -> list[tuple[int, int]]:
         """Sizes and times of the shards."""
-        files = sorted({str(info.file) for info in self._infos.values()})
-        return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+        return [(shard.file.size(), shard.file.modified()) for shard in self._shards]
 
     def _hold(self, shard: SafetensorsFile) -> SafetensorsFile:
         if self._mapped is not shard:
@@ -147,6 +156,12 @@ class Checkpoint(TensorFiles):
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
+
+
+def _open(directory: Path, folder: Folder, name: str) -> SafetensorsFile:
+    if folder.is_local:
+        return open_safetensors(locate(directory, name))
+    return open_safetensors(folder.file(name))
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""safetensors files: a reader that maps them into memory and a writer that streams.
+"""safetensors files: a reader of tensors or boxes of them, and a writer that streams.
 
 The format: the header's length in eight bytes (little-endian), the header (JSON: tensor name to
 dtype, shape and offsets), then the tensors' bytes without gaps. The safetensors package does not
@@ -10,14 +10,15 @@ import difflib
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from v4jax.checkpoints import byte_files
+from v4jax.checkpoints.byte_files import Box, ByteFile, LocalFile
 from v4jax.checkpoints.disk import CheckpointError, replacing, require_space, sync_directory
 from v4jax.text.files import parse_json
 
@@ -63,7 +64,7 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
-    file: Path | None = None
+    file: PurePath | None = None
     start: int = 0
 
     @property
@@ -80,12 +81,19 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One file's tensors, declared in `tensors` in byte order, as views of a memory map."""
+    """One file's tensors, declared in `tensors` in byte order.
+
+    Whole tensors and rows of a file on this machine are views of a memory map.
+    """
 
     def __init__(
-        self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str], data_start: int
+        self,
+        file: ByteFile,
+        tensors: dict[str, TensorInfo],
+        metadata: dict[str, str],
+        data_start: int,
     ) -> None:
-        self.path = path
+        self.file, self.path = file, file.path
         self.names = tuple(tensors)
         self.metadata = metadata
         self.tensors = tensors
@@ -102,7 +110,8 @@ class SafetensorsFile:
         """A read-only view of a tensor, or of some of its rows; nothing is copied.
 
         The view stays valid after `close`. Later reads may drop its pages, which are reloaded from
-        the file when touched, so resident memory stays bounded while streaming.
+        the file when touched, so resident memory stays bounded while streaming. Of a remote file,
+        it is a copy.
 
         Args:
           name: one of `names`.
@@ -112,6 +121,11 @@ class SafetensorsFile:
           An array of the dtype in `DTYPES`; F4 is uint8, its last dim halved.
         """
         info = self.info(name)
+        if not isinstance(self.file, LocalFile):
+            box = [slice(0, size) for size in info.array_shape]
+            if rows is not None:
+                box[0] = slice(*rows.indices(info.array_shape[0])[:2])
+            return self.read_box(name, tuple(box))
         start = self._data_start + info.start
         view = np.ndarray(info.array_shape, DTYPES[info.dtype], self._mapped(), start)
         if rows is not None:
@@ -119,10 +133,21 @@ class SafetensorsFile:
         self._count(view.nbytes)
         return view
 
+    def read_box(self, name: str, box: Box) -> np.ndarray:
+        """A box of a tensor, of which little else is read; may be called by several threads.
+
+        Args:
+          name: one of `names`.
+          box: slices of the dims of `TensorInfo.array_shape`, whose bounds are given and inside.
+        """
+        info = self.info(name)
+        start = self._data_start + info.start
+        return byte_files.read_box(self.file, start, info.array_shape, DTYPES[info.dtype], box)
+
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
             try:
-                with self.path.open("rb") as file:
+                with open(self.path, "rb") as file:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:  # ValueError: the file has become empty
                 raise CheckpointError(f"{self.path}: cannot be mapped ({error}).") from error
@@ -149,23 +174,18 @@ class SafetensorsFile:
         self.close()
 
 
-def open_safetensors(path: str | Path) -> SafetensorsFile:
+def open_safetensors(file: str | Path | ByteFile) -> SafetensorsFile:
     """Read and check a file's header; a CheckpointError says what is wrong with it."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _read_header(path, file, size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    opened = LocalFile(Path(file)) if isinstance(file, str | Path) else file
+    path, size = opened.path, opened.size()
+    header = _read_header(opened, size)
     entries, metadata = _parse_header(path, header)
     data_start = 8 + len(header)
-    return SafetensorsFile(
-        path, check_entries(path, entries, size - data_start), metadata, data_start
-    )
+    infos = check_entries(path, entries, size - data_start)
+    return SafetensorsFile(opened, infos, metadata, data_start)
 
 
-def lookup(tensors: Mapping[str, Any], name: str, where: Path | str) -> Any:
+def lookup(tensors: Mapping[str, Any], name: str, where: PurePath | str) -> Any:
     """`tensors[name]`, or a CheckpointError with the nearest name."""
     if name in tensors:
         return tensors[name]
@@ -174,12 +194,13 @@ def lookup(tensors: Mapping[str, Any], name: str, where: Path | str) -> Any:
     raise CheckpointError(f"{where}: has no tensor {name!r}{hint}.")
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
-    prefix = file.read(8)
-    if len(prefix) < 8:
+def _read_header(file: ByteFile, size: int) -> bytes:
+    path = file.path
+    if size < 8:
         raise CheckpointError(
             f"{path}: has {size} bytes; a safetensors file has at least 8. {_DAMAGED}"
         )
+    prefix = byte_files.read(file, 0, 8)
     if prefix == b"version ":
         raise CheckpointError(
             f"{path}: looks like a Git LFS pointer, not the file itself; run 'git lfs pull'."
@@ -194,10 +215,10 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> bytes:
         raise CheckpointError(
             f"{path}: ends inside its header, {8 + length - size:,} bytes early. {_DAMAGED}"
         )
-    return file.read(length)
+    return byte_files.read(file, 8, length)
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+def _parse_header(path: PurePath, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         entries = parse_json(header.decode())
     except (ValueError, RecursionError) as error:
@@ -213,7 +234,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
 
 
 def check_entries(
-    file: Path, entries: Mapping[str, Any], data_bytes: int | None = None
+    file: PurePath, entries: Mapping[str, Any], data_bytes: int | None = None
 ) -> dict[str, TensorInfo]:
     """Check a header's entries and return them in byte order.
 
@@ -248,7 +269,7 @@ def check_entries(
     return dict(infos)
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+def _tensor_info(file: PurePath, name: str, entry: Any) -> TensorInfo:
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, Mapping) or any(field not in entry for field in fields):
         raise CheckpointError(f"{file}: tensor {name!r} lacks dtype, shape or offsets. {_DAMAGED}")

@@ -4,6 +4,8 @@ Every tensor is checked as it is read, whichever command reads it. The checks ar
 over integers of the same width, which run at memory bandwidth.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NoReturn
 
 import ml_dtypes
@@ -37,32 +39,32 @@ def are_finite(values: np.ndarray) -> bool:
     return bool(signed.max() < first and unsigned.max() < first | 1 << (8 * size - 1))
 
 
-def check(name: str, values: np.ndarray, *, first_row: int = 0) -> None:
+def check(name: str, values: np.ndarray, *, start: Sequence[int] = ()) -> None:
     """Reject a tensor that holds NaN or infinity, or FP8 codes for them.
 
     Args:
       name: file and tensor, for the message.
-      values: the tensor or some of its rows. E8M0 is checked as scales, integers not at all.
-      first_row: index of the first row in `values`.
+      values: the tensor or a part of it. E8M0 is checked as scales, integers not at all.
+      start: index of the first value, if they are a part of a tensor; 0 for dims left out.
 
     Raises:
       CheckpointError: the message gives the first bad position.
     """
     if values.dtype == _E8M0:
-        check_scales(name, values, first_row=first_row)
+        check_scales(name, values, start=start)
     elif not are_finite(values):
         with np.errstate(invalid="ignore"):
             bad = ~np.isfinite(values)
-        _refuse(name, bad, "values that are not finite numbers", first_row)
+        _refuse(name, bad, "values that are not finite numbers", start)
 
 
-def check_scales(name: str, scales: np.ndarray, *, first_row: int = 0) -> None:
+def check_scales(name: str, scales: np.ndarray, *, start: Sequence[int] = ()) -> None:
     """Reject scales that are not from 0 to 2**119, above which FP8 codes overflow.
 
     Args:
       name: file and tensor, for the message.
       scales: E8M0, or its bytes as uint8, in which 255 is NaN; or floats.
-      first_row: index of the first row in `scales`.
+      start: see `check`.
 
     Raises:
       CheckpointError: the message gives the first bad position.
@@ -73,10 +75,10 @@ def check_scales(name: str, scales: np.ndarray, *, first_row: int = 0) -> None:
         bad = ~((scales >= 0) & (scales <= 2.0**_MAX_EXPONENT))
     if bad.any():
         problem = f"scales that are not finite numbers from 0 to 2**{_MAX_EXPONENT}"
-        _refuse(name, bad, problem, first_row)
+        _refuse(name, bad, problem, start)
 
 
-def check_ids(name: str, ids: np.ndarray, count: int, *, first_row: int = 0) -> None:
+def check_ids(name: str, ids: np.ndarray, count: int, *, start: Sequence[int] = ()) -> None:
     """Reject ids that are not from 0 to `count` - 1.
 
     Raises:
@@ -84,11 +86,10 @@ def check_ids(name: str, ids: np.ndarray, count: int, *, first_row: int = 0) -> 
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < count:
         problem = f"ids outside 0 to {count - 1}, the experts in config.json"
-        _refuse(name, (ids < 0) | (ids >= count), problem, first_row)
+        _refuse(name, (ids < 0) | (ids >= count), problem, start)
 
 
-def _refuse(name: str, bad: np.ndarray, problem: str, first_row: int) -> NoReturn:
-    at = [int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape)]
-    if at:
-        at[0] += first_row
+def _refuse(name: str, bad: np.ndarray, problem: str, start: Sequence[int]) -> NoReturn:
+    inside = map(int, np.unravel_index(int(bad.argmax()), bad.shape))
+    at = [i + first for i, first in itertools.zip_longest(inside, start, fillvalue=0)]
     raise CheckpointError(f"{name} has {int(bad.sum()):,} {problem}, the first at {at}. {_DAMAGED}")

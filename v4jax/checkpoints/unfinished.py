@@ -1,7 +1,8 @@
 """Directories that appear when complete, and resume where an interrupted run stopped.
 
 `target` is built as `target.unfinished/result`, next to a journal of the parts that are done.
-Nothing looks finished before the last step, which is a rename.
+Nothing looks finished before the last step, which is a rename. Several processes, on hosts that see
+the same files, can build one directory: each has a journal, and the first one begins and finishes.
 """
 
 import contextlib
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from v4jax.checkpoints.disk import CheckpointError, sync_directory
+from v4jax.checkpoints.hosts import Team
 
 _SUFFIX = ".unfinished"
 _JOURNAL, _RESULT = "journal.jsonl", "result"
 # A part is on disk before its line is written, so a lost line only means doing it again.
 _SYNC_EVERY = 64
+_ALONE = Team()
 
 
 class Work:
@@ -25,12 +28,15 @@ class Work:
 
     Attributes:
       directory: the directory to write in; `finish` renames it to the target.
-      done: names passed to `add`, in this run or earlier ones.
+      done: names passed to `add`, in this run by this process, or in earlier ones.
+      team: the processes that write in it.
     """
 
-    def __init__(self, target: Path, journal: IO[bytes], done: set[str]) -> None:
+    def __init__(
+        self, target: Path, journal: IO[bytes], done: set[str], team: Team = _ALONE
+    ) -> None:
         self.directory = scratch(target) / _RESULT
-        self.done = done
+        self.done, self.team = done, team
         self._target, self._journal = target, journal
 
     def add(self, name: str) -> None:
@@ -42,7 +48,13 @@ class Work:
             os.fsync(self._journal.fileno())
 
     def finish(self) -> None:
-        """Make the directory appear under its name."""
+        """Make the directory appear under its name; every process of the team calls it."""
+        with self.team.together():
+            if self.team.index:
+                self._journal.close()
+        self.team.first(self._finish)
+
+    def _finish(self) -> None:
         # sync_directory takes files as well.
         for path in (self.directory, *self.directory.iterdir()):
             sync_directory(path)
@@ -107,7 +119,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
+def begin(target: Path, what: str, identity: str, team: Team = _ALONE) -> Iterator[Work]:
     """Start writing `target`, or resume where an interrupted run of the same kind stopped.
 
     If that run had finished no part, everything starts again.
@@ -116,11 +128,26 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
       target: absolute path of the directory to create; may exist if empty.
       what: the command, for messages and so that commands do not resume each other's work.
       identity: digest of everything that the result depends on.
+      team: the processes that do this together; each calls this function.
 
     Raises:
       CheckpointError: the target exists, another process is working on it, or the unfinished run
         had other files or settings.
     """
+    with contextlib.ExitStack() as opened:
+        work = None
+        with team.together():
+            if team.index == 0:
+                work = opened.enter_context(_begin(target, what, identity, team))
+        with team.together():
+            if work is None:
+                work = opened.enter_context(_join(target, team))
+        assert work is not None
+        yield work
+
+
+@contextlib.contextmanager
+def _begin(target: Path, what: str, identity: str, team: Team) -> Iterator[Work]:
     check_target(target)
     folder = scratch(target)
     journal = folder / _JOURNAL
@@ -132,16 +159,32 @@ def begin(target: Path, what: str, identity: str) -> Iterator[Work]:
     with journal.open("a+b") as file:
         lock(file, folder)
         done = _resume(file, folder, {"v4jax": what, "identity": identity})
-        work = Work(target, file, done)
+        work = Work(target, file, done, team)
         if not done and work.directory.exists():
             shutil.rmtree(work.directory)
         work.directory.mkdir(exist_ok=True)
         try:
             yield work
         except BaseException:
-            if not work.done:
+            if not work.done and not _others(folder):
                 _remove(folder)
             raise
+
+
+@contextlib.contextmanager
+def _join(target: Path, team: Team) -> Iterator[Work]:
+    """Take part in what the first process of a team has begun."""
+    folder = scratch(target)
+    lines = (folder / _JOURNAL).read_bytes().splitlines()
+    with (folder / f"journal.{team.index}.jsonl").open("ab") as file:
+        yield Work(target, file, set(map(json.loads, lines[1:])), team)
+
+
+def _others(folder: Path) -> list[bytes]:
+    """The lines of the journals of a team's other processes; a truncated one is left out."""
+    journals = sorted(folder.glob("journal.*.jsonl"))
+    lines = (line for journal in journals for line in journal.read_bytes().splitlines(True))
+    return [line for line in lines if line.endswith(b"\n")]
 
 
 def lock(file: IO[bytes], folder: Path) -> None:
@@ -165,7 +208,8 @@ def lock(file: IO[bytes], folder: Path) -> None:
 def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
     file.seek(0)
     # A truncated last line has no newline; its part is done again.
-    lines = [line for line in file if line.endswith(b"\n")]
+    own = [line for line in file if line.endswith(b"\n")]
+    lines = own + _others(folder)
     if len(lines) < 2:
         file.truncate(0)
         file.write(json.dumps(header).encode() + b"\n")
@@ -173,7 +217,7 @@ def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
         os.fsync(file.fileno())
         sync_directory(folder)
         return set()
-    file.truncate(sum(map(len, lines)))
+    file.truncate(sum(map(len, own)))
     try:
         journaled, *done = map(json.loads, lines)
     except ValueError as error:
@@ -183,4 +227,9 @@ def _resume(file: IO[bytes], folder: Path, header: dict[str, Any]) -> set[str]:
             f"{folder}: was started from other files or with other settings. Use the same source "
             "and options to resume, or remove it to start again."
         )
+    file.write(b"".join(lines[len(own) :]))
+    file.flush()
+    os.fsync(file.fileno())
+    for journal in folder.glob("journal.*.jsonl"):
+        journal.unlink()
     return set(done)

@@ -15,10 +15,10 @@ import numpy as np
 import tensorstore as ts
 
 from v4jax.checkpoints.disk import CheckpointError, write_json
+from v4jax.checkpoints.zarr_files import DAMAGED
 
 # Approximate chunk size: a host that needs part of a matrix reads little more than that part.
 _CHUNK_BYTES = 32 * 2**20
-DAMAGED = "The checkpoint is damaged; convert it again."
 
 
 @contextlib.contextmanager

@@ -29,20 +29,25 @@ examples:
   v4jax inspect flash --kernels v6e
 """
 CONVERT = """\
-A native checkpoint stores arrays as the model has them in memory: it loads faster, and on several
-hosts each host reads only its own part. The source is checked before anything is written. Output is
-written to TARGET.unfinished and becomes TARGET when it is complete; after an interruption, the same
-command resumes. A source on the Hub is downloaded shard by shard, with one shard on disk at a time.
-Files other than weights are copied, except hidden files and weights in other formats.
+A native checkpoint stores arrays as the model has them in memory, and loads faster. The source is
+checked before anything is written. Output is written to TARGET.unfinished and becomes TARGET when
+it is complete; after an interruption, the same command resumes. A source on the Hub is downloaded
+shard by shard, with one shard on disk at a time; one behind a URL (gs://, s3://, https://) is read
+tensor by tensor, and needs the extra 'bucket'. Files other than weights are copied, except hidden
+files and weights in other formats.
+Several processes, started with --distributed or with all three of --coordinator, --processes and
+--process, share the work; if one fails, all fail.
 
 examples:
   v4jax convert path/to/DeepSeek-V4-Flash flash-native
+  v4jax convert gs://bucket/DeepSeek-V4-Flash flash-native
   v4jax convert deepseek-ai/DeepSeek-V4-Flash flash-native --weights bfloat16
 """
 EXPORT = """\
 This restores the files that were converted. From a checkpoint written with --weights keep, tensors
 and all files other than weights are restored byte for byte; only the headers of weight files are
 written again. TARGET appears when it is complete; after an interruption, the same command resumes.
+Several processes share the files, as with 'v4jax convert'.
 
 example:
   v4jax export flash-native flash-hf

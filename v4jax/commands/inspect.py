@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from v4jax import arguments, presets
-from v4jax.checkpoints import config_file, hub, native, release_weights, safetensors_directory
+from v4jax.checkpoints import (
+    config_file,
+    hub,
+    native,
+    release_weights,
+    remote,
+    safetensors_directory,
+)
 from v4jax.checkpoints.disk import CheckpointError
 from v4jax.checkpoints.safetensors_file import DTYPE_NAMES, open_safetensors
 from v4jax.facts import DEVICES, GIB, Report, devices, report
@@ -71,7 +78,8 @@ def find(name: str | Path, *, revision: str | None = None) -> Subject:
         raise ValueError(
             f"{error} It is not a preset either; the presets are {', '.join(names)}.{hint}"
         ) from error
-    return Subject(f"{name} on the Hub", config_file.read(folder / safetensors_directory.CONFIG))
+    where = name if remote.is_url(name) else f"{name} on the Hub"
+    return Subject(where, config_file.read(folder / safetensors_directory.CONFIG))
 
 
 @arguments.checked(name=arguments.PATH)
@@ -96,11 +104,11 @@ def _directory(path: Path) -> Subject:
 def _native(path: Path) -> Subject:
     opened = native.Native(path)
     arrays = [
-        opened.arrays[array]
+        opened.array(array)
         for leaf, form in opened.manifest.leaves.items()
         for array in native.array_names(leaf, form)
     ]
-    sizes = [(a.dtype.numpy_dtype, math.prod(a.shape)) for a in arrays]
+    sizes = [(a.dtype, math.prod(a.shape)) for a in arrays]
     held = [(DTYPE_NAMES[dtype], count * dtype.itemsize) for dtype, count in sizes]
     for file in sorted((path / native.EXTRAS).rglob("*.safetensors")):
         extra = open_safetensors(file)

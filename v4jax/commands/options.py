@@ -132,6 +132,30 @@ def add_no_cache(parser: Any) -> None:
     parser.add_argument("--no-cache", nargs=0, action=_TurnCacheOff, help=text)
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that several processes can share."""
+    group = parser.add_argument_group("several processes, on hosts that see the same directories")
+    group.add_argument(
+        "--distributed", action="store_true", help="run as one process of a pod that JAX detects"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=integer(1), metavar="N", help="number of processes")
+    group.add_argument("--process", type=integer(0), metavar="I", help="index of this one, from 0")
+
+
+def begin_processes(args: argparse.Namespace) -> bool:
+    """Join the other processes that the options name; whether this is the first one."""
+    cluster = (args.coordinator, args.processes, args.process)
+    if cluster == (None, None, None) and not args.distributed:
+        return True
+    if None in cluster and cluster != (None, None, None):
+        raise ValueError("--coordinator, --processes and --process go together.")
+    import jax
+
+    jax.distributed.initialize(*cluster)
+    return jax.process_index() == 0
+
+
 def run_state(run: str | Path, step: int | None) -> str | Path:
     """The path of a training run or, with a step, of its state after that step."""
     if step is None:

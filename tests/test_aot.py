@@ -147,7 +147,7 @@ def test_a_step_at_a_million_tokens_of_context_needs_few_temporaries() -> None:
 
 @pytest.mark.slow
 def test_64_chips_at_a_million_tokens_move_only_activations() -> None:
-    """With the same layers. For all 43, `benchmarks.meshes` reports less than 12 MB per step."""
+    """With the same layers. For all 43, `benchmarks.pods` reports less than 12 MB per step."""
     flash = presets.get("flash")
     few = dataclasses.replace(flash, layers=flash.layers[:7])
     mesh = aot.topology_mesh("v6e:8x8", expert=8, tensor=8)

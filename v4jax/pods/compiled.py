@@ -34,6 +34,7 @@ class Compiled:
       refused: why it does not fit, without which all other figures are 0; empty if it may fit.
       arguments, outputs, reused, temporaries, code: bytes; outputs of which `reused` are in the
         place of arguments.
+      peak: bytes that are in use at once at most, of all these.
       traffic: bytes and operations.
       moves: collectives.
       largest: the largest collectives, as text.
@@ -47,6 +48,7 @@ class Compiled:
     reused: int = 0
     temporaries: int = 0
     code: int = 0
+    peak: int = 0
     traffic: Traffic = _NONE
     moves: tuple[Move, ...] = ()
     largest: tuple[str, ...] = ()
@@ -69,12 +71,12 @@ def get(job: Job, mesh: Mesh, work: Work, progress: waiting.Progress) -> Compile
     pallas_kernels.clear_choices()
     lowered = job.lower(mesh)
     kernels = _kernels(mesh.devices.flat[0].platform)
-    file = _file(lowered, mesh, work)
+    file = _file(lowered, mesh, (work.experts, job.compiler_options))
     if file is not None and (known := _read(file)) is not None:
         return dataclasses.replace(known, from_disk=True)
     progress(f"Compiling {where}", 0, 0)
     try:
-        program = lowered.compile()
+        program = lowered.compile(job.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -99,6 +101,7 @@ def _figures(program: jax.stages.Compiled, work: Work) -> Compiled:
         reused=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
         traffic=measure(text, work.experts),
         moves=tuple(moves),
         largest=tuple(_line(collective) for collective in collectives[:3]),
@@ -140,7 +143,7 @@ def directory() -> Path | None:
     return kept / "plans"
 
 
-def _file(lowered: jax.stages.Lowered, mesh: Mesh, work: Work) -> Path | None:
+def _file(lowered: jax.stages.Lowered, mesh: Mesh, settings: Any) -> Path | None:
     """The file of a program's figures, named by all that they depend on."""
     if (folder := directory()) is None:
         return None
@@ -148,7 +151,7 @@ def _file(lowered: jax.stages.Lowered, mesh: Mesh, work: Work) -> Path | None:
     versions = [(name, _version(name)) for name in _PACKAGES]
     flags = [os.environ.get(name, "") for name in _FLAGS]
     order = [getattr(device, "coords", device.id) for device in mesh.devices.flat]
-    text = repr((versions, flags, device.device_kind, order, work.experts)) + lowered.as_text()
+    text = repr((versions, flags, device.device_kind, order, settings)) + lowered.as_text()
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 

@@ -56,6 +56,7 @@ class Job(Protocol):
       name: 'decode', 'prefill', 'train-lora', 'train-muon' or 'train-adamw'.
       cfg: the model's configuration.
       rows: rows of a batch that devices share.
+      compiler_options: XLA's options.
     """
 
     @property
@@ -66,6 +67,9 @@ class Job(Protocol):
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def compiler_options(self) -> dict[str, Any]: ...
 
     def sizes(self) -> dict[str, int]:
         """The sizes that the user chose, by the name of their option."""

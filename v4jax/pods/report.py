@@ -36,7 +36,12 @@ def as_json(plan: Plan, others: Sequence[Candidate] = ()) -> dict[str, Any]:
         "rules": sharding.RULES,
         "fits": plan.fits,
         "refused": program.refused or None,
-        "memory": plan.memory | {"total": plan.total, "limit": plan.limit},
+        "memory": plan.memory
+        | {
+            "total": plan.total,
+            "peak": program.peak,
+            "limit": plan.limit,
+        },
         "cache": plans.cache_figures(plan),
         "replicated": [array._asdict() for array in plan.replicated],
         "flops": {"needed": work.flops, "executed": program.traffic.flops},
@@ -131,6 +136,8 @@ def _memory(plan: Plan) -> Table:
     for part, nbytes in plan.memory.items():
         table.add_row(part, gib(nbytes), share(nbytes))
     table.add_row("total", gib(plan.total), share(plan.total))
+    if plan.compiled.peak:
+        table.add_row("at once at most", gib(plan.compiled.peak), share(plan.compiled.peak))
     if limit is not None:
         table.add_row("HBM", gib(limit), "fits" if plan.fits else "does not fit")
     if figures := plans.cache_figures(plan):

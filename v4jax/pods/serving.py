@@ -44,6 +44,10 @@ class Serving:
     def rows(self) -> int:
         return self.batch
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        return {}
+
     def sizes(self) -> dict[str, int]:
         """The sizes that the user chose."""
         sizes = {"context": self.context, "batch": self.batch}

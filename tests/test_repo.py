@@ -139,7 +139,7 @@ def test_packages_import_only_declared_dependencies() -> None:
     extra = project["optional-dependencies"]
     training = declared | names(extra["train"]) | names(extra["tensorboard"])
     serving = declared | names(extra["serve"])
-    # The engine's grammars need what the server does, pictures of plans what training does, and URLs
+    # The engine's grammars need what the server does, pictures of plans what training does, URLs
     # an extra of their own.
     optional = {"llguidance", "matplotlib", "fsspec"}
     allowed = {"train": training, "serve": serving, "v4jax": declared | optional}

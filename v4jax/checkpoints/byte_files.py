@@ -77,10 +77,9 @@ class LocalFile:
 def _explained(path: PurePath) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        raise Incomplete(f"{path}: does not exist, but the checkpoint needs it.") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        kind = Incomplete if isinstance(error, FileNotFoundError) else CheckpointError
+        raise kind(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def read(file: ByteFile, start: int, size: int) -> bytes:

@@ -250,7 +250,8 @@ def _units(conversion: _Conversion) -> dict[str, int]:
 
 
 def _extras_file(conversion: _Conversion, name: str) -> str:
-    file = PurePath(conversion.tensors[name].file).relative_to(conversion.root)
+    root = conversion.root
+    file = type(root)(conversion.tensors[name].file).relative_to(root)
     return f"{native.EXTRAS}/{file.as_posix()}"
 
 

@@ -1,12 +1,11 @@
-"""Work shared by the processes of `jax.distributed`, which must see the same files."""
+"""Work shared by the processes of `jax.distributed`, which must see the same files.
+
+JAX is imported only where it is needed, as everything that reads files imports this.
+"""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from v4jax.checkpoints.disk import CheckpointError
 
@@ -43,6 +42,9 @@ class Team:
             error = caught
         failed = [error is not None]
         if self.count > 1:
+            import numpy as np
+            from jax.experimental import multihost_utils
+
             failed = np.ravel(multihost_utils.process_allgather(np.array(failed))).tolist()
         if error is not None:
             raise error
@@ -60,6 +62,8 @@ class Team:
 
 def all_processes() -> Team:
     """The processes of `jax.distributed`."""
+    import jax
+
     # Asking JAX for their number starts its backends, which take the machine's accelerators.
     if not jax.distributed.is_initialized():
         return Team()

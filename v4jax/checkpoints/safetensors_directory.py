@@ -69,8 +69,9 @@ class TensorFiles(abc.ABC):
 
     def declarations(self) -> dict[str, TensorInfo]:
         """Each tensor's dtype, shape, and file relative to `path`."""
+        inside = lambda file: type(self.path)(str(file)).relative_to(self.path)
         return {
-            name: TensorInfo(info.dtype, info.shape, Path(str(info.file)).relative_to(self.path))
+            name: TensorInfo(info.dtype, info.shape, inside(info.file))
             for name, info in self._infos.items()
         }
 

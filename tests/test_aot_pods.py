@@ -49,7 +49,8 @@ def test_128_chips_train_an_adapter_on_a_row_of_4096_tokens_each() -> None:
     # Optax mixes dtypes.
     with jax.numpy_dtype_promotion("standard"):
         lowered = train_aot.lower(settings, rule, mesh, batch=128, seq_len=4096)
-    program = lowered.compile({"exec_time_optimization_effort": -1.0})
+    options: Any = {"exec_time_optimization_effort": -1.0}
+    program = lowered.compile(options)
     assert peak(program) < 16
     moved = audit.collectives(str(program.as_text()))
     D, F, entries = FLASH.hidden_size, FLASH.moe_intermediate_size, (1024, 32)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import LayerWeight
-from v4jax.model import exchange, sharding
+from v4jax.model import exchange, moe, sharding
 from v4jax.model.exchange import Tokens
 
 D, F, A, LAYERS = 16, 8, 3, 2
@@ -31,19 +30,7 @@ ROUTINGS = {
 }
 
 
-def run(x_TD: Any, expert_TA: Any, weight_TA: Any, weights: Any, layer: Any) -> Any:
-    gate, up, down = weights
-    return grouped_matmul.expert_mlp(
-        x_TD=x_TD,
-        expert_TA=expert_TA,
-        weight_TA=weight_TA,
-        w1_LEFD=gate,
-        w3_LEFD=up,
-        w2_LEDF=down,
-        layer=layer,
-        limit=7.0,
-        weight_first=True,
-    )
+run = functools.partial(moe.run_experts, limit=7.0, weight_first=True)
 
 
 def objective(floats: Any, expert_TA: Any, layer: Any) -> Any:

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue the run in --out if it has begun, as launchers need that start it again",
     )
-    _add_processes(train)
+    options.add_processes(train)
     preview = _command(commands, "preview", _preview, "show what a recipe would train on")
     _add_recipe(preview)
     preview.add_argument(
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue even if the data files have changed since the run began",
     )
-    _add_processes(resume)
+    options.add_processes(resume)
     evaluate = _command(commands, "eval", _evaluate, "evaluate a run's newest or best state")
     _add_run(evaluate)
     _add_state(evaluate, "evaluate this state instead of the newest")
@@ -212,39 +212,12 @@ def _field_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=8, width=width)
 
 
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several processes")
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="run as one of the processes that JobSet, Ray, Slurm, Kubeflow or a TPU pod started",
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
-    group.add_argument(
-        "--wait",
-        type=options.integer(1),
-        default=300,
-        metavar="SECONDS",
-        help="how long to wait for the other processes (default: 300)",
-    )
-
-
 def _begin_processes(args: argparse.Namespace) -> None:
     import jax
 
-    from v4jax import cluster
-
     from . import processes
 
-    given = (args.coordinator, args.processes, args.process)
-    if any(x is not None for x in given):
-        if None in given:
-            raise ValueError("--coordinator, --processes and --process go together.")
-        processes.join(cluster.at(*given, os.environ), args.wait)
-    elif args.distributed:
-        processes.join(cluster.locate(os.environ), args.wait)
+    options.join_processes(args, processes.join)
     args.has_peers = jax.process_count() > 1
 
 

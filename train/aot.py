@@ -24,11 +24,7 @@ def lower(
     settings: step.Settings,
     rule: optax.GradientTransformation,
     mesh: Mesh,
-    *,
-    batch: int,
-    seq_len: int,
-    parts: int = 1,
-    dtype: Any = jnp.bfloat16,
+    **sizes: Any,
 ) -> jax.stages.Lowered:
     """Trace and lower a step for the mesh's devices.
 
@@ -36,10 +32,7 @@ def lower(
       settings: settings of the step; an adapter's base has the release's formats.
       rule: the optimiser.
       mesh: mesh of real devices, or of a topology.
-      batch: packs per step.
-      seq_len: tokens per pack.
-      parts: number of parts the batch is split into.
-      dtype: dtype of fully trained weights, and of frozen ones that are not quantised.
+      sizes: keyword arguments of `arguments`.
 
     Returns:
       The lowered step; `memory_analysis` of its compiled form reports the bytes per device.
@@ -47,7 +40,6 @@ def lower(
     Raises:
       ValueError: the mesh does not divide the weights or a part of the batch.
     """
-    sizes = {"batch": batch, "seq_len": seq_len, "parts": parts, "dtype": dtype}
     state, frozen, local, limit = arguments(settings, rule, mesh, **sizes)
     with jax.set_mesh(mesh):
         return step.make(settings, rule, like=state).lower(state, frozen, local, limit)
@@ -63,7 +55,16 @@ def arguments(
     parts: int = 1,
     dtype: Any = jnp.bfloat16,
 ) -> tuple[step.State, Any, dict[str, Any], Any]:
-    """A step's arguments as abstract arrays, sharded as in training; as for `lower`.
+    """A step's arguments as abstract arrays, sharded as in training.
+
+    Args:
+      settings: as for `lower`.
+      rule: the optimiser.
+      mesh: mesh of real devices, or of a topology.
+      batch: packs per step.
+      seq_len: tokens per pack.
+      parts: number of parts the batch is split into.
+      dtype: dtype of fully trained weights, and of frozen ones that are not quantised.
 
     Raises:
       ValueError: the mesh does not divide the weights or a part of the batch.

@@ -81,12 +81,21 @@ def sums(
         losses["mtp_loss"] = _predict(model, drafted_BTD, batch, "mtp_loss")
         drafters.append(seen)
         if agreement:
-            same_BT = _later(_greedy(model, hidden_BTD), 1) == _greedy(model, drafted_BTD)
-            counted_BT = same_BT & _trained(batch, "mtp_agreement")
-            losses["mtp_agreement"] = jnp.sum(counted_BT, dtype=jnp.float32)
+            losses["mtp_agreement"] = _agreement(model, hidden_BTD, drafted_BTD, batch)
     for name in ("balance_loss", "indexer_loss") if indexer else ("balance_loss",):
         losses[name] = _over_layers(name, [*watched, *drafters])
     return losses, balance.biases(watched, drafters)
+
+
+def _agreement(
+    model: Model,
+    hidden_BTD: Float[Array, "B T D"],
+    drafted_BTD: Float[Array, "B T D"],
+    batch: Batch,
+) -> Float32[Array, ""]:
+    """How many of the trained tokens a greedy decoder would accept from MTP."""
+    same_BT = _later(_greedy(model, hidden_BTD), 1) == _greedy(model, drafted_BTD)
+    return jnp.sum(same_BT & _trained(batch, "mtp_agreement"), dtype=jnp.float32)
 
 
 def _over_layers(name: str, watched: list[list[dict[str, Array]]]) -> Float32[Array, ""]:

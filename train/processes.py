@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from v4jax import cluster
+from v4jax.checkpoints.hosts import all_processes
 from v4jax.cluster import Place
 from v4jax.commands import command_line
 from v4jax.rendezvous import Ended, Peers
@@ -30,7 +31,7 @@ _peers: Peers | None = None
 def join(place: Place | None, timeout: float) -> None:
     """Join the other processes, see `cluster.join`; if one of them ends early, this one ends."""
     global _peers
-    _peers = cluster.join(place, timeout=timeout)
+    _peers = cluster.join(place, timeout)
     if _peers is not None:
         _peers.watch(_end_too)
 
@@ -69,23 +70,15 @@ def together(act: Callable[[], Any]) -> None:
     """Call a function on every process; if it fails on one, all fail.
 
     Raises:
-      OSError, ValueError: this process's error, or that another process failed.
+      Exception: this process's error, or a CheckpointError that another process failed.
     """
-    error: Exception | None = None
-    try:
+    with all_processes().together():
         act()
-    except (OSError, ValueError) as caught:
-        error = caught
-    failed = not all_agree(error is None)
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("the run ends because of an error that another process reports.")
 
 
 def first(act: Callable[[], Any]) -> None:
     """Call a function on the first process only; see `together`."""
-    together(act if jax.process_index() == 0 else lambda: None)
+    all_processes().first(act)
 
 
 def all_agree(holds: bool) -> bool:

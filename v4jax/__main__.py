@@ -207,19 +207,23 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from v4jax.checkpoints import convert
 
-    is_first = options.begin_processes(args)
+    options.join_processes(args)
     convert.convert(args.source, args.target, weights=args.weights, revision=args.revision)
-    if is_first:
-        print(f"Wrote {args.target}.")
-    return 0
+    return _wrote(args)
 
 
 def _export(args: argparse.Namespace) -> int:
     from v4jax.checkpoints import convert
 
-    is_first = options.begin_processes(args)
+    options.join_processes(args)
     convert.export(args.source, args.target, revision=args.revision)
-    if is_first:
+    return _wrote(args)
+
+
+def _wrote(args: argparse.Namespace) -> int:
+    from v4jax.checkpoints.hosts import all_processes
+
+    if all_processes().index == 0:
         print(f"Wrote {args.target}.")
     return 0
 

@@ -13,6 +13,7 @@ The launcher's environment variables give the place. In the order of the functio
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -31,6 +32,12 @@ _MEGASCALE = (
 )
 _SLURM_PORTS = 61440, 4096  # the first, and how many: jobs that share a host differ
 _REMEDY = "Correct the variables, or give --coordinator, --processes and --process."
+_KUBEFLOW = (
+    "JAX_PROCESS_ID",
+    "JAX_NUM_PROCESSES",
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_COORDINATOR_PORT",
+)
 Environment = Mapping[str, str]
 _REQUIRED: Any = object()
 
@@ -119,7 +126,7 @@ def at(coordinator: str, processes: int, process: int, environment: Environment)
     return _in_slice("The command", process, processes, coordinator, environment)
 
 
-def join(place: Place | None, *, timeout: float = 300.0) -> Peers | None:
+def join(place: Place | None, timeout: float = 300.0) -> Peers | None:
     """Join the other processes of a run; call it before JAX is used.
 
     Sets MEGASCALE_* anew from the place. Does nothing if `jax.distributed` is initialised, as it is
@@ -233,24 +240,14 @@ def _slurm(environment: Environment) -> Place:
     )
 
 
-def _ray(environment: Environment) -> Place:
-    number = _reader("Ray or torchrun", environment)
-    address, port = environment.get("MASTER_ADDR"), number("MASTER_PORT", PORT)
+def _ranked(launcher: str, names: tuple[str, str, str, str], environment: Environment) -> Place:
+    """The place in variables for index, number of processes, and the first one's host and port."""
+    number, (rank, size, host, port) = _reader(launcher, environment), names
+    address = environment.get(host)
     if not address:
-        raise ClusterError("RANK is set, but not MASTER_ADDR, the host of process 0. " + _REMEDY)
-    rank, processes = number("RANK"), number("WORLD_SIZE")
-    coordinator = _with_port(address, environment, port)
-    return _in_slice("Ray or torchrun", rank, processes, coordinator, environment)
-
-
-def _kubeflow(environment: Environment) -> Place:
-    number = _reader("Kubeflow", environment)
-    address = environment.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
-        raise ClusterError("JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS. " + _REMEDY)
-    process, processes = number("JAX_PROCESS_ID"), number("JAX_NUM_PROCESSES")
-    coordinator = _with_port(address, environment, PORT)
-    return _in_slice("Kubeflow", process, processes, coordinator, environment)
+        raise ClusterError(f"{rank} is set, but not {host}, the host of process 0. {_REMEDY}")
+    coordinator = _with_port(address, environment, number(port, PORT))
+    return _in_slice(launcher, number(rank), number(size), coordinator, environment)
 
 
 def _cloud_tpu(environment: Environment) -> Place:
@@ -278,8 +275,10 @@ def _cloud_tpu(environment: Environment) -> Place:
 _LAUNCHERS: dict[str, Callable[[Environment], Place]] = {
     "JOB_COMPLETION_INDEX": _jobset,
     "SLURM_PROCID": _slurm,
-    "RANK": _ray,
-    "JAX_PROCESS_ID": _kubeflow,
+    "RANK": functools.partial(
+        _ranked, "Ray or torchrun", ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ),
+    "JAX_PROCESS_ID": functools.partial(_ranked, "Kubeflow", _KUBEFLOW),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from v4jax.cluster import Place
     from v4jax.language_model import LanguageModel
     from v4jax.model.config import ModelConfig
 
@@ -136,24 +137,41 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that several processes can share."""
     group = parser.add_argument_group("several processes, on hosts that see the same directories")
     group.add_argument(
-        "--distributed", action="store_true", help="run as one process of a pod that JAX detects"
+        "--distributed",
+        action="store_true",
+        help="run as one of the processes that JobSet, Ray, Slurm, Kubeflow or a TPU pod started",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=integer(1), metavar="N", help="number of processes")
     group.add_argument("--process", type=integer(0), metavar="I", help="index of this one, from 0")
+    group.add_argument(
+        "--wait",
+        type=integer(1),
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes (default: 300)",
+    )
 
 
-def begin_processes(args: argparse.Namespace) -> bool:
-    """Join the other processes that the options name; whether this is the first one."""
-    cluster = (args.coordinator, args.processes, args.process)
-    if cluster == (None, None, None) and not args.distributed:
-        return True
-    if None in cluster and cluster != (None, None, None):
+def join_processes(
+    args: argparse.Namespace, join: "Callable[[Place | None, float], Any] | None" = None
+) -> None:
+    """Join the other processes that the options name, if any.
+
+    Args:
+      args: the options.
+      join: takes the process's place and the seconds to wait; by default `cluster.join`.
+    """
+    from v4jax import cluster
+
+    given = (args.coordinator, args.processes, args.process)
+    is_given = given != (None, None, None)
+    if is_given and None in given:
         raise ValueError("--coordinator, --processes and --process go together.")
-    import jax
-
-    jax.distributed.initialize(*cluster)
-    return jax.process_index() == 0
+    if not is_given and not args.distributed:
+        return
+    place = cluster.at(*given, os.environ) if is_given else cluster.locate(os.environ)
+    (join or cluster.join)(place, args.wait)
 
 
 def run_state(run: str | Path, step: int | None) -> str | Path:

@@ -4,7 +4,8 @@ Axis letters: L layers of a stack, B batch, T tokens (in experts: of all rows), 
 F expert hidden, E experts, A experts per token, V vocabulary.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,20 +121,9 @@ def mixture(
     routing, weight_BTA = route(router, x_BTD, context)
     rows = lambda x: x.reshape(-1, x.shape[-1])
 
-    def run(x_TD, expert_TA, weight_TA, weights, layer):
-        gate, up, down = weights
-        return grouped_matmul.expert_mlp(
-            x_TD=x_TD,
-            expert_TA=expert_TA,
-            weight_TA=weight_TA,
-            w1_LEFD=gate,
-            w3_LEFD=up,
-            w2_LEDF=down,
-            layer=layer,
-            limit=cfg.swiglu_limit,
-            weight_first=context.numerics.weight_first,
-        )
-
+    run = functools.partial(
+        run_experts, limit=cfg.swiglu_limit, weight_first=context.numerics.weight_first
+    )
     stack = experts.stack
     weights = tuple(layers.value(w) for w in (stack.gate_EFD, stack.up_EFD, stack.down_EDF))
     tokens = exchange.Tokens(rows(x_BTD), rows(routing.expert_BTA), rows(weight_BTA))
@@ -142,3 +132,25 @@ def mixture(
     routed_BTD = saveable(routed_TD, experts=True).reshape(x_BTD.shape)
     total_BTD = routed_BTD + shared_BTD.astype(jnp.float32)
     return total_BTD.astype(x_BTD.dtype), routing
+
+
+def run_experts(
+    x_TD: Float[Array, "T D"],
+    expert_TA: Int[Array, "T A"],
+    weight_TA: Float[Array, "T A"],
+    weights: tuple[Any, Any, Any],
+    layer: Int[Array, ""],
+    **static: Any,
+) -> Float[Array, "T D"]:
+    """`grouped_matmul.expert_mlp` with gate, up and down matrices, for `exchange.over_experts`."""
+    gate, up, down = weights
+    return grouped_matmul.expert_mlp(
+        x_TD=x_TD,
+        expert_TA=expert_TA,
+        weight_TA=weight_TA,
+        w1_LEFD=gate,
+        w3_LEFD=up,
+        w2_LEDF=down,
+        layer=layer,
+        **static,
+    )

@@ -278,15 +278,15 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return names(RULES[axis])
 
 
-def ways(axis: str | None) -> int:
-    """Into how many parts the mesh of `jax.set_mesh` splits a logical axis."""
-    mesh, (part,) = jax.sharding.get_abstract_mesh(), partition_spec((axis,))
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names(part))
+def ways(axis: str, mesh: AnyMesh | None = None) -> int:
+    """Into how many parts a mesh, by default that of `jax.set_mesh`, splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def row_groups(mesh: AnyMesh | None) -> int:
     """Number of groups of devices that share the rows of a batch."""
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names(RULES["batch"]))
+    return 1 if mesh is None else ways("batch", mesh)
 
 
 def groups_of(mesh: Mesh | None, process: int | None = None) -> list[int]:

@@ -94,15 +94,8 @@ class Job(Protocol):
 
 def on_each(rows: int, mesh: AnyMesh) -> int:
     """The rows of a batch that a device computes."""
-    groups = group_size(mesh, "batch")
+    groups = sharding.row_groups(mesh)
     return rows // groups if rows % groups == 0 else rows
-
-
-def group_size(mesh: AnyMesh, axis: str) -> int:
-    """Into how many parts a mesh splits a logical axis."""
-    rule = sharding.RULES[axis]
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def expected(cfg: ModelConfig, tokens: int, mesh: AnyMesh) -> Experts:
@@ -113,10 +106,10 @@ def expected(cfg: ModelConfig, tokens: int, mesh: AnyMesh) -> Experts:
       tokens: tokens on each device.
       mesh: the mesh.
     """
-    shared = tokens * group_size(mesh, "batch") // mesh.shape[AXES[0]]
+    shared = tokens * sharding.row_groups(mesh) // mesh.shape[AXES[0]]
     chosen, experts = cfg.num_experts_per_tok, cfg.n_routed_experts
     active = 1 - (1 - chosen / experts) ** shared
-    return Experts(active, max(1, math.ceil(shared * chosen / group_size(mesh, "experts"))))
+    return Experts(active, max(1, math.ceil(shared * chosen / sharding.ways("experts", mesh))))
 
 
 def exchange(cfg: ModelConfig, tokens: int, mesh: AnyMesh, passes: int) -> tuple[Move, ...]:
@@ -130,7 +123,7 @@ def exchange(cfg: ModelConfig, tokens: int, mesh: AnyMesh, passes: int) -> tuple
     """
     layers, width = len(cfg.layers), 2 * cfg.hidden_size
     times, moves = layers * passes, []
-    if (group := group_size(mesh, "experts")) > 1:
+    if (group := sharding.ways("experts", mesh)) > 1:
         # Tokens go to their experts, and results come back.
         moves.append(Move("all-to-all", group, tokens * cfg.num_experts_per_tok * width, 2 * times))
     if (tensor := mesh.shape["tensor"]) > 1:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from v4jax.model import sharding
 from v4jax.model.sharding import AXES
-from v4jax.pods import estimate, jobs, memory
+from v4jax.pods import estimate, memory
 from v4jax.pods.chips import Slice
 from v4jax.pods.estimate import Estimate
 from v4jax.pods.jobs import Job, Work
@@ -129,7 +129,7 @@ def _divided(job: Job, devices: int) -> Iterator[dict[str, int]]:
     }
     for sizes in _meshes(devices):
         mesh = AbstractMesh(tuple(sizes.values()), AXES)
-        if all(dim % jobs.group_size(mesh, axis) == 0 for axis, dim in dims.items()):
+        if all(dim % sharding.ways(axis, mesh) == 0 for axis, dim in dims.items()):
             yield sizes
 
 

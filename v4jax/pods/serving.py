@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from v4jax import aot, facts
-from v4jax.model import params
+from v4jax.model import params, sharding
 from v4jax.model.config import ModelConfig
 from v4jax.model.sharding import AnyMesh
 from v4jax.model.transformer import Model
@@ -67,7 +67,7 @@ class Serving:
 
     def work(self, mesh: AnyMesh, arguments: dict[str, Any]) -> Work:
         """What a step asks of a device."""
-        cfg, groups = self.cfg, jobs.group_size(mesh, "batch")
+        cfg, groups = self.cfg, sharding.row_groups(mesh)
         rows = jobs.on_each(self.batch, mesh)
         tokens = rows if self.name == "decode" else self.chunk
         total = self.batch if self.name == "decode" else self.chunk * groups

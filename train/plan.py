@@ -60,7 +60,7 @@ class Training:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Little optimisation: it takes 60% of the time, and the program as much memory."""
+        """Little optimisation, which saves the compiler minutes and costs little memory."""
         return {"exec_time_optimization_effort": -1.0}
 
     def sizes(self) -> dict[str, int]:

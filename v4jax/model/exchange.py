@@ -221,6 +221,12 @@ def _send_dense(settings: _Settings, x: Array, into: Array, *transfer: Array) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exchanged(settings: _Settings, tokens: Tokens, weights: Any, layer: Any) -> Array:
+    return _run(settings, tokens, weights, layer)[0]
+
+
+def _run(
+    settings: _Settings, tokens: Tokens, weights: Any, layer: Any
+) -> tuple[Float[Array, "T D"], _Queues]:
     (T, D), A = tokens.x_TD.shape, tokens.expert_TA.shape[1]
     room = _room(T * A)
     queues = _queues(settings, tokens.expert_TA, room)
@@ -234,7 +240,7 @@ def _exchanged(settings: _Settings, tokens: Tokens, weights: Any, layer: Any) ->
         return _send(settings, out_QD.astype(x_PD.dtype), step.back, out_PD)
 
     out_PD = jax.lax.fori_loop(0, queues.rounds, one, jnp.zeros((T * A, D), x_PD.dtype))
-    return sorting.sum_choices(out_PD, queues.order_P, queues.real, A)
+    return sorting.sum_choices(out_PD, queues.order_P, queues.real, A), queues
 
 
 def _room(rows: int) -> int:
@@ -248,11 +254,12 @@ def _received(settings: _Settings, x: Array, step: _Round, room: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """Residuals of the backward pass: the inputs, and which leaves of the weights it learns."""
+    """Residuals of the backward pass: inputs, queues, and which leaves of the weights learn."""
 
     tokens: Tokens
     weights: Any
     layer: Any
+    queues: _Queues
     learns: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
 
 
@@ -260,20 +267,21 @@ def _forward(settings: _Settings, tokens: Any, weights: Any, layer: Any) -> Any:
     learns = tuple(primal.perturbed for primal in jax.tree.leaves(weights))
     values = lambda primals: jax.tree.map(lambda primal: primal.value, primals)
     tokens, weights, layer = values(tokens), values(weights), values(layer)
-    return _exchanged(settings, tokens, weights, layer), _Saved(tokens, weights, layer, learns)
+    total_TD, queues = _run(settings, tokens, weights, layer)
+    return total_TD, _Saved(tokens, weights, layer, queues, learns)
 
 
 def _backward(settings: _Settings, saved: _Saved, grad_TD: Any) -> Any:
     if isinstance(grad_TD, jax.custom_derivatives.SymbolicZero):
         return None, None, None
     (x_TD, expert_TA, weight_TA), A = saved.tokens, saved.tokens.expert_TA.shape[1]
-    room = _room(expert_TA.size)
-    queues = _queues(settings, expert_TA, room)
+    room, queues = _room(expert_TA.size), saved.queues
     token_P = queues.order_P // A
     rows = x_TD[token_P], grad_TD.astype(x_TD.dtype)[token_P]
     weight_P = weight_TA.reshape(-1)[queues.order_P]
     leaves, tree = jax.tree.flatten(saved.weights)
-    learned = [leaf for leaf, learns in zip(leaves, saved.learns, strict=True) if learns]
+    pairs = list(zip(leaves, saved.learns, strict=True))
+    learned = [leaf for leaf, learns in pairs if learns]
 
     def one(number: Array, sums: Any) -> Any:
         step = _round(settings, queues, number, room)
@@ -286,7 +294,6 @@ def _backward(settings: _Settings, saved: _Saved, grad_TD: Any) -> Any:
                 x_QD, step.expert_Q1, weight_Q1, tree.unflatten(chosen), saved.layer
             )
 
-        pairs = list(zip(leaves, saved.learns, strict=True))
         out_QD, pull = jax.vjp(run, x_QD, weight_Q[:, None], learned)
         dx_QD, dweight_Q1, dlearned = pull(grad_QD.astype(out_QD.dtype))
         dx_PD, dweight_P, dweights = sums
